@@ -1,0 +1,43 @@
+"""What a quantizer is told: bits, sign and granularity (`specs/algorithms.md` §3.1)."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The integer grid of one tensor.
+
+    bits:   2 to 8.
+    signed: True for [-2^(b-1), 2^(b-1)-1], False for [0, 2^b-1], None while calibration data has yet to decide.
+    axis:   None for one step per tensor, or the axis whose slices each have their own step.
+    """
+
+    bits: int
+    signed: bool | None = None
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"QuantSpec: bits must be 2 to 8, got {self.bits}")
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code. Raises ValueError while the sign is undecided."""
+        return -(1 << (self.bits - 1)) if self._decided_sign() else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code. Raises ValueError while the sign is undecided."""
+        return (1 << (self.bits - 1)) - 1 if self._decided_sign() else (1 << self.bits) - 1
+
+    def with_sign(self, signed: bool) -> "QuantSpec":
+        return replace(self, signed=signed)
+
+    def _decided_sign(self) -> bool:
+        if self.signed is None:
+            raise ValueError("QuantSpec: signed is not decided yet; calibrate(model, loader) decides it from data")
+        return self.signed
+
+    def __str__(self) -> str:
+        sign = {True: "s", False: "u", None: "?"}[self.signed]
+        return f"{sign}{self.bits}" + ("" if self.axis is None else f"/axis{self.axis}")

@@ -1,0 +1,77 @@
+"""The one door to timm: backbones by name, with weights from a file, from timm's hub, or fresh."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the backbone's weights expect: square input side in pixels, per-channel mean and std of [0, 1] pixels."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def create_backbone(
+    name: str, num_classes: int, *, weights: Path | None = None, pretrained: bool = False, **model_kwargs: Any
+) -> tuple[nn.Module, DataConfig]:
+    """A timm classifier with `num_classes` outputs, and what its inputs look like.
+
+    weights: a local checkpoint (safetensors or torch); its classifier is dropped when the class counts differ.
+    pretrained: timm's own weights for the name, downloaded by timm.
+    Raises ValueError for an unknown name (with the nearest ones), a file that does not fit, or both sources at once.
+    """
+    import difflib
+
+    import timm
+
+    if weights is not None and pretrained:
+        raise ValueError("--weights and --pretrained exclude each other: one file or timm's own weights")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"--backbone {name}: timm has no such model; nearest: {', '.join(near) or 'none'}")
+    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
+    if weights is not None:
+        _load_weights(model, weights)
+    config = timm.data.resolve_model_data_config(model)
+    return model, DataConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+
+
+def first_and_last(model: nn.Module) -> tuple[str, ...]:
+    """Names of the stem convolution(s) and the classifier layer(s), from timm's own record of the model."""
+    config = getattr(model, "default_cfg", None) or {}
+    names = [*_as_tuple(config.get("first_conv")), *_as_tuple(config.get("classifier"))]
+    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    if not names or not set(names) <= layers:
+        ordered = [n for n, m in model.named_modules() if n in layers]
+        return (ordered[0], ordered[-1])
+    return tuple(dict.fromkeys(names))
+
+
+def _as_tuple(value: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise ValueError(f"--weights {path}: no such file")
+    try:
+        state = load_state_dict(str(path), use_ema=False)
+    except Exception as error:
+        raise ValueError(f"--weights {path}: not a readable checkpoint ({error})") from error
+    own = model.state_dict()
+    classifier = [f"{name}." for name in _as_tuple(getattr(model, "default_cfg", {}).get("classifier"))]
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    lost = [k for k in own if k not in fitting and not any(k.startswith(c) for c in classifier)]
+    if lost:
+        raise ValueError(
+            f"--weights {path}: does not fit the backbone; missing or of another shape: {', '.join(lost[:4])}"
+            + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        )
+    model.load_state_dict(fitting, strict=False)

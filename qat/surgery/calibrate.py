@@ -1,0 +1,102 @@
+"""Initialise the activation quantizers from data: sign and step (`specs/algorithms.md` §3.1)."""
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantizers.lsq import LSQ, initial_step
+from qat.quantizers.spec import QuantSpec
+from qat.surgery.swap import quantizers
+
+SAMPLES_PER_BATCH = 16_384
+
+Init = Literal["lsq", "mse"]
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """One activation quantizer after calibration; `clipped` is the share of the sampled elements outside the grid."""
+
+    name: str
+    spec: QuantSpec
+    step: float
+    clipped: float
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> list[CalibrationRow]:
+    """Set sign and step of every activation quantizer from `batches` of N_C_H_W images, run in full precision.
+
+    init: "lsq", the paper's 2 · mean|x| / sqrt(Qp); or "mse", the step of least squared quantization error.
+    Calibrating again with the same batches gives the same steps. Batch norm statistics do not move. Raises ValueError
+    when there is no batch, RuntimeError naming a quantizer that no batch reached.
+    """
+    found = {name: q for name, q in quantizers(model).items() if not q.is_weight}
+    samples: dict[str, list[Tensor]] = {name: [] for name in found}
+    device = next(model.parameters()).device
+    seen = 0
+    with in_full_precision(model, samples):
+        for images in batches:
+            model(images.to(device))
+            seen += 1
+    if not seen:
+        raise ValueError("calibrate: the loader gave no batch")
+    return [_initialize(quantizer, name, samples[name], init) for name, quantizer in found.items()]
+
+
+@contextmanager
+def in_full_precision(model: nn.Module, samples: dict[str, list[Tensor]] | None = None):  # type: ignore[no-untyped-def]
+    """Eval mode with every quantizer passing its input through; activations' values are collected in `samples`."""
+    training = {m: m.training for m in model.modules()}
+    found = quantizers(model)
+    try:
+        for name, quantizer in found.items():
+            quantizer.observer = _collector(samples[name]) if samples and name in samples else _ignore
+        model.eval()
+        yield
+    finally:
+        for quantizer in found.values():
+            quantizer.observer = None
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _ignore(x: Tensor) -> None:
+    pass
+
+
+def _collector(into: list[Tensor]) -> Callable[[Tensor], None]:
+    def collect(x: Tensor) -> None:
+        # An odd stride walks through every channel and position; the extremes are kept so that no sign is missed.
+        flat = x.flatten().float()
+        stride = max(flat.numel() // SAMPLES_PER_BATCH, 1) | 1
+        into.append(torch.cat([flat[::stride], flat.min()[None], flat.max()[None]]))
+
+    return collect
+
+
+def _initialize(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) -> CalibrationRow:
+    if not samples:
+        raise RuntimeError(f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?")
+    values = torch.cat(samples)
+    signed = bool(values.min() < 0)
+    spec = quantizer.spec.with_sign(signed)
+    step = initial_step(values, spec) if init == "lsq" else least_squares_step(values, spec)
+    quantizer.initialize(step, signed)
+    v = values / step
+    clipped = ((v < spec.qmin - 0.5) | (v > spec.qmax + 0.5)).float().mean()
+    return CalibrationRow(name, spec, float(step), float(clipped))
+
+
+def least_squares_step(values: Tensor, spec: QuantSpec, candidates: int = 100) -> Tensor:
+    """The step, of `candidates` between 1/100 of and the whole of the range, with the least mean squared error."""
+    reach = torch.maximum(values.max() / spec.qmax, values.min() / min(spec.qmin, -1))
+    if reach <= 0:
+        return torch.ones(())
+    steps = reach * torch.linspace(1 / candidates, 1, candidates, device=values.device)
+    errors = [((values / s).clamp(spec.qmin, spec.qmax).round_() * s - values).square_().mean() for s in steps]
+    return steps[torch.stack(errors).argmin()]

@@ -1,0 +1,101 @@
+"""Quantized convolution and linear layers: the float layer's own parameters, a weight quantizer and an input quantizer.
+
+    y = conv(Q_x(x), Q_w(w)) + b          (LSQ, arXiv 1902.08153, figure 1)
+
+State-dict keys of the float layer (`weight`, `bias`) stay what they were. `input_quantizer` is None where the input is
+already on an 8-bit grid that the layer reads as it is (see `qat/surgery/plan.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.quantizers.lsq import LSQ, LSQWeight
+from qat.quantizers.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer is quantized; None leaves that operand in floating point."""
+
+    weight: QuantSpec | None
+    input: QuantSpec | None
+
+
+FLOAT = LayerSpec(weight=None, input=None)
+
+# Conv2d subclasses whose forward is known here: their padding rule. Anything else might compute something of its own.
+PADDING_RULES = {"Conv2d": "fixed", "Conv2dSame": "same"}
+
+
+class QuantConv2d(nn.Conv2d):
+    """Conv2d on fake-quantized input and weight; N_C_H_W float in, N_O_H_W float out.
+
+    `same_padding` pads at run time as TensorFlow (and timm's Conv2dSame) does, after the input quantizer: zero is a code.
+    """
+
+    weight_quantizer: LSQ
+    input_quantizer: LSQ | None
+    same_padding: bool
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, spec: LayerSpec, name: str) -> "QuantConv2d":
+        """Wrap `conv`, sharing its parameters. Raises ValueError for a subclass whose forward is not known."""
+        rule = PADDING_RULES.get(type(conv).__name__)
+        if rule is None:
+            raise ValueError(
+                f"layer {name!r}: {type(conv).__name__} is a Conv2d subclass that quantize_ does not know; "
+                "give it a FLOAT rule to leave it in floating point"
+            )
+        quantized = _share_state(cls, conv, spec, name)
+        quantized.same_padding = rule == "same"
+        return quantized
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        if self.same_padding:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """Linear on fake-quantized input and weight; (..., in_features) float in, (..., out_features) float out."""
+
+    weight_quantizer: LSQ
+    input_quantizer: LSQ | None
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str) -> "QuantLinear":
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"layer {name!r}: {type(linear).__name__} is a Linear subclass that quantize_ does not know")
+        return _share_state(cls, linear, spec, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+
+
+def _share_state(cls: Any, layer: nn.Module, spec: LayerSpec, name: str) -> Any:
+    quantized = cls.__new__(cls)
+    quantized.__dict__.update(layer.__dict__)
+    quantized._modules = dict(layer._modules)
+    if spec.weight is None:
+        raise ValueError(f"layer {name!r}: a quantized layer needs a weight spec")
+    quantized.weight_quantizer = LSQWeight(spec.weight, layer.weight, f"{name}.weight")  # type: ignore[arg-type]
+    quantized.input_quantizer = None if spec.input is None else LSQ(spec.input, name=f"{name}.input")
+    return quantized
+
+
+def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """Zero-pad N_C_H_W so that the convolution's output is ceil(size / stride); the odd pixel goes right and bottom."""
+    pads: list[int] = []
+    for axis in (1, 0):  # F.pad counts from the last axis
+        size = x.shape[2 + axis]
+        covered = (-(-size // stride[axis]) - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
+        total = max(covered - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads) if any(pads) else x

@@ -1,0 +1,107 @@
+"""Where 8-bit quantizers must stand so that the runtime stays in integers (`specs/lowering.md`, co-design).
+
+ONNX Runtime computes a convolution, linear, add, concat or average pool on integers only when every input comes from a
+quantizer and the output goes, through a clip at most, into exactly one. So each *unit* (such an operation with the batch
+norm and clip activation behind it) whose result is read by anything but one layer's own input quantizer gets a trained
+8-bit quantizer on that result; and so does every floating-point result that joins such an operation.
+"""
+
+from dataclasses import dataclass
+
+from qat.surgery.trace import Call, Trace
+
+MULTIPLIES = {"conv2d", "linear"}
+JOINS = {"add", "cat"}
+# Operations that only move, pick or repeat codes: quantizing before or after them is the same.
+LAYOUTS = {
+    "flatten", "reshape", "view", "permute", "transpose", "contiguous", "max_pool2d", "dropout", "getitem", "squeeze",
+    "unsqueeze", "chunk", "split", "unbind", "pixel_shuffle", "channel_shuffle", "pad", "clone", "detach",
+}  # fmt: skip
+UNSUPPORTED_MULTIPLIES = {
+    "matmul", "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "conv1d", "conv3d", "conv_transpose2d",
+    "multi_head_attention_forward", "bilinear",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """sites: addresses whose output is quantized to 8 bits. on_grid: layers whose input comes from such a site."""
+
+    sites: tuple[str, ...]
+    on_grid: frozenset[str]
+
+
+def plan_sites(trace: Trace) -> Plan:
+    """Decide the 8-bit sites of a traced model. Raises ValueError naming a multiply that cannot be quantized."""
+    for call in trace.calls:
+        if call.kind in UNSUPPORTED_MULTIPLIES:
+            raise ValueError(f"{call.address}: {call.kind} multiplies activations, which quantize_ cannot quantize yet")
+    flow = _Flow(trace)
+    sites: dict[str, None] = {}
+    for call in trace.calls:
+        if is_integer(call):
+            end = flow.unit_end(call)
+            if not flow.read_by_one_layer(end) and not flow.is_model_output(end):
+                sites[flow.producer[end].address] = None
+        if is_join(call):
+            for value in call.inputs:
+                origin = flow.origin(value)
+                if origin is None:
+                    raise ValueError(f"{call.address}: the model's input joins a {call.kind} before any layer quantizes it")
+                sites[origin.address] = None
+    on_grid = {
+        call.path
+        for call in trace.calls
+        if call.kind in MULTIPLIES and (origin := flow.origin(call.inputs[0])) is not None and origin.address in sites
+    }
+    return Plan(tuple(sites), frozenset(on_grid))
+
+
+def is_join(call: Call) -> bool:
+    """An integer operation without weights: add or concat of two activations, average pooling over space."""
+    return call.pools_space or (call.kind in JOINS and len(call.inputs) > 1)
+
+
+def is_integer(call: Call) -> bool:
+    return call.kind in MULTIPLIES or is_join(call)
+
+
+class _Flow:
+    def __init__(self, trace: Trace) -> None:
+        self.producer, self.readers = trace.producer(), trace.consumers()
+        self.outputs = set(trace.model_outputs)
+
+    def unit_end(self, call: Call) -> int:
+        """The value behind the batch norm and clip that the runtime absorbs into `call`."""
+        value, may_normalize = call.outputs[0], call.kind in MULTIPLIES
+        while len(self.readers[value]) == 1 and value not in self.outputs:
+            reader = self.readers[value][0]
+            if not (reader.kind == "clip" or (reader.kind == "batch_norm" and may_normalize)):
+                break
+            may_normalize = may_normalize and reader.kind != "clip"
+            value = reader.outputs[0]
+        return value
+
+    def final_readers(self, value: int) -> list[Call | None]:
+        """Who reads `value`, looking through layout operations; None stands for the model's output."""
+        readers: list[Call | None] = [None] if value in self.outputs else []
+        for reader in self.readers[value]:
+            if reader.kind in LAYOUTS:
+                readers += [last for out in reader.outputs for last in self.final_readers(out)]
+            else:
+                readers.append(reader)
+        return readers
+
+    def read_by_one_layer(self, value: int) -> bool:
+        readers = self.final_readers(value)
+        return len(readers) == 1 and readers[0] is not None and readers[0].kind in MULTIPLIES
+
+    def is_model_output(self, value: int) -> bool:
+        return self.final_readers(value) in ([None], [])
+
+    def origin(self, value: int) -> Call | None:
+        """The call that computed `value`, looking back through layout operations; None for the model's input."""
+        call = self.producer.get(value)
+        while call is not None and call.kind in LAYOUTS:
+            call = self.producer.get(call.inputs[0])
+        return call
