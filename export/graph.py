@@ -1,0 +1,152 @@
+"""Canonical `LoweredModel` -> ONNX in QDQ form, the shape an unmodified ONNX Runtime turns into integer kernels.
+
+    x -> QuantizeLinear(u8) -> Clip(u8) -> [layout ops on codes] -> DequantizeLinear -> Conv -> QuantizeLinear -> ...
+
+The clip stands on the integer side (a float clip breaks the fusion, `specs/lowering.md` 1d); every consumer gets its own
+DequantizeLinear; weights are the stored codes, biases int32 codes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
+from export.passes import LAYOUT_OPS, is_mark, mark_name, weight_layer
+
+IR_VERSION, OPSET = 10, 20  # opset 20 is what the exporter writes and every runtime since 1.18 reads
+U8_PAIR_LIMIT = 32_767  # two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
+
+
+def emit_qdq(model: LoweredModel) -> onnx.ModelProto:
+    """The INT8-carrier file of `model`: codes of 2 to 8 bits, one byte each. Input and output names are the skeleton's."""
+    return _Emitter(model).emit()
+
+
+def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
+    """Whether two products of this layer can overflow the 16-bit lanes that x86 without VNNI adds u8·s8 products in."""
+    return 2 * source.high * int(np.abs(layer.codes.astype(np.int32)).max(initial=0)) > U8_PAIR_LIMIT
+
+
+class _Emitter:
+    def __init__(self, model: LoweredModel) -> None:
+        self.model = model
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.codes: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (tensor of codes, its grid)
+        self.reads = 0
+
+    def emit(self) -> onnx.ModelProto:
+        graph = self.model.skeleton.graph
+        for node in graph:
+            self._emit(node)
+        outputs = [self._graph_output(value) for value in graph.outputs]
+        made = helper.make_graph(
+            self.nodes, "edgeqat", [_value_info(v) for v in graph.inputs], outputs, list(self.initializers.values())
+        )
+        opset = [helper.make_opsetid("", OPSET)]
+        return helper.make_model(made, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgeqat")
+
+    def _emit(self, node: ir.Node) -> None:
+        if is_mark(node):
+            if mark_name(node) in self.model.quantizers:
+                self._quantize(node)
+            return
+        layer = weight_layer(node, self.model)
+        if layer is not None:
+            self._weighted(node, layer)
+        elif node.op_type in LAYOUT_OPS and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
+            source, grid = self.codes[_name(node.inputs[0])]
+            output = f"{_name(node.outputs[0])}/codes"
+            self._copy(node, [source, *map(self._float, node.inputs[1:])], [output])
+            self.codes[_name(node.outputs[0])] = (output, grid)
+        else:
+            self._copy(node, [self._float(v) for v in node.inputs], [_name(v) for v in node.outputs])
+
+    def _quantize(self, node: ir.Node) -> None:
+        quantizer = self.model.quantizers[mark_name(node)]
+        x = self._float(node.inputs[0])
+        needs_clip = (quantizer.low, quantizer.high) != (0, 255)
+        first = f"{quantizer.name}/unclipped" if needs_clip else quantizer.name
+        self._add("QuantizeLinear", [x, *self._grid(quantizer)], first)
+        if needs_clip:
+            bounds = [self._constant(f"clip{b}", np.uint8(b)) for b in (quantizer.low, quantizer.high)]
+            self._add("Clip", [first, *bounds], quantizer.name)
+        self.codes[_name(node.outputs[0])] = (quantizer.name, quantizer)
+
+    def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:
+        source = self.model.quantizers[layer.input_quantizer]
+        inputs = [self._float(node.inputs[0]), self._weight(layer, source), self._bias(layer, source)]
+        self._copy(node, inputs, [_name(v) for v in node.outputs], name=layer.name)
+
+    def _weight(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
+        codes: NDArray[np.generic] = layer.codes
+        zero: NDArray[np.generic] = np.zeros(len(layer.scale), np.int8)
+        if saturates(layer, source):  # the u8·u8 kernel widens first: slower, but exact on every x86
+            codes, zero = (layer.codes.astype(np.int16) + 128).astype(np.uint8), np.full(len(layer.scale), 128, np.uint8)
+        name = f"{layer.name}.weight"
+        inputs = [self._constant(name, codes), self._constant(f"{name}/scale", layer.scale), self._constant(f"{name}/zero", zero)]
+        return self._add("DequantizeLinear", inputs, f"{name}/float", axis=0)
+
+    def _bias(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
+        assert layer.bias_codes is not None
+        name = f"{layer.name}.bias"
+        inputs = [
+            self._constant(name, layer.bias_codes),
+            self._constant(f"{name}/scale", source.scale * layer.scale),
+            self._constant(f"{name}/zero", np.zeros(len(layer.scale), np.int32)),
+        ]
+        return self._add("DequantizeLinear", inputs, f"{name}/float", axis=0)
+
+    def _float(self, value: ir.Value | None) -> str:
+        """Name of a float tensor holding `value`; codes are dequantized anew for every reader."""
+        if value is None:
+            return ""
+        name = _name(value)
+        if name in self.codes:
+            codes, quantizer = self.codes[name]
+            self.reads += 1
+            return self._add("DequantizeLinear", [codes, *self._grid(quantizer)], f"{codes}/float{self.reads}")
+        if value.const_value is not None:
+            return self._constant(name, value.const_value.numpy())
+        return name
+
+    def _grid(self, quantizer: LoweredQuantizer) -> list[str]:
+        return [
+            self._constant(f"{quantizer.name}/scale", quantizer.scale),
+            self._constant(f"{quantizer.name}/zero", np.uint8(quantizer.zero_point)),
+        ]
+
+    def _constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def _add(self, op: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{op}:{output}", **attributes))
+        return output
+
+    def _copy(self, node: ir.Node, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None) -> None:
+        made = helper.make_node(node.op_type, inputs, outputs, name=name or node.name or outputs[0], domain=node.domain)
+        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+        self.nodes.append(made)
+
+    def _graph_output(self, value: ir.Value) -> onnx.ValueInfoProto:
+        name = _name(value)
+        if name in self.codes:
+            codes, quantizer = self.codes[name]
+            self._add("DequantizeLinear", [codes, *self._grid(quantizer)], name)
+        return _value_info(value)
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name
+
+
+def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
+    shape = [d if isinstance(d, int) else str(d) for d in value.shape or []]
+    return helper.make_tensor_value_info(_name(value), TensorProto.FLOAT, shape)

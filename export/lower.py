@@ -1,0 +1,98 @@
+"""Trained model -> `LoweredModel`. The only file of `export` that knows `qat`.
+
+The model is exported once with every quantizer replaced by a marker node that carries its name; codes come from the
+quantizers themselves.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from qat.quantizers.lsq import LSQ
+from qat.surgery.layers import QuantConv2d, QuantLinear
+from qat.surgery.swap import quantizers
+
+OPSET = 20
+
+
+def lower(model: nn.Module, example: Tensor) -> LoweredModel:
+    """Lower a trained, quantized `model` in eval mode.
+
+    example: one batch of N_C_H_W float32 images; its height and width become the file's, its batch size does not.
+    Raises ExportError naming a quantizer without a step, or the operation that has no ONNX form.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    found = quantizers(model)
+    if not found:
+        raise ExportError("the model has no quantizers: quantize_(model, rules) and train it first, or export target fp32")
+    if empty := [name for name, q in found.items() if not q.initialized]:
+        raise ExportError(f"quantizer {empty[0]!r} has no step: calibrate or train the model before exporting it")
+    layers = {m.weight_quantizer.name: _layer(m) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
+    for quantizer in found.values():
+        quantizer.forward = _marker(quantizer.name)  # type: ignore[method-assign]
+    return LoweredModel(export_onnx(model, example), layers, activations)
+
+
+def export_onnx(model: nn.Module, example: Tensor) -> ir.Model:
+    """torch.onnx export with one dynamic batch dimension; input `input` N_C_H_W float32, output `logits`."""
+    batch = example[:1].repeat(2, 1, 1, 1).cpu()  # a batch of one would be taken for a constant
+    console, exporter_log = io.StringIO(), logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    try:
+        exporter_log.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(console):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model, (batch,), dynamo=True, opset_version=OPSET, input_names=["input"], output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        raise ExportError(f"torch.onnx could not export the model: {_root_cause(error)}") from error
+    finally:
+        exporter_log.setLevel(level)
+    if program is None:
+        raise ExportError("torch.onnx gave no program")
+    return program.model
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _marker(name: str) -> Callable[[Tensor], Tensor]:
+    def mark(x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{MARK}", (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+    return mark
+
+
+def _layer(module: QuantConv2d | QuantLinear) -> LoweredLayer:
+    quantizer = module.weight_quantizer
+    outputs = module.weight.shape[0]
+    return LoweredLayer(
+        name=quantizer.name.removesuffix(".weight"),
+        kind="conv" if isinstance(module, QuantConv2d) else "linear",
+        codes=quantizer.codes(module.weight).numpy().astype(np.int8),
+        scale=quantizer.step.float().expand(outputs).numpy().copy(),
+        bits=quantizer.spec.bits,
+        bias=None if module.bias is None else module.bias.detach().double().numpy(),
+    )
+
+
+def _activation(quantizer: LSQ) -> LoweredQuantizer:
+    signed = bool(quantizer.spec.signed)
+    return LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.step), quantizer.spec.bits, signed)

@@ -1,0 +1,79 @@
+"""The contract between training and export: plain data, no torch.
+
+A trained model becomes a *skeleton*, an ONNX graph in which a node `edgeqat::Mark(name)` stands wherever a quantizer stood,
+plus one `LoweredLayer` for every weight quantizer and one `LoweredQuantizer` for every activation quantizer.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+DOMAIN, MARK = "edgeqat", "Mark"
+
+
+class ExportError(ValueError):
+    """The model, the layer or the file cannot be exported or checked; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class LoweredLayer:
+    """One quantized convolution or linear layer.
+
+    codes:   int8, O_I_kH_kW or O_I: the codes that were trained, never re-quantized.
+    scale:   float32 (O,): real value of one code step; after batch-norm folding it carries the norm's multiplier and its
+             sign, so that the codes stay untouched.
+    bias:    float64 (O,) in real units, or None before anything was folded and the layer has none.
+    bias_codes: int32 (O,) in units of input scale times `scale`; set by `passes.to_integers`.
+    input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`.
+    dead_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
+    """
+
+    name: str
+    kind: str
+    codes: NDArray[np.int8]
+    scale: NDArray[np.float32]
+    bits: int
+    bias: NDArray[np.float64] | None = None
+    bias_codes: NDArray[np.int32] | None = None
+    input_quantizer: str = ""
+    dead_channels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoweredQuantizer:
+    """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high."""
+
+    name: str
+    scale: np.float32
+    zero_point: int
+    bits: int
+    low: int
+    high: int
+
+    @classmethod
+    def on_carrier(cls, name: str, scale: float, bits: int, signed: bool) -> "LoweredQuantizer":
+        zero_point = 1 << (bits - 1) if signed else 0
+        return cls(name, np.float32(scale), zero_point, bits, 0, (1 << bits) - 1)
+
+    def clipped(self, lowest: float, highest: float) -> "LoweredQuantizer":
+        """The same grid behind an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
+        onto the codes."""
+        low = max(self.low, self._carrier(lowest)) if np.isfinite(lowest) else self.low
+        high = min(self.high, self._carrier(highest)) if np.isfinite(highest) else self.high
+        return replace(self, low=low, high=high)
+
+    def _carrier(self, value: float) -> int:
+        code = np.rint(np.float32(value) / self.scale) + self.zero_point
+        return int(np.clip(code, 0, 255))
+
+
+@dataclass
+class LoweredModel:
+    """Skeleton, layers and quantizers by name, and notes on what lowering had to decide."""
+
+    skeleton: ir.Model
+    layers: dict[str, LoweredLayer]
+    quantizers: dict[str, LoweredQuantizer]
+    notes: list[str] = field(default_factory=list)

@@ -1,0 +1,216 @@
+"""Passes over the skeleton: each does one thing and returns whether it changed anything.
+
+After `to_integers` the skeleton is *canonical*: every quantized Conv or Gemm reads codes and a marked weight, every value
+that is quantized is marked right where an integer kernel ends, and batch norms and clip activations live in the layers'
+scale and bias and in the quantizers' bounds.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel
+
+# Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
+LAYOUT_OPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "DepthToSpace"}
+WEIGHTED_OPS = {"Conv", "Gemm"}
+LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
+
+
+def to_integers(model: LoweredModel) -> LoweredModel:
+    """Run all passes in place and return the canonical model. Raises ExportError naming what cannot run on integers."""
+    once: list[Callable[[LoweredModel], bool]] = [fold_batch_norms, pools_from_means]
+    for apply in once:
+        apply(model)
+    for apply in (hoist_marks, absorb_clips, hoist_marks):
+        while apply(model):
+            pass
+    resolve_biases(model)
+    return model
+
+
+def is_mark(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type == MARK
+
+
+def mark_name(node: ir.Node) -> str:
+    return node.attributes["name"].as_string()
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads `value`, or None where there are more, fewer, or the graph returns it."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
+    """The lowered layer whose marked weight `node` reads, if it is a quantized Conv or Gemm."""
+    if node.op_type not in WEIGHTED_OPS or len(node.inputs) < 2 or node.inputs[1] is None:
+        return None
+    producer = node.inputs[1].producer()
+    return model.layers.get(mark_name(producer)) if producer is not None and is_mark(producer) else None
+
+
+def fold_batch_norms(model: LoweredModel) -> bool:
+    """BatchNorm behind a quantized layer: y = (x·W + b - mean)·a + beta with a = gamma / sqrt(var + eps), in float64.
+
+    The codes stay; a goes, sign included, into the layer's scale.
+    """
+    changed = False
+    for node in list(model.skeleton.graph):
+        source = node.inputs[0].producer() if node.op_type == "BatchNormalization" and node.inputs[0] else None
+        layer = weight_layer(source, model) if source is not None else None
+        if source is None or layer is None or only_reader(source.outputs[0]) is not node:
+            continue
+        gamma, beta, mean, variance = (np.asarray(constant(v), np.float64) for v in node.inputs[1:5])
+        epsilon = node.attributes["epsilon"].as_float()
+        a = gamma / np.sqrt(variance + epsilon)
+        bias = (0.0 if layer.bias is None else layer.bias) - mean
+        scale = (layer.scale.astype(np.float64) * a).astype(np.float32)
+        model.layers[f"{layer.name}.weight"] = replace(layer, scale=scale, bias=bias * a + beta)
+        _bypass(node)
+        changed = True
+    return changed
+
+
+def pools_from_means(model: LoweredModel) -> bool:
+    """ReduceMean over height and width is GlobalAveragePool, which has an integer kernel."""
+    changed = False
+    for node in list(model.skeleton.graph):
+        if node.op_type != "ReduceMean" or node.inputs[0] is None or node.inputs[0].shape is None:
+            continue
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if axes is None or len(node.inputs[0].shape) != 4 or {int(a) % 4 for a in axes.ravel()} != {2, 3}:
+            continue
+        keeps = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+        pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=f"{node.outputs[0].name}/pool")
+        new = [pool] if keeps else [pool, ir.node("Flatten", [pool.outputs[0]], name=f"{node.outputs[0].name}/flatten")]
+        _replace(node, new)
+        changed = True
+    return changed
+
+
+def hoist_marks(model: LoweredModel) -> bool:
+    """Mark(Layout(x)) -> Layout(Mark(x)), so that the quantizer follows the integer kernel that computed x."""
+    for mark in model.skeleton.graph:
+        layout = mark.inputs[0].producer() if is_mark(mark) and mark.inputs[0] is not None else None
+        if layout is None or layout.op_type not in LAYOUT_OPS or only_reader(layout.outputs[0]) is not mark:
+            continue
+        source = layout.inputs[0]
+        if source is None or source.producer() is None or only_reader(source) is not layout:
+            continue
+        ir.convenience.replace_all_uses_with(mark.outputs[0], layout.outputs[0])
+        mark.replace_input_with(0, source)
+        layout.replace_input_with(0, mark.outputs[0])
+        mark.outputs[0].shape = source.shape
+        graph = model.skeleton.graph
+        graph.remove(mark)
+        graph.insert_before(layout, mark)
+        return True
+    return False
+
+
+def absorb_clips(model: LoweredModel) -> bool:
+    """Mark(Relu(x)) and Mark(Clip(x)) -> Mark(x) with the clip on the quantizer's bounds."""
+    changed = False
+    for mark in list(model.skeleton.graph):
+        clip = mark.inputs[0].producer() if is_mark(mark) and mark.inputs[0] is not None else None
+        if clip is None or clip.op_type not in ("Relu", "Clip") or only_reader(clip.outputs[0]) is not mark:
+            continue
+        lowest, highest = _clip_bounds(clip)
+        name = mark_name(mark)
+        if lowest is None or highest is None or name not in model.quantizers:
+            continue
+        model.quantizers[name] = model.quantizers[name].clipped(lowest, highest)
+        _bypass(clip)
+        changed = True
+    return changed
+
+
+def _clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    bounds: list[float | None] = []
+    for index, absent in ((1, -np.inf), (2, np.inf)):
+        given = node.inputs[index] if len(node.inputs) > index else None
+        value = constant(given)
+        bounds.append(absent if given is None else None if value is None else float(value.reshape(())))
+    return bounds[0], bounds[1]
+
+
+def grid_of(value: ir.Value | None) -> str | None:
+    """Name of the quantizer whose codes `value` carries, seen through layout operations; None for a float value."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in LAYOUT_OPS and node.domain == "":
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return mark_name(node) if node is not None and is_mark(node) else None
+
+
+def resolve_biases(model: LoweredModel) -> bool:
+    """Biases as int32 in units of input scale times weight scale, as integer kernels add them."""
+    for node in model.skeleton.graph:
+        layer = weight_layer(node, model)
+        if layer is None:
+            continue
+        grid = grid_of(node.inputs[0])
+        if grid is None:
+            raise ExportError(f"layer {layer.name!r}: its input is not quantized, so no integer kernel can run it")
+        if node.op_type == "Gemm":
+            _check_gemm(node, layer)
+        model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model)
+    missing = [name for name, layer in model.layers.items() if layer.bias_codes is None]
+    if missing:
+        raise ExportError(f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export")
+    return True
+
+
+def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
+    get = {name: attribute.value for name, attribute in node.attributes.items()}
+    if get.get("transB", 0) != 1 or get.get("transA", 0) or get.get("alpha", 1.0) != 1.0 or get.get("beta", 1.0) != 1.0:
+        raise ExportError(f"layer {layer.name!r}: Gemm with {get} is not x·Wᵀ + b")
+
+
+def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel) -> LoweredLayer:
+    bias = np.zeros(len(layer.scale)) if layer.bias is None else layer.bias
+    unit = model.quantizers[grid].scale * layer.scale  # float32, as the runtime computes it
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        codes = np.rint(bias / unit.astype(np.float64))
+    dead = ~(np.abs(codes) <= LARGEST_BIAS_CODE) | (unit == 0)
+    if not dead.any():
+        return replace(layer, bias_codes=codes.astype(np.int32), input_quantizer=grid)
+    channels = tuple(int(c) for c in np.flatnonzero(dead))
+    model.notes.append(f"layer {layer.name!r}: the batch norm silences channels {list(channels)}; only their bias is kept")
+    weight_codes, scale = layer.codes.copy(), layer.scale.copy()
+    weight_codes[dead] = 0
+    # A unit that leaves the bias 20 bits of precision; without weights nothing else depends on it.
+    input_scale = float(model.quantizers[grid].scale)
+    scale[dead] = np.maximum(np.abs(bias[dead]), 1e-6) / (input_scale * (1 << 20))
+    codes[dead] = np.rint(bias[dead] / (input_scale * scale[dead].astype(np.float64)))
+    return replace(
+        layer, codes=weight_codes, scale=scale, bias_codes=codes.astype(np.int32), input_quantizer=grid,
+        dead_channels=channels,
+    )  # fmt: skip
+
+
+def _bypass(node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    ir.convenience.replace_all_uses_with(node.outputs[0], source)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
+def _replace(node: ir.Node, new: list[ir.Node]) -> None:
+    assert node.graph is not None
+    last, old = new[-1].outputs[0], node.outputs[0]
+    last.name, last.shape, last.type = old.name, old.shape, old.type
+    node.graph.insert_before(node, new)
+    ir.convenience.replace_all_uses_with(old, last)
+    node.graph.remove(node, safe=True)

@@ -1,0 +1,198 @@
+"""The integer definition of a canonical `LoweredModel`, in torch (`specs/lowering.md` 1f).
+
+    conv, linear   q = clip(rint(fp32(acc + bias) · m) + z, low, high),   m = fp32(fp32(s_x · s_w) / s_y)
+    add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - (r_a z_a + r_b z_b)
+    average pool   q = clip(rint(fp32(sum of codes) · fp32(s_x / (s_y · n))) + z, low, high)
+    requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
+
+acc is the exact integer sum; all multipliers are float32; rint rounds half to even. This is what ONNX Runtime's integer
+kernels compute on the CPU, found by experiment over all pairs of codes; the certificate proves it for each file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.passes import constant, is_mark, mark_name, weight_layer
+
+FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too
+
+
+@dataclass(frozen=True)
+class Codes:
+    """uint8 carrier codes held as float32 integers."""
+
+    carrier: Tensor
+    grid: LoweredQuantizer
+
+    def centred(self) -> Tensor:
+        return self.carrier - self.grid.zero_point
+
+    def real(self) -> Tensor:
+        return self.centred() * float(self.grid.scale)
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """Integer sums of a layer, bias included, float64; `unit` is the real value of 1 per output channel, float32."""
+
+    sums: Tensor
+    unit: Tensor
+
+    def real(self) -> Tensor:
+        return self.sums.float() * self.unit
+
+
+@dataclass(frozen=True)
+class Sum:
+    first: Codes
+    second: Codes
+
+    def real(self) -> Tensor:
+        return self.first.real() + self.second.real()
+
+
+@dataclass(frozen=True)
+class Mean:
+    source: Codes
+
+    def real(self) -> Tensor:
+        return self.source.real().mean(dim=(2, 3), keepdim=True)
+
+
+Value = Tensor | Codes | Accumulator | Sum | Mean
+
+
+class IntegerReference:
+    """Runs a canonical model on integers.
+
+    `run(images)` returns ({quantizer: uint8 carrier codes}, logits float32). With `given`, every quantizer's codes are
+    computed from the *given* codes of the tensors before it: a difference then names the operation it arose in.
+    """
+
+    def __init__(self, model: LoweredModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def run(
+        self, images: Tensor, given: Mapping[str, NDArray[np.generic]] | None = None
+    ) -> tuple[dict[str, NDArray[np.uint8]], Tensor]:
+        graph = self.model.skeleton.graph
+        values: dict[ir.Value, Value] = {graph.inputs[0]: images.float()}
+        computed: dict[str, NDArray[np.uint8]] = {}
+        for node in graph:
+            if is_mark(node):
+                self._mark(node, values, computed, given)
+            else:
+                values[node.outputs[0]] = self._apply(node, values)
+        logits = values[graph.outputs[0]]
+        return computed, logits if isinstance(logits, Tensor) else logits.real()
+
+    def _mark(
+        self,
+        node: ir.Node,
+        values: dict[ir.Value, Value],
+        computed: dict[str, NDArray[np.uint8]],
+        given: Mapping[str, NDArray[np.generic]] | None,
+    ) -> None:
+        quantizer = self.model.quantizers.get(mark_name(node))
+        if quantizer is None:
+            return  # a weight: its codes are the layer's
+        assert node.inputs[0] is not None
+        carrier = quantize(values[node.inputs[0]], quantizer)
+        computed[quantizer.name] = carrier.to(torch.uint8).numpy()
+        if given is not None:
+            carrier = torch.from_numpy(np.ascontiguousarray(given[quantizer.name])).float()
+        values[node.outputs[0]] = Codes(carrier, quantizer)
+
+    def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value:
+        assert node.inputs[0] is not None
+        x = values[node.inputs[0]]
+        layer = weight_layer(node, self.model)
+        if layer is not None:
+            return _accumulate(node, layer, _codes(x, node))
+        match node.op_type:
+            case "Add":
+                assert node.inputs[1] is not None
+                return Sum(_codes(x, node), _codes(values[node.inputs[1]], node))
+            case "GlobalAveragePool":
+                return Mean(_codes(x, node))
+            case "MaxPool" if isinstance(x, Codes):
+                return Codes(_max_pool(node, x.carrier), x.grid)
+            case "Flatten" if isinstance(x, Codes):
+                return Codes(x.carrier.flatten(1), x.grid)
+            case "Reshape":
+                shape = [int(d) for d in constant(node.inputs[1]).ravel()]  # type: ignore[union-attr]
+                return Codes(x.carrier.reshape(shape), x.grid) if isinstance(x, Codes) else _real(x).reshape(shape)
+        raise ExportError(f"node {node.name!r}: {node.op_type} has no integer definition yet")
+
+
+def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
+    """Carrier codes (float32 integers) of `value` on `grid`."""
+    scale = torch.tensor(float(grid.scale))
+    if isinstance(value, Accumulator):
+        code = torch.round(value.sums.float() * (value.unit / scale)) + grid.zero_point
+    elif isinstance(value, Sum):
+        code = torch.round(_fused_sum(value, grid))
+    elif isinstance(value, Mean):
+        x = value.source
+        count = x.carrier.shape[2] * x.carrier.shape[3]
+        sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
+        code = torch.round(sums * (torch.tensor(float(x.grid.scale)) / (scale * count))) + grid.zero_point
+    else:
+        code = torch.round(_real(value) / scale) + grid.zero_point
+    return code.clamp_(grid.low, grid.high)
+
+
+def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:
+    a, b, one = value.first, value.second, np.float32
+    ratio_a, ratio_b = one(a.grid.scale / grid.scale), one(b.grid.scale / grid.scale)
+    offset = one(grid.zero_point) - one(ratio_a * one(a.grid.zero_point) + ratio_b * one(b.grid.zero_point))
+    # float64 holds a product of a code and a float32 exactly, so rounding after the sum is a fused multiply-add.
+    inner = (b.carrier.double() * float(ratio_b) + float(offset)).float()
+    return (a.carrier.double() * float(ratio_a) + inner.double()).float()
+
+
+def _accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
+    weight = torch.from_numpy(layer.codes.astype(np.float32))
+    largest = max(x.grid.high - x.grid.zero_point, x.grid.zero_point - x.grid.low)
+    bound = largest * float(weight.abs().flatten(1).sum(1).max())
+    dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
+    codes, weight = x.centred().to(dtype), weight.to(dtype)
+    bias = torch.from_numpy(layer.bias_codes).double()
+    unit = torch.from_numpy(np.float32(x.grid.scale) * layer.scale)
+    if node.op_type == "Gemm":
+        return Accumulator(F.linear(codes, weight).double() + bias, unit)
+    get = node.attributes
+    top, left, bottom, right = get["pads"].as_ints() if "pads" in get else (0, 0, 0, 0)
+    sums = F.conv2d(
+        F.pad(codes, (left, right, top, bottom)), weight, stride=tuple(get["strides"].as_ints()),
+        dilation=tuple(get["dilations"].as_ints()), groups=get["group"].as_int(),
+    )  # fmt: skip
+    return Accumulator(sums.double() + bias.view(-1, 1, 1), unit.view(-1, 1, 1))
+
+
+def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:
+    get = node.attributes
+    top, left, bottom, right = get["pads"].as_ints() if "pads" in get else (0, 0, 0, 0)
+    padded = F.pad(carrier, (left, right, top, bottom), value=0.0)  # 0 is the smallest carrier code
+    ceil = "ceil_mode" in get and get["ceil_mode"].as_int() == 1
+    dilation = tuple(get["dilations"].as_ints()) if "dilations" in get else (1, 1)
+    return F.max_pool2d(padded, tuple(get["kernel_shape"].as_ints()), tuple(get["strides"].as_ints()), 0, dilation, ceil)
+
+
+def _codes(value: Value, node: ir.Node) -> Codes:
+    if not isinstance(value, Codes):
+        raise ExportError(f"node {node.name!r}: {node.op_type} reads a tensor that no quantizer precedes")
+    return value
+
+
+def _real(value: Value) -> Tensor:
+    return value if isinstance(value, Tensor) else value.real()

@@ -1,0 +1,73 @@
+"""The one door to ONNX Runtime."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from export.lowered import ExportError
+
+LEVELS = {
+    "DISABLE": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "BASIC": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "EXTENDED": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "ALL": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+class Session:
+    """A loaded file: `run(images)` gives its outputs by name."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.input_name = session.get_inputs()[0].name
+        self.output_names = [o.name for o in session.get_outputs()]
+
+    def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
+        return dict(zip(self.output_names, self.session.run(None, {self.input_name: images}), strict=True))
+
+
+def load(model: str | Path | onnx.ModelProto, *, level: str = "ALL", threads: int = 1, dump: Path | None = None) -> Session:
+    """Load a file or a model on the CPU provider. Raises ExportError when ONNX Runtime refuses it.
+
+    level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    if isinstance(source, str) and not Path(source).is_file():
+        raise ExportError(f"{source}: no such file")
+    try:
+        return Session(ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]))
+    except Exception as error:
+        name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
+        raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {name}: {error}") from error
+
+
+def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL") -> onnx.ModelProto:
+    """The graph ONNX Runtime runs for `model` at `level`."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        load(model, level=level, dump=path)
+        return onnx.load(str(path))
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of `model` that also returns the uint8 tensors `names`."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UINT8, None) for n in names)
+    return copy
+
+
+def version() -> str:
+    return str(ort.__version__)
