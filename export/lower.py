@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
@@ -41,6 +43,42 @@ def lower(model: nn.Module, example: Tensor) -> LoweredModel:
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer.name)  # type: ignore[method-assign]
     return LoweredModel(export_onnx(model, example), layers, activations)
+
+
+def lower_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """The same trained model in full precision, quantizers passing everything through: the FP32 file to compare with."""
+    model = copy.deepcopy(model).cpu().eval()
+    for quantizer in quantizers(model).values():
+        quantizer.forward = _identity  # type: ignore[method-assign]
+    return ir.to_proto(export_onnx(model, example))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@torch.no_grad()
+def trained_codes(model: nn.Module, images: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
+    """What the trained net itself computes in eval mode for `images` (N_C_H_W): carrier codes of every activation
+    quantizer, and logits."""
+    codes: dict[str, NDArray[np.uint8]] = {}
+    handles = [
+        q.register_forward_hook(_recorder(name, codes)) for name, q in quantizers(model).items() if not q.is_weight
+    ]
+    try:
+        logits = model(torch.from_numpy(images)).numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return codes, logits
+
+
+def _recorder(name: str, codes: dict[str, NDArray[np.uint8]]) -> Callable[[LSQ, tuple[Tensor], Tensor], None]:
+    def record(quantizer: LSQ, inputs: tuple[Tensor], output: Tensor) -> None:
+        offset = _activation(quantizer).zero_point
+        codes[name] = (quantizer.codes(inputs[0]) + offset).to(torch.uint8).numpy()
+
+    return record
 
 
 def export_onnx(model: nn.Module, example: Tensor) -> ir.Model:

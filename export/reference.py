@@ -74,7 +74,8 @@ class IntegerReference:
     """Runs a canonical model on integers.
 
     `run(images)` returns ({quantizer: uint8 carrier codes}, logits float32). With `given`, every quantizer's codes are
-    computed from the *given* codes of the tensors before it: a difference then names the operation it arose in.
+    computed from the *given* codes of the tensors before it: a difference then names the operation it arose in. Given
+    codes of another size (taken behind a max pool that the quantizer was moved in front of) are passed over.
     """
 
     def __init__(self, model: LoweredModel) -> None:
@@ -108,8 +109,9 @@ class IntegerReference:
         assert node.inputs[0] is not None
         carrier = quantize(values[node.inputs[0]], quantizer)
         computed[quantizer.name] = carrier.to(torch.uint8).numpy()
-        if given is not None:
-            carrier = torch.from_numpy(np.ascontiguousarray(given[quantizer.name])).float()
+        known = None if given is None else given.get(quantizer.name)
+        if known is not None and known.size == carrier.numel():
+            carrier = torch.from_numpy(np.ascontiguousarray(known)).float().reshape(carrier.shape)
         values[node.outputs[0]] = Codes(carrier, quantizer)
 
     def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value:

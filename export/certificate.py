@@ -1,0 +1,246 @@
+"""The certificate: the codes in a file are the trained ones, and the runtime computes what the integer definition says.
+
+Checked for one file against the lowered model of its run:
+* stored: weight codes, scales and biases in the file, element by element;
+* computed: codes of every quantizer on real images, per optimisation level, each computed by the reference from the
+  runtime's own codes before it, so that a difference names the operation it arose in;
+* the kernels: the optimised graph runs an integer kernel for every quantized layer;
+* the predictions: accuracy and agreement of the fake-quantized net, the integer reference and the runtime.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from export import session
+from export.lowered import ExportError, LoweredModel
+from export.passes import is_mark, mark_name
+from export.reference import IntegerReference
+
+INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
+EXACT_LEVELS = ("EXTENDED", "ALL")
+FLOAT_LEVEL_LIMIT = 1e-5  # at DISABLE and BASIC the runtime adds floats: about 3 codes in a million, specs/lowering.md
+BATCH = 32
+
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """Code differences at one optimisation level; `mismatches` lists the quantizers that have any, in graph order."""
+
+    level: str
+    codes: int
+    mismatches: dict[str, int]
+    logits_equal: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.mismatches.values())
+
+    @property
+    def passed(self) -> bool:
+        return self.total == 0 if self.level in EXACT_LEVELS else self.total <= FLOAT_LEVEL_LIMIT * self.codes
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The whole proof for one file. `stored` lists the layers whose parameters in the file are not the trained ones."""
+
+    file: str
+    sha256: str
+    runtime: str
+    images: int
+    layers: int
+    weight_codes: int
+    stored: dict[str, str]
+    levels: tuple[LevelResult, ...]
+    integer_kernels: int
+    float_layers: tuple[str, ...]
+    fake_quantized_mismatch_rate: float
+    top1_agreement: float
+    accuracy: dict[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.stored and not self.float_layers and all(level.passed for level in self.levels)
+
+    @property
+    def mismatches(self) -> int:
+        """Wrong codes at the exact levels plus layers whose stored parameters differ."""
+        return len(self.stored) + sum(level.total for level in self.levels if level.level in EXACT_LEVELS)
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self) | {"passed": self.passed}
+
+    def __str__(self) -> str:
+        lines = [f"{self.file}: {'certified' if self.passed else 'NOT CERTIFIED'} on ONNX Runtime {self.runtime}"]
+        lines.append(f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {self._stored_verdict()}")
+        lines += [f"             {layer}: {what}" for layer, what in self.stored.items()]
+        lines.append(f"  kernels    {self.integer_kernels} of {self.layers} layers run integer kernels{self._kernel_names()}")
+        for level in self.levels:
+            worst = "".join(f"; {name} {count}" for name, count in list(level.mismatches.items())[:3])
+            verdict = "ok" if level.passed else "FAILED"
+            lines.append(f"  {level.level:<10} codes: {level.total} mismatches of {level.codes:,}{worst}  [{verdict}]")
+        accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
+        lines.append(f"  accuracy   {accuracies} on {self.images} images; top-1 agreement {self.top1_agreement:.2%}")
+        lines.append(f"  training   {self.fake_quantized_mismatch_rate:.2e} of the fake-quantized net's codes differ")
+        return "\n".join([*lines, *(f"  note       {note}" for note in self.notes)])
+
+    def _stored_verdict(self) -> str:
+        return "all as trained" if not self.stored else f"{len(self.stored)} layers differ"
+
+    def _kernel_names(self) -> str:
+        return f"; in float: {', '.join(self.float_layers)}" if self.float_layers else ""
+
+
+def certify(
+    model: LoweredModel,
+    file: Path,
+    images: Images,
+    labels: NDArray[np.int64],
+    fake_quantized: Callable[[Images], tuple[dict[str, NDArray[np.uint8]], Images]],
+) -> Certificate:
+    """Prove `file` against the canonical `model` on real `images` (N_3_H_W float32, normalised).
+
+    fake_quantized: the trained net itself: images -> (carrier codes per quantizer, logits).
+    Raises ExportError when the file is not an edgeqat file of this run.
+    """
+    proto = read(file)
+    names = list(model.quantizers)
+    missing = [n for n in names if n not in {o for node in proto.graph.node for o in node.output}]
+    if missing:
+        raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
+    stored = compare_stored(model, proto)
+    reference = IntegerReference(model)
+    levels = tuple(_level(reference, proto, names, images, level) for level in session.LEVELS)
+    kernels = layer_kernels(model, proto)
+    runtime_logits = _logits(session.load(proto), images)
+    agreement, rate, logits = _against_training(reference, images, fake_quantized)
+    predictions = {"fake-quantized": logits[0], "integer reference": logits[1], "ONNX Runtime": runtime_logits}
+    return Certificate(
+        file=file.name,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        runtime=session.version(),
+        images=len(images),
+        layers=len(model.layers),
+        weight_codes=sum(layer.codes.size for layer in model.layers.values()),
+        stored=stored,
+        levels=levels,
+        integer_kernels=sum(kernel in INTEGER_KERNELS for kernel in kernels.values()),
+        float_layers=tuple(name for name, kernel in kernels.items() if kernel not in INTEGER_KERNELS),
+        fake_quantized_mismatch_rate=rate,
+        top1_agreement=agreement,
+        accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
+        notes=tuple(model.notes),
+    )
+
+
+def read(file: Path) -> onnx.ModelProto:
+    """Parse an ONNX file. Raises ExportError naming it when it is missing or damaged."""
+    if not file.is_file():
+        raise ExportError(f"{file}: no such file")
+    try:
+        proto = onnx.load(str(file))
+        onnx.checker.check_model(proto)
+    except Exception as error:
+        raise ExportError(f"{file}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
+    return proto
+
+
+def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:
+    """Layers whose codes, scales or biases in the file differ from the lowered ones, and how."""
+    found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    different: dict[str, str] = {}
+    for layer in model.layers.values():
+        weight = f"{layer.name}.weight"
+        if weight not in found:
+            different[layer.name] = "its weight is not in the file"
+            continue
+        codes = found[weight].astype(np.int32) - (128 if found[weight].dtype == np.uint8 else 0)
+        wrong = int((codes != layer.codes).sum()) if codes.shape == layer.codes.shape else layer.codes.size
+        if wrong:
+            different[layer.name] = f"{wrong} of {layer.codes.size} weight codes differ"
+        elif not np.array_equal(found[f"{weight}/scale"], layer.scale):
+            different[layer.name] = "its weight scale differs"
+        elif layer.bias_codes is None or not np.array_equal(found[f"{layer.name}.bias"], layer.bias_codes):
+            different[layer.name] = "its bias differs"
+    return different
+
+
+def layer_kernels(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:
+    """Layer name -> operator type that runs it in the runtime's optimised graph ("none" where it cannot be found)."""
+    kernels: dict[str, str] = {}
+    readers = {i: node for node in session.optimized(proto).graph.node for i in node.input}
+    for layer in model.layers.values():
+        node = readers.get(f"{layer.name}.weight")
+        kernels[layer.name] = "none" if node is None else node.op_type
+    return kernels
+
+
+def _level(
+    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Images, level: str
+) -> LevelResult:
+    instrumented = session.load(session.with_outputs(proto, names), level=level)
+    plain = session.load(proto, level=level)
+    wrong = dict.fromkeys(names, 0)
+    codes, equal = 0, True
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        outputs = instrumented.run(batch)
+        expected, logits = reference.run(torch.from_numpy(batch), given=outputs)
+        for name in names:
+            wrong[name] += int((expected[name] != outputs[name]).sum())
+            codes += expected[name].size
+        shipped = _only(plain.run(batch))
+        equal &= np.array_equal(shipped, _logits_of(outputs, names)) and np.array_equal(shipped, logits.numpy())
+    order = _graph_order(reference.model)
+    return LevelResult(level, codes, {n: wrong[n] for n in order if wrong[n]}, equal)
+
+
+def _graph_order(model: LoweredModel) -> list[str]:
+    return [n for node in model.skeleton.graph if is_mark(node) and (n := mark_name(node)) in model.quantizers]
+
+
+def _logits_of(outputs: dict[str, NDArray[np.generic]], names: list[str]) -> NDArray[np.generic]:
+    return _only({k: v for k, v in outputs.items() if k not in names})
+
+
+def _only(outputs: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
+    (value,) = outputs.values()
+    return value
+
+
+def _logits(loaded: session.Session, images: Images) -> Images:
+    parts = [_only(loaded.run(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _against_training(
+    reference: IntegerReference,
+    images: Images,
+    fake_quantized: Callable[[Images], tuple[dict[str, NDArray[np.uint8]], Images]],
+) -> tuple[float, float, tuple[Images, Images]]:
+    """Top-1 agreement, rate of differing codes when each operation starts from the trained net's own codes, logits."""
+    wrong = total = 0
+    trained, integer = [], []
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        codes, logits = fake_quantized(batch)
+        expected, _ = reference.run(torch.from_numpy(batch), given=codes)
+        same_place = [name for name in expected if expected[name].size == codes[name].size]
+        wrong += sum(int((expected[name].ravel() != codes[name].ravel()).sum()) for name in same_place)
+        total += sum(expected[name].size for name in same_place)
+        trained.append(logits)
+        integer.append(reference.run(torch.from_numpy(batch))[1].numpy())
+    first, second = np.concatenate(trained), np.concatenate(integer)
+    return float((first.argmax(1) == second.argmax(1)).mean()), wrong / max(total, 1), (first, second)

@@ -1,0 +1,54 @@
+"""Latency and size of several files, measured against each other.
+
+The files take turns in one process, one run each per round, so that a busy machine disturbs all alike; ratios are the
+result, milliseconds are only of this machine and moment.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from export import session
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per batch (median, 95th percentile), file size in bytes, and speed-up over the first file."""
+
+    name: str
+    median_ms: float
+    p95_ms: float
+    size: int
+    speedup: float
+
+
+def compare(
+    models: Mapping[str, onnx.ModelProto], images: NDArray[np.float32], *, threads: int = 1, rounds: int = 50, warmup: int = 5
+) -> list[Latency]:
+    """Interleaved latencies of `models` on `images` (one batch); the first model is the baseline of the ratios.
+
+    The speed-up is the median of the per-round ratios: both terms of a ratio are measured milliseconds apart.
+    """
+    loaded = {name: session.load(model, threads=threads) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in loaded}
+    for turn in range(warmup + rounds):
+        for name, file in loaded.items():
+            began = time.perf_counter()
+            file.run(images)
+            if turn >= warmup:
+                times[name].append((time.perf_counter() - began) * 1e3)
+    baseline = np.array(next(iter(times.values())))
+    return [
+        Latency(
+            name,
+            float(np.median(taken)),
+            float(np.percentile(taken, 95)),
+            models[name].ByteSize(),
+            float(np.median(baseline / np.array(taken))),
+        )
+        for name, taken in times.items()
+    ]

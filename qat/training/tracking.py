@@ -1,0 +1,60 @@
+"""What a run says while it goes: metrics.jsonl, optional TensorBoard scalars, a progress bar."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class Tracker:
+    """Appends one JSON object per `log` to metrics.jsonl (flushed, so that a killed run keeps its history)."""
+
+    def __init__(self, folder: Path, *, steps: int, tensorboard: bool = False, resume_at: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        if resume_at:
+            self._forget_after(resume_at)
+        self.file = self.path.open("a" if resume_at else "w")
+        self.writer = _summary_writer(folder) if tensorboard else None
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(), console=Console(stderr=True),
+        )  # fmt: skip
+        self.task = self.progress.add_task("training", total=steps, completed=resume_at, status="")
+
+    def __enter__(self) -> "Tracker":
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def log(self, step: int, values: Mapping[str, float | Mapping[str, float]]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in values.items():
+                for key, scalar in value.items() if isinstance(value, Mapping) else [("", value)]:
+                    self.writer.add_scalar(f"{name}/{key}" if key else name, scalar, step)
+
+    def show(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
+        status = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {images_per_second:.0f} images/s"
+        self.progress.update(self.task, completed=step, status=status)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop entries a resumed run will write again."""
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _summary_writer(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
