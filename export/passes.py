@@ -22,7 +22,7 @@ LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
 
 def to_integers(model: LoweredModel) -> LoweredModel:
     """Run all passes in place and return the canonical model. Raises ExportError naming what cannot run on integers."""
-    once: list[Callable[[LoweredModel], bool]] = [fold_batch_norms, pools_from_means]
+    once: list[Callable[[LoweredModel], bool]] = [fold_batch_norms, pools_from_means, plain_average_pools]
     for apply in once:
         apply(model)
     for apply in (hoist_marks, absorb_clips, hoist_marks):
@@ -94,6 +94,23 @@ def pools_from_means(model: LoweredModel) -> bool:
         new = [pool] if keeps else [pool, ir.node("Flatten", [pool.outputs[0]], name=f"{node.outputs[0].name}/flatten")]
         _replace(node, new)
         changed = True
+    return changed
+
+
+def plain_average_pools(model: LoweredModel) -> bool:
+    """AveragePool without padding counts what is inside: the runtime's integer kernel, unlike its float one, divides a
+    ceil-mode border window by the whole kernel when it is told to include padding."""
+    changed = False
+    for node in model.skeleton.graph:
+        if node.op_type != "AveragePool" or "count_include_pad" not in node.attributes:
+            continue
+        if node.attributes["count_include_pad"].as_int() == 0:
+            continue
+        if "pads" not in node.attributes or not any(node.attributes["pads"].as_ints()):
+            node.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
+            changed = True
+        elif "ceil_mode" in node.attributes and node.attributes["ceil_mode"].as_int() == 1:
+            raise ExportError(f"node {node.name!r}: AveragePool with padding, ceil_mode and count_include_pad is not exact")
     return changed
 
 

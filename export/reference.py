@@ -2,7 +2,8 @@
 
     conv, linear   q = clip(rint(fp32(acc + bias) · m) + z, low, high),   m = fp32(fp32(s_x · s_w) / s_y)
     add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - (r_a z_a + r_b z_b)
-    average pool   q = clip(rint(fp32(sum of codes) · fp32(s_x / (s_y · n))) + z, low, high)
+    global pool    q = clip(rint(fp32(sum of codes) · fp32(s_x / (s_y · n))) + z, low, high)
+    average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y) + z), x = fp32((q_x - z_x) · s_x), row by row
     requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
 
 acc is the exact integer sum; all multipliers are float32; rint rounds half to even. This is what ONNX Runtime's integer
@@ -67,7 +68,52 @@ class Mean:
         return self.source.real().mean(dim=(2, 3), keepdim=True)
 
 
-Value = Tensor | Codes | Accumulator | Sum | Mean
+@dataclass(frozen=True)
+class WindowMean:
+    """Average pooling over windows: float32 sums in the kernel's order, as the runtime's kernel adds them."""
+
+    source: Codes
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    ceil: bool
+    counts_padding: bool
+
+    def real(self) -> Tensor:
+        x = self.source.real()
+        height, width = (self._outputs(x.shape[2 + axis], axis) for axis in (0, 1))
+        padded = self._padded(x, height, width)
+        inside = torch.ones_like(x[:1, :1])
+        counted = self._padded(F.pad(inside, self._edges(), value=1.0) if self.counts_padding else inside, height, width)
+        total, count = torch.zeros(()), torch.zeros(())
+        for row in range(self.kernel[0]):
+            for column in range(self.kernel[1]):
+                total = total + self._tap(padded, row, column, height, width)
+                count = count + self._tap(counted, row, column, height, width)
+        return total / count
+
+    def _outputs(self, size: int, axis: int) -> int:
+        free = size + self.pads[axis] + self.pads[axis + 2] - self.kernel[axis]
+        count = (-(-free // self.stride[axis]) if self.ceil else free // self.stride[axis]) + 1
+        starts_inside = (count - 1) * self.stride[axis] < size + self.pads[axis]
+        return count if starts_inside else count - 1
+
+    def _edges(self) -> list[int]:
+        top, left, bottom, right = self.pads
+        return [left, right, top, bottom]
+
+    def _padded(self, x: Tensor, height: int, width: int) -> Tensor:
+        rows, columns = (height - 1) * self.stride[0] + self.kernel[0], (width - 1) * self.stride[1] + self.kernel[1]
+        if x.shape[2] == self.source.carrier.shape[2]:
+            x = F.pad(x, self._edges())
+        return F.pad(x, [0, max(columns - x.shape[3], 0), 0, max(rows - x.shape[2], 0)])
+
+    def _tap(self, x: Tensor, row: int, column: int, height: int, width: int) -> Tensor:
+        rows = slice(row, row + (height - 1) * self.stride[0] + 1, self.stride[0])
+        return x[:, :, rows, column : column + (width - 1) * self.stride[1] + 1 : self.stride[1]]
+
+
+Value = Tensor | Codes | Accumulator | Sum | Mean | WindowMean
 
 
 class IntegerReference:
@@ -126,6 +172,8 @@ class IntegerReference:
                 return Sum(_codes(x, node), _codes(values[node.inputs[1]], node))
             case "GlobalAveragePool":
                 return Mean(_codes(x, node))
+            case "AveragePool":
+                return _average_pool(node, _codes(x, node))
             case "MaxPool" if isinstance(x, Codes):
                 return Codes(_max_pool(node, x.carrier), x.grid)
             case "Flatten" if isinstance(x, Codes):
@@ -179,6 +227,16 @@ def _accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
         dilation=tuple(get["dilations"].as_ints()), groups=get["group"].as_int(),
     )  # fmt: skip
     return Accumulator(sums.double() + bias.view(-1, 1, 1), unit.view(-1, 1, 1))
+
+
+def _average_pool(node: ir.Node, source: Codes) -> WindowMean:
+    get = node.attributes
+    pads = tuple(get["pads"].as_ints()) if "pads" in get else (0, 0, 0, 0)
+    ceil, counts_padding = (name in get and get[name].as_int() == 1 for name in ("ceil_mode", "count_include_pad"))
+    if "dilations" in get and set(get["dilations"].as_ints()) != {1}:
+        raise ExportError(f"node {node.name!r}: a dilated AveragePool has no integer definition")
+    kernel, stride = get["kernel_shape"].as_ints(), get["strides"].as_ints()
+    return WindowMean(source, (kernel[0], kernel[1]), (stride[0], stride[1]), pads, ceil, counts_padding)  # type: ignore[arg-type]
 
 
 def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:

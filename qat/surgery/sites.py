@@ -4,6 +4,7 @@ The quantized model's class is a subclass of its own class, made on the spot, wh
 submodules, parameters and state-dict keys stay where they were. The site quantizers live in `stream_quantizers`.
 """
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,7 @@ def run_with_sites(model: nn.Module, quantizers: dict[str, LSQ], joins: frozense
     location = Location()
     base = type(model)
 
+    @functools.wraps(base.forward)  # torch.export reads the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         location = self._location
         location.reset()  # type: ignore[union-attr]

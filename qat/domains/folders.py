@@ -1,0 +1,138 @@
+"""Folders of domains in the DomainBed layout: <root>/<domain>/<class>/*.{jpg,jpeg,png,webp} (`specs/algorithms.md` §5.1)."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+NAMED = 5  # how many offenders a message lists
+
+
+class DataError(ValueError):
+    """The data on disk cannot be used; the message names the folder, class or file and what to do."""
+
+
+class ImageSource(Protocol):
+    """Images by index, as RGB."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images held in memory: uint8 N_H_W_3."""
+
+    pixels: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Images on disk, decoded when asked for."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{self.paths[index]}: not a readable image ({error})") from error
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain: class names in alphabetical order, images, and their labels (int64, index into `classes`)."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: ImageSource = field(repr=False)
+    labels: NDArray[np.int64] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read_domains(root: Path, *, check_images: bool = True) -> list[Domain]:
+    """The domains under `root` in alphabetical order, the DomainBed numbering of environments.
+
+    check_images: open every file's header first, so that a broken file stops the run before it starts.
+    Raises DataError for a missing root, no or empty domains, class folders missing in one domain, unreadable images.
+    """
+    if not root.is_dir():
+        raise DataError(f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/*.jpg")
+    found = {d.name: {c.name: _images(c) for c in _folders(d)} for d in _folders(root)}
+    if not found:
+        raise DataError(f"--data-root {root}: holds no domain folders; expected <root>/<domain>/<class>/*.jpg")
+    _check_classes(root, found)
+    classes = tuple(sorted(next(iter(found.values()))))
+    domains = [_domain(name, classes, files) for name, files in sorted(found.items())]
+    if check_images:
+        _check_readable([p for d in domains for p in d.images.paths])  # type: ignore[attr-defined]
+    return domains
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def _domain(name: str, classes: Sequence[str], files: dict[str, list[Path]]) -> Domain:
+    paths = [path for c in classes for path in files[c]]
+    labels = np.repeat(np.arange(len(classes)), [len(files[c]) for c in classes])
+    return Domain(name, tuple(classes), FolderImages(tuple(paths)), labels.astype(np.int64))
+
+
+def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
+    every = {c for files in found.values() for c in files}
+    for name, files in sorted(found.items()):
+        if not any(files.values()):
+            raise DataError(f"domain {name!r} in {root}: has no images; expected {root / name}/<class>/*.jpg")
+        missing = sorted(every - files.keys())
+        if missing:
+            raise DataError(
+                f"domain {name!r} in {root}: class folders missing: {_some(missing)}; every domain needs the same classes"
+            )
+        empty = sorted(c for c, paths in files.items() if not paths)
+        if empty:
+            raise DataError(f"domain {name!r} in {root}: no images in class {_some(empty)}")
+
+
+def _check_readable(paths: Sequence[Path]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        broken = [str(p) for p, fine in zip(paths, pool.map(_is_readable, paths), strict=True) if not fine]
+    if broken:
+        raise DataError(f"{len(broken)} unreadable image(s): {_some(broken)}; remove or replace them")
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (8, 8))  # a JPEG decodes to an eighth of its size: a truncated one fails, quickly
+            image.load()
+        return True
+    except (OSError, UnidentifiedImageError, SyntaxError):
+        return False
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,70 @@
+"""DomainBed's leave-one-domain-out split (`specs/algorithms.md` §5.2; facebookresearch/DomainBed)."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qat.domains.folders import DataError, Domain
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of one domain: `indices` int64 into it."""
+
+    domain: Domain = field(repr=False)
+    indices: NDArray[np.int64] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.domain.name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class LeaveOneDomainOut:
+    """Sources' "in" parts train, their "out" parts validate; the target's "in" is tested, its "out" serves the oracle."""
+
+    train: tuple[Subset, ...]
+    validation: tuple[Subset, ...]
+    target_in: Subset
+    target_out: Subset
+    classes: tuple[str, ...]
+
+
+def seed_hash(*values: object) -> int:
+    """DomainBed's seed of several values: md5 of their tuple's text, modulo 2^31."""
+    return int(hashlib.md5(str(values).encode()).hexdigest(), 16) % (2**31)
+
+
+def split_indices(count: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(held out, rest) of range(count), shuffled by NumPy's RandomState as DomainBed's split_dataset does."""
+    order = np.arange(count)
+    np.random.RandomState(seed).shuffle(order)  # noqa: NPY002  (the published split is defined by it)
+    return order[:holdout], order[holdout:]
+
+
+def leave_one_domain_out(
+    domains: Sequence[Domain], test_domain: str, *, holdout_fraction: float = 0.2, trial_seed: int = 0
+) -> LeaveOneDomainOut:
+    """Split every domain, then set `test_domain` aside. Raises DataError for an unknown one or too few images."""
+    names = [d.name for d in domains]
+    if test_domain not in names:
+        raise DataError(f"--test-domain {test_domain}: no such domain; there are {', '.join(names)}")
+    if len(domains) < 2:
+        raise DataError(f"only one domain ({names[0]}): leaving it out leaves nothing to train on")
+    parts: dict[str, tuple[Subset, Subset]] = {}
+    for environment, domain in enumerate(domains):
+        held, rest = split_indices(len(domain), int(holdout_fraction * len(domain)), seed_hash(trial_seed, environment))
+        if not len(held) or not len(rest):
+            raise DataError(f"domain {domain.name!r}: {len(domain)} images cannot be split with --holdout {holdout_fraction}")
+        parts[domain.name] = Subset(domain, held), Subset(domain, rest)
+    sources = [name for name in names if name != test_domain]
+    target_out, target_in = parts[test_domain]
+    return LeaveOneDomainOut(
+        tuple(parts[n][1] for n in sources), tuple(parts[n][0] for n in sources), target_in, target_out, domains[0].classes
+    )

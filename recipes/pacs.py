@@ -1,0 +1,38 @@
+"""PACS, leave one domain out: full precision, then LSQ from it.
+
+    uv run recipes/pacs.py fp  --data-root PACS --test-domain sketch --pretrained --out runs/fp
+    uv run recipes/pacs.py lsq --data-root PACS --test-domain sketch --bits 4 --init-from runs/fp --out runs/w4a4
+
+`PACS` is a folder of domains: PACS/{art_painting,cartoon,photo,sketch}/<class>/*.jpg.
+"""
+
+import sys
+from typing import Annotated
+
+import tyro
+from tyro.conf import subcommand
+
+from qat.cli import guarded
+from qat.domains.folders import read_domains
+from qat.training.compare import compare_runs
+from qat.training.loop import run
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.results import table
+
+
+def train(recipe: Recipe) -> int:
+    if recipe.data_root is None:
+        raise RecipeError("--data-root: give the PACS folder, <root>/<domain>/<class>/*.jpg")
+    folder = run(recipe, read_domains(recipe.data_root))
+    print(table(folder))
+    if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
+        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+    return 0
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(
+        Annotated[Recipe, subcommand("fp")] | Annotated[LsqRecipe, subcommand("lsq")],  # type: ignore[arg-type]
+        description=__doc__,
+    )
+    sys.exit(guarded(lambda: train(chosen)))
