@@ -20,17 +20,17 @@ from qat.training.recipe import LsqRecipe, Recipe
 
 @dataclass(frozen=True)
 class Quickstart:
-    backbone: str = "resnet10t"
+    backbone: str = "test_resnet"
     """Any timm model name."""
     image_size: int = 48
     """Side of the images, pixels."""
     per_class: int = 120
     """Images per class and style."""
-    steps: int = 250
+    steps: int = 400
     """Training steps in full precision; W4A4 trains for as many again."""
     bits: int = 4
     """Bits of weights and activations."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Images of each source domain in a step."""
     test_domain: str = "sketch"
     """The style that training never sees."""
@@ -54,7 +54,7 @@ def quickstart(flags: Quickstart) -> int:
         if f.name in ("backbone", "image_size", "per_class", "steps", "batch_size", "test_domain", "seed")
     } | {"evaluate_every": max(flags.steps // 5, 1)}
     print("1/5  training in full precision")
-    baseline = run(Recipe(**shared, out=out / "fp", lr=2e-3), domains)
+    baseline = run(Recipe(**shared, out=out / "fp", lr=5e-3), domains)
     print(f"2/5  training W{flags.bits}A{flags.bits} from it (LSQ)")
     quantized = run(LsqRecipe(**shared, out=out / "lsq", bits=flags.bits, init_from=out / "fp"), domains)
     print("3/5  exporting to ONNX")

@@ -89,8 +89,8 @@ def _place(outline: Outline, size: int, rng: np.random.Generator) -> Outline:
 
 
 def _photo(points: Outline, size: int, rng: np.random.Generator) -> Image.Image:
-    background = _blobs(size, rng, coarse=6) * 60 + rng.uniform(60, 170, 3)
-    texture = _blobs(size, rng, coarse=24)[..., :1] * 35
+    background = _blobs(size, rng, coarse=6) * 32 + rng.uniform(60, 170, 3)
+    texture = _blobs(size, rng, coarse=24)[..., :1] * 25
     light = np.linspace(-1, 1, size)[:, None, None] * rng.uniform(20, 55) * rng.choice([-1, 1])
     body = _contrasting(background.mean((0, 1)), rng) + texture + light
     mask = np.asarray(_mask(points, size).filter(ImageFilter.GaussianBlur(size / 90)), np.float64)[..., None] / 255
@@ -114,26 +114,32 @@ def _cartoon(points: Outline, size: int, rng: np.random.Generator) -> Image.Imag
 
 
 def _art_painting(points: Outline, size: int, rng: np.random.Generator) -> Image.Image:
-    ground = rng.uniform(70, 170, 3)
-    figure = np.clip(ground + rng.choice([-1, 1]) * rng.uniform(45, 80) + rng.uniform(-30, 30, 3), 0, 255)
+    ground = rng.uniform(95, 150, 3)
+    figure = np.clip(ground + rng.choice([-1, 1]) * rng.uniform(75, 115) + rng.uniform(-30, 30, 3), 0, 255)
     picture = Image.new("RGB", (size, size), _colour(ground))
     draw, inside = ImageDraw.Draw(picture), _mask(points, size)
     direction = rng.uniform(0, math.pi)
     reach = size / 14
-    for x, y in rng.uniform(0, size, (450, 2)):
+    for x, y in rng.uniform(0, size, (700, 2)):
         base = figure if inside.getpixel((int(x), int(y))) else ground
         angle = direction + rng.normal(0, 0.35)
         dx, dy = math.cos(angle) * reach / 2, math.sin(angle) * reach / 2
-        draw.line((x - dx, y - dy, x + dx, y + dy), fill=_colour(base + rng.normal(0, 16, 3)), width=size // 26)
+        draw.line((x - dx, y - dy, x + dx, y + dy), fill=_colour(base + rng.normal(0, 11, 3)), width=size // 26)
     return picture.filter(ImageFilter.GaussianBlur(size / 140))
 
 
 def _sketch(points: Outline, size: int, rng: np.random.Generator) -> Image.Image:
     picture = Image.new("RGB", (size, size), (252, 252, 250))
     draw = ImageDraw.Draw(picture)
-    for _ in range(rng.integers(1, 3)):  # drawn over once or twice, never the same way
-        wavering = _subdivide(points) + rng.normal(0, size * 0.008, (len(points) * 4, 2))
-        _stroke(draw, wavering, width=max(size // 55, 1), colour=(rng.integers(0, 70),) * 3)
+    width = max(size // 60, 1)
+    for _ in range(rng.integers(3, 8)):  # construction lines left on the page
+        draw.line(rng.uniform(0, size, 4).tolist(), fill=(int(rng.integers(110, 190)),) * 3, width=width)
+    for _ in range(rng.integers(1, 3)):  # drawn over once or twice, never the same way, the pencil lifting now and then
+        wavering = _subdivide(points) + rng.normal(0, size * 0.012, (len(points) * 4, 2))
+        shade = (int(rng.integers(0, 90)),) * 3
+        for start, end in zip(wavering, np.roll(wavering, -1, axis=0), strict=True):
+            if rng.random() > 0.12:
+                draw.line((*start.tolist(), *end.tolist()), fill=shade, width=width)
     return picture
 
 
@@ -153,7 +159,7 @@ def _blobs(size: int, rng: np.random.Generator, coarse: int) -> NDArray[np.float
 
 def _contrasting(background: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
     away = np.where(background > 115, -1, 1)
-    return np.asarray(background + away * rng.uniform(50, 110, 3))
+    return np.asarray(background + away * rng.uniform(80, 130, 3))
 
 
 def _mask(points: Outline, size: int) -> Image.Image:

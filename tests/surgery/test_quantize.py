@@ -1,0 +1,207 @@
+"""`quantize_` accounts for every layer and every joining tensor, or raises and changes nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.quantizers.spec import QuantSpec
+from qat.surgery.calibrate import calibrate
+from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, pad_same
+from qat.surgery.swap import parameter_groups, quantize_, quantizers, uniform_rules
+from tests.surgery.nets import TinyNet, with_random_norms
+
+X = torch.randn(2, 3, 33, 29, generator=torch.Generator().manual_seed(0))
+EDGES = ("stem", "head")
+
+
+def quantized(bits: int = 4) -> tuple[nn.Module, object]:
+    torch.manual_seed(0)
+    model = with_random_norms(TinyNet()).eval()
+    table = quantize_(model, uniform_rules(bits, bits, EDGES), X)
+    calibrate(model, [X])
+    return model, table
+
+
+def test_table_names_every_layer_with_its_bits_and_macs() -> None:
+    _, table = quantized()
+    bits = {row.name: (row.weight.bits, row.input.bits) for row in table.rows}
+    assert bits == {"stem": (8, 8), "block.conv1": (4, 4), "block.conv2": (4, 4), "left": (4, 4), "right": (4, 4), "head": (8, 8)}
+    macs = {row.name: row.macs for row in table.rows}
+    assert macs["stem"] == 17 * 15 * 8 * 27  # 33×29 at stride 2, padding 1
+    assert macs["block.conv2"] == 9 * 8 * 8 * 9  # depthwise on 9×8
+    assert macs["head"] == 13 * 5
+    assert "100.0% of the MACs quantized" in str(table)
+
+
+def test_sites_stand_where_integer_operations_join() -> None:
+    _, table = quantized()
+    assert set(table.sites) == {
+        "#clip0",  # the stem's relu6: read by the residual add and, behind the max pool, by conv1
+        "block.bn2#batch_norm0",  # into the add
+        "block#clip1",  # the sum behind its relu
+        "left#conv2d0", "#clip1",  # both parts of the concat
+        "#cat0", "down#avg_pool2d0",
+    }  # fmt: skip
+
+
+def test_every_quantizer_gets_a_gradient_and_moves() -> None:
+    model, _ = quantized()
+    model.train()
+    steps = {name: q.step.clone() for name, q in quantizers(model).items()}
+    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.01)
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    F.cross_entropy(model(X), torch.tensor([1, 3])).backward()
+    optimizer.step()
+    assert all(torch.isfinite(q.step).all() and not torch.equal(q.step, steps[n]) for n, q in quantizers(model).items())
+
+
+def test_steps_are_a_group_of_their_own_without_weight_decay() -> None:
+    model, _ = quantized()
+    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.5)
+    steps = {id(q.raw_step) for q in quantizers(model).values()}
+    holding = [g for g in groups if any(id(p) in steps for p in g["params"])]
+    assert len(holding) == 1 and {id(p) for p in holding[0]["params"]} == steps
+    assert (holding[0]["weight_decay"], holding[0]["lr"]) == (0.0, 0.5)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_state_dict_keys_of_the_float_model_survive_and_round_trip() -> None:
+    plain = set(TinyNet().state_dict())
+    model, _ = quantized()
+    assert plain <= set(model.state_dict())
+    other = TinyNet()
+    quantize_(other, uniform_rules(4, 4, EDGES), X)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(X), model(X))
+
+
+def test_copy_of_a_quantized_model_is_independent() -> None:
+    model, _ = quantized()
+    twin = copy.deepcopy(model)
+    before = model(X)
+    for quantizer in quantizers(twin).values():
+        quantizer.raw_step.data.mul_(3)
+    assert torch.equal(model(X), before)
+    assert not torch.equal(twin(X), before)
+
+
+def test_forward_equals_the_network_written_out_by_hand() -> None:
+    model, _ = quantized()
+    q = quantizers(model)
+    bn = lambda m, v: F.batch_norm(v, m.running_mean, m.running_var, m.weight, m.bias)  # noqa: E731
+    conv = lambda name, v, layer, **k: F.conv2d(q[f"{name}.input"](v), q[f"{name}.weight"](layer.weight), layer.bias, **k)  # noqa: E731
+    x = q["#clip0"](F.relu6(bn(model.bn, conv("stem", X, model.stem, stride=2, padding=1))))
+    x = F.max_pool2d(x, 3, 2, 1)
+    block = model.block
+    y = F.relu(bn(block.bn1, conv("block.conv1", x, block.conv1, padding=1)))
+    y = q["block.bn2#batch_norm0"](bn(block.bn2, conv("block.conv2", y, block.conv2, padding=1, groups=8)))
+    x = q["block#clip1"](F.relu(y + x))
+    left = q["left#conv2d0"](conv("left", x, model.left))
+    right = q["#clip1"](F.relu(conv("right", x, model.right, padding=1)))
+    x = q["#cat0"](torch.cat([left, right], 1))
+    x = q["down#avg_pool2d0"](F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)).mean((2, 3))
+    expected = F.linear(q["head.input"](x), q["head.weight"](model.head.weight), model.head.bias)
+    assert torch.equal(model(X), expected)
+
+
+def test_a_rule_that_matches_nothing_raises_and_changes_nothing() -> None:
+    model = TinyNet()
+    with pytest.raises(ValueError, match=r"rule 'steem' decides nothing: it matches no conv or linear"):
+        quantize_(model, uniform_rules(4, 4, ("steem",)), X)
+    assert type(model) is TinyNet and type(model.stem) is nn.Conv2d
+
+
+def test_a_shadowed_rule_raises() -> None:
+    spec = LayerSpec(QuantSpec(4, signed=True, axis=0), QuantSpec(4))
+    with pytest.raises(ValueError, match=r"rule 'stem' decides nothing: earlier rules take all it matches \(stem\)"):
+        quantize_(TinyNet(), [("*", spec), ("stem", spec)], X)
+
+
+def test_a_layer_no_rule_reaches_raises() -> None:
+    spec = LayerSpec(QuantSpec(4, signed=True, axis=0), QuantSpec(4))
+    with pytest.raises(ValueError, match="no rule reaches left, right, head"):
+        quantize_(TinyNet(), [("stem", spec), ("block.*", spec)], X)
+
+
+def test_a_float_rule_leaves_the_layer_alone() -> None:
+    model = TinyNet()
+    rules = [("right", FLOAT), *uniform_rules(4, 4, EDGES)]
+    table = quantize_(model, rules, X)
+    assert type(model.right) is nn.Conv2d
+    assert [row.weight for row in table.rows if row.name == "right"] == [None]
+
+
+def test_quantizing_twice_raises() -> None:
+    model, _ = quantized()
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_(model, uniform_rules(4, 4, EDGES), X)
+
+
+class FunctionalWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.conv(x), self.kernel).mean((2, 3))
+
+
+def test_a_weight_used_outside_its_layer_raises() -> None:
+    with pytest.raises(ValueError, match="uses kernel outside the layer that owns it"):
+        quantize_(FunctionalWeight(), uniform_rules(4, 4), X)
+
+
+class Unused(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(13, 5)
+
+
+def test_a_layer_that_never_runs_raises() -> None:
+    with pytest.raises(ValueError, match="'auxiliary' never runs"):
+        quantize_(Unused(), uniform_rules(4, 4, EDGES), X)
+
+
+class Fork(TinyNet):
+    detour = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.detour:
+            x = x + x.flip(3)
+        return super().forward(x)
+
+
+def test_an_operation_that_appears_later_raises_with_its_address() -> None:
+    model = Fork().eval()
+    quantize_(model, uniform_rules(4, 4, EDGES), X)
+    calibrate(model, [X])
+    model.detour = True
+    with pytest.raises(RuntimeError, match=r"#add0: this operation was not there"):
+        model(X)
+
+
+class OddConv(nn.Conv2d):
+    pass
+
+
+def test_an_unknown_conv_subclass_raises() -> None:
+    model = TinyNet()
+    model.right = OddConv(8, 7, 3, padding=1)
+    with pytest.raises(ValueError, match="'right': OddConv is a Conv2d subclass"):
+        quantize_(model, uniform_rules(4, 4, EDGES), X)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_padding_matches_timm(stride: int, dilation: int) -> None:
+    import timm.layers
+
+    conv = timm.layers.Conv2dSame(3, 4, 3, stride=stride, dilation=dilation)
+    padded = pad_same(X, conv.kernel_size, conv.stride, conv.dilation)
+    assert torch.equal(F.conv2d(padded, conv.weight, conv.bias, stride, 0, dilation), conv(X))
+    wrapped = QuantConv2d.from_float(conv, LayerSpec(QuantSpec(8, signed=True, axis=0), None), "conv")
+    assert wrapped.same_padding
