@@ -61,6 +61,17 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Concatenation: every part is requantized on its own."""
+
+    parts: tuple[Codes, ...]
+    axis: int
+
+    def real(self) -> Tensor:
+        return torch.cat([part.real() for part in self.parts], self.axis)
+
+
+@dataclass(frozen=True)
 class Mean:
     source: Codes
 
@@ -113,7 +124,7 @@ class WindowMean:
         return x[:, :, rows, column : column + (width - 1) * self.stride[1] + 1 : self.stride[1]]
 
 
-Value = Tensor | Codes | Accumulator | Sum | Mean | WindowMean
+Value = Tensor | Codes | Accumulator | Sum | Joined | Mean | WindowMean
 
 
 class IntegerReference:
@@ -170,6 +181,9 @@ class IntegerReference:
             case "Add":
                 assert node.inputs[1] is not None
                 return Sum(_codes(x, node), _codes(values[node.inputs[1]], node))
+            case "Concat":
+                parts = tuple(_codes(values[v], node) for v in node.inputs if v is not None)
+                return Joined(parts, node.attributes["axis"].as_int())
             case "GlobalAveragePool":
                 return Mean(_codes(x, node))
             case "AveragePool":
@@ -191,6 +205,8 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
         code = torch.round(value.sums.float() * (value.unit / scale)) + grid.zero_point
     elif isinstance(value, Sum):
         code = torch.round(_fused_sum(value, grid))
+    elif isinstance(value, Joined):
+        return torch.cat([quantize(part, grid) for part in value.parts], value.axis)
     elif isinstance(value, Mean):
         x = value.source
         count = x.carrier.shape[2] * x.carrier.shape[3]

@@ -13,7 +13,7 @@ the parameter, so that no optimizer can turn a step negative and nothing has to 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from qat.quantizers.spec import QuantSpec
 
 SMALLEST_STEP = 1e-10
+
+Init = Literal["lsq", "mse"]
 
 
 class FakeQuantizeLSQ(torch.autograd.Function):
@@ -142,11 +144,16 @@ class LSQWeight(LSQ):
 
     is_weight = True
 
-    def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "") -> None:
+    def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "", init: Init = "lsq") -> None:
         if spec.signed is not True:
             raise ValueError(f"weight quantizer {name!r}: weights are signed, got spec {spec}")
         super().__init__(spec, None if spec.axis is None else weight.shape[spec.axis], name)
-        self.initialize(initial_step(weight.detach(), spec))
+        self.initialize(starting_step(weight.detach(), spec, init))
+
+
+def starting_step(x: Tensor, spec: QuantSpec, init: Init) -> Tensor:
+    """Steps to start from, float32, shape () or (channels,): the paper's ("lsq") or least squared error ("mse")."""
+    return initial_step(x, spec) if init == "lsq" else least_squares_step(x, spec)
 
 
 def initial_step(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -154,3 +161,19 @@ def initial_step(x: Tensor, spec: QuantSpec) -> Tensor:
     dims = [d for d in range(x.dim()) if d != spec.axis]
     magnitude = x.abs().float().mean(dim=dims)
     return torch.where(magnitude > 0, 2 * magnitude / spec.qmax**0.5, 1.0).clamp_min(SMALLEST_STEP)
+
+
+def least_squares_step(x: Tensor, spec: QuantSpec, candidates: int = 100) -> Tensor:
+    """The step, of `candidates` up to the one that clips nothing, with the least mean squared error, per step of `spec`.
+
+    The paper's s0 makes a 2-bit grid well and wastes an 8-bit one: uniform weights reach code 11 of 127.
+    """
+    rows = (x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)).float()
+    reach = torch.maximum(rows.amax(1) / spec.qmax, rows.amin(1) / min(spec.qmin, -1))
+    reach = torch.where(reach > 0, reach, 1.0)[:, None]
+    best, least = reach, torch.full_like(reach, float("inf"))
+    for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
+        step = reach * fraction
+        error = ((rows / step).clamp_(spec.qmin, spec.qmax).round_() * step - rows).square_().mean(1, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best.squeeze(1).squeeze(0) if spec.axis is None else best.squeeze(1)

@@ -3,19 +3,15 @@
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.lsq import LSQ, initial_step
+from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.swap import quantizers
 
 SAMPLES_PER_BATCH = 16_384
-
-Init = Literal["lsq", "mse"]
-
 
 @dataclass(frozen=True)
 class CalibrationRow:
@@ -85,18 +81,8 @@ def _initialize(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) ->
     values = torch.cat(samples)
     signed = bool(values.min() < 0)
     spec = quantizer.spec.with_sign(signed)
-    step = initial_step(values, spec) if init == "lsq" else least_squares_step(values, spec)
+    step = starting_step(values, spec, init)
     quantizer.initialize(step, signed)
     v = values / step
     clipped = ((v < spec.qmin - 0.5) | (v > spec.qmax + 0.5)).float().mean()
     return CalibrationRow(name, spec, float(step), float(clipped))
-
-
-def least_squares_step(values: Tensor, spec: QuantSpec, candidates: int = 100) -> Tensor:
-    """The step, of `candidates` between 1/100 of and the whole of the range, with the least mean squared error."""
-    reach = torch.maximum(values.max() / spec.qmax, values.min() / min(spec.qmin, -1))
-    if reach <= 0:
-        return torch.ones(())
-    steps = reach * torch.linspace(1 / candidates, 1, candidates, device=values.device)
-    errors = [((values / s).clamp(spec.qmin, spec.qmax).round_() * s - values).square_().mean() for s in steps]
-    return steps[torch.stack(errors).argmin()]

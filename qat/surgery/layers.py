@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.quantizers.lsq import LSQ, LSQWeight
+from qat.quantizers.lsq import LSQ, Init, LSQWeight
 from qat.quantizers.spec import QuantSpec
 
 
@@ -41,7 +41,7 @@ class QuantConv2d(nn.Conv2d):
     same_padding: bool
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, spec: LayerSpec, name: str) -> "QuantConv2d":
+    def from_float(cls, conv: nn.Conv2d, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantConv2d":
         """Wrap `conv`, sharing its parameters. Raises ValueError for a subclass whose forward is not known."""
         rule = PADDING_RULES.get(type(conv).__name__)
         if rule is None:
@@ -49,7 +49,7 @@ class QuantConv2d(nn.Conv2d):
                 f"layer {name!r}: {type(conv).__name__} is a Conv2d subclass that quantize_ does not know; "
                 "give it a FLOAT rule to leave it in floating point"
             )
-        quantized = _share_state(cls, conv, spec, name)
+        quantized = _share_state(cls, conv, spec, name, init)
         quantized.same_padding = rule == "same"
         return quantized
 
@@ -68,10 +68,10 @@ class QuantLinear(nn.Linear):
     input_quantizer: LSQ | None
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str) -> "QuantLinear":
+    def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantLinear":
         if type(linear) is not nn.Linear:
             raise ValueError(f"layer {name!r}: {type(linear).__name__} is a Linear subclass that quantize_ does not know")
-        return _share_state(cls, linear, spec, name)
+        return _share_state(cls, linear, spec, name, init)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
@@ -79,13 +79,13 @@ class QuantLinear(nn.Linear):
         return F.linear(x, self.weight_quantizer(self.weight), self.bias)
 
 
-def _share_state(cls: Any, layer: nn.Module, spec: LayerSpec, name: str) -> Any:
+def _share_state(cls: Any, layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> Any:
     quantized = cls.__new__(cls)
     quantized.__dict__.update(layer.__dict__)
     quantized._modules = dict(layer._modules)
     if spec.weight is None:
         raise ValueError(f"layer {name!r}: a quantized layer needs a weight spec")
-    quantized.weight_quantizer = LSQWeight(spec.weight, layer.weight, f"{name}.weight")  # type: ignore[arg-type]
+    quantized.weight_quantizer = LSQWeight(spec.weight, layer.weight, f"{name}.weight", init)  # type: ignore[arg-type]
     quantized.input_quantizer = None if spec.input is None else LSQ(spec.input, name=f"{name}.input")
     return quantized
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.lsq import LSQ
+from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear
 from qat.surgery.plan import MULTIPLIES, is_join, plan_sites
@@ -68,13 +68,19 @@ def uniform_rules(weight_bits: int, input_bits: int, first_and_last: Iterable[st
 
 
 def quantize_(
-    model: nn.Module, rules: Rules, example: Tensor, stream: QuantSpec = QuantSpec(8)  # noqa: B008  (frozen)
+    model: nn.Module,
+    rules: Rules,
+    example: Tensor,
+    *,
+    stream: QuantSpec = QuantSpec(8),  # noqa: B008  (frozen)
+    weight_init: Init = "lsq",
 ) -> QuantizationTable:
     """Quantize `model` in place.
 
     rules:   ordered (glob over layer names, LayerSpec); the first match decides.
     example: N_C_H_W float input for the one pass that finds every operation.
     stream:  grid of the tensors that join integer operations (residual adds, concats, pools).
+    weight_init: how weight steps start, "lsq" (the paper's) or "mse" (least squared error).
 
     Raises ValueError, before anything is changed: a rule that decides nothing, a layer no rule reaches, a layer that the
     example's pass never runs, a weight used outside its layer, an operation that cannot be quantized yet.
@@ -87,7 +93,7 @@ def quantize_(
     _check_coverage(layers, specs, trace)
     plan = plan_sites(trace)
     quantized = {
-        name: _wrap(layers[name], _input_from_stream(spec, stream) if name in plan.on_grid else spec, name)
+        name: _wrap(layers[name], _input_from_stream(spec, stream) if name in plan.on_grid else spec, name, weight_init)
         for name, spec in specs.items()
         if spec != FLOAT
     }
@@ -158,10 +164,10 @@ def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
     return spec
 
 
-def _wrap(layer: nn.Module, spec: LayerSpec, name: str) -> nn.Module:
+def _wrap(layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> nn.Module:
     for kind, wrap in WRAPPERS.items():
         if isinstance(layer, kind):
-            return wrap(layer, spec, name)
+            return wrap(layer, spec, name, init)
     raise ValueError(f"layer {name!r}: {type(layer).__name__} cannot be quantized yet; give it a FLOAT rule")
 
 

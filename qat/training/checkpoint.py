@@ -153,7 +153,8 @@ def build(
     mean, std = NORMALIZATIONS.get(recipe.normalization, (config.mean, config.std))
     table = None
     if isinstance(recipe, LsqRecipe):
-        table = quantize_(model, rules_of(recipe, model), torch.zeros(1, 3, recipe.image_size, recipe.image_size))
+        example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+        table = quantize_(model, rules_of(recipe, model), example, weight_init=recipe.init)
     return Built(model, table, mean, std)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qat.surgery.calibrate import Init
+from qat.quantizers.lsq import Init
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LsqRecipe(Recipe):
     init_from: Path | None = None
     """Full-precision run folder to start from."""
     init: Init = "mse"
-    """How activation steps start: LSQ's mean magnitude, or least squared error."""
+    """How steps start: LSQ's mean magnitude, or least squared error."""
     calibration_batches: int = 8
     """Training batches for calibration."""
     lr: float = 5e-4

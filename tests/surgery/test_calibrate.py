@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from qat.quantizers.lsq import least_squares_step
 from qat.quantizers.spec import QuantSpec
-from qat.surgery.calibrate import calibrate, least_squares_step
+from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
 from tests.surgery.nets import TinyNet, with_random_norms
 
@@ -57,6 +58,14 @@ def test_least_squares_step_beats_its_neighbours() -> None:
         return float(((np.clip(np.rint(v / step), 0, 7) * step - v) ** 2).mean())
 
     assert all(error(best) <= error(best * factor) for factor in (0.7, 0.85, 1.15, 1.4))
+
+
+def test_least_squares_steps_per_channel_are_those_of_each_channel_alone() -> None:
+    weight = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 0.01, 7, 0])[:, None, None]
+    steps = least_squares_step(weight, QuantSpec(4, signed=True, axis=0))
+    alone = [float(least_squares_step(w, QuantSpec(4, signed=True))) for w in weight]
+    assert steps.tolist() == alone
+    assert steps[3] > 0
 
 
 def test_no_batch_and_an_unreached_quantizer_raise() -> None:

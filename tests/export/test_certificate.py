@@ -1,0 +1,118 @@
+"""The certificate passes on what was trained and names what was not."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.certificate import Certificate, certify, compare_stored, layer_kernels
+from export.lowered import ExportError
+from export.reference import IntegerReference
+from tests.export.conftest import Exported
+
+LABELS = np.zeros(6, np.int64)
+
+
+def certificate(tiny: Exported, file: Path) -> Certificate:
+    return certify(tiny.lowered, file, tiny.images, LABELS, tiny.trained)
+
+
+def tampered(tiny: Exported, name: str, tmp_path: Path) -> Path:
+    """The file with the lowest byte of one element of initializer `name` changed by one."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(tiny.proto)
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    data = bytearray(tensor.raw_data)
+    data[4] ^= 1
+    tensor.raw_data = bytes(data)
+    file = tmp_path / "tampered.onnx"
+    onnx.save(proto, str(file))
+    return file
+
+
+def test_every_code_matches_at_the_integer_levels(tiny: Exported) -> None:
+    result = certificate(tiny, tiny.file)
+    assert result.passed and result.mismatches == 0
+    by_level = {level.level: level for level in result.levels}
+    assert list(by_level) == ["DISABLE", "BASIC", "EXTENDED", "ALL"]
+    assert by_level["ALL"].total == by_level["EXTENDED"].total == 0
+    assert by_level["ALL"].logits_equal and by_level["EXTENDED"].logits_equal
+    assert by_level["ALL"].codes == sum(
+        tiny.trained(tiny.images)[0][n].size for n in tiny.lowered.quantizers if n != "block.conv1.input"
+    ) + tiny.trained(tiny.images)[0]["block.conv1.input"].size
+    assert result.integer_kernels == result.layers == 6
+
+
+def test_rounding_of_biases_is_all_that_separates_training_from_the_integer_definition(tiny: Exported) -> None:
+    exact = dataclasses.replace(tiny.lowered, layers=dict(tiny.lowered.layers))
+    for name, layer in exact.layers.items():
+        unit = (exact.quantizers[layer.input_quantizer].scale * layer.scale).astype(np.float64)
+        bias = np.zeros(len(unit)) if layer.bias is None else layer.bias
+        exact.layers[name] = dataclasses.replace(layer, bias_codes=bias / unit)
+    trained, _ = tiny.trained(tiny.images)
+    computed, _ = IntegerReference(exact).run(torch.from_numpy(tiny.images), given=trained)
+    wrong = {n: int((computed[n].ravel() != trained[n].ravel()).sum()) for n in computed if computed[n].size == trained[n].size}
+    # float32 convolution in training against exact sums: about 3 codes in a million at ties
+    assert sum(wrong.values()) <= 1e-4 * sum(c.size for c in computed.values()), wrong
+
+
+@pytest.mark.parametrize("layer", ["stem", "block.conv2", "head"])
+def test_one_corrupt_weight_code_is_found_and_its_layer_named(tiny: Exported, layer: str, tmp_path: Path) -> None:
+    result = certificate(tiny, tampered(tiny, f"{layer}.weight", tmp_path))
+    assert not result.passed and result.mismatches > 0
+    assert list(result.stored) == [layer]
+    assert "1 of" in result.stored[layer] and "NOT CERTIFIED" in str(result) and f"{layer}:" in str(result)
+
+
+def test_a_corrupt_code_shows_in_the_runtimes_codes_right_behind_its_layer(tiny: Exported, tmp_path: Path) -> None:
+    result = certificate(tiny, tampered(tiny, "block.conv2.weight", tmp_path))
+    exact = next(level for level in result.levels if level.level == "ALL")
+    assert list(exact.mismatches) == ["block.bn2#batch_norm0"]
+
+
+@pytest.mark.parametrize(("tensor", "what"), [("left.weight/scale", "scale"), ("left.bias", "bias")])
+def test_corrupt_scale_and_bias_are_found(tiny: Exported, tensor: str, what: str, tmp_path: Path) -> None:
+    file = tampered(tiny, tensor, tmp_path)
+    assert compare_stored(tiny.lowered, onnx.load(str(file))) == {"left": f"its {'weight scale' if what == 'scale' else what} differs"}
+
+
+def test_a_corrupt_activation_scale_fails_through_the_runtimes_codes(tiny: Exported, tmp_path: Path) -> None:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(tiny.proto)
+    tensor = next(t for t in proto.graph.initializer if t.name == "block.conv2.input/scale")
+    value = np.frombuffer(tensor.raw_data, np.float32) * np.float32(1.01)
+    tensor.raw_data = value.tobytes()
+    file = tmp_path / "scaled.onnx"
+    onnx.save(proto, str(file))
+    result = certificate(tiny, file)
+    assert not result.passed and not result.stored
+
+
+def test_a_layer_left_in_float_is_named(tiny: Exported) -> None:
+    """Clip in float in front of the quantizer breaks the runtime's fusion; the check of its graph must notice."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(tiny.proto)
+    node = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0].startswith("block.conv2.input"))
+    clip = onnx.helper.make_node("Sigmoid", [node.input[0]], ["sigmoid"])
+    node.input[0] = "sigmoid"
+    proto.graph.node.insert(list(proto.graph.node).index(node), clip)
+    kernels = layer_kernels(tiny.lowered, proto)
+    assert [name for name, kernel in kernels.items() if kernel != "QLinearConv" and name != "head"] == ["block.conv1"]
+
+
+def test_missing_foreign_and_damaged_files_are_named(tiny: Exported, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"absent\.onnx: no such file"):
+        certificate(tiny, tmp_path / "absent.onnx")
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(tiny.file.read_bytes()[:100])
+    with pytest.raises(ExportError, match=r"damaged\.onnx: not a valid ONNX file"):
+        certificate(tiny, damaged)
+    foreign = tmp_path / "foreign.onnx"
+    node = onnx.helper.make_node("Relu", ["input"], ["logits"])
+    info = [onnx.helper.make_tensor_value_info(n, 1, [1, 3, 33, 29]) for n in ("input", "logits")]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", info[:1], info[1:])), str(foreign))
+    with pytest.raises(ExportError, match=r"foreign\.onnx: has no tensor"):
+        certificate(tiny, foreign)
