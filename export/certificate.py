@@ -84,9 +84,13 @@ class Certificate:
 
     def __str__(self) -> str:
         lines = [f"{self.file}: {'certified' if self.passed else 'NOT CERTIFIED'} on ONNX Runtime {self.runtime}"]
-        lines.append(f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {self._stored_verdict()}")
+        lines.append(
+            f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {self._stored_verdict()}"
+        )
         lines += [f"             {layer}: {what}" for layer, what in self.stored.items()]
-        lines.append(f"  kernels    {self.integer_kernels} of {self.layers} layers run integer kernels{self._kernel_names()}")
+        lines.append(
+            f"  kernels    {self.integer_kernels} of {self.layers} layers run integer kernels{self._kernel_names()}"
+        )
         for level in self.levels:
             worst = "".join(f"; {name} {count}" for name, count in list(level.mismatches.items())[:3])
             verdict = "ok" if level.passed else "FAILED"
@@ -126,7 +130,11 @@ def certify(
     kernels = layer_kernels(model, proto)
     runtime_logits = _logits(session.load(proto), images)
     agreement, rate, logits = _against_training(reference, images, fake_quantized)
-    predictions = {"fake-quantized": logits[0], "integer reference": logits[1], "ONNX Runtime": runtime_logits}
+    predictions = {
+        "fake-quantized": logits[0],
+        "integer reference": logits[1],
+        "ONNX Runtime": runtime_logits,
+    }
     return Certificate(
         file=file.name,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),

@@ -7,6 +7,7 @@ DequantizeLinear; weights are the stored codes, biases int32 codes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,7 +46,11 @@ class _Emitter:
             self._emit(node)
         outputs = [self._graph_output(value) for value in graph.outputs]
         made = helper.make_graph(
-            self.nodes, "edgeqat", [_value_info(v) for v in graph.inputs], outputs, list(self.initializers.values())
+            self.nodes,
+            "edgeqat",
+            [_value_info(v) for v in graph.inputs],
+            outputs,
+            list(self.initializers.values()),
         )
         opset = [helper.make_opsetid("", OPSET)]
         return helper.make_model(made, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgeqat")
@@ -86,9 +91,16 @@ class _Emitter:
         codes: NDArray[np.generic] = layer.codes
         zero: NDArray[np.generic] = np.zeros(len(layer.scale), np.int8)
         if saturates(layer, source):  # the u8·u8 kernel widens first: slower, but exact on every x86
-            codes, zero = (layer.codes.astype(np.int16) + 128).astype(np.uint8), np.full(len(layer.scale), 128, np.uint8)
+            codes, zero = (
+                (layer.codes.astype(np.int16) + 128).astype(np.uint8),
+                np.full(len(layer.scale), 128, np.uint8),
+            )
         name = f"{layer.name}.weight"
-        inputs = [self._constant(name, codes), self._constant(f"{name}/scale", layer.scale), self._constant(f"{name}/zero", zero)]
+        inputs = [
+            self._constant(name, codes),
+            self._constant(f"{name}/scale", layer.scale),
+            self._constant(f"{name}/zero", zero),
+        ]
         return self._add("DequantizeLinear", inputs, f"{name}/float", axis=0)
 
     def _bias(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
@@ -125,7 +137,7 @@ class _Emitter:
             self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
         return name
 
-    def _add(self, op: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+    def _add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=f"{op}:{output}", **attributes))
         return output
 

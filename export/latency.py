@@ -27,7 +27,12 @@ class Latency:
 
 
 def compare(
-    models: Mapping[str, onnx.ModelProto], images: NDArray[np.float32], *, threads: int = 1, rounds: int = 50, warmup: int = 5
+    models: Mapping[str, onnx.ModelProto],
+    images: NDArray[np.float32],
+    *,
+    threads: int = 1,
+    rounds: int = 50,
+    warmup: int = 5,
 ) -> list[Latency]:
     """Interleaved latencies of `models` on `images` (one batch); the first model is the baseline of the ratios.
 

@@ -35,13 +35,15 @@ def lower(model: nn.Module, example: Tensor) -> LoweredModel:
     model = copy.deepcopy(model).cpu().eval()
     found = quantizers(model)
     if not found:
-        raise ExportError("the model has no quantizers: quantize_(model, rules) and train it first, or export target fp32")
+        raise ExportError(
+            "the model has no quantizers: quantize_(model, rules) and train it first, or export target fp32"
+        )
     if empty := [name for name, q in found.items() if not q.initialized]:
         raise ExportError(f"quantizer {empty[0]!r} has no step: calibrate or train the model before exporting it")
     layers = {m.weight_quantizer.name: _layer(m) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     for quantizer in found.values():
-        quantizer.forward = _marker(quantizer.name)  # type: ignore[method-assign]
+        quantizer.forward = _marker(quantizer.name)  # type: ignore[method-assign,assignment]
     return LoweredModel(export_onnx(model, example), layers, activations)
 
 
@@ -58,7 +60,9 @@ def _identity(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def trained_codes(model: nn.Module, images: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
+def trained_codes(
+    model: nn.Module, images: NDArray[np.float32]
+) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
     """What the trained net itself computes in eval mode for `images` (N_C_H_W): carrier codes of every activation
     quantizer, and logits."""
     codes: dict[str, NDArray[np.uint8]] = {}

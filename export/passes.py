@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel
 
 # Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
-LAYOUT_OPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "DepthToSpace"}
+LAYOUT_OPS = {
+    "MaxPool",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Identity",
+    "DepthToSpace",
+}
 WEIGHTED_OPS = {"Conv", "Gemm"}
 LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
 
@@ -110,7 +120,9 @@ def plain_average_pools(model: LoweredModel) -> bool:
             node.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
             changed = True
         elif "ceil_mode" in node.attributes and node.attributes["ceil_mode"].as_int() == 1:
-            raise ExportError(f"node {node.name!r}: AveragePool with padding, ceil_mode and count_include_pad is not exact")
+            raise ExportError(
+                f"node {node.name!r}: AveragePool with padding, ceil_mode and count_include_pad is not exact"
+            )
     return changed
 
 
@@ -184,7 +196,9 @@ def resolve_biases(model: LoweredModel) -> bool:
         model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model)
     missing = [name for name, layer in model.layers.items() if layer.bias_codes is None]
     if missing:
-        raise ExportError(f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export")
+        raise ExportError(
+            f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export"
+        )
     return True
 
 
@@ -203,7 +217,9 @@ def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel) -> Low
     if not dead.any():
         return replace(layer, bias_codes=codes.astype(np.int32), input_quantizer=grid)
     channels = tuple(int(c) for c in np.flatnonzero(dead))
-    model.notes.append(f"layer {layer.name!r}: the batch norm silences channels {list(channels)}; only their bias is kept")
+    model.notes.append(
+        f"layer {layer.name!r}: the batch norm silences channels {list(channels)}; only their bias is kept"
+    )
     weight_codes, scale = layer.codes.copy(), layer.scale.copy()
     weight_codes[dead] = 0
     # A unit that leaves the bias 20 bits of precision; without weights nothing else depends on it.

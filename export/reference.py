@@ -95,7 +95,9 @@ class WindowMean:
         height, width = (self._outputs(x.shape[2 + axis], axis) for axis in (0, 1))
         padded = self._padded(x, height, width)
         inside = torch.ones_like(x[:1, :1])
-        counted = self._padded(F.pad(inside, self._edges(), value=1.0) if self.counts_padding else inside, height, width)
+        counted = self._padded(
+            F.pad(inside, self._edges(), value=1.0) if self.counts_padding else inside, height, width
+        )
         total, count = torch.zeros(()), torch.zeros(())
         for row in range(self.kernel[0]):
             for column in range(self.kernel[1]):
@@ -114,7 +116,10 @@ class WindowMean:
         return [left, right, top, bottom]
 
     def _padded(self, x: Tensor, height: int, width: int) -> Tensor:
-        rows, columns = (height - 1) * self.stride[0] + self.kernel[0], (width - 1) * self.stride[1] + self.kernel[1]
+        rows, columns = (
+            (height - 1) * self.stride[0] + self.kernel[0],
+            (width - 1) * self.stride[1] + self.kernel[1],
+        )
         if x.shape[2] == self.source.carrier.shape[2]:
             x = F.pad(x, self._edges())
         return F.pad(x, [0, max(columns - x.shape[3], 0), 0, max(rows - x.shape[2], 0)])
@@ -261,7 +266,9 @@ def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:
     padded = F.pad(carrier, (left, right, top, bottom), value=0.0)  # 0 is the smallest carrier code
     ceil = "ceil_mode" in get and get["ceil_mode"].as_int() == 1
     dilation = tuple(get["dilations"].as_ints()) if "dilations" in get else (1, 1)
-    return F.max_pool2d(padded, tuple(get["kernel_shape"].as_ints()), tuple(get["strides"].as_ints()), 0, dilation, ceil)
+    return F.max_pool2d(
+        padded, tuple(get["kernel_shape"].as_ints()), tuple(get["strides"].as_ints()), 0, dilation, ceil
+    )
 
 
 def _codes(value: Value, node: ir.Node) -> Codes:

@@ -31,7 +31,9 @@ class Session:
         return dict(zip(self.output_names, self.session.run(None, {self.input_name: images}), strict=True))
 
 
-def load(model: str | Path | onnx.ModelProto, *, level: str = "ALL", threads: int = 1, dump: Path | None = None) -> Session:
+def load(
+    model: str | Path | onnx.ModelProto, *, level: str = "ALL", threads: int = 1, dump: Path | None = None
+) -> Session:
     """Load a file or a model on the CPU provider. Raises ExportError when ONNX Runtime refuses it.
 
     level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph.

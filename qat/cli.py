@@ -64,7 +64,7 @@ Command = (
 
 def main() -> None:
     """Console entry point: exit 0 when all is well, 1 when a check failed, 2 when the input was unusable."""
-    command = tyro.cli(Command, prog="qat", description=__doc__)  # type: ignore[arg-type,var-annotated]
+    command = tyro.cli(Command, prog="qat", description=__doc__)
     sys.exit(guarded(lambda: execute(command)))
 
 
@@ -79,6 +79,7 @@ def guarded(action: Callable[[], int]) -> int:
 
 def execute(command: Export | Certify | Compare | Report) -> int:
     from qat import deploy
+    from qat.training.compare import compare_runs
 
     match command:
         case Export(run, target, out):
@@ -89,9 +90,13 @@ def execute(command: Export | Certify | Compare | Report) -> int:
             print(certificate)
             return 0 if certificate.passed else 1
         case Compare(baseline, run, max_drop):
-            comparison = deploy.compare_runs(baseline, run, max_drop)
+            comparison = compare_runs(baseline, run, max_drop)
             print(comparison)
             return 0 if comparison.passed else 1
         case Report(run, baseline):
             print(deploy.write_report(run, baseline))
             return 0
+
+
+if __name__ == "__main__":
+    main()

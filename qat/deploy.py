@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qat.training.checkpoint import RunFolder, load_run, write_atomically, write_json
-from qat.training.compare import Comparison, compare_runs
+from qat.training.checkpoint import RunFolder, load_run, write_atomically, write_json, write_text
 from qat.training.recipe import LsqRecipe, RecipeError
 
 if TYPE_CHECKING:
     from export.certificate import Certificate
     from export.latency import Latency
-
-__all__ = ["certify_run", "compare_runs", "Comparison", "export_run", "measure_run", "write_report"]
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
@@ -34,7 +31,9 @@ def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> 
     example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
     if target == "ort-int8":
         if built.table is None:
-            raise RecipeError(f"{run}: is a full-precision run; --target ort-int8 needs a quantized one (or use --target fp32)")
+            raise RecipeError(
+                f"{run}: is a full-precision run; --target ort-int8 needs a quantized one (or use --target fp32)"
+            )
         proto = emit_qdq(to_integers(lower(built.model, example)))
     else:
         proto = lower_float(built.model, example)
@@ -87,5 +86,5 @@ def write_report(run: Path, baseline: Path | None = None) -> Path:
         baseline = recipe.init_from
     path = folder / "report.html"
     html = render(folder, RunFolder.open(baseline) if baseline else None)
-    write_atomically(path, lambda p: p.write_text(html) and None)
+    write_text(path, html)
     return path

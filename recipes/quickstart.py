@@ -1,6 +1,6 @@
 """The whole job on rendered images, in minutes on two cores: full precision, W4A4, export, certificate, comparison, report.
 
-    uv run recipes/quickstart.py
+uv run recipes/quickstart.py
 """
 
 import dataclasses

@@ -44,7 +44,7 @@ def seed_hash(*values: object) -> int:
 def split_indices(count: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(held out, rest) of range(count), shuffled by NumPy's RandomState as DomainBed's split_dataset does."""
     order = np.arange(count)
-    np.random.RandomState(seed).shuffle(order)  # noqa: NPY002  (the published split is defined by it)
+    np.random.RandomState(seed).shuffle(order)
     return order[:holdout], order[holdout:]
 
 
@@ -61,10 +61,16 @@ def leave_one_domain_out(
     for environment, domain in enumerate(domains):
         held, rest = split_indices(len(domain), int(holdout_fraction * len(domain)), seed_hash(trial_seed, environment))
         if not len(held) or not len(rest):
-            raise DataError(f"domain {domain.name!r}: {len(domain)} images cannot be split with --holdout {holdout_fraction}")
+            raise DataError(
+                f"domain {domain.name!r}: {len(domain)} images cannot be split with --holdout {holdout_fraction}"
+            )
         parts[domain.name] = Subset(domain, held), Subset(domain, rest)
     sources = [name for name in names if name != test_domain]
     target_out, target_in = parts[test_domain]
     return LeaveOneDomainOut(
-        tuple(parts[n][1] for n in sources), tuple(parts[n][0] for n in sources), target_in, target_out, domains[0].classes
+        tuple(parts[n][1] for n in sources),
+        tuple(parts[n][0] for n in sources),
+        target_in,
+        target_out,
+        domains[0].classes,
     )

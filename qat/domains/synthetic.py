@@ -68,9 +68,13 @@ def _outline(shape: str) -> Outline:
             return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], 1)
         case "cross":
             a, b = 0.3, 0.95
-            return np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])  # fmt: skip
+            quarter = np.array([(-a, -b), (a, -b), (a, -a)])
+            turns = [np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), n) for n in range(4)]
+            return np.concatenate([quarter @ turn for turn in turns])
         case "arrow":
-            return np.array([(-0.95, -0.22), (0.1, -0.22), (0.1, -0.7), (0.95, 0), (0.1, 0.7), (0.1, 0.22), (-0.95, 0.22)])
+            return np.array(
+                [(-0.95, -0.22), (0.1, -0.22), (0.1, -0.7), (0.95, 0), (0.1, 0.7), (0.1, 0.22), (-0.95, 0.22)]
+            )
         case "heart":
             t = np.linspace(0, turn, 48, endpoint=False)
             y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
@@ -105,7 +109,7 @@ def _cartoon(points: Outline, size: int, rng: np.random.Generator) -> Image.Imag
     picture = Image.new("RGB", (size, size), _colour(backdrop))
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(1, 4)):  # flat clouds behind the shape
-        x, y, r = rng.uniform(0, size, 2).tolist() + [rng.uniform(0.08, 0.2) * size]
+        (x, y), r = rng.uniform(0, size, 2), rng.uniform(0.08, 0.2) * size
         draw.ellipse((x - r, y - r * 0.6, x + r, y + r * 0.6), fill=_colour(backdrop * rng.uniform(0.75, 0.95)))
     saturated = np.array([230.0, rng.uniform(20, 200), 20.0])[rng.permutation(3)]
     draw.polygon(_list(points), fill=_colour(saturated))
@@ -169,7 +173,12 @@ def _mask(points: Outline, size: int) -> Image.Image:
 
 
 def _stroke(draw: ImageDraw.ImageDraw, points: Outline, width: int, colour: Colour) -> None:
-    draw.line(_list(np.concatenate([points, points[:2]])), fill=tuple(int(c) for c in colour), width=width, joint="curve")
+    draw.line(
+        _list(np.concatenate([points, points[:2]])),
+        fill=tuple(int(c) for c in colour),
+        width=width,
+        joint="curve",
+    )
 
 
 def _subdivide(points: Outline) -> Outline:

@@ -66,7 +66,9 @@ class LSQ(nn.Module):
     def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
         super().__init__()
         if (spec.axis is None) != (channels is None):
-            raise ValueError(f"LSQ {name!r}: channels ({channels}) must be given exactly when spec.axis ({spec.axis}) is")
+            raise ValueError(
+                f"LSQ {name!r}: channels ({channels}) must be given exactly when spec.axis ({spec.axis}) is"
+            )
         self.spec, self.name = spec, name
         self.initialized = False
         self.observer: Callable[[Tensor], None] | None = None
@@ -94,7 +96,7 @@ class LSQ(nn.Module):
             self.observer(x.detach())
             return x
         self._require_step()
-        return FakeQuantizeLSQ.apply(  # type: ignore[no-untyped-call, no-any-return]
+        return FakeQuantizeLSQ.apply(
             x, self._broadcast(self.raw_step, x), self.spec.qmin, self.spec.qmax, self.gradient_scale(x)
         )
 

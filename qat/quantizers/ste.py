@@ -1,6 +1,6 @@
 """Straight-through estimators (Bengio et al. 2013, arXiv 1308.3432): a step function forward, the identity backward.
 
-    forward   y = round(x), half to even          backward   dL/dx = dL/dy
+forward   y = round(x), half to even          backward   dL/dx = dL/dy
 """
 
 from typing import Any
@@ -21,4 +21,4 @@ class _Round(torch.autograd.Function):
 
 def round_ste(x: Tensor) -> Tensor:
     """`torch.round` (half to even) whose gradient passes unchanged. Any float dtype and shape."""
-    return _Round.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    return _Round.apply(x)

@@ -13,6 +13,7 @@ from qat.surgery.swap import quantizers
 
 SAMPLES_PER_BATCH = 16_384
 
+
 @dataclass(frozen=True)
 class CalibrationRow:
     """One activation quantizer after calibration; `clipped` is the share of the sampled elements outside the grid."""

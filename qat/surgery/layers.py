@@ -70,7 +70,9 @@ class QuantLinear(nn.Linear):
     @classmethod
     def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantLinear":
         if type(linear) is not nn.Linear:
-            raise ValueError(f"layer {name!r}: {type(linear).__name__} is a Linear subclass that quantize_ does not know")
+            raise ValueError(
+                f"layer {name!r}: {type(linear).__name__} is a Linear subclass that quantize_ does not know"
+            )
         return _share_state(cls, linear, spec, name, init)
 
     def forward(self, x: Tensor) -> Tensor:

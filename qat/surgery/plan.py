@@ -47,7 +47,9 @@ def plan_sites(trace: Trace) -> Plan:
             for value in call.inputs:
                 origin = flow.origin(value)
                 if origin is None:
-                    raise ValueError(f"{call.address}: the model's input joins a {call.kind} before any layer quantizes it")
+                    raise ValueError(
+                        f"{call.address}: the model's input joins a {call.kind} before any layer quantizes it"
+                    )
                 sites[origin.address] = None
     on_grid = {
         call.path

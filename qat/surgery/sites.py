@@ -21,7 +21,7 @@ class StreamQuantizers(nn.ModuleDict):
     def __init__(self, addresses: dict[str, LSQ], joins: frozenset[str]) -> None:
         super().__init__({_key(address): quantizer for address, quantizer in addresses.items()})
         self.joins = joins
-        self.watched = {tuple(address.split("#")[0:1]) + (_kind(address),) for address in (*addresses, *joins)}
+        self.watched = {(address.split("#")[0], _kind(address)) for address in (*addresses, *joins)}
 
     def at(self, address: str, must_be_known: bool) -> LSQ | None:
         quantizer = self._modules.get(_key(address))
@@ -75,9 +75,8 @@ def run_with_sites(model: nn.Module, quantizers: dict[str, LSQ], joins: frozense
 
     @functools.wraps(base.forward)  # torch.export reads the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        location = self._location
-        location.reset()  # type: ignore[union-attr]
-        with SiteMode(self.stream_quantizers, location, self._quantized_layers, strict=not self.training):  # type: ignore[arg-type]
+        self._location.reset()  # type: ignore[operator,union-attr]
+        with SiteMode(self.stream_quantizers, self._location, self._quantized_layers, strict=not self.training):  # type: ignore[arg-type]
             return base.forward(self, *args, **kwargs)
 
     model.__class__ = type(f"Quantized{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})

@@ -49,13 +49,19 @@ class QuantizationTable:
         for row in self.rows:
             source = "stream" if row.reads_stream else str(row.input or "float")
             weight = str(row.weight or "float")
-            lines.append(f"{row.name:<{width}}  {row.kind:<7} {weight:>9} {source:>7} {row.macs:>12,} {row.weights:>10,}")
+            lines.append(
+                f"{row.name:<{width}}  {row.kind:<7} {weight:>9} {source:>7} {row.macs:>12,} {row.weights:>10,}"
+            )
         low = sum(r.macs for r in self.rows if r.weight is not None) / max(sum(r.macs for r in self.rows), 1)
-        lines.append(f"{len(self.rows)} layers, {low:.1%} of the MACs quantized; {len(self.sites)} stream quantizers of 8 bits")
+        lines.append(
+            f"{len(self.rows)} layers, {low:.1%} of the MACs quantized; {len(self.sites)} stream quantizers of 8 bits"
+        )
         return "\n".join(lines)
 
 
-def uniform_rules(weight_bits: int, input_bits: int, first_and_last: Iterable[str] = (), edge_bits: int = 8) -> list[tuple[str, LayerSpec]]:
+def uniform_rules(
+    weight_bits: int, input_bits: int, first_and_last: Iterable[str] = (), edge_bits: int = 8
+) -> list[tuple[str, LayerSpec]]:
     """The usual rules: the named first and last layers at `edge_bits`, all others at the given bits.
 
     Weights are signed with one step per output channel, inputs have one step and take their sign from data.
@@ -87,13 +93,18 @@ def quantize_(
     """
     if any(isinstance(m, (QuantConv2d, QuantLinear)) for m in model.modules()):
         raise ValueError("quantize_: the model is quantized already")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHTED)}
+    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHTED)}
     specs = _decide(layers, rules)
     trace = trace_calls(model, example)
     _check_coverage(layers, specs, trace)
     plan = plan_sites(trace)
     quantized = {
-        name: _wrap(layers[name], _input_from_stream(spec, stream) if name in plan.on_grid else spec, name, weight_init)
+        name: _wrap(
+            layers[name],
+            _input_from_stream(spec, stream) if name in plan.on_grid else spec,
+            name,
+            weight_init,
+        )
         for name, spec in specs.items()
         if spec != FLOAT
     }
@@ -134,11 +145,17 @@ def _decide(layers: dict[str, nn.Module], rules: Rules) -> dict[str, LayerSpec]:
                 used.add(pattern)
                 break
     if missed := [name for name in layers if name not in decided]:
-        raise ValueError(f"quantize_: no rule reaches {', '.join(missed)}; add a rule (FLOAT leaves a layer in floating point)")
+        raise ValueError(
+            f"quantize_: no rule reaches {', '.join(missed)}; add a rule (FLOAT leaves a layer in floating point)"
+        )
     for pattern, _ in rules:
         if pattern not in used:
             matches = [name for name in layers if fnmatch.fnmatchcase(name, pattern)]
-            why = f"earlier rules take all it matches ({', '.join(matches)})" if matches else "it matches no conv or linear"
+            why = (
+                f"earlier rules take all it matches ({', '.join(matches)})"
+                if matches
+                else "it matches no conv or linear"
+            )
             raise ValueError(f"quantize_: rule {pattern!r} decides nothing: {why}")
     return decided
 

@@ -18,7 +18,13 @@ from torch.overrides import TorchFunctionMode
 ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "multiply": "mul", "matmul": "matmul"}
 ALIASES |= {"rmatmul": "matmul", "bmm": "matmul", "concat": "cat", "concatenate": "cat", "hardtanh": "clip"}
 ALIASES |= {"relu6": "clip", "clamp": "clip", "clamp_min": "clip", "clamp_max": "clip", "relu": "clip"}
-ALIASES |= {"native_batch_norm": "batch_norm", "isub": "sub", "rsub": "sub", "itruediv": "div", "truediv": "div"}
+ALIASES |= {
+    "native_batch_norm": "batch_norm",
+    "isub": "sub",
+    "rsub": "sub",
+    "itruediv": "div",
+    "truediv": "div",
+}
 
 
 @lru_cache(maxsize=4096)

@@ -1,13 +1,12 @@
 """The run folder: what is written where, atomically, and how a trained model is loaded back.
 
-    recipe.json      the resolved recipe                 results.json     final accuracies
-    checkpoint.pt    the selected model                  last.pt          everything to resume from
-    metrics.jsonl    one JSON object per log entry       samples.npz      real images for certificates and latency
-    model.onnx, certificate.json, report.html            written by `qat export`, `qat certify`, `qat report`
+recipe.json      the resolved recipe                 results.json     final accuracies
+checkpoint.pt    the selected model                  last.pt          everything to resume from
+metrics.jsonl    one JSON object per log entry       samples.npz      real images for certificates and latency
+model.onnx, certificate.json, report.html            written by `qat export`, `qat certify`, `qat report`
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +41,20 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_atomically(path, write)
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n") and None)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 class RunFolder:
@@ -88,7 +94,7 @@ class RunFolder:
         return from_json(read_json(self / "recipe.json"), self / "recipe.json")
 
     def results(self) -> dict[str, Any]:
-        return read_json(self / "results.json")  # type: ignore[no-any-return]
+        return read_json(self / "results.json")
 
     def metrics(self) -> list[dict[str, Any]]:
         path = self / "metrics.jsonl"
@@ -100,7 +106,7 @@ class RunFolder:
     def load(self, name: str) -> dict[str, Any]:
         """A checkpoint. Raises RecipeError when it is missing or damaged."""
         try:
-            return torch.load(self / name, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+            return torch.load(self / name, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise RecipeError(f"{self / name}: no such file; did the run finish?") from None
         except Exception as error:
@@ -131,9 +137,7 @@ class Built:
     std: tuple[float, float, float]
 
 
-def build(
-    recipe: Recipe, classes: int, *, load_weights: bool = True, start: dict[str, Tensor] | None = None
-) -> Built:
+def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dict[str, Tensor] | None = None) -> Built:
     """The model a recipe names, quantized by its rules but not calibrated.
 
     load_weights: whether to load the recipe's own backbone weights.

@@ -46,7 +46,9 @@ def compare_runs(baseline: Path, run: Path, max_drop: float) -> Comparison:
     first, second = RunFolder.open(baseline).results(), RunFolder.open(run).results()
     for key in ("test_domain", "split", "classes"):
         if first[key] != second[key]:
-            raise RecipeError(f"{baseline} and {run} differ in {key}: {first[key]} and {second[key]}; compare like with like")
+            raise RecipeError(
+                f"{baseline} and {run} differ in {key}: {first[key]} and {second[key]}; compare like with like"
+            )
     target, source = f"{first['test_domain']} (target)", "source mean"
     rows = {name: (_percent(first, name), _percent(second, name)) for name in first["source_validation"]}
     rows[source] = (_mean_percent(first), _mean_percent(second))

@@ -28,7 +28,7 @@ def predictor(model: nn.Module, device: torch.device) -> Predict:
         training = model.training
         model.eval()
         try:
-            return model(images.to(device, non_blocking=True))  # type: ignore[no-any-return]
+            return model(images.to(device, non_blocking=True))
         finally:
             model.train(training)
 

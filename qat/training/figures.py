@@ -54,7 +54,12 @@ def step_curves(entries: Sequence[Mapping[str, Any]]) -> str:
         for index, name in enumerate(names):
             values = np.array([steps[name] for _, steps in recorded])
             shade = 0.25 + 0.6 * index / max(len(names) - 1, 1)
-            axes.plot([s for s, _ in recorded], values / values[0], linewidth=0.9, color=(0.12, shade, 0.85 - 0.5 * shade))
+            axes.plot(
+                [s for s, _ in recorded],
+                values / values[0],
+                linewidth=0.9,
+                color=(0.12, shade, 0.85 - 0.5 * shade),
+            )
         axes.set_title(f"{kind} steps ({len(names)})", fontsize=9)
         axes.set_xlabel("step")
     axes_row[0].set_ylabel("relative to the first evaluation")
@@ -122,7 +127,7 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def _bars(axes: Axes, places: NDArray[np.float64], values: Sequence[float], colour: str, label: str) -> None:
+def _bars(axes: Axes, places: NDArray[np.floating[Any]], values: Sequence[float], colour: str, label: str) -> None:
     bars = axes.bar(places, values, 0.38, color=colour, label=label)
     axes.bar_label(bars, fmt="%.1f", fontsize=8)
 

@@ -70,9 +70,20 @@ class _Progress:
 
 class _Trainer:
     def __init__(
-        self, recipe: Recipe, split: LeaveOneDomainOut, built: Built, accelerator: Accelerator, folder: RunFolder
+        self,
+        recipe: Recipe,
+        split: LeaveOneDomainOut,
+        built: Built,
+        accelerator: Accelerator,
+        folder: RunFolder,
     ) -> None:
-        self.recipe, self.split, self.built, self.folder, self.accelerator = recipe, split, built, folder, accelerator
+        self.recipe, self.split, self.built, self.folder, self.accelerator = (
+            recipe,
+            split,
+            built,
+            folder,
+            accelerator,
+        )
         self.progress = _Progress()
         groups = parameter_groups(built.model, recipe.weight_decay, recipe.lr * getattr(recipe, "step_lr_ratio", 1.0))
         optimizer = torch.optim.Adam(groups, lr=recipe.lr)
@@ -102,7 +113,7 @@ class _Trainer:
         self._finish(time.perf_counter() - started)
 
     def _step(self, images: Tensor, labels: Tensor, tracker: Tracker) -> None:
-        began, seen = time.perf_counter(), {}
+        began, seen = time.perf_counter(), dict[str, Tensor]()
 
         def closure() -> Tensor:
             with self.accelerator.autocast():
@@ -197,15 +208,22 @@ def mean_steps(model: nn.Module) -> dict[str, float]:
 
 def train_loader(split: LeaveOneDomainOut, recipe: Recipe, built: Built, start_step: int = 0) -> DataLoader[Any]:
     sampler = EqualDomainBatches(
-        [len(s) for s in split.train], recipe.batch_size, recipe.seed, start_step=start_step, steps=recipe.steps
+        [len(s) for s in split.train],
+        recipe.batch_size,
+        recipe.seed,
+        start_step=start_step,
+        steps=recipe.steps,
     )
     images = TrainImages(split.train, train_transform(recipe.image_size, built.mean, built.std))
-    return DataLoader(images, batch_sampler=sampler, num_workers=recipe.workers, persistent_workers=recipe.workers > 0)
+    return DataLoader(
+        images, batch_sampler=sampler, num_workers=recipe.workers, persistent_workers=recipe.workers > 0,
+        generator=torch.Generator(),  # else every pass over a loader draws from the generator that training uses
+    )  # fmt: skip
 
 
 def eval_batches(subset: Subset, recipe: Recipe, built: Built) -> DataLoader[Any]:
     images = EvalImages(subset, eval_transform(recipe.image_size, built.mean, built.std))
-    return DataLoader(images, batch_size=EVAL_BATCH)
+    return DataLoader(images, batch_size=EVAL_BATCH, generator=torch.Generator())
 
 
 def collect_samples(split: LeaveOneDomainOut, recipe: Recipe, built: Built) -> Samples:
@@ -231,7 +249,15 @@ def _start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] 
     given = source.recipe()
     if given.method != "fp":
         raise RecipeError(f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one")
-    for name in ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout"):
+    for name in (
+        "backbone",
+        "image_size",
+        "test_domain",
+        "pad_type",
+        "normalization",
+        "trial_seed",
+        "holdout",
+    ):
         if getattr(given, name) != getattr(recipe, name):
             raise RecipeError(
                 f"--init-from {recipe.init_from}: was run with --{name.replace('_', '-')} {getattr(given, name)}, this run "
@@ -239,8 +265,10 @@ def _start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] 
             )
     state = source.load("checkpoint.pt")
     if tuple(state["classes"]) != tuple(split.classes):
-        raise RecipeError(f"--init-from {recipe.init_from}: was trained on other classes: {', '.join(state['classes'])}")
-    return state["model"]  # type: ignore[no-any-return]
+        raise RecipeError(
+            f"--init-from {recipe.init_from}: was trained on other classes: {', '.join(state['classes'])}"
+        )
+    return state["model"]
 
 
 def _calibrate(recipe: LsqRecipe, built: Built, split: LeaveOneDomainOut) -> list[CalibrationRow]:

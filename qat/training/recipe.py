@@ -127,7 +127,10 @@ def from_json(values: dict[str, Any], source: Path) -> Recipe:
     if unknown := values.keys() - fields.keys() - {"method"}:
         raise RecipeError(f"{source}: unknown entries {', '.join(sorted(unknown))}; was it written by a newer version?")
     paths = {name for name, kind in fields.items() if "Path" in str(kind)}
-    return cls(**{k: Path(v) if k in paths and v is not None else v for k, v in values.items() if k in fields})
+    given: dict[str, Any] = {
+        k: Path(v) if k in paths and v is not None else v for k, v in values.items() if k in fields
+    }
+    return cls(**given)
 
 
 def read_json(path: Path) -> Any:

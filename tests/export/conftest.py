@@ -27,7 +27,7 @@ class Exported:
     file: Path
     images: NDArray[np.float32]
 
-    def trained(self, images: NDArray[np.float32]):  # noqa: ANN201
+    def trained(self, images: NDArray[np.float32]):
         return trained_codes(self.model, images)
 
 

@@ -40,13 +40,17 @@ def test_every_code_matches_at_the_integer_levels(tiny: Exported) -> None:
     assert list(by_level) == ["DISABLE", "BASIC", "EXTENDED", "ALL"]
     assert by_level["ALL"].total == by_level["EXTENDED"].total == 0
     assert by_level["ALL"].logits_equal and by_level["EXTENDED"].logits_equal
-    assert by_level["ALL"].codes == sum(
-        tiny.trained(tiny.images)[0][n].size for n in tiny.lowered.quantizers if n != "block.conv1.input"
-    ) + tiny.trained(tiny.images)[0]["block.conv1.input"].size
+    assert (
+        by_level["ALL"].codes
+        == sum(tiny.trained(tiny.images)[0][n].size for n in tiny.lowered.quantizers if n != "block.conv1.input")
+        + tiny.trained(tiny.images)[0]["block.conv1.input"].size
+    )
     assert result.integer_kernels == result.layers == 6
 
 
-def test_rounding_of_biases_is_all_that_separates_training_from_the_integer_definition(tiny: Exported) -> None:
+def test_rounding_of_biases_is_all_that_separates_training_from_the_integer_definition(
+    tiny: Exported,
+) -> None:
     exact = dataclasses.replace(tiny.lowered, layers=dict(tiny.lowered.layers))
     for name, layer in exact.layers.items():
         unit = (exact.quantizers[layer.input_quantizer].scale * layer.scale).astype(np.float64)
@@ -54,7 +58,11 @@ def test_rounding_of_biases_is_all_that_separates_training_from_the_integer_defi
         exact.layers[name] = dataclasses.replace(layer, bias_codes=bias / unit)
     trained, _ = tiny.trained(tiny.images)
     computed, _ = IntegerReference(exact).run(torch.from_numpy(tiny.images), given=trained)
-    wrong = {n: int((computed[n].ravel() != trained[n].ravel()).sum()) for n in computed if computed[n].size == trained[n].size}
+    wrong = {
+        n: int((computed[n].ravel() != trained[n].ravel()).sum())
+        for n in computed
+        if computed[n].size == trained[n].size
+    }
     # float32 convolution in training against exact sums: about 3 codes in a million at ties
     assert sum(wrong.values()) <= 1e-4 * sum(c.size for c in computed.values()), wrong
 
@@ -76,7 +84,9 @@ def test_a_corrupt_code_shows_in_the_runtimes_codes_right_behind_its_layer(tiny:
 @pytest.mark.parametrize(("tensor", "what"), [("left.weight/scale", "scale"), ("left.bias", "bias")])
 def test_corrupt_scale_and_bias_are_found(tiny: Exported, tensor: str, what: str, tmp_path: Path) -> None:
     file = tampered(tiny, tensor, tmp_path)
-    assert compare_stored(tiny.lowered, onnx.load(str(file))) == {"left": f"its {'weight scale' if what == 'scale' else what} differs"}
+    assert compare_stored(tiny.lowered, onnx.load(str(file))) == {
+        "left": f"its {'weight scale' if what == 'scale' else what} differs"
+    }
 
 
 def test_a_corrupt_activation_scale_fails_through_the_runtimes_codes(tiny: Exported, tmp_path: Path) -> None:
@@ -95,7 +105,9 @@ def test_a_layer_left_in_float_is_named(tiny: Exported) -> None:
     """Clip in float in front of the quantizer breaks the runtime's fusion; the check of its graph must notice."""
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny.proto)
-    node = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0].startswith("block.conv2.input"))
+    node = next(
+        n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0].startswith("block.conv2.input")
+    )
     clip = onnx.helper.make_node("Sigmoid", [node.input[0]], ["sigmoid"])
     node.input[0] = "sigmoid"
     proto.graph.node.insert(list(proto.graph.node).index(node), clip)

@@ -22,12 +22,20 @@ def test_codes_are_the_quantizers_codes_whatever_the_norm(tiny: Exported) -> Non
             assert np.array_equal(tiny.lowered.layers[name].codes, quantizer.codes(weight).numpy())
 
 
-@pytest.mark.parametrize(("layer", "norm"), [("stem", "bn"), ("block.conv1", "block.bn1"), ("block.conv2", "block.bn2")])
+@pytest.mark.parametrize(
+    ("layer", "norm"), [("stem", "bn"), ("block.conv1", "block.bn1"), ("block.conv2", "block.bn2")]
+)
 def test_folded_scale_and_bias_reproduce_conv_and_norm(tiny: Exported, layer: str, norm: str) -> None:
     """codes·scale + bias == batch_norm(conv) in float64, with random gamma (some negative), beta, mean and variance."""
-    lowered, conv, bn = tiny.lowered.layers[f"{layer}.weight"], tiny.model.get_submodule(layer), tiny.model.get_submodule(norm)
+    lowered, conv, bn = (
+        tiny.lowered.layers[f"{layer}.weight"],
+        tiny.model.get_submodule(layer),
+        tiny.model.get_submodule(norm),
+    )
     x = torch.randn(2, lowered.codes.shape[1] * conv.groups, 9, 7, dtype=torch.float64)
-    weight = (lowered.codes.astype(np.float64).reshape(len(lowered.scale), -1) * lowered.scale[:, None]).reshape(conv.weight.shape)
+    weight = (lowered.codes.astype(np.float64).reshape(len(lowered.scale), -1) * lowered.scale[:, None]).reshape(
+        conv.weight.shape
+    )
     folded = torch.nn.functional.conv2d(x, torch.from_numpy(weight), torch.from_numpy(lowered.bias), groups=conv.groups)
     latent = quantizers(tiny.model)[f"{layer}.weight"](conv.weight).detach().double()
     y = torch.nn.functional.conv2d(x, latent, None if conv.bias is None else conv.bias.double(), groups=conv.groups)

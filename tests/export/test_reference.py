@@ -50,7 +50,9 @@ def test_large_sums_are_rounded_to_float32_before_the_multiplier() -> None:
     assert float(quantize(value, grid(1.0, 0))) == np.rint(np.float32(2**24 + 1) * np.float32(2**-20))
 
 
-def run_qdq(nodes: list[onnx.NodeProto], constants: dict[str, NDArray], inputs: dict[str, NDArray]) -> NDArray[np.uint8]:
+def run_qdq(
+    nodes: list[onnx.NodeProto], constants: dict[str, NDArray], inputs: dict[str, NDArray]
+) -> NDArray[np.uint8]:
     (name, x), *others = inputs.items()
     constants = constants | dict(others)
     graph = helper.make_graph(
@@ -77,11 +79,19 @@ def test_add_equals_the_runtime_on_all_pairs_of_codes(seed: int) -> None:
     za, zb, zy = (np.uint8(v) for v in rng.choice([0, 128], 3))
     a = np.repeat(np.arange(256, dtype=np.uint8), 256).reshape(1, 256, 256)
     b = np.tile(np.arange(256, dtype=np.uint8), 256).reshape(1, 256, 256)
-    nodes = [dequantize("a"), dequantize("b"), helper.make_node("Add", ["af", "bf"], ["c"]), quantize_node("c")]
+    nodes = [
+        dequantize("a"),
+        dequantize("b"),
+        helper.make_node("Add", ["af", "bf"], ["c"]),
+        quantize_node("c"),
+    ]
     both = np.stack([a, b], 1)
     nodes = [helper.make_node("Split", ["x"], ["a", "b"], axis=1, num_outputs=2), *nodes]
     got = run_qdq(nodes, {"sa": sa, "sb": sb, "sy": sy, "za": za, "zb": zb, "zy": zy}, {"x": both})
-    value = Sum(Codes(torch.from_numpy(a).float(), grid(sa, int(za))), Codes(torch.from_numpy(b).float(), grid(sb, int(zb))))
+    value = Sum(
+        Codes(torch.from_numpy(a).float(), grid(sa, int(za))),
+        Codes(torch.from_numpy(b).float(), grid(sb, int(zb))),
+    )
     assert np.array_equal(quantize(value, grid(sy, int(zy))).numpy().ravel(), got.ravel())
 
 

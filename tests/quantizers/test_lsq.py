@@ -120,7 +120,10 @@ def test_contract_forward_is_codes_times_step_bit_for_bit(
     x = torch.randn(3, 5, 7, generator=generator) * step * 2**bits
     spec = QuantSpec(bits, signed=signed, axis=1 if per_channel else None)
     quantizer = LSQ(spec, 5 if per_channel else None)
-    quantizer.initialize(torch.full((5,), step) * torch.rand(5, generator=generator).add(0.1) if per_channel else torch.tensor(step), signed)
+    quantizer.initialize(
+        torch.full((5,), step) * torch.rand(5, generator=generator).add(0.1) if per_channel else torch.tensor(step),
+        signed,
+    )
     codes = quantizer.codes(x)
     assert codes.dtype == torch.int32
     assert int(codes.min()) >= spec.qmin and int(codes.max()) <= spec.qmax

@@ -61,7 +61,10 @@ def test_least_squares_step_beats_its_neighbours() -> None:
 
 
 def test_least_squares_steps_per_channel_are_those_of_each_channel_alone() -> None:
-    weight = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 0.01, 7, 0])[:, None, None]
+    weight = (
+        torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
+        * torch.tensor([1.0, 0.01, 7, 0])[:, None, None]
+    )
     steps = least_squares_step(weight, QuantSpec(4, signed=True, axis=0))
     alone = [float(least_squares_step(w, QuantSpec(4, signed=True))) for w in weight]
     assert steps.tolist() == alone

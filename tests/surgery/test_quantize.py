@@ -28,7 +28,14 @@ def quantized(bits: int = 4) -> tuple[nn.Module, object]:
 def test_table_names_every_layer_with_its_bits_and_macs() -> None:
     _, table = quantized()
     bits = {row.name: (row.weight.bits, row.input.bits) for row in table.rows}
-    assert bits == {"stem": (8, 8), "block.conv1": (4, 4), "block.conv2": (4, 4), "left": (4, 4), "right": (4, 4), "head": (8, 8)}
+    assert bits == {
+        "stem": (8, 8),
+        "block.conv1": (4, 4),
+        "block.conv2": (4, 4),
+        "left": (4, 4),
+        "right": (4, 4),
+        "head": (8, 8),
+    }
     macs = {row.name: row.macs for row in table.rows}
     assert macs["stem"] == 17 * 15 * 8 * 27  # 33×29 at stride 2, padding 1
     assert macs["block.conv2"] == 9 * 8 * 8 * 9  # depthwise on 9×8
@@ -91,8 +98,13 @@ def test_copy_of_a_quantized_model_is_independent() -> None:
 def test_forward_equals_the_network_written_out_by_hand() -> None:
     model, _ = quantized()
     q = quantizers(model)
-    bn = lambda m, v: F.batch_norm(v, m.running_mean, m.running_var, m.weight, m.bias)  # noqa: E731
-    conv = lambda name, v, layer, **k: F.conv2d(q[f"{name}.input"](v), q[f"{name}.weight"](layer.weight), layer.bias, **k)  # noqa: E731
+
+    def bn(m: nn.Module, v: Tensor) -> Tensor:
+        return F.batch_norm(v, m.running_mean, m.running_var, m.weight, m.bias)
+
+    def conv(name: str, v: Tensor, layer: nn.Module, **options: int) -> Tensor:
+        return F.conv2d(q[f"{name}.input"](v), q[f"{name}.weight"](layer.weight), layer.bias, **options)
+
     x = q["#clip0"](F.relu6(bn(model.bn, conv("stem", X, model.stem, stride=2, padding=1))))
     x = F.max_pool2d(x, 3, 2, 1)
     block = model.block

@@ -1,0 +1,237 @@
+"""One tiny run end to end, from training to report, and every way to misuse its folder."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qat.deploy import certify_run, export_run, measure_run, write_report
+from qat.domains.synthetic import synthetic_domains
+from qat.training.checkpoint import RunFolder, load_run, write_atomically
+from qat.training.compare import compare_runs
+from qat.training.evaluate import accuracy
+from qat.training.loop import run, schedule_of
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError, check, from_json, to_json
+
+DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
+TINY = {
+    "backbone": "test_resnet",
+    "image_size": 32,
+    "steps": 4,
+    "batch_size": 4,
+    "evaluate_every": 2,
+    "workers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    run(Recipe(**TINY, out=root / "fp"), DOMAINS)
+    run(LsqRecipe(**TINY, out=root / "lsq", init_from=root / "fp"), DOMAINS)
+    return root / "fp", root / "lsq"
+
+
+def test_run_folder_is_complete(runs: tuple[Path, Path]) -> None:
+    for path in runs:
+        names = {p.name for p in path.iterdir()}
+        assert {
+            "recipe.json",
+            "checkpoint.pt",
+            "last.pt",
+            "metrics.jsonl",
+            "results.json",
+            "samples.npz",
+        } <= names
+        assert not any(name.endswith(".partial") for name in names)
+    results = RunFolder.open(runs[1]).results()
+    assert (
+        set(results["source_validation"]) == {"art_painting", "cartoon", "photo"} and results["test_domain"] == "sketch"
+    )
+    samples = RunFolder.open(runs[1]).samples()
+    assert samples.images.shape[1:] == (3, 32, 32) and set(samples.domains) == {d.name for d in DOMAINS}
+
+
+def test_reloaded_model_is_the_selected_one(runs: tuple[Path, Path]) -> None:
+    folder, recipe, built = load_run(runs[1])
+    samples = folder.samples()
+    chosen = samples.domains == "photo"
+    predicted = built.model(torch.from_numpy(samples.images[chosen])).argmax(1).numpy()
+    # photo's samples are its whole held-out part here
+    assert (predicted == samples.labels[chosen]).mean() == pytest.approx(folder.results()["source_validation"]["photo"])
+    assert isinstance(recipe, LsqRecipe) and recipe.bits == 4
+
+
+def test_export_certify_compare_report(runs: tuple[Path, Path]) -> None:
+    baseline, quantized = runs
+    file = export_run(quantized)
+    certificate = certify_run(quantized, file)
+    assert certificate.passed and certificate.mismatches == 0, str(certificate)
+    latencies = measure_run(quantized, file)
+    assert [entry.name for entry in latencies] == ["fp32", "quantized"] and latencies[1].size < 0.5 * latencies[0].size
+    page = write_report(quantized).read_text()
+    for text in (
+        "Certificate",
+        "Learned steps",
+        "Weights on their grid",
+        "Size and latency",
+        "sketch (target)",
+        "<svg",
+    ):
+        assert text in page
+    assert "src=" not in page and 'href="http' not in page  # self-contained
+    assert export_run(baseline, "fp32").exists()
+    assert "sketch (target)" in str(compare_runs(baseline, quantized, 100.0))
+
+
+def test_same_seed_same_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    again = run(Recipe(**TINY, out=tmp_path / "again"), DOMAINS)
+    first = torch.load(runs[0] / "checkpoint.pt", weights_only=True)["model"]
+    second = again.load("checkpoint.pt")["model"]
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_an_interrupted_run_resumes_to_the_same_result(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = LsqRecipe(**TINY, out=tmp_path / "cut", init_from=runs[0])
+    from qat.training import loop
+
+    whole = loop._Trainer._step
+
+    def dies(self: loop._Trainer, *args: object) -> None:
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        whole(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop._Trainer, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, DOMAINS)
+    monkeypatch.undo()
+    resumed = run(dataclasses.replace(recipe, resume=True), DOMAINS)
+    expected = torch.load(runs[1] / "last.pt", weights_only=True)["model"]
+    found = resumed.load("last.pt")["model"]
+    assert all(torch.equal(v, found[k]) for k, v in expected.items() if isinstance(v, torch.Tensor))
+    assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4]
+
+
+def test_folder_faults_are_named(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"holds a run already"):
+        run(Recipe(**TINY, out=runs[0]), DOMAINS)
+    with pytest.raises(RecipeError, match=r"nowhere: no such run folder"):
+        export_run(tmp_path / "nowhere")
+    with pytest.raises(RecipeError, match=r"full-precision run; --target ort-int8 needs a quantized one"):
+        export_run(runs[0])
+    with pytest.raises(RecipeError, match=r"--init-from .* --image-size 32, this run has 40"):
+        run(LsqRecipe(**(TINY | {"image_size": 40}), init_from=runs[0], out=tmp_path / "x"), DOMAINS)
+    with pytest.raises(RecipeError, match=r"is a lsq run"):
+        run(LsqRecipe(**TINY, init_from=runs[1], out=tmp_path / "x"), DOMAINS)
+    assert not (tmp_path / "x").exists()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "recipe.json").write_text((runs[1] / "recipe.json").read_text())
+    (damaged / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(RecipeError, match=r"checkpoint\.pt: not a readable checkpoint"):
+        load_run(damaged)
+
+
+def test_an_export_that_fails_leaves_the_old_file(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+
+    def explode(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, explode)
+    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"steps": 0}, "--steps"),
+        ({"batch_size": -1}, "--batch-size"),
+        ({"holdout": 1.0}, "--holdout"),
+        ({"bits": 9}, "--bits"),
+    ],
+)
+def test_impossible_values_name_their_flag(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check(LsqRecipe(**flags))  # type: ignore[arg-type]
+
+
+def test_recipes_round_trip_through_json() -> None:
+    recipe = LsqRecipe(data_root=Path("data"), bits=3, weight_bits=2, init_from=Path("runs/fp"), tensorboard=True)
+    assert from_json(json.loads(json.dumps(to_json(recipe))), Path("recipe.json")) == recipe
+    with pytest.raises(RecipeError, match=r"recipe\.json: unknown entries colour"):
+        from_json(to_json(recipe) | {"colour": "red"}, Path("recipe.json"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"), [("cosine", [1.0, 0.5, 0.0]), ("linear", [1.0, 0.5, 0.0]), ("constant", [1, 1, 1])]
+)
+def test_schedules(kind: str, factors: list[float]) -> None:
+    factor = schedule_of(Recipe(schedule=kind, steps=10))  # type: ignore[arg-type]
+    assert [factor(0), factor(5), factor(10)] == pytest.approx(factors, abs=1e-12)
+
+
+def test_accuracy_counts_what_is_right() -> None:
+    logits = torch.eye(5)[[0, 1, 2, 3, 4, 0]]
+    labels = torch.tensor([0, 1, 2, 0, 0, 0])
+    batches = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
+    assert accuracy(lambda x: x, batches, 5) == pytest.approx(4 / 6)
+    with pytest.raises(ValueError, match="no images"):
+        accuracy(lambda x: x, [], 5)
+
+
+def fake_run(path: Path, target: float) -> Path:
+    path.mkdir()
+    results = {
+        "source_validation": {"a": 0.9, "b": 0.8}, "target": target, "test_domain": "c", "classes": ["x", "y"],
+        "split": {"trial_seed": 0, "holdout": 0.2},
+    }  # fmt: skip
+    (path / "results.json").write_text(json.dumps(results))
+    return path
+
+
+def test_compare_fails_a_planted_drop_and_passes_a_small_one(tmp_path: Path) -> None:
+    baseline = fake_run(tmp_path / "fp", 0.70)
+    assert not compare_runs(baseline, fake_run(tmp_path / "bad", 0.67), 1.0).passed
+    assert compare_runs(baseline, fake_run(tmp_path / "good", 0.698), 1.0).passed
+    assert compare_runs(baseline, tmp_path / "bad", 3.5).passed
+
+
+@pytest.mark.parametrize(("run_name", "code"), [("bad", 1), ("good", 0), ("absent", 2)])
+def test_the_command_line_exits_with_the_verdict(tmp_path: Path, run_name: str, code: int) -> None:
+    baseline = fake_run(tmp_path / "fp", 0.70)
+    fake_run(tmp_path / "bad", 0.60)
+    fake_run(tmp_path / "good", 0.70)
+    command = [
+        sys.executable,
+        "-m",
+        "qat.cli",
+        "compare",
+        str(baseline),
+        str(tmp_path / run_name),
+        "--max-drop",
+        "1.0",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    if code == 2:
+        assert "absent: no such run folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_samples_are_evenly_spread(runs: tuple[Path, Path]) -> None:
+    samples = RunFolder.open(runs[0]).samples()
+    _, counts = np.unique(samples.domains, return_counts=True)
+    assert counts.max() - counts.min() <= 1
