@@ -39,5 +39,5 @@ class QuantSpec:
         return self.signed
 
     def __str__(self) -> str:
-        sign = {True: "s", False: "u", None: "?"}[self.signed]
+        sign = {True: "s", False: "u", None: ""}[self.signed]
         return f"{sign}{self.bits}" + ("" if self.axis is None else f"/axis{self.axis}")
