@@ -10,7 +10,7 @@ Checked for one file against the lowered model of its run:
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export import session
-from export.lowered import ExportError, LoweredModel
+from export.lowered import ExportError, LoweredLayer, LoweredModel
+from export.packing import plane_widths, unpack
 from export.passes import is_mark, mark_name
 from export.reference import IntegerReference
 
@@ -171,18 +172,32 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
     different: dict[str, str] = {}
     for layer in model.layers.values():
         weight = f"{layer.name}.weight"
-        if weight not in found:
+        codes = stored_codes(layer, found)
+        if codes is None:
             different[layer.name] = "its weight is not in the file"
             continue
-        codes = found[weight].astype(np.int32) - (128 if found[weight].dtype == np.uint8 else 0)
         wrong = int((codes != layer.codes).sum()) if codes.shape == layer.codes.shape else layer.codes.size
         if wrong:
             different[layer.name] = f"{wrong} of {layer.codes.size} weight codes differ"
-        elif not np.array_equal(found[f"{weight}/scale"], layer.scale):
+        elif not np.array_equal(found[f"{weight}/scale"], layer.stored_scale):
             different[layer.name] = "its weight scale differs"
         elif layer.bias_codes is None or not np.array_equal(found[f"{layer.name}.bias"], layer.bias_codes):
             different[layer.name] = "its bias differs"
     return different
+
+
+def stored_codes(layer: LoweredLayer, found: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic] | None:
+    """The layer's weight codes as the file holds them (float64 where a byte is no multiple of the carry); None: absent."""
+    weight = f"{layer.name}.weight"
+    if weight in found:
+        offset = 128 if found[weight].dtype == np.uint8 else 0
+        return (found[weight].astype(np.float64) - offset) / layer.carry
+    if f"{weight}/int4" in found:
+        return found[f"{weight}/int4"].astype(np.int8)
+    planes = [found[f"{weight}/plane{i}"] for i in range(3) if f"{weight}/plane{i}" in found]
+    if len(planes) != len(plane_widths(layer.bits)) or any(p.dtype != np.uint8 for p in planes):
+        return None
+    return unpack([np.asarray(p, np.uint8) for p in planes], layer.bits, layer.codes.shape)
 
 
 def layer_kernels(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:

@@ -16,25 +16,24 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
+from export.packing import pack, tables
 from export.passes import LAYOUT_OPS, is_mark, mark_name, weight_layer
+from export.targets import TARGETS, Target, plan_layer
 
-IR_VERSION, OPSET = 10, 20  # opset 20 is what the exporter writes and every runtime since 1.18 reads
-U8_PAIR_LIMIT = 32_767  # two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
-
-
-def emit_qdq(model: LoweredModel) -> onnx.ModelProto:
-    """The INT8-carrier file of `model`: codes of 2 to 8 bits, one byte each. Input and output names are the skeleton's."""
-    return _Emitter(model).emit()
+IR_VERSION = 10
 
 
-def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
-    """Whether two products of this layer can overflow the 16-bit lanes that x86 without VNNI adds u8·s8 products in."""
-    return 2 * source.high * int(np.abs(layer.codes.astype(np.int32)).max(initial=0)) > U8_PAIR_LIMIT
+def emit_qdq(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> onnx.ModelProto:
+    """The file of a canonical `model` for `target`. Input and output names are the skeleton's.
+
+    Raises ExportError naming a layer the target cannot run.
+    """
+    return _Emitter(model, target).emit()
 
 
 class _Emitter:
-    def __init__(self, model: LoweredModel) -> None:
-        self.model = model
+    def __init__(self, model: LoweredModel, target: Target) -> None:
+        self.model, self.target = model, target
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.codes: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (tensor of codes, its grid)
@@ -52,7 +51,7 @@ class _Emitter:
             outputs,
             list(self.initializers.values()),
         )
-        opset = [helper.make_opsetid("", OPSET)]
+        opset = [helper.make_opsetid("", self.target.opset)]
         return helper.make_model(made, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgeqat")
 
     def _emit(self, node: ir.Node) -> None:
@@ -88,28 +87,53 @@ class _Emitter:
         self._copy(node, inputs, [_name(v) for v in node.outputs], name=layer.name)
 
     def _weight(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
-        codes: NDArray[np.generic] = layer.codes
-        zero: NDArray[np.generic] = np.zeros(len(layer.scale), np.int8)
-        if saturates(layer, source):  # the u8·u8 kernel widens first: slower, but exact on every x86
-            codes, zero = (
-                (layer.codes.astype(np.int16) + 128).astype(np.uint8),
-                np.full(len(layer.scale), 128, np.uint8),
+        """DequantizeLinear of the layer's codes · carry, which the runtime finds as one int8 tensor `<layer>.weight`."""
+        plan = plan_layer(self.target, layer, source)
+        name, channels = f"{layer.name}.weight", len(layer.scale)
+        zero = np.full(channels, 128, np.uint8) if plan.uint8 else np.zeros(channels, np.int8)
+        zero_name = self._constant(f"zeros/{zero.dtype}/{channels}", zero)  # shared by all layers of this width
+        if plan.uint8:
+            self._constant(name, (layer.codes.astype(np.int16) * layer.carry + 128).astype(np.uint8))
+        elif plan.bits == 8:
+            self._constant(name, (layer.codes.astype(np.int16) * layer.carry).astype(np.int8))
+        elif self.target.storage == "onnx-int4" and plan.bits in (3, 4):
+            nibbles = pack(layer.codes, 4)[0].tobytes()
+            self.initializers[f"{name}/int4"] = helper.make_tensor(
+                f"{name}/int4", TensorProto.INT4, layer.codes.shape, nibbles, raw=True
             )
-        name = f"{layer.name}.weight"
-        inputs = [
-            self._constant(name, codes),
-            self._constant(f"{name}/scale", layer.scale),
-            self._constant(f"{name}/zero", zero),
-        ]
+            self._add("Cast", [f"{name}/int4"], name, to=TensorProto.INT8)
+        else:
+            self._unpack(layer, plan.bits)
+        inputs = [name, self._constant(f"{name}/scale", layer.stored_scale), zero_name]
         return self._add("DequantizeLinear", inputs, f"{name}/float", axis=0)
+
+    def _unpack(self, layer: LoweredLayer, bits: int) -> None:
+        """Planes -> int8 codes · carry by table look-ups; constants all, so the runtime folds them when it loads the file."""
+        name, count = f"{layer.name}.weight", layer.codes.size
+        parts = []
+        for index, (plane, table) in enumerate(zip(pack(layer.codes, bits), tables(bits, layer.carry), strict=True)):
+            width, step = 8 // table.shape[1], f"{name}/plane{index}"
+            lookup = self._constant(f"unpack/{bits}bit/x{layer.carry}/{index}", table)
+            numbers = self._add("Cast", [self._constant(step, plane)], f"{step}/index", to=TensorProto.INT32)
+            rows = self._add("Gather", [lookup, numbers], f"{step}/rows", axis=0)
+            flat = self._add("Reshape", [rows, self._constant("unpack/flat", np.array([-1]))], f"{step}/flat")
+            if plane.size * (8 // width) != count:
+                ends = [self._constant(f"unpack/{v}", np.array([v])) for v in (0, count)]
+                flat = self._add("Slice", [flat, *ends], f"{step}/cut")
+            parts.append(flat)
+        while len(parts) > 1:
+            parts[:2] = [self._add("BitwiseOr", parts[:2], f"{parts[0]}/or{len(parts)}")]
+        codes = self._add("Cast", parts, f"{name}/flat", to=TensorProto.INT8)
+        shape = self._constant(f"{name}/shape", np.array(layer.codes.shape))
+        self._add("Reshape", [codes, shape], name)
 
     def _bias(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
         assert layer.bias_codes is not None
         name = f"{layer.name}.bias"
         inputs = [
             self._constant(name, layer.bias_codes),
-            self._constant(f"{name}/scale", source.scale * layer.scale),
-            self._constant(f"{name}/zero", np.zeros(len(layer.scale), np.int32)),
+            self._constant(f"{name}/scale", source.scale * layer.stored_scale),
+            self._constant(f"zeros/int32/{len(layer.scale)}", np.zeros(len(layer.scale), np.int32)),
         ]
         return self._add("DequantizeLinear", inputs, f"{name}/float", axis=0)
 

@@ -25,8 +25,9 @@ class LoweredLayer:
     scale:   float32 (O,): real value of one code step; after batch-norm folding it carries the norm's multiplier and its
              sign, so that the codes stay untouched.
     bias:    float64 (O,) in real units, or None before anything was folded and the layer has none.
-    bias_codes: int32 (O,) in units of input scale times `scale`; set by `passes.to_integers`.
+    bias_codes: int32 (O,) in units of input scale times `stored_scale`; set by `passes.to_integers`.
     input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`.
+    carry:   power of two the codes are multiplied with in the file, so that the integer bias has a finer unit.
     dead_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
     """
 
@@ -38,7 +39,13 @@ class LoweredLayer:
     bias: NDArray[np.float64] | None = None
     bias_codes: NDArray[np.int32] | None = None
     input_quantizer: str = ""
+    carry: int = 1
     dead_channels: tuple[int, ...] = ()
+
+    @property
+    def stored_scale(self) -> NDArray[np.float32]:
+        """float32 (O,): real value of one unit of codes · carry, what the file's weight scale is."""
+        return self.scale / np.float32(self.carry)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel
+from export.targets import TARGETS, Target, carry_of
 
 # Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
 LAYOUT_OPS = {
@@ -30,15 +31,18 @@ WEIGHTED_OPS = {"Conv", "Gemm"}
 LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
 
 
-def to_integers(model: LoweredModel) -> LoweredModel:
-    """Run all passes in place and return the canonical model. Raises ExportError naming what cannot run on integers."""
+def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> LoweredModel:
+    """Run all passes in place and return the canonical model for `target`.
+
+    Raises ExportError naming what cannot run on integers.
+    """
     once: list[Callable[[LoweredModel], bool]] = [fold_batch_norms, pools_from_means, plain_average_pools]
     for apply in once:
         apply(model)
     for apply in (hoist_marks, absorb_clips, hoist_marks):
         while apply(model):
             pass
-    resolve_biases(model)
+    resolve_biases(model, target)
     return model
 
 
@@ -182,7 +186,7 @@ def grid_of(value: ir.Value | None) -> str | None:
     return mark_name(node) if node is not None and is_mark(node) else None
 
 
-def resolve_biases(model: LoweredModel) -> bool:
+def resolve_biases(model: LoweredModel, target: Target) -> bool:
     """Biases as int32 in units of input scale times weight scale, as integer kernels add them."""
     for node in model.skeleton.graph:
         layer = weight_layer(node, model)
@@ -193,7 +197,7 @@ def resolve_biases(model: LoweredModel) -> bool:
             raise ExportError(f"layer {layer.name!r}: its input is not quantized, so no integer kernel can run it")
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
-        model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model)
+        model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model, target)
     missing = [name for name, layer in model.layers.items() if layer.bias_codes is None]
     if missing:
         raise ExportError(
@@ -208,9 +212,10 @@ def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
         raise ExportError(f"layer {layer.name!r}: Gemm with {get} is not x·Wᵀ + b")
 
 
-def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel) -> LoweredLayer:
+def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel, target: Target) -> LoweredLayer:
+    layer = replace(layer, carry=carry_of(target, layer.bits, model.quantizers[grid]))
     bias = np.zeros(len(layer.scale)) if layer.bias is None else layer.bias
-    unit = model.quantizers[grid].scale * layer.scale  # float32, as the runtime computes it
+    unit = model.quantizers[grid].scale * layer.stored_scale  # float32, as the runtime computes it
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         codes = np.rint(bias / unit.astype(np.float64))
     dead = ~(np.abs(codes) <= LARGEST_BIAS_CODE) | (unit == 0)
@@ -224,8 +229,8 @@ def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel) -> Low
     weight_codes[dead] = 0
     # A unit that leaves the bias 20 bits of precision; without weights nothing else depends on it.
     input_scale = float(model.quantizers[grid].scale)
-    scale[dead] = np.maximum(np.abs(bias[dead]), 1e-6) / (input_scale * (1 << 20))
-    codes[dead] = np.rint(bias[dead] / (input_scale * scale[dead].astype(np.float64)))
+    scale[dead] = layer.carry * np.maximum(np.abs(bias[dead]), 1e-6) / (input_scale * (1 << 20))
+    codes[dead] = np.rint(bias[dead] / (input_scale * scale[dead].astype(np.float64) / layer.carry))
     return replace(
         layer, codes=weight_codes, scale=scale, bias_codes=codes.astype(np.int32), input_quantizer=grid,
         dead_channels=channels,

@@ -232,13 +232,13 @@ def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:
 
 
 def _accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
-    weight = torch.from_numpy(layer.codes.astype(np.float32))
+    weight = torch.from_numpy(layer.codes.astype(np.float32) * layer.carry)
     largest = max(x.grid.high - x.grid.zero_point, x.grid.zero_point - x.grid.low)
     bound = largest * float(weight.abs().flatten(1).sum(1).max())
     dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
     codes, weight = x.centred().to(dtype), weight.to(dtype)
     bias = torch.from_numpy(layer.bias_codes).double()
-    unit = torch.from_numpy(np.float32(x.grid.scale) * layer.scale)
+    unit = torch.from_numpy(np.float32(x.grid.scale) * layer.stored_scale)
     if node.op_type == "Gemm":
         return Accumulator(F.linear(codes, weight).double() + bias, unit)
     get = node.attributes

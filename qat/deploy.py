@@ -26,17 +26,19 @@ def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> 
     from export.graph import emit_qdq
     from export.lower import lower, lower_float
     from export.passes import to_integers
+    from export.targets import target_named
 
     folder, recipe, built = load_run(run)
     example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-    if target == "ort-int8":
+    if target == "fp32":
+        proto = lower_float(built.model, example)
+    else:
+        chosen = target_named(target)
         if built.table is None:
             raise RecipeError(
-                f"{run}: is a full-precision run; --target ort-int8 needs a quantized one (or use --target fp32)"
+                f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
             )
-        proto = emit_qdq(to_integers(lower(built.model, example)))
-    else:
-        proto = lower_float(built.model, example)
+        proto = emit_qdq(to_integers(lower(built.model, example), chosen), chosen)
     onnx.checker.check_model(proto)
     path = out or folder / "model.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,13 @@ def certificate(tiny: Exported, file: Path) -> Certificate:
 
 
 def tampered(tiny: Exported, name: str, tmp_path: Path) -> Path:
-    """The file with the lowest byte of one element of initializer `name` changed by one."""
+    """The file with one element of initializer `name` changed in its lowest bit (weights: the lowest bit of the code)."""
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny.proto)
     tensor = next(t for t in proto.graph.initializer if t.name == name)
     data = bytearray(tensor.raw_data)
-    data[4] ^= 1
+    layer = tiny.lowered.layers.get(name)
+    data[4] ^= 1 if layer is None else layer.carry
     tensor.raw_data = bytes(data)
     file = tmp_path / "tampered.onnx"
     onnx.save(proto, str(file))
@@ -53,7 +54,7 @@ def test_rounding_of_biases_is_all_that_separates_training_from_the_integer_defi
 ) -> None:
     exact = dataclasses.replace(tiny.lowered, layers=dict(tiny.lowered.layers))
     for name, layer in exact.layers.items():
-        unit = (exact.quantizers[layer.input_quantizer].scale * layer.scale).astype(np.float64)
+        unit = (exact.quantizers[layer.input_quantizer].scale * layer.stored_scale).astype(np.float64)
         bias = np.zeros(len(unit)) if layer.bias is None else layer.bias
         exact.layers[name] = dataclasses.replace(layer, bias_codes=bias / unit)
     trained, _ = tiny.trained(tiny.images)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from export.graph import emit_qdq, saturates
+from export.graph import emit_qdq
 from export.lower import lower
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
 from export.passes import fold_batch_norms, to_integers
+from export.targets import saturates
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
 from tests.export.conftest import Exported, build_tiny
 from tests.surgery.nets import TinyNet
@@ -55,9 +56,10 @@ def test_folding_reports_whether_it_changed_anything(tiny: Exported) -> None:
 
 
 def test_bias_codes_are_rounded_in_units_of_both_scales(tiny: Exported) -> None:
-    layer = tiny.lowered.layers["stem.weight"]
-    step = quantizers(tiny.model)["stem.input"].step.item()
-    expected = np.rint(layer.bias / (np.float64(np.float32(step)) * layer.scale.astype(np.float64)))
+    layer = tiny.lowered.layers["block.conv1.weight"]
+    assert layer.carry == 16
+    step = quantizers(tiny.model)["block.conv1.input"].step.item()
+    expected = np.rint(layer.bias / (np.float64(np.float32(step)) * layer.scale.astype(np.float64) / 16))
     assert np.abs(layer.bias_codes - expected).max() <= 1  # the unit itself is rounded to float32
     assert (layer.bias_codes == expected).mean() > 0.8
 
@@ -85,7 +87,7 @@ def test_a_silenced_channel_keeps_its_bias_alone() -> None:
     layer = lowered.layers["stem.weight"]
     assert layer.dead_channels == (2, 3)
     assert not layer.codes[[2, 3]].any()
-    unit = np.float32(lowered.quantizers["stem.input"].scale) * layer.scale
+    unit = np.float32(lowered.quantizers["stem.input"].scale) * layer.stored_scale
     assert np.allclose((layer.bias_codes * unit)[[2, 3]], model.bn.bias.detach().numpy()[[2, 3]], rtol=1e-5)
     assert any("'stem'" in note and "[2, 3]" in note for note in lowered.notes)
 

@@ -30,8 +30,8 @@ def test_conv_epilogue_against_a_loop_of_python_integers(tiny: Exported) -> None
                 for j in range(3):
                     y, z = row + i - 1, column + j - 1
                     if 0 <= y < x.shape[2] and 0 <= z < x.shape[3]:
-                        total += int(x[image, c, y, z]) * int(layer.codes[o, c, i, j])
-        m = np.float32(np.float32(source.scale * layer.scale[o]) / target.scale)
+                        total += int(x[image, c, y, z]) * int(layer.codes[o, c, i, j]) * layer.carry
+        m = np.float32(np.float32(source.scale * layer.stored_scale[o]) / target.scale)
         expected = np.clip(np.rint(np.float32(total) * m) + target.zero_point, target.low, target.high)
         assert codes["block.conv2.input"][image, o, row, column] == expected
 

@@ -1,0 +1,78 @@
+"""Low-bit codes in bytes: pack and unpack in NumPy, and the tables with which standard ONNX operators unpack.
+
+A b-bit code is split into *planes* of 4, 2 and 1 bits, lowest bits first: 3 = 2 + 1, 5 = 4 + 1, 7 = 4 + 2 + 1. A plane
+of p bits holds 8/p codes a byte, low bits first, padded with zeros at the end. Codes are two's complement of b bits;
+1-bit codes are -1 and +1, stored as 0 and 1. Sizes are therefore b/8 bytes per code, plus less than a byte a plane.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Codes = NDArray[np.int8]
+Plane = NDArray[np.uint8]
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths of the planes of a `bits`-bit code, lowest bits first. Raises ValueError outside 1 to 8."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes have 1 to 8 bits, got {bits}")
+    return (8,) if bits == 8 else tuple(width for width in (4, 2, 1) if bits & width)
+
+
+def pack(codes: Codes, bits: int) -> list[Plane]:
+    """Planes of `codes` (int8, any shape, row-major), one uint8 vector each. Raises ValueError for a code outside b bits."""
+    flat = codes.ravel().astype(np.int16)
+    if bits == 1:
+        if not np.isin(flat, (-1, 1)).all():
+            raise ValueError("1-bit codes are -1 and +1")
+        flat = (flat + 1) // 2
+    elif flat.size and not (-(1 << (bits - 1)) <= flat.min() and flat.max() < 1 << (bits - 1)):
+        raise ValueError(f"codes reach {flat.min()} to {flat.max()}, which {bits} bits cannot hold")
+    planes, shift = [], 0
+    for width in plane_widths(bits):
+        part = (flat >> shift) & ((1 << width) - 1)
+        planes.append(_to_bytes(part.astype(np.uint8), width))
+        shift += width
+    return planes
+
+
+def unpack(planes: list[Plane], bits: int, shape: tuple[int, ...]) -> Codes:
+    """The int8 codes of the given shape that `pack` put into `planes`."""
+    return (unpack_scaled(planes, bits, shape, 1)).astype(np.int8)
+
+
+def unpack_scaled(planes: list[Plane], bits: int, shape: tuple[int, ...], factor: int) -> NDArray[np.int8]:
+    """codes · factor (a power of two), decoded byte by byte through the same tables as in the file."""
+    count = int(np.prod(shape))
+    total = np.zeros(count, np.uint8)
+    for plane, table in zip(planes, tables(bits, factor), strict=True):
+        total |= table[plane].ravel()[:count]
+    return total.view(np.int8).reshape(shape)
+
+
+def tables(bits: int, factor: int) -> list[Plane]:
+    """Per plane: uint8 (256, codes per byte), row v = the contributions of byte v to codes · factor, in two's complement.
+
+    Contributions of different planes have no bit in common, so they are joined with a bitwise or.
+    """
+    widths = plane_widths(bits)
+    return [_table(width, sum(widths[:i]), i == len(widths) - 1, bits, factor) for i, width in enumerate(widths)]
+
+
+def _table(width: int, shift: int, is_top: bool, bits: int, factor: int) -> Plane:
+    per_byte = 8 // width
+    values = (np.arange(256)[:, None] >> (width * np.arange(per_byte))) & ((1 << width) - 1)
+    if bits == 1:
+        contributions = 2 * values - 1
+    else:
+        signed = values - ((values >> (width - 1)) << width) if is_top else values
+        contributions = signed << shift
+    return (contributions * factor).astype(np.int64).astype(np.uint8)
+
+
+def _to_bytes(values: Plane, width: int) -> Plane:
+    per_byte = 8 // width
+    padded = np.zeros(-(-len(values) // per_byte) * per_byte, np.uint8)
+    padded[: len(values)] = values
+    shifts = (width * np.arange(per_byte)).astype(np.uint8)
+    return np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8)

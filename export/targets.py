@@ -1,0 +1,119 @@
+"""What each edge target can run, and how a layer is written for it: data that the emitter reads.
+
+A target says which storage and which integer kernels hold; `plan_layer` decides for one layer, or refuses with its name.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
+
+Storage = Literal["int8", "packed", "onnx-int4"]
+
+PAIR_LIMIT = 32_767  # two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place a file can run.
+
+    storage:            "int8": a byte a code; "packed": uint8 planes unpacked by standard operators that the runtime folds
+                        at load (any bits, ORT >= 1.18); "onnx-int4": INT4 initialisers behind a Cast (ORT >= 1.23).
+    pair_sums_saturate: u8·s8 kernels add pairs of products in 16 bits (x86 AVX2 without VNNI).
+    per_channel:        whether weights may have one scale per output channel.
+    negative_scales:    whether a weight scale may carry the sign of a folded batch norm.
+    power_of_two:       whether every scale must be a power of two.
+    opset:              of the file, and the oldest ONNX Runtime that reads it.
+    why:                the reason for the floor.
+    """
+
+    name: str
+    storage: Storage = "int8"
+    pair_sums_saturate: bool = True
+    per_channel: bool = True
+    negative_scales: bool = True
+    power_of_two: bool = False
+    opset: int = 20
+    runtime: str = "1.18"
+    why: str = "opset 20 is what torch.onnx writes; every operator used here is older"
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("ort-int8"),
+        Target("ort-packed", storage="packed"),
+        Target(
+            "ort-packed-int4", storage="onnx-int4", opset=21, runtime="1.23",
+            why="INT4 tensors are opset 21; casting them to INT8 needs ONNX Runtime 1.23",
+        ),
+        Target("ort-int8-vnni", pair_sums_saturate=False),
+        Target("ort-int8-arm", pair_sums_saturate=False),
+        Target("ort-int8-arm-dotprod", pair_sums_saturate=False),
+        Target("xnnpack", pair_sums_saturate=False, negative_scales=False),
+        Target("qnn", pair_sums_saturate=False, per_channel=False, negative_scales=False, power_of_two=True),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is written. bits: width its codes are stored with (8: plain bytes). uint8: weights offset by 128 for
+    the u8·u8 kernel, which widens before it adds."""
+
+    bits: int
+    uint8: bool
+
+
+def target_named(name: str) -> Target:
+    """Raises ExportError for an unknown target, with those there are."""
+    if name not in TARGETS:
+        raise ExportError(f"--target {name}: unknown; there are {', '.join([*TARGETS, 'fp32', 'fp16'])}")
+    return TARGETS[name]
+
+
+def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer) -> LayerPlan:
+    """Decide how `layer` is stored for `target`. Raises ExportError naming the layer the target cannot run."""
+    where = f"layer {layer.name!r}: target {target.name}"
+    if not target.per_channel and len(np.unique(layer.scale)) > 1:
+        raise ExportError(
+            f"{where} needs one weight scale per layer; train with per-tensor weight steps and no batch norm"
+        )
+    if not target.negative_scales and (layer.scale < 0).any():
+        channels = np.flatnonzero(layer.scale < 0)
+        raise ExportError(
+            f"{where} cannot run negative weight scales (channels {channels[:4].tolist()}: batch norm gamma < 0)"
+        )
+    if target.power_of_two and not is_power_of_two(np.append(np.abs(layer.scale), source.scale)):
+        raise ExportError(f"{where} needs steps that are powers of two")
+    if target.pair_sums_saturate and saturates(layer, source):
+        return LayerPlan(8, uint8=True)
+    return LayerPlan(layer.bits if target.storage != "int8" else 8, uint8=False)
+
+
+def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
+    """Whether two products of this layer, as stored, can overflow the 16-bit lanes that x86 without VNNI adds them in."""
+    largest = int(np.abs(layer.codes.astype(np.int32)).max(initial=0)) * layer.carry
+    return 2 * source.high * largest > PAIR_LIMIT
+
+
+def carry_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
+    """The power of two that weights are carried with: the bias, an integer in the same unit, gains as many bits.
+
+    It is the largest that keeps codes within int8 and pairs of products within 16 bits whatever the weights; 1-bit codes
+    are +1 and -1. INT4 initialisers cannot be scaled on the way to INT8, so they have none.
+    """
+    largest = 1 << max(bits - 1, 0)
+    if target.storage == "onnx-int4" and bits <= 4:
+        return 1
+    carry = 128 // largest if bits > 1 else 64
+    while carry > 1 and 2 * source.high * largest * carry > PAIR_LIMIT:
+        carry //= 2
+    return carry
+
+
+def is_power_of_two(values: np.ndarray) -> bool:
+    mantissa, _ = np.frexp(values)
+    return bool((mantissa == 0.5).all())

@@ -1,0 +1,91 @@
+"""Every storage gives the same codes and runs the same kernels; what a target cannot run is refused with the layer's name."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from export import session
+from export.certificate import INTEGER_KERNELS, certify, compare_stored, layer_kernels
+from export.graph import emit_qdq
+from export.lower import lower, trained_codes
+from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
+from export.passes import to_integers
+from export.targets import TARGETS, carry_of, plan_layer, saturates, target_named
+from tests.export.conftest import Exported, build_tiny
+
+IMAGES = torch.randn(3, 3, 33, 29, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("target", ["ort-packed", "ort-packed-int4"])
+def test_packed_files_are_certified_and_fold_to_integer_kernels(bits: int, target: str, tmp_path) -> None:
+    model, chosen = build_tiny(bits, IMAGES), TARGETS[target]
+    lowered = to_integers(lower(model, IMAGES), chosen)
+    proto, file = emit_qdq(lowered, chosen), tmp_path / "packed.onnx"
+    onnx.save(proto, str(file))
+    result = certify(lowered, file, IMAGES.numpy(), np.zeros(3, np.int64), lambda x: trained_codes(model, x))
+    assert result.passed, str(result)
+    assert result.integer_kernels == result.layers
+    operators = {node.op_type for node in session.optimized(proto).graph.node}
+    assert not operators & {"Gather", "BitwiseOr", "Slice", "Cast"}  # nothing is unpacked at run time
+
+
+def test_packed_and_plain_files_compute_the_same_logits(tiny: Exported) -> None:
+    chosen = TARGETS["ort-packed"]
+    packed = emit_qdq(to_integers(lower(tiny.model, IMAGES), chosen), chosen)
+    first, second = (session.load(p).run(tiny.images)["logits"] for p in (tiny.proto, packed))
+    assert np.array_equal(first, second)
+    sizes = {t.name: numpy_helper.to_array(t).nbytes for t in packed.graph.initializer}
+    assert sizes["block.conv1.weight/plane0"] == 8 * 8 * 9 // 2
+
+
+def test_a_flipped_bit_in_a_plane_is_found(tiny: Exported) -> None:
+    chosen = TARGETS["ort-packed"]
+    lowered = to_integers(lower(tiny.model, IMAGES), chosen)
+    packed = emit_qdq(lowered, chosen)
+    assert compare_stored(lowered, packed) == {}
+    plane = next(t for t in packed.graph.initializer if t.name == "right.weight/plane0")
+    plane.raw_data = bytes([plane.raw_data[0] ^ 0x10]) + plane.raw_data[1:]
+    assert compare_stored(lowered, packed) == {"right": f"1 of {7 * 8 * 9} weight codes differ"}
+
+
+def layer(codes: list[int], bits: int = 8, carry: int = 1) -> LoweredLayer:
+    return LoweredLayer("l", "conv", np.array([codes], np.int8), np.array([0.5], np.float32), bits, carry=carry)
+
+
+def test_saturation_is_decided_by_the_worst_pair() -> None:
+    grid = LoweredQuantizer.on_carrier("q", 1.0, 8, signed=False)
+    assert not saturates(layer([64, 64]), grid)  # 2 · 255 · 64 = 32640 fits
+    assert saturates(layer([65, 0]), grid)
+    assert plan_layer(TARGETS["ort-int8"], layer([127]), grid).uint8
+    assert not plan_layer(TARGETS["ort-int8-vnni"], layer([127]), grid).uint8
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("high", [1, 3, 15, 127, 255])
+def test_carried_codes_fit_int8_and_16_bit_pairs(bits: int, high: int) -> None:
+    grid = dataclasses.replace(LoweredQuantizer.on_carrier("q", 1.0, 8, signed=False), high=high)
+    carry = carry_of(TARGETS["ort-packed"], bits, grid)
+    largest = 1 << max(bits - 1, 0)
+    assert carry >= 1 and carry & (carry - 1) == 0
+    assert largest * carry <= 128 if bits > 1 else carry <= 127
+    assert carry == 1 or 2 * high * largest * carry <= 32767
+    fits_doubled = 2 * largest * carry <= (128 if bits > 1 else 127) and 2 * high * 2 * largest * carry <= 32767
+    assert not fits_doubled  # it is the largest
+
+
+def test_targets_refuse_with_the_layers_name(tiny: Exported) -> None:
+    with pytest.raises(ExportError, match=r"layer 'stem': target qnn needs one weight scale per layer"):
+        emit_qdq(tiny.lowered, TARGETS["qnn"])
+    with pytest.raises(ExportError, match=r"layer 'stem': target xnnpack cannot run negative weight scales"):
+        emit_qdq(tiny.lowered, TARGETS["xnnpack"])
+    with pytest.raises(ExportError, match=r"--target ort-int9: unknown; there are ort-int8, ort-packed"):
+        target_named("ort-int9")
+
+
+def test_kernels_are_named_per_layer(tiny: Exported) -> None:
+    assert set(layer_kernels(tiny.lowered, tiny.proto).values()) <= INTEGER_KERNELS
