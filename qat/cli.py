@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -16,8 +16,9 @@ class Export:
 
     run: Positional[Path]
     """Run folder."""
-    target: Literal["ort-int8", "fp32"] = "ort-int8"
-    """ort-int8: one byte per weight code, integer kernels of an unmodified ONNX Runtime. fp32: the float baseline."""
+    target: str = "ort-int8"
+    """ort-int8: a byte per weight code; ort-packed: 1 to 7 bits each; ort-packed-int4: INT4 tensors; fp32: the float
+    baseline; and the device targets of export/targets.py. All run on an unmodified ONNX Runtime."""
     out: Path | None = None
     """File to write; by default model.onnx in the run folder."""
 
