@@ -36,12 +36,18 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
 
     Raises ExportError naming what cannot run on integers.
     """
-    once: list[Callable[[LoweredModel], bool]] = [fold_batch_norms, pools_from_means, plain_average_pools]
+    once: list[Callable[[LoweredModel], bool]] = [
+        gemms_from_matmuls,
+        fold_batch_norms,
+        pools_from_means,
+        plain_average_pools,
+    ]
     for apply in once:
         apply(model)
     for apply in (hoist_marks, absorb_clips, hoist_marks):
         while apply(model):
             pass
+    remove_dead_nodes(model)
     resolve_biases(model, target)
     return model
 
@@ -94,6 +100,56 @@ def fold_batch_norms(model: LoweredModel) -> bool:
     return changed
 
 
+def gemms_from_matmuls(model: LoweredModel) -> bool:
+    """A linear layer on more than two axes, MatMul(x, Wᵀ) [+ b], becomes Reshape, Gemm, Reshape: only Gemm takes an integer
+    bias, and reshaping codes is free."""
+    changed = False
+    for node in list(model.skeleton.graph):
+        transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        mark = transpose.inputs[0].producer() if transpose is not None and transpose.inputs[0] is not None else None
+        if transpose is None or transpose.op_type != "Transpose" or not is_mark(mark) or mark is None:
+            continue
+        layer = model.layers[mark_name(mark)]
+        bias = _added_constant(node, len(layer.scale))
+        last = node if bias is None else bias
+        shape = last.outputs[0].shape
+        if shape is None or any(not isinstance(d, int) for d in list(shape)[1:]):
+            raise ExportError(
+                f"layer {layer.name!r}: its output has several dynamic axes; only the batch may be dynamic"
+            )
+        name, graph = last.outputs[0].name, model.skeleton.graph
+        ends = {"in": [-1, layer.codes.shape[1]], "out": [-1, *(int(d) for d in list(shape)[1:])]}  # type: ignore[arg-type]
+        shapes = {k: _new_constant(graph, f"{name}/shape_{k}", np.array(v, np.int64)) for k, v in ends.items()}
+        flat = ir.node("Reshape", [node.inputs[0], shapes["in"]], name=f"{name}/flatten")
+        operands = [flat.outputs[0], mark.outputs[0]]
+        if bias is not None:
+            operands.append(next(v for v in bias.inputs if v is not None and constant(v) is not None))
+            model.layers[mark_name(mark)] = replace(layer, bias=np.asarray(constant(operands[2]), np.float64))
+        gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
+        flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
+        restored = ir.node("Reshape", [gemm.outputs[0], shapes["out"]], name=f"{name}/restore")
+        _replace(last, [flat, gemm, restored])
+        if bias is not None:
+            graph.remove(node, safe=True)
+        changed = True
+    return changed
+
+
+def _added_constant(node: ir.Node, width: int) -> ir.Node | None:
+    """The Add of a constant vector of `width` that alone reads `node`'s result."""
+    add = only_reader(node.outputs[0])
+    if add is None or add.op_type != "Add":
+        return None
+    sizes = [c.size for v in add.inputs if (c := constant(v)) is not None]
+    return add if sizes == [width] else None
+
+
+def _new_constant(graph: ir.Graph, name: str, value: NDArray[np.int64]) -> ir.Value:
+    made = ir.Value(name=name, const_value=ir.tensor(value, name=name))
+    graph.initializers[name] = made
+    return made
+
+
 def pools_from_means(model: LoweredModel) -> bool:
     """ReduceMean over height and width is GlobalAveragePool, which has an integer kernel."""
     changed = False
@@ -127,6 +183,16 @@ def plain_average_pools(model: LoweredModel) -> bool:
             raise ExportError(
                 f"node {node.name!r}: AveragePool with padding, ceil_mode and count_include_pad is not exact"
             )
+    return changed
+
+
+def remove_dead_nodes(model: LoweredModel) -> bool:
+    """Drop what nothing reads, such as the transposes of weights that became Gemms."""
+    changed = False
+    for node in reversed(list(model.skeleton.graph)):
+        if not any(list(v.uses()) or v.is_graph_output() for v in node.outputs):
+            model.skeleton.graph.remove(node, safe=True)
+            changed = True
     return changed
 
 

@@ -10,7 +10,7 @@ acc is the exact integer sum; all multipliers are float32; rint rounds half to e
 kernels compute on the CPU, found by experiment over all pairs of codes; the certificate proves it for each file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.passes import constant, is_mark, mark_name, weight_layer
+from export.passes import LAYOUT_OPS, constant, is_mark, mark_name, weight_layer
 
 FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too
 
@@ -58,6 +58,17 @@ class Sum:
 
     def real(self) -> Tensor:
         return self.first.real() + self.second.real()
+
+
+@dataclass(frozen=True)
+class Product:
+    """Elementwise product of two tensors, broadcast."""
+
+    first: Codes
+    second: Codes
+
+    def real(self) -> Tensor:
+        return self.first.real() * self.second.real()
 
 
 @dataclass(frozen=True)
@@ -129,19 +140,25 @@ class WindowMean:
         return x[:, :, rows, column : column + (width - 1) * self.stride[1] + 1 : self.stride[1]]
 
 
-Value = Tensor | Codes | Accumulator | Sum | Joined | Mean | WindowMean
+Value = Tensor | Codes | Accumulator | Sum | Product | Joined | Mean | WindowMean
+
+
+FloatOperator = Callable[[ir.Node, list[NDArray[np.generic] | None]], NDArray[np.generic]]
 
 
 class IntegerReference:
     """Runs a canonical model on integers.
 
+    float_operator: evaluates a node that stays in floating point (softmax, LayerNorm, GELU, gates); without it such a node
+    raises ExportError.
+
     `run(images)` returns ({quantizer: uint8 carrier codes}, logits float32). With `given`, every quantizer's codes are
     computed from the *given* codes of the tensors before it: a difference then names the operation it arose in. Given
-    codes of another size (taken behind a max pool that the quantizer was moved in front of) are passed over.
+    codes in another order (taken behind a layout operation that the quantizer was moved in front of) are passed over.
     """
 
-    def __init__(self, model: LoweredModel) -> None:
-        self.model = model
+    def __init__(self, model: LoweredModel, float_operator: FloatOperator | None = None) -> None:
+        self.model, self.float_operator = model, float_operator
 
     @torch.no_grad()
     def run(
@@ -172,35 +189,83 @@ class IntegerReference:
         carrier = quantize(values[node.inputs[0]], quantizer)
         computed[quantizer.name] = carrier.to(torch.uint8).numpy()
         known = None if given is None else given.get(quantizer.name)
-        if known is not None and known.size == carrier.numel():
+        if known is not None and same_order(known.shape, tuple(carrier.shape)):
             carrier = torch.from_numpy(np.ascontiguousarray(known)).float().reshape(carrier.shape)
         values[node.outputs[0]] = Codes(carrier, quantizer)
 
     def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value:
         assert node.inputs[0] is not None
-        x = values[node.inputs[0]]
+        x = values.get(node.inputs[0])
         layer = weight_layer(node, self.model)
         if layer is not None:
             return _accumulate(node, layer, _codes(x, node))
+        if node.op_type == "Reshape" and isinstance(x, Accumulator):
+            x = x.real()
         match node.op_type:
-            case "Add":
+            case "Add" if self._reads_codes_only(node, values):
                 assert node.inputs[1] is not None
                 return Sum(_codes(x, node), _codes(values[node.inputs[1]], node))
-            case "Concat":
+            case "Concat" if self._reads_codes_only(node, values):
                 parts = tuple(_codes(values[v], node) for v in node.inputs if v is not None)
                 return Joined(parts, node.attributes["axis"].as_int())
-            case "GlobalAveragePool":
+            case "GlobalAveragePool" if isinstance(x, Codes):
                 return Mean(_codes(x, node))
-            case "AveragePool":
+            case "AveragePool" if isinstance(x, Codes):
                 return _average_pool(node, _codes(x, node))
             case "MaxPool" if isinstance(x, Codes):
                 return Codes(_max_pool(node, x.carrier), x.grid)
             case "Flatten" if isinstance(x, Codes):
                 return Codes(x.carrier.flatten(1), x.grid)
-            case "Reshape":
-                shape = [int(d) for d in constant(node.inputs[1]).ravel()]  # type: ignore[union-attr]
+            case "Reshape" if constant(node.inputs[1]) is not None and x is not None:
+                shape = _resolved(node, x)
                 return Codes(x.carrier.reshape(shape), x.grid) if isinstance(x, Codes) else _real(x).reshape(shape)
-        raise ExportError(f"node {node.name!r}: {node.op_type} has no integer definition yet")
+            case "Transpose" if isinstance(x, Codes):
+                return Codes(x.carrier.permute(tuple(node.attributes["perm"].as_ints())).contiguous(), x.grid)
+            case "Mul" | "MatMul" if self._reads_codes_only(node, values):
+                second = _codes(values[node.inputs[1]], node)  # type: ignore[index]
+                return Product(_codes(x, node), second) if node.op_type == "Mul" else _matmul(_codes(x, node), second)
+        return self._in_float(node, values)
+
+    def _reads_codes_only(self, node: ir.Node, values: dict[ir.Value, Value]) -> bool:
+        return all(v is not None and isinstance(values.get(v), Codes) for v in node.inputs)
+
+    def _in_float(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value:
+        given = [values.get(v) if v is not None else None for v in node.inputs]
+        if node.op_type in LAYOUT_OPS and isinstance(given[0], Codes):  # on codes, as in the file
+            source, grid = given[0].carrier, given[0].grid
+            return Codes(self._evaluate(node, [source.numpy(), *map(constant, node.inputs[1:])]), grid)
+        operands = [
+            constant(v) if x is None else _real(x).contiguous().numpy() for v, x in zip(node.inputs, given, strict=True)
+        ]
+        return self._evaluate(node, operands)
+
+    def _evaluate(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> Tensor:
+        if self.float_operator is None:
+            raise ExportError(f"node {node.name!r}: {node.op_type} has no integer definition")
+        return torch.from_numpy(np.array(self.float_operator(node, operands)))
+
+
+def _resolved(node: ir.Node, x: Value) -> list[int]:
+    """The shape a Reshape asks for; 0 copies the input's size unless allowzero is set."""
+    wanted = constant(node.inputs[1])
+    assert wanted is not None
+    sizes = (x.carrier if isinstance(x, Codes) else _real(x)).shape
+    keeps_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1
+    return [sizes[i] if d == 0 and not keeps_zero else int(d) for i, d in enumerate(wanted.ravel())]
+
+
+def _matmul(a: Codes, b: Codes) -> Accumulator:
+    sums = a.centred().double() @ b.centred().double()
+    return Accumulator(sums, torch.tensor(float(a.grid.scale * b.grid.scale)))
+
+
+def same_order(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Whether two shapes hold the same elements in the same row-major order: alike but for axes of size 1, or flattened
+    in front of an equal last axis. (A quantizer that was moved in front of a transpose or a max pool is neither.)"""
+    if np.prod(first) != np.prod(second):
+        return False
+    plain = [tuple(d for d in shape if d != 1) for shape in (first, second)]
+    return plain[0] == plain[1] or (first[-1:] == second[-1:] and {len(first), len(second)} == {2, 3})
 
 
 def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
@@ -210,6 +275,10 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
         code = torch.round(value.sums.float() * (value.unit / scale)) + grid.zero_point
     elif isinstance(value, Sum):
         code = torch.round(_fused_sum(value, grid))
+    elif isinstance(value, Product):
+        a, b = value.first, value.second
+        ratio = torch.tensor(float(np.float32(a.grid.scale * b.grid.scale) / grid.scale))
+        code = torch.round(a.centred() * b.centred() * ratio + grid.zero_point)
     elif isinstance(value, Joined):
         return torch.cat([quantize(part, grid) for part in value.parts], value.axis)
     elif isinstance(value, Mean):
@@ -271,7 +340,7 @@ def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:
     )
 
 
-def _codes(value: Value, node: ir.Node) -> Codes:
+def _codes(value: Value | None, node: ir.Node) -> Codes:
     if not isinstance(value, Codes):
         raise ExportError(f"node {node.name!r}: {node.op_type} reads a tensor that no quantizer precedes")
     return value

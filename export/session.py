@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -61,6 +62,43 @@ def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL") -> onnx.M
         path = Path(folder) / "optimized.onnx"
         load(model, level=level, dump=path)
         return onnx.load(str(path))
+
+
+class FloatOperators:
+    """Evaluates single ONNX nodes with the runtime's own floating-point kernels; sessions are kept per node.
+
+    What stays in floating point between integer kernels (softmax, LayerNorm, GELU) has no integer definition: its
+    reference is the runtime's operator on the reference's own inputs.
+    """
+
+    def __init__(self, opset: int = 20) -> None:
+        self.opset = opset
+        self.sessions: dict[str, ort.InferenceSession] = {}
+
+    def __call__(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> NDArray[np.generic]:
+        name = str(node.outputs[0].name)
+        feeds = {f"i{i}": x for i, x in enumerate(operands) if x is not None}
+        if name not in self.sessions:
+            self.sessions[name] = self._session(node, operands, feeds)
+        return self.sessions[name].run(None, feeds)[0]
+
+    def _session(
+        self, node: ir.Node, operands: list[NDArray[np.generic] | None], feeds: dict[str, NDArray[np.generic]]
+    ) -> ort.InferenceSession:
+        inputs = ["" if x is None else f"i{i}" for i, x in enumerate(operands)]
+        made = onnx.helper.make_node(node.op_type, inputs, ["y"], domain=node.domain)
+        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+        infos = [
+            onnx.helper.make_tensor_value_info(k, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), [None] * v.ndim)
+            for k, v in feeds.items()
+        ]
+        dtype = node.outputs[0].dtype
+        output = onnx.helper.make_tensor_value_info(
+            "y", int(dtype) if dtype is not None else onnx.TensorProto.FLOAT, None
+        )
+        graph = onnx.helper.make_graph([made], "operator", infos, [output])
+        proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)], ir_version=10)
+        return load(proto).session
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

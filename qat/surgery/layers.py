@@ -28,6 +28,7 @@ FLOAT = LayerSpec(weight=None, input=None)
 
 # Conv2d subclasses whose forward is known here: their padding rule. Anything else might compute something of its own.
 PADDING_RULES = {"Conv2d": "fixed", "Conv2dSame": "same"}
+LINEAR_NAMES = {"Linear", "NonDynamicallyQuantizableLinear"}  # torch's, and timm's of the same name and arithmetic
 
 
 class QuantConv2d(nn.Conv2d):
@@ -69,7 +70,7 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantLinear":
-        if type(linear) is not nn.Linear:
+        if type(linear).__name__ not in LINEAR_NAMES:
             raise ValueError(
                 f"layer {name!r}: {type(linear).__name__} is a Linear subclass that quantize_ does not know"
             )

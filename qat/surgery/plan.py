@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from qat.surgery.trace import Call, Trace
 
 MULTIPLIES = {"conv2d", "linear"}
-JOINS = {"add", "cat"}
+PRODUCTS = {"matmul"}  # of two activations: attention's q·kᵀ and attn·v
+JOINS = {"add", "cat", "mul"} | PRODUCTS
+# The runtime's integer kernels of these can write floats, so a floating-point operation may read them unquantized.
+FLOAT_OUTPUT = {"linear"} | PRODUCTS
 # Operations that only move, pick or repeat codes: quantizing before or after them is the same.
 LAYOUTS = {
     "flatten", "reshape", "view", "permute", "transpose", "contiguous", "max_pool2d", "dropout", "getitem", "squeeze",
     "unsqueeze", "chunk", "split", "unbind", "pixel_shuffle", "channel_shuffle", "pad", "clone", "detach",
 }  # fmt: skip
 UNSUPPORTED_MULTIPLIES = {
-    "matmul", "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "conv1d", "conv3d", "conv_transpose2d",
+    "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "conv1d", "conv3d", "conv_transpose2d",
     "multi_head_attention_forward", "bilinear",
 }  # fmt: skip
 
@@ -34,14 +37,14 @@ class Plan:
 def plan_sites(trace: Trace) -> Plan:
     """Decide the 8-bit sites of a traced model. Raises ValueError naming a multiply that cannot be quantized."""
     for call in trace.calls:
-        if call.kind in UNSUPPORTED_MULTIPLIES:
-            raise ValueError(f"{call.address}: {call.kind} multiplies activations, which quantize_ cannot quantize yet")
+        if call.kind in UNSUPPORTED_MULTIPLIES or (call.kind in PRODUCTS and len(call.inputs) < 2):
+            raise ValueError(f"{call.address}: quantize_ cannot quantize the products of {call.kind} yet")
     flow = _Flow(trace)
     sites: dict[str, None] = {}
     for call in trace.calls:
         if is_integer(call):
             end = flow.unit_end(call)
-            if not flow.read_by_one_layer(end) and not flow.is_model_output(end):
+            if flow.needs_site(call, end):
                 sites[flow.producer[end].address] = None
         if is_join(call):
             for value in call.inputs:
@@ -60,7 +63,7 @@ def plan_sites(trace: Trace) -> Plan:
 
 
 def is_join(call: Call) -> bool:
-    """An integer operation without weights: add or concat of two activations, average pooling over space."""
+    """An integer operation without weights: sum, product or concat of two activations, average pooling over space."""
     return call.pools_space or (call.kind in JOINS and len(call.inputs) > 1)
 
 
@@ -93,6 +96,13 @@ class _Flow:
             else:
                 readers.append(reader)
         return readers
+
+    def needs_site(self, call: Call, end: int) -> bool:
+        """Whether the unit of `call`, ending in value `end`, must quantize its result itself."""
+        if self.read_by_one_layer(end) or self.is_model_output(end):
+            return False
+        stays_float = call.kind in FLOAT_OUTPUT and end == call.outputs[0]
+        return not (stays_float and all(r is not None and not is_integer(r) for r in self.final_readers(end)))
 
     def read_by_one_layer(self, value: int) -> bool:
         readers = self.final_readers(value)

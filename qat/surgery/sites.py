@@ -81,4 +81,4 @@ def run_with_sites(model: nn.Module, quantizers: dict[str, LSQ], joins: frozense
 
     model.__class__ = type(f"Quantized{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
     model._location, model._quantized_layers = location, layers  # type: ignore[assignment]
-    location.watch(model)
+    location.watch(model, skip=LSQ)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear
-from qat.surgery.plan import MULTIPLIES, is_join, plan_sites
+from qat.surgery.plan import JOINS, MULTIPLIES, is_join, plan_sites
 from qat.surgery.sites import run_with_sites
 from qat.surgery.trace import Call, Trace, trace_calls
 
@@ -95,6 +95,7 @@ def quantize_(
         raise ValueError("quantize_: the model is quantized already")
     layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHTED)}
     specs = _decide(layers, rules)
+    _open_attention(model)
     trace = trace_calls(model, example)
     _check_coverage(layers, specs, trace)
     plan = plan_sites(trace)
@@ -112,7 +113,7 @@ def quantize_(
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
     sites = {address: LSQ(stream, name=address) for address in plan.sites}
-    joins = frozenset(call.address for call in trace.calls if is_join(call))
+    joins = frozenset(call.address for call in trace.calls if call.kind in JOINS or is_join(call))
     run_with_sites(model, sites, joins, frozenset(quantized))
     _move_like(model)
     return QuantizationTable(tuple(_rows(specs, layers, quantized, trace)), plan.sites)
@@ -133,6 +134,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, step_lr: float) -> l
         {"params": [p for _, p in named if id(p) in steps], "weight_decay": 0.0, "lr": step_lr},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _open_attention(model: nn.Module) -> None:
+    """Have timm's attention modules compute their two products in the open, where they can be quantized."""
+    for module in model.modules():
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False  # type: ignore[assignment]
 
 
 def _decide(layers: dict[str, nn.Module], rules: Rules) -> dict[str, LayerSpec]:

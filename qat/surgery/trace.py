@@ -57,11 +57,11 @@ class Location:
         self.ordinals[key] = ordinal + 1
         return f"{self.path}#{kind}{ordinal}"
 
-    def watch(self, model: nn.Module) -> list[Any]:
-        """Hook every module of `model`; returns the hook handles."""
+    def watch(self, model: nn.Module, skip: type[nn.Module] | tuple[()] = ()) -> list[Any]:
+        """Hook every module of `model` but those of type `skip`, which count as their parents; returns the handles."""
         handles = []
         for path, module in model.named_modules():
-            if path:
+            if path and not isinstance(module, skip):
                 handles.append(module.register_forward_pre_hook(_Enter(self, path)))
                 handles.append(module.register_forward_hook(_Leave(self)))
         return handles
