@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export import session
-from export.lowered import ExportError, LoweredLayer, LoweredModel
-from export.packing import plane_widths, unpack
+from export.lowered import ExportError, LoweredModel
+from export.metadata import codes_of
 from export.passes import is_mark, mark_name
 from export.reference import IntegerReference, same_order
+from export.stress import adversarial, settings_that_differ
 
 INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
 EXACT_LEVELS = ("EXTENDED", "ALL")
 FLOAT_LEVEL_LIMIT = 1e-5  # at DISABLE and BASIC the runtime adds floats: about 3 codes in a million, specs/lowering.md
 BATCH = 32
+SETTINGS_IMAGES = 8
 
 Images = NDArray[np.float32]
 
@@ -68,12 +70,15 @@ class Certificate:
     float_layers: tuple[str, ...]
     fake_quantized_mismatch_rate: float
     top1_agreement: float
+    different_settings: dict[str, int]
+    adversarial: dict[str, dict[str, int]]
     accuracy: dict[str, float]
     notes: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        return not self.stored and not self.float_layers and all(level.passed for level in self.levels)
+        exact = not (self.stored or self.float_layers or self.different_settings or self.adversarial)
+        return exact and all(level.passed for level in self.levels)
 
     @property
     def mismatches(self) -> int:
@@ -96,6 +101,10 @@ class Certificate:
             worst = "".join(f"; {name} {count}" for name, count in list(level.mismatches.items())[:3])
             verdict = "ok" if level.passed else "FAILED"
             lines.append(f"  {level.level:<10} codes: {level.total} mismatches of {level.codes:,}{worst}  [{verdict}]")
+        lines.append(f"  settings   2 threads, batches of 1: {_listed(self.different_settings) or 'the same codes'}")
+        lines.append(
+            f"  adversarial all-max, all-min, alternating, random codes: {_listed(self.adversarial) or '0 mismatches'}"
+        )
         accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
         lines.append(f"  accuracy   {accuracies} on {self.images} images; top-1 agreement {self.top1_agreement:.2%}")
         lines.append(f"  training   {self.fake_quantized_mismatch_rate:.2e} of the fake-quantized net's codes differ")
@@ -106,6 +115,10 @@ class Certificate:
 
     def _kernel_names(self) -> str:
         return f"; in float: {', '.join(self.float_layers)}" if self.float_layers else ""
+
+
+def _listed(found: Mapping[str, object]) -> str:
+    return "; ".join(f"{name} {what}" for name, what in found.items())
 
 
 def certify(
@@ -149,6 +162,8 @@ def certify(
         float_layers=tuple(name for name, kernel in kernels.items() if kernel not in INTEGER_KERNELS),
         fake_quantized_mismatch_rate=rate,
         top1_agreement=agreement,
+        different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
+        adversarial=adversarial(model, proto),
         accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
         notes=tuple(model.notes),
     )
@@ -172,7 +187,7 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
     different: dict[str, str] = {}
     for layer in model.layers.values():
         weight = f"{layer.name}.weight"
-        codes = stored_codes(layer, found)
+        codes = codes_of(layer, found)
         if codes is None:
             different[layer.name] = "its weight is not in the file"
             continue
@@ -184,20 +199,6 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
         elif layer.bias_codes is None or not np.array_equal(found[f"{layer.name}.bias"], layer.bias_codes):
             different[layer.name] = "its bias differs"
     return different
-
-
-def stored_codes(layer: LoweredLayer, found: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic] | None:
-    """The layer's weight codes as the file holds them (float64 where a byte is no multiple of the carry); None: absent."""
-    weight = f"{layer.name}.weight"
-    if weight in found:
-        offset = 128 if found[weight].dtype == np.uint8 else 0
-        return (found[weight].astype(np.float64) - offset) / layer.carry
-    if f"{weight}/int4" in found:
-        return found[f"{weight}/int4"].astype(np.int8)
-    planes = [found[f"{weight}/plane{i}"] for i in range(3) if f"{weight}/plane{i}" in found]
-    if len(planes) != len(plane_widths(layer.bits)) or any(p.dtype != np.uint8 for p in planes):
-        return None
-    return unpack([np.asarray(p, np.uint8) for p in planes], layer.bits, layer.codes.shape)
 
 
 def layer_kernels(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:

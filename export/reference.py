@@ -198,7 +198,7 @@ class IntegerReference:
         x = values.get(node.inputs[0])
         layer = weight_layer(node, self.model)
         if layer is not None:
-            return _accumulate(node, layer, _codes(x, node))
+            return accumulate(node, layer, _codes(x, node))
         if node.op_type == "Reshape" and isinstance(x, Accumulator):
             x = x.real()
         match node.op_type:
@@ -300,7 +300,8 @@ def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:
     return (a.carrier.double() * float(ratio_a) + inner.double()).float()
 
 
-def _accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
+def accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
+    """Exact integer sums of a Conv or Gemm node on codes, bias included."""
     weight = torch.from_numpy(layer.codes.astype(np.float32) * layer.carry)
     largest = max(x.grid.high - x.grid.zero_point, x.grid.zero_point - x.grid.low)
     bound = largest * float(weight.abs().flatten(1).sum(1).max())

@@ -1,4 +1,4 @@
-"""`qat export | certify | compare | report`: parse, call, print. No logic lives here."""
+"""`qat export | certify | bench | predict | compare | report`: parse, call, print. No logic lives here."""
 
 import sys
 from collections.abc import Callable
@@ -25,12 +25,41 @@ class Export:
 
 @dataclass(frozen=True)
 class Certify:
-    """Prove that a file holds the trained codes and that ONNX Runtime computes them. Exits 1 when it does not."""
+    """Prove that a file holds the trained codes and that ONNX Runtime computes them. Exits 1 when it does not.
 
-    run: Positional[Path]
-    """Run folder the file was exported from."""
+    `qat certify RUN model.onnx` is the whole proof; `qat certify model.onnx` checks the file's signature and kernels alone.
+    """
+
+    paths: Positional[tuple[Path, ...]]
+    """[RUN] model.onnx"""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Classify images with an exported file; what it needs is read from the file."""
+
     model: Positional[Path]
     """The ONNX file."""
+    images: Positional[tuple[Path, ...]]
+    """Image files."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Speed, memory and size of exported runs against FP32 and ONNX Runtime's own static INT8."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders; each is exported for --target, the first also gives the FP32 and static INT8 files to compare with."""
+    target: str = "ort-packed"
+    """Export target."""
+    threads: int = 1
+    """Threads of the runtime."""
+    batch: int = 1
+    """Images a run."""
+    rounds: int = 50
+    """Interleaved rounds."""
+    out: Path | None = None
+    """Folder for bench.json and bench.svg; by default the first run."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +67,19 @@ class Compare:
     """Accuracy of a run against its full-precision baseline. Exits 1 when it lost more than --max-drop points."""
 
     baseline: Positional[Path]
-    """Full-precision run folder."""
+    """Full-precision run folder, or a stored baseline file (.json)."""
     run: Positional[Path]
     """Run folder to judge."""
     max_drop: float = 1.0
-    """Percentage points that the target domain, and the mean of the source domains, may lose."""
+    """Percentage points that the target domain, and the source domains together, may lose."""
+    alpha: float = 0.05
+    """Level of the paired test: a drop fails when it exceeds --max-drop with this certainty."""
+    markdown: Path | None = None
+    """Also write the table as Markdown, for a pull request."""
+    json: Path | None = None
+    """Also write the comparison as JSON."""
+    update_baseline: bool = False
+    """Store RUN's predictions as the baseline file BASELINE (a .json) instead of comparing."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +95,8 @@ class Report:
 Command = (
     Annotated[Export, subcommand("export")]
     | Annotated[Certify, subcommand("certify")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[Predict, subcommand("predict")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Report, subcommand("report")]
 )
@@ -78,21 +117,47 @@ def guarded(action: Callable[[], int]) -> int:
         return 2
 
 
-def execute(command: Export | Certify | Compare | Report) -> int:
+def execute(command: Export | Certify | Bench | Predict | Compare | Report) -> int:
     from qat import deploy
-    from qat.training.compare import compare_runs
+    from qat.training.checkpoint import write_json, write_text
+    from qat.training.compare import compare_runs, write_baseline
 
     match command:
         case Export(run, target, out):
             print(deploy.export_run(run, target, out))
             return 0
-        case Certify(run, model):
+        case Certify(paths=(model,)):
+            check = deploy.verify_file(model)
+            print(check)
+            return 0 if check.passed else 1
+        case Certify(paths=(run, model)):
             certificate = deploy.certify_run(run, model)
             print(certificate)
             return 0 if certificate.passed else 1
-        case Compare(baseline, run, max_drop):
-            comparison = compare_runs(baseline, run, max_drop)
+        case Certify():
+            raise ValueError("qat certify takes model.onnx, or RUN and model.onnx")
+        case Predict(model, images):
+            for found in deploy.predict(model, images):
+                print(f"{found.image}: {found.label} ({found.probability:.1%})")
+            return 0
+        case Bench():
+            print(
+                deploy.bench_runs(
+                    command.runs, command.target, command.threads, command.batch, command.rounds, command.out
+                )
+            )
+            return 0
+        case Compare(baseline=baseline, run=run, update_baseline=True):
+            write_baseline(run, baseline)
+            print(baseline)
+            return 0
+        case Compare():
+            comparison = compare_runs(command.baseline, command.run, command.max_drop, command.alpha)
             print(comparison)
+            if command.markdown is not None:
+                write_text(command.markdown, comparison.markdown() + "\n")
+            if command.json is not None:
+                write_json(command.json, comparison.to_json())
             return 0 if comparison.passed else 1
         case Report(run, baseline):
             print(deploy.write_report(run, baseline))

@@ -6,57 +6,74 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from qat import __version__
 from qat.training.checkpoint import RunFolder, load_run, write_atomically, write_json, write_text
 from qat.training.recipe import LsqRecipe, RecipeError
 
 if TYPE_CHECKING:
+    import onnx
+
+    from export.bench import BenchTable
     from export.certificate import Certificate
     from export.latency import Latency
+    from export.predict import Prediction
+    from export.verify import FileCheck
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
     """Write the ONNX file of `run` for `target`; returns its path. Nothing is left behind when the export fails."""
     import onnx
 
+    proto = exported(run, target)
+    onnx.checker.check_model(proto)
+    path = out or RunFolder.open(run) / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda p: onnx.save(proto, str(p)))
+    return path
+
+
+def exported(run: Path, target: str) -> onnx.ModelProto:
+    """The ONNX model of `run` for `target`: "fp32", or one of export/targets.py, signed and with its preprocessing."""
     from export.graph import emit_qdq
     from export.lower import lower, lower_float
+    from export.metadata import Preprocessing, sign
     from export.passes import to_integers
     from export.targets import target_named
 
     folder, recipe, built = load_run(run)
     example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
     if target == "fp32":
-        proto = lower_float(built.model, example)
-    else:
-        chosen = target_named(target)
-        if built.table is None:
-            raise RecipeError(
-                f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
-            )
-        proto = emit_qdq(to_integers(lower(built.model, example), chosen), chosen)
-    onnx.checker.check_model(proto)
-    path = out or folder / "model.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda p: onnx.save(proto, str(p)))
-    return path
+        return lower_float(built.model, example)
+    chosen = target_named(target)
+    if built.table is None:
+        raise RecipeError(
+            f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
+        )
+    lowered = to_integers(lower(built.model, example), chosen)
+    preprocessing = Preprocessing(recipe.image_size, built.mean, built.std, tuple(folder.results()["classes"]))
+    return sign(emit_qdq(lowered, chosen), lowered, chosen, preprocessing, f"edgeqat {__version__}")
 
 
 def certify_run(run: Path, model: Path) -> Certificate:
     """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run."""
-    from export.certificate import certify
+    from export.certificate import certify, read
     from export.lower import lower, trained_codes
+    from export.metadata import read_metadata
     from export.passes import to_integers
+    from export.targets import target_named
 
     folder, recipe, built = load_run(run)
     if built.table is None:
         raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
     samples = folder.samples()
-    lowered = to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)))
+    target = target_named(read_metadata(read(model), str(model))["target"])
+    lowered = to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
     certificate = certify(
         lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images)
     )
@@ -90,3 +107,51 @@ def write_report(run: Path, baseline: Path | None = None) -> Path:
     html = render(folder, RunFolder.open(baseline) if baseline else None)
     write_text(path, html)
     return path
+
+
+def verify_file(model: Path) -> FileCheck:
+    """Check a file alone: signature, kernels, settings."""
+    from export import verify
+
+    return verify.verify_file(model)
+
+
+def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
+    """Classify image files with an exported file."""
+    from export import predict as on_file
+
+    return on_file.predict(model, images)
+
+
+def bench_runs(
+    runs: Sequence[Path], target: str, threads: int, batch: int, rounds: int, out: Path | None = None
+) -> BenchTable:
+    """Bench exported `runs` against FP32 and static INT8; also writes bench.json and bench.svg into `out`."""
+    from export.bench import bench
+    from qat.training.figures import size_accuracy_latency
+
+    if not runs:
+        raise RecipeError("qat bench: name at least one run folder")
+    files = {run.name: exported(run, target) for run in runs}
+    images = RunFolder.open(runs[0]).samples().images
+    table = bench(exported(runs[0], "fp32"), files, images, threads=threads, batch=batch, rounds=rounds)
+    accuracy = {run.name: 100 * RunFolder.open(run).results()["target"] for run in runs}
+    operations = {run.name: bit_operations(run) for run in runs}
+    where = out or runs[0]
+    where.mkdir(parents=True, exist_ok=True)
+    write_json(where / "bench.json", table.to_json() | {"target_accuracy": accuracy, "operations": operations})
+    write_text(
+        where / "bench.svg", size_accuracy_latency([vars(row) for row in table.rows if row.name in accuracy], accuracy)
+    )
+    return table
+
+
+def bit_operations(run: Path) -> dict[str, int]:
+    """Multiply-accumulates per image, and bit operations: each MAC counts weight bits times input bits (float: 32)."""
+    table = load_run(run)[2].table
+    rows = table.rows if table is not None else ()
+    macs = sum(row.macs for row in rows)
+    bits = sum(
+        row.macs * (row.weight.bits if row.weight else 32) * (row.input.bits if row.input else 32) for row in rows
+    )
+    return {"macs": macs, "bit_operations": bits}

@@ -26,7 +26,7 @@ DOORS = {
     "onnxruntime": {"export/session.py"},
     "torch.onnx": {"export/lower.py"},
 }
-TORCH_IN_EXPORT = {"export/lower.py", "export/reference.py", "export/certificate.py"}
+TORCH_IN_EXPORT = {"export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py"}
 EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py"}
 
 

@@ -27,6 +27,9 @@ NORMALIZATIONS = {
 }
 
 
+KINDS = ("predicted", "label")
+
+
 @dataclass(frozen=True)
 class Samples:
     """Images as the model sees them (N_3_H_W float32, normalised), labels int64, and the domain of each."""
@@ -111,6 +114,26 @@ class RunFolder:
             raise RecipeError(f"{self / name}: no such file; did the run finish?") from None
         except Exception as error:
             raise RecipeError(f"{self / name}: not a readable checkpoint ({error})") from error
+
+    def write_predictions(self, predictions: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
+        """Per domain: predicted classes and labels of the images its accuracy was measured on, in a fixed order."""
+        arrays = {
+            f"{domain}/{kind}": a for domain, both in predictions.items() for kind, a in zip(KINDS, both, strict=True)
+        }
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+        write_atomically(self / "predictions.npz", write)
+
+    def predictions(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        try:
+            with np.load(self / "predictions.npz") as stored:
+                domains = dict.fromkeys(name.rsplit("/", 1)[0] for name in stored.files)
+                return {d: (stored[f"{d}/predicted"], stored[f"{d}/label"]) for d in domains}
+        except FileNotFoundError:
+            raise RecipeError(f"{self / 'predictions.npz'}: no such file; did the run finish?") from None
 
     def write_samples(self, samples: Samples) -> None:
         def write(path: Path) -> None:

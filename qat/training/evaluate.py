@@ -21,6 +21,13 @@ def accuracy(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]], classes
     return float(metric.compute())
 
 
+@torch.no_grad()
+def predictions(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(predicted classes, labels), int64 N each, in the loader's order."""
+    found = [(predict(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches]
+    return torch.cat([p for p, _ in found]), torch.cat([label for _, label in found])
+
+
 def predictor(model: nn.Module, device: torch.device) -> Predict:
     """`model` as a Predict: in eval mode on `device` while it is called, then back as it was."""
 

@@ -109,6 +109,21 @@ def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure)
 
 
+def size_accuracy_latency(rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, float]) -> str:
+    """One disc a file: size across, accuracy up, area as its median latency."""
+    figure, axes = _figure(6, 3.4)
+    slowest = max(row["median_ms"] for row in rows)
+    for row in rows:
+        x, y = row["size"] / 1e6, accuracy[row["name"]]
+        axes.scatter(x, y, s=1500 * row["median_ms"] / slowest, color=RUN, alpha=0.5)
+        axes.annotate(f"{row['name']}, {row['median_ms']:.2f} ms", (x, y), xytext=(0, -24), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
+    axes.margins(0.35)
+    axes.set_xlabel("file size, MB (disc area: median latency)")
+    axes.set_ylabel("target accuracy, %")
+    return _svg(figure)
+
+
 def _kind(name: str) -> str:
     return "stream" if "#" in name else name.rsplit(".", 1)[-1]
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -29,7 +30,7 @@ from qat.objectives.contract import Gradients, Objective, erm
 from qat.surgery.calibrate import CalibrationRow, calibrate
 from qat.surgery.swap import parameter_groups, quantizers
 from qat.training.checkpoint import Built, RunFolder, Samples, build, load_state, write_json
-from qat.training.evaluate import accuracy, predictor
+from qat.training.evaluate import accuracy, predictions, predictor
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, check
 from qat.training.tracking import Tracker
 
@@ -160,13 +161,17 @@ class _Trainer:
         model = self.accelerator.unwrap_model(self.model)
         load_state(model, self.folder.load("checkpoint.pt"), self.folder / "checkpoint.pt")
         images = self.recipe.batch_size * len(self.split.train) * self.recipe.steps
+        measured = {s.name: self._predictions(s) for s in (*self.split.validation, self.split.target_in)}
+        self.folder.write_predictions(measured)
+        right = {name: float((predicted == labels).mean()) for name, (predicted, labels) in measured.items()}
+        target = right.pop(self.split.target_in.name)
         results = {
             "method": self.recipe.method,
             "test_domain": self.recipe.test_domain,
             "selection": "training-domain validation: best mean held-out accuracy over the source domains",
             "selected_step": self.progress.best_step,
-            "source_validation": {s.name: self._accuracy(s) for s in self.split.validation},
-            "target": self._accuracy(self.split.target_in),
+            "source_validation": right,
+            "target": target,
             "target_holdout": self._accuracy(self.split.target_out),
             "train_seconds": seconds,
             "images_per_second": images / seconds,
@@ -185,6 +190,11 @@ class _Trainer:
         batches = eval_batches(subset, self.recipe, self.built)
         predict = predictor(self.accelerator.unwrap_model(self.model), self.accelerator.device)
         return accuracy(predict, batches, len(self.split.classes))
+
+    def _predictions(self, subset: Subset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        predict = predictor(self.accelerator.unwrap_model(self.model), self.accelerator.device)
+        predicted, labels = predictions(predict, eval_batches(subset, self.recipe, self.built))
+        return predicted.numpy(), labels.numpy()
 
     def _train_loader(self) -> DataLoader[Any]:
         return train_loader(self.split, self.recipe, self.built, start_step=self.progress.step)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from qat import cli
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.training.checkpoint import RunFolder, load_run, write_atomically
-from qat.training.compare import compare_runs
+from qat.training.compare import compare_runs, mcnemar, write_baseline
 from qat.training.evaluate import accuracy
 from qat.training.loop import run, schedule_of
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, check, from_json, to_json
@@ -193,42 +193,67 @@ def test_accuracy_counts_what_is_right() -> None:
         accuracy(lambda x: x, [], 5)
 
 
-def fake_run(path: Path, target: float) -> Path:
+def fake_run(path: Path, wrong: int, images: int = 2000, gained: int = 0) -> Path:
+    """A run folder whose target predictions have `wrong` errors, `gained` of the baseline's errors put right."""
     path.mkdir()
-    results = {
-        "source_validation": {"a": 0.9, "b": 0.8}, "target": target, "test_domain": "c", "classes": ["x", "y"],
-        "split": {"trial_seed": 0, "holdout": 0.2},
-    }  # fmt: skip
-    (path / "results.json").write_text(json.dumps(results))
+    label = np.arange(images) % 7
+    predicted = label.copy()
+    predicted[gained : wrong + gained] += 1
+    RunFolder.open(path).write_predictions({"a": (label[:100], label[:100]), "c": (predicted, label)})
+    (path / "results.json").write_text(json.dumps({"test_domain": "c"}))
     return path
 
 
-def test_compare_fails_a_planted_drop_and_passes_a_small_one(tmp_path: Path) -> None:
-    baseline = fake_run(tmp_path / "fp", 0.70)
-    assert not compare_runs(baseline, fake_run(tmp_path / "bad", 0.67), 1.0).passed
-    assert compare_runs(baseline, fake_run(tmp_path / "good", 0.698), 1.0).passed
-    assert compare_runs(baseline, tmp_path / "bad", 3.5).passed
+def test_compare_fails_a_planted_three_point_drop_and_passes_a_small_one_on_2000_images(tmp_path: Path) -> None:
+    baseline = fake_run(tmp_path / "fp", 600)
+    assert not compare_runs(baseline, fake_run(tmp_path / "bad", 660), 1.0).passed
+    assert compare_runs(baseline, fake_run(tmp_path / "good", 604), 1.0).passed
+    assert compare_runs(baseline, tmp_path / "bad", 4.0).passed
+
+
+def test_a_drop_within_the_noise_passes_and_the_same_drop_on_more_images_fails(tmp_path: Path) -> None:
+    """1.5 points with many answers changed both ways is noise on 200 images and real on 20,000."""
+    for images, passes in ((200, True), (20_000, False)):
+        unit = images // 200
+        baseline = fake_run(tmp_path / f"fp{images}", 60 * unit, images)
+        run_path = fake_run(tmp_path / f"run{images}", 63 * unit, images, gained=20 * unit)
+        assert compare_runs(baseline, run_path, 0.5).passed is passes
+
+
+def test_mcnemar_against_the_binomial_distribution() -> None:
+    rng = np.random.default_rng(0)
+    simulated = rng.binomial(24, 0.5, 400_000)
+    assert mcnemar(6, 18) == pytest.approx(((simulated <= 6) | (simulated >= 18)).mean(), abs=2e-3)
+    assert mcnemar(5, 5) == mcnemar(0, 0) == 1.0
+
+
+def test_stored_baselines_and_outputs(tmp_path: Path) -> None:
+    baseline, worse = fake_run(tmp_path / "fp", 600), fake_run(tmp_path / "bad", 700)
+    write_baseline(baseline, tmp_path / "baselines/net.json")
+    comparison = compare_runs(tmp_path / "baselines/net.json", worse, 1.0)
+    assert not comparison.passed and "**failed**" in comparison.markdown() and comparison.to_json()["passed"] is False
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"bad\.json: not a stored baseline"):
+        compare_runs(tmp_path / "bad.json", worse, 1.0)
+    other = fake_run(tmp_path / "other", 10, images=1999)
+    with pytest.raises(RecipeError, match="different images of c"):
+        compare_runs(baseline, other, 1.0)
 
 
 @pytest.mark.parametrize(("run_name", "code"), [("bad", 1), ("good", 0), ("absent", 2)])
-def test_the_command_line_exits_with_the_verdict(tmp_path: Path, run_name: str, code: int) -> None:
-    baseline = fake_run(tmp_path / "fp", 0.70)
-    fake_run(tmp_path / "bad", 0.60)
-    fake_run(tmp_path / "good", 0.70)
-    command = [
-        sys.executable,
-        "-m",
-        "qat.cli",
-        "compare",
-        str(baseline),
-        str(tmp_path / run_name),
-        "--max-drop",
-        "1.0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+def test_the_command_line_exits_with_the_verdict(
+    tmp_path: Path, run_name: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_run(tmp_path / "fp", 600)
+    fake_run(tmp_path / "bad", 700)
+    fake_run(tmp_path / "good", 600)
+    arguments = ["qat", "compare", str(tmp_path / "fp"), str(tmp_path / run_name), "--max-drop", "1.0"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == code
     if code == 2:
-        assert "absent: no such run folder" in done.stderr and "Traceback" not in done.stderr
+        assert "absent: no such run folder" in capsys.readouterr().err
 
 
 def test_samples_are_evenly_spread(runs: tuple[Path, Path]) -> None:

@@ -1,0 +1,127 @@
+"""Speed, memory and size of files against FP32 and ONNX Runtime's own static INT8, interleaved in one process."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from export import latency, session
+
+FP32, STATIC = "fp32", "ort static int8"
+LOADS = 3
+
+# Peak memory is a process's own: one process a file, its high-water mark before loading subtracted. (getrusage would
+# report the parent's mark; the kernel's VmHWM starts anew with the program. Linux only.)
+MEMORY_PROBE = """
+import pathlib, re, sys, numpy
+from export import session
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+images = numpy.load(sys.argv[2])
+before = peak()
+loaded = session.load(sys.argv[1], threads=int(sys.argv[3]))
+for _ in range(3): loaded.run(images)
+print((peak() - before) / 1024)
+"""
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One file: bytes, milliseconds, megabytes of peak memory over an idle process, and speed-ups."""
+
+    name: str
+    size: int
+    load_ms: float
+    median_ms: float
+    p95_ms: float
+    peak_mb: float
+    over_fp32: float
+    over_static: float
+    layer_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class BenchTable:
+    """All files of one bench, and how they were run."""
+
+    rows: tuple[BenchRow, ...]
+    threads: int
+    batch: int
+    rounds: int
+    runtime: str
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'file':<{width}}  size MB  of fp32  load ms  median ms   p95 ms  peak MB  x fp32  x static int8"]
+        for row in self.rows:
+            share = row.size / self.rows[0].size
+            lines.append(
+                f"{row.name:<{width}} {row.size / 1e6:>8.2f} {share:>8.3f} {row.load_ms:>8.1f} {row.median_ms:>10.2f} "
+                f"{row.p95_ms:>8.2f} {row.peak_mb:>8.1f} {row.over_fp32:>7.2f} {row.over_static:>14.2f}"
+            )
+        setting = f"ONNX Runtime {self.runtime}, {self.threads} thread(s), batch {self.batch}, {self.rounds} rounds"
+        return "\n".join([*lines, f"{setting}, interleaved; ratios count, milliseconds are this machine's"])
+
+
+def bench(
+    fp32: onnx.ModelProto,
+    files: Mapping[str, onnx.ModelProto],
+    images: NDArray[np.float32],
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    rounds: int = 50,
+) -> BenchTable:
+    """Measure `files` against `fp32` and against static INT8 made from it, calibrated (min-max) on `images`."""
+    models = {FP32: fp32, STATIC: session.static_int8(fp32, images), **files}
+    feed = np.ascontiguousarray(images[:batch])
+    over_fp32 = {x.name: x for x in latency.compare(models, feed, threads=threads, rounds=rounds)}
+    static_first = {STATIC: models[STATIC], **models}
+    over_static = {x.name: x for x in latency.compare(static_first, feed, threads=threads, rounds=rounds)}
+    rows = tuple(
+        BenchRow(
+            name, proto.ByteSize(), _load_ms(proto), over_fp32[name].median_ms, over_fp32[name].p95_ms,
+            peak_memory(proto, feed, threads), over_fp32[name].speedup, over_static[name].speedup, layer_bytes(proto),
+        )
+        for name, proto in models.items()
+    )  # fmt: skip
+    return BenchTable(rows, threads, batch, rounds, session.version())
+
+
+def layer_bytes(proto: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of the initialisers of each layer (tables and constants that layers share under "shared")."""
+    sizes: dict[str, int] = {}
+    for tensor in proto.graph.initializer:
+        layer = tensor.name.split("/")[0].rsplit(".", 1)[0] if "." in tensor.name else "shared"
+        sizes[layer] = sizes.get(layer, 0) + len(tensor.raw_data)
+    return sizes
+
+
+def peak_memory(proto: onnx.ModelProto, images: NDArray[np.float32], threads: int) -> float:
+    """Megabytes that loading and running the file adds to a process's peak."""
+    with TemporaryDirectory() as folder:
+        model, feed = Path(folder) / "model.onnx", Path(folder) / "images.npy"
+        onnx.save(proto, str(model))
+        np.save(feed, images)
+        command = [sys.executable, "-c", MEMORY_PROBE, str(model), str(feed), str(threads)]
+        root = str(Path(__file__).parent.parent)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        return float(done.stdout)
+
+
+def _load_ms(proto: onnx.ModelProto) -> float:
+    times = []
+    for _ in range(LOADS):
+        began = time.perf_counter()
+        session.load(proto)
+        times.append((time.perf_counter() - began) * 1e3)
+    return min(times)

@@ -1,0 +1,110 @@
+"""What a file says about itself: target, preprocessing, and a signature over every layer's codes.
+
+Stored as one JSON text under the key `edgeqat` of the ONNX model's metadata, where any runtime can read it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from export.lowered import ExportError, LoweredLayer, LoweredModel
+from export.packing import plane_widths, unpack
+from export.targets import Target
+
+KEY, FORMAT = "edgeqat", 1
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image file to the model's input: RGB, resized to size × size, scaled to [0, 1], (x - mean) / std, N_3_H_W."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...]
+
+
+def sign(
+    proto: onnx.ModelProto, model: LoweredModel, target: Target, preprocessing: Preprocessing, producer: str
+) -> onnx.ModelProto:
+    """Write the metadata into `proto` (in place) and return it."""
+    layers = [
+        {
+            "name": layer.name,
+            "bits": layer.bits,
+            "carry": layer.carry,
+            "shape": list(layer.codes.shape),
+            "sha256": digest(layer.codes),
+        }
+        for layer in model.layers.values()
+    ]
+    value = {
+        "format": FORMAT,
+        "producer": producer,
+        "target": target.name,
+        "storage": target.storage,
+        "runtime": {"onnxruntime": f">={target.runtime}", "opset": target.opset, "why": target.why},
+        "session_options": {},
+        "input": asdict(preprocessing),
+        "layers": layers,
+        "sha256": hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest(),
+    }
+    onnx.helper.set_model_props(proto, {KEY: json.dumps(value)})
+    return proto
+
+
+def digest(codes: NDArray[np.generic]) -> str:
+    """SHA-256 of int8 codes in row-major order."""
+    return hashlib.sha256(np.ascontiguousarray(codes, np.int8).tobytes()).hexdigest()
+
+
+def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
+    """Raises ExportError when the file has none, or one of a newer format."""
+    found = next((p.value for p in proto.metadata_props if p.key == KEY), None)
+    if found is None:
+        raise ExportError(f"{name}: carries no edgeqat metadata; export it with `qat export`")
+    value: dict[str, Any] = json.loads(found)
+    if value.get("format") != FORMAT:
+        raise ExportError(f"{name}: metadata format {value.get('format')} is newer than this version reads ({FORMAT})")
+    return value
+
+
+def broken_signatures(proto: onnx.ModelProto, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Layers whose codes in the file are not the signed ones, and how; checked without the run."""
+    found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    broken = {}
+    for entry in metadata["layers"]:
+        codes = stored_codes(found, entry["name"], entry["bits"], entry["carry"], tuple(entry["shape"]))
+        if codes is None:
+            broken[entry["name"]] = "its weight is not in the file"
+        elif not np.array_equal(codes, np.rint(codes)) or digest(codes) != entry["sha256"]:
+            broken[entry["name"]] = "its codes do not match their SHA-256"
+    return broken
+
+
+def codes_of(layer: LoweredLayer, found: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic] | None:
+    """The layer's weight codes as a file's initialisers `found` hold them."""
+    return stored_codes(found, layer.name, layer.bits, layer.carry, layer.codes.shape)
+
+
+def stored_codes(
+    found: Mapping[str, NDArray[np.generic]], name: str, bits: int, carry: int, shape: tuple[int, ...]
+) -> NDArray[np.generic] | None:
+    """Codes of layer `name` in any storage (float64 where a byte is no multiple of the carry); None where absent."""
+    weight = f"{name}.weight"
+    if weight in found:
+        offset = 128 if found[weight].dtype == np.uint8 else 0
+        return (found[weight].astype(np.float64) - offset) / carry
+    if f"{weight}/int4" in found:
+        return found[f"{weight}/int4"].astype(np.int8)
+    planes = [found[f"{weight}/plane{i}"] for i in range(3) if f"{weight}/plane{i}" in found]
+    if len(planes) != len(plane_widths(bits)) or any(p.dtype != np.uint8 for p in planes):
+        return None
+    return unpack([np.asarray(p, np.uint8) for p in planes], bits, shape)

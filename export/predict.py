@@ -1,0 +1,50 @@
+"""Predict from a file alone: what a device runs. Needs onnxruntime, onnx, numpy and pillow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from export import session
+from export.certificate import read
+from export.lowered import ExportError
+from export.metadata import read_metadata
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Best class of one image file and its softmax probability."""
+
+    image: Path
+    label: str
+    probability: float
+
+
+def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
+    """Classify image files. Raises ExportError naming the model or the image that cannot be read."""
+    metadata = read_metadata(read(model), str(model))
+    loaded = session.load(model)
+    return [_predict(loaded, metadata["input"], path) for path in images]
+
+
+def _predict(loaded: session.Session, expected: dict[str, Any], path: Path) -> Prediction:
+    (logits,) = (np.asarray(v, np.float64) for v in loaded.run(preprocess(path, expected)).values())
+    shifted = np.exp(logits[0] - logits[0].max())
+    best = int(shifted.argmax())
+    return Prediction(path, expected["classes"][best], float(shifted[best] / shifted.sum()))
+
+
+def preprocess(path: Path, expected: dict[str, Any]) -> NDArray[np.float32]:
+    """One image file as 1_3_H_W float32, as the metadata's `input` says."""
+    try:
+        with Image.open(path) as image:
+            resized = image.convert("RGB").resize((expected["size"],) * 2, Image.Resampling.BILINEAR)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ExportError(f"{path}: not a readable image ({error})") from error
+    pixels = np.asarray(resized, np.float32) / 255
+    normalized = (pixels - np.float32(expected["mean"])) / np.float32(expected["std"])
+    return np.ascontiguousarray(normalized.transpose(2, 0, 1)[None], np.float32)

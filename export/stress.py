@@ -1,0 +1,103 @@
+"""Stress for a file: the runtime must compute the same codes whatever the level, the number of threads and the batch, and
+the defined ones for adversarial codes through every layer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from export import session
+from export.lowered import LoweredModel, LoweredQuantizer
+from export.passes import is_mark, mark_name, only_reader, weight_layer
+from export.reference import Codes, accumulate, quantize
+
+Uint8 = NDArray[np.uint8]
+
+
+def settings_that_differ(proto: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, int]:
+    """Codes that differ from the default (ALL, one thread, one batch) at EXTENDED, with 2 threads, in batches of 1."""
+    names = quantizer_tensors(proto)
+    instrumented = session.with_outputs(proto, names)
+    default = session.load(instrumented).run(images)
+    others: dict[str, Mapping[str, NDArray[np.generic]]] = {
+        "EXTENDED": session.load(instrumented, level="EXTENDED").run(images),
+        "2 threads": session.load(instrumented, threads=2).run(images),
+        "batches of 1": _one_by_one(session.load(instrumented), images),
+    }
+    counts = {setting: sum(int((found[n] != default[n]).sum()) for n in names) for setting, found in others.items()}
+    return {setting: count for setting, count in counts.items() if count}
+
+
+def quantizer_tensors(proto: onnx.ModelProto) -> list[str]:
+    """Names of the uint8 tensors that quantizers write: what comes out of QuantizeLinear, behind its clip if it has one."""
+    clipped = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "Clip"}
+    written = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    return [clipped.get(name, name) for name in written]
+
+
+def _one_by_one(loaded: session.Session, images: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
+    runs = [loaded.run(images[i : i + 1]) for i in range(len(images))]
+    return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+
+
+PATTERNS: dict[str, Callable[[tuple[int, ...], LoweredQuantizer], Uint8]] = {
+    "all-max": lambda shape, grid: np.full(shape, grid.high, np.uint8),
+    "all-min": lambda shape, grid: np.full(shape, grid.low, np.uint8),
+    "alternating": lambda shape, grid: np.where(np.indices(shape).sum(0) % 2, grid.high, grid.low).astype(np.uint8),
+    "random": lambda shape, grid: np.random.default_rng(0).integers(grid.low, grid.high + 1, shape).astype(np.uint8),
+}
+
+
+def adversarial(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, dict[str, int]]:
+    """Layer -> pattern -> wrong codes, for every convolution and linear that ends in a quantizer, cut out of the file and
+    fed with extreme codes; layers and patterns without a wrong code are left out."""
+    wrong: dict[str, dict[str, int]] = {}
+    for node, name, target in _layers_with_targets(model):
+        layer = model.layers[f"{name}.weight"]
+        source = model.quantizers[layer.input_quantizer]
+        assert node.inputs[0] is not None and node.inputs[0].shape is not None
+        shape = tuple(d if isinstance(d, int) else 2 for d in node.inputs[0].shape)
+        loaded = session.load(layer_model(proto, name, target.name, shape))
+        for pattern, make in PATTERNS.items():
+            codes = make(shape, source)
+            expected = quantize(accumulate(node, layer, Codes(torch.from_numpy(codes).float(), source)), target)
+            found = loaded.run(codes)[target.name]
+            if count := int((found != expected.numpy()).sum()):
+                wrong.setdefault(name, {})[pattern] = count
+    return wrong
+
+
+def _layers_with_targets(model: LoweredModel) -> Iterator[tuple[ir.Node, str, LoweredQuantizer]]:
+    for node in model.skeleton.graph:
+        layer = weight_layer(node, model)
+        reader = only_reader(node.outputs[0]) if layer is not None else None
+        if layer is not None and reader is not None and is_mark(reader):
+            yield node, layer.name, model.quantizers[mark_name(reader)]
+
+
+def layer_model(proto: onnx.ModelProto, layer: str, output: str, shape: tuple[int, ...]) -> onnx.ModelProto:
+    """The part of `proto` from the codes that `layer` reads to the codes `output`, as a model with uint8 input `codes`."""
+    producers = {o: node for node in proto.graph.node for o in node.output}
+    node = next(n for n in proto.graph.node if n.name == layer)
+    dequantize = producers[node.input[0]]
+    entry = dequantize.input[0]
+    kept: dict[str, onnx.NodeProto] = {}
+    pending = [output]
+    while pending:
+        tensor = pending.pop()
+        if tensor != entry and tensor in producers and tensor not in kept:
+            kept[tensor] = producers[tensor]
+            pending += list(producers[tensor].input)
+    used = {i for n in kept.values() for i in n.input}
+    nodes = [n for n in proto.graph.node if n.output[0] in kept]
+    graph = onnx.helper.make_graph(
+        nodes, layer,
+        [onnx.helper.make_tensor_value_info(entry, onnx.TensorProto.UINT8, ["batch", *shape[1:]])],
+        [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.UINT8, None)],
+        [t for t in proto.graph.initializer if t.name in used],
+    )  # fmt: skip
+    return onnx.helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)

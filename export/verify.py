@@ -1,0 +1,58 @@
+"""Check a file without its run: the signature over its codes, the kernels that run it, and that the runtime computes the
+same codes whatever the level, the number of threads and the batch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export import session
+from export.certificate import INTEGER_KERNELS, read
+from export.metadata import broken_signatures, read_metadata
+from export.stress import settings_that_differ
+
+IMAGES = 8
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """Verdict on a file alone. `different`: settings under which some code differs from the default's, with the count."""
+
+    file: str
+    target: str
+    layers: int
+    signed: dict[str, str]
+    kernels: int
+    different: dict[str, int]
+
+    @property
+    def passed(self) -> bool:
+        return not self.signed and not self.different and self.kernels == self.layers
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.file}: {'verified' if self.passed else 'NOT VERIFIED'} (target {self.target}, without its run)"
+        ]
+        lines.append(
+            f"  signature  {self.layers - len(self.signed)} of {self.layers} layers hold the codes that were signed"
+        )
+        lines += [f"             {name}: {what}" for name, what in self.signed.items()]
+        lines.append(f"  kernels    {self.kernels} of {self.layers} layers run integer kernels")
+        settings = "".join(f"; {name}: {count} codes differ" for name, count in self.different.items())
+        return "\n".join([*lines, f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}"])
+
+
+def verify_file(file: Path) -> FileCheck:
+    """Raises ExportError for a file that is damaged or was not written by this toolkit."""
+    proto = read(file)
+    metadata = read_metadata(proto, str(file))
+    names = [entry["name"] for entry in metadata["layers"]]
+    readers = {i: node.op_type for node in session.optimized(proto).graph.node for i in node.input}
+    kernels = sum(readers.get(f"{name}.weight") in INTEGER_KERNELS for name in names)
+    side = metadata["input"]["size"]
+    images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
+    return FileCheck(
+        file.name, metadata["target"], len(names), broken_signatures(proto, metadata), kernels,
+        settings_that_differ(proto, images),
+    )  # fmt: skip
