@@ -25,7 +25,7 @@ from export.lowered import ExportError, LoweredModel
 from export.metadata import codes_of
 from export.passes import is_mark, mark_name
 from export.reference import IntegerReference, same_order
-from export.stress import adversarial, settings_that_differ
+from export.stress import adversarial, culprit, settings_that_differ
 
 INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
 EXACT_LEVELS = ("EXTENDED", "ALL")
@@ -44,6 +44,7 @@ class LevelResult:
     codes: int
     mismatches: dict[str, int]
     logits_equal: bool
+    culprit: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -100,6 +101,7 @@ class Certificate:
         for level in self.levels:
             worst = "".join(f"; {name} {count}" for name, count in list(level.mismatches.items())[:3])
             verdict = "ok" if level.passed else "FAILED"
+            worst += f"; mended without {', '.join(level.culprit)}" if level.culprit else ""
             lines.append(f"  {level.level:<10} codes: {level.total} mismatches of {level.codes:,}{worst}  [{verdict}]")
         lines.append(f"  settings   2 threads, batches of 1: {_listed(self.different_settings) or 'the same codes'}")
         lines.append(
@@ -227,8 +229,23 @@ def _level(
             codes += expected[name].size
         shipped = _only(plain.run(batch))
         equal &= np.array_equal(shipped, _logits_of(outputs, names)) and np.array_equal(shipped, logits.numpy())
-    order = _graph_order(reference.model)
-    return LevelResult(level, codes, {n: wrong[n] for n in order if wrong[n]}, equal)
+    mismatches = {n: wrong[n] for n in _graph_order(reference.model) if wrong[n]}
+    found = _culprit(reference, proto, names, images[:BATCH], level) if mismatches and level in EXACT_LEVELS else ()
+    return LevelResult(level, codes, mismatches, equal, found)
+
+
+def _culprit(
+    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Images, level: str
+) -> tuple[str, ...]:
+    instrumented = session.with_outputs(proto, names)
+
+    def differs(without: tuple[str, ...]) -> bool:
+        outputs = session.load(instrumented, level=level, without=without).run(images)
+        expected, _ = reference.run(torch.from_numpy(images), given=outputs)
+        wrong = sum(int((expected[n] != outputs[n]).sum()) for n in names)
+        return wrong > FLOAT_LEVEL_LIMIT * sum(expected[n].size for n in names)
+
+    return culprit(differs)
 
 
 def _graph_order(model: LoweredModel) -> list[str]:

@@ -73,6 +73,10 @@ class _Emitter:
     def _quantize(self, node: ir.Node) -> None:
         quantizer = self.model.quantizers[mark_name(node)]
         x = self._float(node.inputs[0])
+        if node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
+            # From one grid to another: LeakyRelu with slope 1 changes nothing, but between two quantizers the runtime runs
+            # it as one table of 256 codes instead of two passes over floats.
+            x = self._add("LeakyRelu", [x], f"{quantizer.name}/same", alpha=1.0)
         needs_clip = (quantizer.low, quantizer.high) != (0, 255)
         first = f"{quantizer.name}/unclipped" if needs_clip else quantizer.name
         self._add("QuantizeLinear", [x, *self._grid(quantizer)], first)

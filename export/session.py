@@ -1,5 +1,6 @@
 """The one door to ONNX Runtime."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,11 +36,17 @@ class Session:
 
 
 def load(
-    model: str | Path | onnx.ModelProto, *, level: str = "ALL", threads: int = 1, dump: Path | None = None
+    model: str | Path | onnx.ModelProto,
+    *,
+    level: str = "ALL",
+    threads: int = 1,
+    dump: Path | None = None,
+    without: Sequence[str] = (),
 ) -> Session:
     """Load a file or a model on the CPU provider. Raises ExportError when ONNX Runtime refuses it.
 
-    level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph.
+    level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph. without: names of
+    optimisers to switch off. Session options that the file's metadata asks for are applied.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
@@ -48,14 +55,33 @@ def load(
     options.log_severity_level = 3
     if dump is not None:
         options.optimized_model_filepath = str(dump)
+    for key, value in _wanted_options(model).items():
+        options.add_session_config_entry(key, str(value))
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     if isinstance(source, str) and not Path(source).is_file():
         raise ExportError(f"{source}: no such file")
     try:
-        return Session(ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]))
+        return Session(
+            ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=set(without))
+        )
     except Exception as error:
         name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
         raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {name}: {error}") from error
+
+
+def _wanted_options(model: str | Path | onnx.ModelProto) -> dict[str, str]:
+    """Session options recorded in the file's metadata."""
+    if not isinstance(model, onnx.ModelProto):
+        model = onnx.load(str(model), load_external_data=False) if Path(model).is_file() else onnx.ModelProto()
+    found = next((p.value for p in model.metadata_props if p.key == "edgeqat"), None)
+    return json.loads(found).get("session_options", {}) if found else {}
+
+
+def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
+    """`fp32` in half precision, float32 at its input and output."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(fp32, keep_io_types=True)
 
 
 def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL") -> onnx.ModelProto:

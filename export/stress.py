@@ -32,6 +32,37 @@ def settings_that_differ(proto: onnx.ModelProto, images: NDArray[np.float32]) ->
     return {setting: count for setting, count in counts.items() if count}
 
 
+# The runtime's optimisers that touch quantized graphs, by the names it knows them by.
+OPTIMIZERS = (
+    "ConstantFolding", "QDQPropagationTransformer", "EnsureUniqueDQForNodeUnit", "WeightBiasQuantization",
+    "DoubleQDQPairsRemover", "QDQS8ToU8Transformer", "QDQSelectorActionTransformer", "QDQFinalCleanupTransformer",
+    "ReluQuantFusion", "ClipQuantFusion", "ConvActivationFusion", "ConvAddActivationFusion", "ConvAddFusion", "ConvMulFusion",
+    "ConvBNFusion", "MatMulAddFusion", "GemmActivationFusion", "MatMulActivationFusion", "GeluFusionL2", "BiasGeluFusion",
+    "LayerNormFusion", "SkipLayerNormFusion", "MatMulIntegerToFloatFusion", "TransposeOptimizer", "NchwcTransformer",
+    "NhwcTransformer", "Avx2WeightS8ToU8Transformer",
+)  # fmt: skip
+
+
+def culprit(differs: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
+    """The optimisers that cause a difference, by bisection.
+
+    differs: whether codes still differ with the given optimisers switched off. Returns the smallest group found whose
+    absence mends it (one name, as a rule), or () where no set of named optimisers does.
+    """
+    if differs(OPTIMIZERS):
+        return ()
+    group: tuple[str, ...] = OPTIMIZERS
+    while len(group) > 1:
+        half = len(group) // 2
+        for part in (group[:half], group[half:]):
+            if not differs(part):
+                group = part
+                break
+        else:
+            return group
+    return group
+
+
 def quantizer_tensors(proto: onnx.ModelProto) -> list[str]:
     """Names of the uint8 tensors that quantizers write: what comes out of QuantizeLinear, behind its clip if it has one."""
     clipped = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "Clip"}

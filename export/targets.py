@@ -50,6 +50,7 @@ TARGETS: dict[str, Target] = {
             why="INT4 tensors are opset 21; casting them to INT8 needs ONNX Runtime 1.23",
         ),
         Target("ort-int8-vnni", pair_sums_saturate=False),
+        Target("ort-packed-vnni", storage="packed", pair_sums_saturate=False),
         Target("ort-int8-arm", pair_sums_saturate=False),
         Target("ort-int8-arm-dotprod", pair_sums_saturate=False),
         Target("xnnpack", pair_sums_saturate=False, negative_scales=False),

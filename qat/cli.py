@@ -32,6 +32,10 @@ class Certify:
 
     paths: Positional[tuple[Path, ...]]
     """[RUN] model.onnx"""
+    whole_target: bool = False
+    """Also measure the file's accuracy on every test image of the target domain."""
+    data_root: Path | None = None
+    """Where the images are, if no longer where the run found them."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,9 @@ def execute(command: Export | Certify | Bench | Predict | Compare | Report) -> i
         case Certify(paths=(run, model)):
             certificate = deploy.certify_run(run, model)
             print(certificate)
+            if command.whole_target:
+                for name, value in deploy.target_accuracy(run, model, command.data_root).items():
+                    print(f"  target     {name} {value:.2%} on the whole target domain")
             return 0 if certificate.passed else 1
         case Certify():
             raise ValueError("qat certify takes model.onnx, or RUN and model.onnx")

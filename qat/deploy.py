@@ -40,6 +40,7 @@ def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> 
 
 def exported(run: Path, target: str) -> onnx.ModelProto:
     """The ONNX model of `run` for `target`: "fp32", or one of export/targets.py, signed and with its preprocessing."""
+    from export import session
     from export.graph import emit_qdq
     from export.lower import lower, lower_float
     from export.metadata import Preprocessing, sign
@@ -48,8 +49,9 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
 
     folder, recipe, built = load_run(run)
     example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-    if target == "fp32":
-        return lower_float(built.model, example)
+    if target in ("fp32", "fp16"):
+        float_file = lower_float(built.model, example)
+        return float_file if target == "fp32" else session.fp16(float_file)
     chosen = target_named(target)
     if built.table is None:
         raise RecipeError(
@@ -79,6 +81,37 @@ def certify_run(run: Path, model: Path) -> Certificate:
     )
     write_json(folder / "certificate.json", certificate.to_json())
     return certificate
+
+
+def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> dict[str, float]:
+    """Accuracy of a file through ONNX Runtime on every test image of the run's target domain, and the trained net's.
+
+    data_root: where the images are now, if no longer where the run found them.
+    """
+    from export import session
+    from qat.domains.folders import read_domains
+    from qat.domains.splits import leave_one_domain_out
+    from qat.domains.synthetic import synthetic_domains
+    from qat.training.evaluate import accuracy
+    from qat.training.loop import eval_batches
+
+    folder, recipe, built = load_run(run)
+    root = data_root or recipe.data_root
+    domains = (
+        read_domains(root, check_images=False)
+        if root is not None
+        else synthetic_domains(per_class=recipe.per_class, image_size=recipe.image_size, seed=recipe.seed)
+    )
+    split = leave_one_domain_out(
+        domains, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
+    )
+    loaded = session.load(model)
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(loaded.run(images.numpy())["logits"])
+
+    found = accuracy(predict, eval_batches(split.target_in, recipe, built), len(split.classes))
+    return {"trained net": folder.results()["target"], "ONNX Runtime": found}
 
 
 def measure_run(run: Path, model: Path) -> list[Latency]:
