@@ -37,7 +37,7 @@ class _Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.codes: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (tensor of codes, its grid)
-        self.reads = 0
+        self.intermediates = 0
 
     def emit(self) -> onnx.ModelProto:
         graph = self.model.skeleton.graph
@@ -76,10 +76,9 @@ class _Emitter:
         if node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
             # From one grid to another: LeakyRelu with slope 1 changes nothing, but between two quantizers the runtime runs
             # it as one table of 256 codes instead of two passes over floats.
-            x = self._add("LeakyRelu", [x], f"{quantizer.name}/same", alpha=1.0)
+            x = self._add("LeakyRelu", [x], alpha=1.0)
         needs_clip = (quantizer.low, quantizer.high) != (0, 255)
-        first = f"{quantizer.name}/unclipped" if needs_clip else quantizer.name
-        self._add("QuantizeLinear", [x, *self._grid(quantizer)], first)
+        first = self._add("QuantizeLinear", [x, *self._grid(quantizer)], None if needs_clip else quantizer.name)
         if needs_clip:
             bounds = [self._constant(f"clip{b}", np.uint8(b)) for b in (quantizer.low, quantizer.high)]
             self._add("Clip", [first, *bounds], quantizer.name)
@@ -94,8 +93,6 @@ class _Emitter:
         """DequantizeLinear of the layer's codes · carry, which the runtime finds as one int8 tensor `<layer>.weight`."""
         plan = plan_layer(self.target, layer, source)
         name, channels = f"{layer.name}.weight", len(layer.scale)
-        zero = np.full(channels, 128, np.uint8) if plan.uint8 else np.zeros(channels, np.int8)
-        zero_name = self._constant(f"zeros/{zero.dtype}/{channels}", zero)  # shared by all layers of this width
         if plan.uint8:
             self._constant(name, (layer.codes.astype(np.int16) * layer.carry + 128).astype(np.uint8))
         elif plan.bits == 8:
@@ -108,38 +105,36 @@ class _Emitter:
             self._add("Cast", [f"{name}/int4"], name, to=TensorProto.INT8)
         else:
             self._unpack(layer, plan.bits)
-        inputs = [name, self._constant(f"{name}/scale", layer.stored_scale), zero_name]
-        return self._add("DequantizeLinear", inputs, f"{name}/float", axis=0)
+        inputs = [name, self._constant(f"{name}/scale", layer.stored_scale)]
+        if plan.uint8:  # without a zero point it is 0
+            inputs.append(self._constant(f"offsets/{channels}", np.full(channels, 128, np.uint8)))
+        return self._add("DequantizeLinear", inputs, axis=0)
 
     def _unpack(self, layer: LoweredLayer, bits: int) -> None:
         """Planes -> int8 codes · carry by table look-ups; constants all, so the runtime folds them when it loads the file."""
         name, count = f"{layer.name}.weight", layer.codes.size
         parts = []
         for index, (plane, table) in enumerate(zip(pack(layer.codes, bits), tables(bits, layer.carry), strict=True)):
-            width, step = 8 // table.shape[1], f"{name}/plane{index}"
             lookup = self._constant(f"unpack/{bits}bit/x{layer.carry}/{index}", table)
-            numbers = self._add("Cast", [self._constant(step, plane)], f"{step}/index", to=TensorProto.INT32)
-            rows = self._add("Gather", [lookup, numbers], f"{step}/rows", axis=0)
-            flat = self._add("Reshape", [rows, self._constant("unpack/flat", np.array([-1]))], f"{step}/flat")
-            if plane.size * (8 // width) != count:
+            numbers = self._add("Cast", [self._constant(f"{name}/plane{index}", plane)], to=TensorProto.INT32)
+            rows = self._add("Gather", [lookup, numbers], axis=0)
+            flat = self._add("Reshape", [rows, self._constant("unpack/flat", np.array([-1]))])
+            if plane.size * table.shape[1] != count:
                 ends = [self._constant(f"unpack/{v}", np.array([v])) for v in (0, count)]
-                flat = self._add("Slice", [flat, *ends], f"{step}/cut")
+                flat = self._add("Slice", [flat, *ends])
             parts.append(flat)
         while len(parts) > 1:
-            parts[:2] = [self._add("BitwiseOr", parts[:2], f"{parts[0]}/or{len(parts)}")]
-        codes = self._add("Cast", parts, f"{name}/flat", to=TensorProto.INT8)
+            parts[:2] = [self._add("BitwiseOr", parts[:2])]
+        codes = self._add("Cast", parts, to=TensorProto.INT8)
         shape = self._constant(f"{name}/shape", np.array(layer.codes.shape))
         self._add("Reshape", [codes, shape], name)
 
     def _bias(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
+        """DequantizeLinear of the int32 bias; its scale, input times weight scale, is multiplied at load."""
         assert layer.bias_codes is not None
-        name = f"{layer.name}.bias"
-        inputs = [
-            self._constant(name, layer.bias_codes),
-            self._constant(f"{name}/scale", source.scale * layer.stored_scale),
-            self._constant(f"zeros/int32/{len(layer.scale)}", np.zeros(len(layer.scale), np.int32)),
-        ]
-        return self._add("DequantizeLinear", inputs, f"{name}/float", axis=0)
+        codes = self._constant(f"{layer.name}.bias", layer.bias_codes)
+        scale = self._add("Mul", [self._grid(source)[0], f"{layer.name}.weight/scale"])
+        return self._add("DequantizeLinear", [codes, scale], axis=0)
 
     def _float(self, value: ir.Value | None) -> str:
         """Name of a float tensor holding `value`; codes are dequantized anew for every reader."""
@@ -148,8 +143,7 @@ class _Emitter:
         name = _name(value)
         if name in self.codes:
             codes, quantizer = self.codes[name]
-            self.reads += 1
-            return self._add("DequantizeLinear", [codes, *self._grid(quantizer)], f"{codes}/float{self.reads}")
+            return self._add("DequantizeLinear", [codes, *self._grid(quantizer)])
         if value.const_value is not None:
             return self._constant(name, value.const_value.numpy())
         return name
@@ -165,12 +159,16 @@ class _Emitter:
             self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
         return name
 
-    def _add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{op}:{output}", **attributes))
+    def _add(self, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
+        """Append a node; what nobody needs to find by name gets a short one, for names are bytes too."""
+        if output is None:
+            self.intermediates += 1
+            output = f"~{self.intermediates}"
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
     def _copy(self, node: ir.Node, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None) -> None:
-        made = helper.make_node(node.op_type, inputs, outputs, name=name or node.name or outputs[0], domain=node.domain)
+        made = helper.make_node(node.op_type, inputs, outputs, name=name or "", domain=node.domain)
         made.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
         self.nodes.append(made)
 

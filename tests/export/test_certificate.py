@@ -106,9 +106,8 @@ def test_a_layer_left_in_float_is_named(tiny: Exported) -> None:
     """Clip in float in front of the quantizer breaks the runtime's fusion; the check of its graph must notice."""
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny.proto)
-    node = next(
-        n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0].startswith("block.conv2.input")
-    )
+    clipped = next(n for n in proto.graph.node if n.op_type == "Clip" and n.output[0] == "block.conv2.input")
+    node = next(n for n in proto.graph.node if n.output[0] == clipped.input[0])
     clip = onnx.helper.make_node("Sigmoid", [node.input[0]], ["sigmoid"])
     node.input[0] = "sigmoid"
     proto.graph.node.insert(list(proto.graph.node).index(node), clip)
