@@ -73,11 +73,11 @@ class _Emitter:
     def _quantize(self, node: ir.Node) -> None:
         quantizer = self.model.quantizers[mark_name(node)]
         x = self._float(node.inputs[0])
-        if node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
-            # From one grid to another: LeakyRelu with slope 1 changes nothing, but between two quantizers the runtime runs
-            # it as one table of 256 codes instead of two passes over floats.
-            x = self._add("LeakyRelu", [x], alpha=1.0)
         needs_clip = (quantizer.low, quantizer.high) != (0, 255)
+        if not needs_clip and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
+            # The runtime takes two 8-bit quantizers in a row for one too many and drops one (DoubleQDQPairsRemover). A
+            # LeakyRelu of slope 1 changes nothing and keeps them apart. Elsewhere it costs more than it saves.
+            x = self._add("LeakyRelu", [x], alpha=1.0)
         first = self._add("QuantizeLinear", [x, *self._grid(quantizer)], None if needs_clip else quantizer.name)
         if needs_clip:
             bounds = [self._constant(f"clip{b}", np.uint8(b)) for b in (quantizer.low, quantizer.high)]
@@ -126,7 +126,7 @@ class _Emitter:
         while len(parts) > 1:
             parts[:2] = [self._add("BitwiseOr", parts[:2])]
         codes = self._add("Cast", parts, to=TensorProto.INT8)
-        shape = self._constant(f"{name}/shape", np.array(layer.codes.shape))
+        shape = self._constant("x".join(map(str, layer.codes.shape)), np.array(layer.codes.shape))
         self._add("Reshape", [codes, shape], name)
 
     def _bias(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
@@ -151,7 +151,7 @@ class _Emitter:
     def _grid(self, quantizer: LoweredQuantizer) -> list[str]:
         return [
             self._constant(f"{quantizer.name}/scale", quantizer.scale),
-            self._constant(f"{quantizer.name}/zero", np.uint8(quantizer.zero_point)),
+            self._constant(f"zero{quantizer.zero_point}", np.uint8(quantizer.zero_point)),
         ]
 
     def _constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
@@ -169,7 +169,7 @@ class _Emitter:
 
     def _copy(self, node: ir.Node, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None) -> None:
         made = helper.make_node(node.op_type, inputs, outputs, name=name or "", domain=node.domain)
-        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values() if not _is_default(a))
         self.nodes.append(made)
 
     def _graph_output(self, value: ir.Value) -> onnx.ValueInfoProto:
@@ -178,6 +178,19 @@ class _Emitter:
             codes, quantizer = self.codes[name]
             self._add("DequantizeLinear", [codes, *self._grid(quantizer)], name)
         return _value_info(value)
+
+
+def _is_default(attribute: ir.Attr) -> bool:
+    """Whether a Conv would take this value anyway; what is left out is bytes saved in every layer."""
+    match attribute.name:
+        case "auto_pad":
+            return attribute.as_string() == "NOTSET"
+        case "group":
+            return attribute.as_int() == 1
+        case "dilations":
+            return set(attribute.as_ints()) == {1}
+        case _:
+            return False
 
 
 def _name(value: ir.Value) -> str:

@@ -42,9 +42,16 @@ def lower(model: nn.Module, example: Tensor) -> LoweredModel:
         raise ExportError(f"quantizer {empty[0]!r} has no step: calibrate or train the model before exporting it")
     layers = {m.weight_quantizer.name: _layer(m) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
+    _check_finite(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer.name)  # type: ignore[method-assign,assignment]
     return LoweredModel(export_onnx(model, example), layers, activations)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ExportError(f"{name}: holds NaN or infinity; the training diverged, export an earlier checkpoint")
 
 
 def lower_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:

@@ -306,7 +306,7 @@ def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel, target
 def _bypass(node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
-    ir.convenience.replace_all_uses_with(node.outputs[0], source)
+    ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
     assert node.graph is not None
     node.graph.remove(node, safe=True)
 
@@ -316,5 +316,5 @@ def _replace(node: ir.Node, new: list[ir.Node]) -> None:
     last, old = new[-1].outputs[0], node.outputs[0]
     last.name, last.shape, last.type = old.name, old.shape, old.type
     node.graph.insert_before(node, new)
-    ir.convenience.replace_all_uses_with(old, last)
+    ir.convenience.replace_all_uses_with(old, last, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)

@@ -5,7 +5,7 @@
 Weights are random, batch norms too (every term at work); speed and codes do not depend on training.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +19,7 @@ from export.bench import bench
 from export.certificate import certify
 from export.graph import emit_qdq
 from export.lower import lower, lower_float, trained_codes
+from export.lowered import LoweredModel
 from export.passes import to_integers
 from export.targets import target_named
 from qat.surgery.backbones import create_backbone, first_and_last
@@ -37,7 +38,8 @@ class Flags:
     )
     """timm model names."""
     bits: int = 4
-    """Bits of weights and activations; first and last layer have 8."""
+    """Bits of weights and activations; first and last layer have 8. 1: the signs of the 2-bit codes, for size and codes of
+    a binary file (the net they came from was not trained for it)."""
     target: str = "ort-packed"
     """Export target."""
     image_size: int = 224
@@ -60,18 +62,19 @@ def main(flags: Flags) -> None:
         images = torch.randn(8, 3, flags.image_size, flags.image_size)
         settle_norms(model, images)
         fp32 = lower_float(model, images)
-        table = quantize_(
-            model, uniform_rules(flags.bits, flags.bits, first_and_last(model)), images[:1], weight_init="mse"
-        )
+        quantize_(model, uniform_rules(flags.bits, flags.bits, first_and_last(model)), images[:1], weight_init="mse")
         calibrate(model, [images])
         target = target_named(flags.target)
-        lowered = to_integers(lower(model, images), target)
+        lowered = lower(model, images)
+        if flags.bits == 1:
+            make_binary(lowered)
+        lowered = to_integers(lowered, target)
         proto = emit_qdq(lowered, target)
         with TemporaryDirectory() as folder:
             file = Path(folder) / f"{name}.onnx"
             onnx.save(proto, str(file))
             print(certify(lowered, file, images.numpy(), np.zeros(8, np.int64), lambda x, m=model: trained_codes(m, x)))
-        theory = sum(row.weights * row.weight.bits for row in table.rows if row.weight) / 8
+        theory = sum(layer.codes.size * layer.bits for layer in lowered.layers.values()) / 8
         theory += sum(8 * len(layer.scale) for layer in lowered.layers.values())
         print(
             f"size {proto.ByteSize():,} bytes, {proto.ByteSize() / fp32.ByteSize():.4f} of FP32; codes, scales and biases"
@@ -87,6 +90,12 @@ def main(flags: Flags) -> None:
                     rounds=flags.rounds,
                 )
             )
+
+
+def make_binary(lowered: LoweredModel) -> None:
+    for name, layer in lowered.layers.items():
+        if layer.bits == 2:
+            lowered.layers[name] = replace(layer, codes=np.where(layer.codes >= 0, 1, -1).astype(np.int8), bits=1)
 
 
 def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
