@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
-from export.packing import pack, tables
+from export.packing import pack, plane_widths, tables
 from export.passes import LAYOUT_OPS, is_mark, mark_name, weight_layer
 from export.targets import TARGETS, Target, plan_layer
 
@@ -116,8 +116,11 @@ class _Emitter:
         parts = []
         for index, (plane, table) in enumerate(zip(pack(layer.codes, bits), tables(bits, layer.carry), strict=True)):
             lookup = self._constant(f"unpack/{bits}bit/x{layer.carry}/{index}", table)
-            numbers = self._add("Cast", [self._constant(f"{name}/plane{index}", plane)], to=TensorProto.INT32)
+            numbers = self._add("Cast", [self._constant(f"{name}/p{index}", plane)], to=TensorProto.INT32)
             rows = self._add("Gather", [lookup, numbers], axis=0)
+            if plane.size * table.shape[1] == count and len(plane_widths(bits)) == 1:
+                parts.append(rows)  # one plane without padding: the last Reshape is enough
+                continue
             flat = self._add("Reshape", [rows, self._constant("unpack/flat", np.array([-1]))])
             if plane.size * table.shape[1] != count:
                 ends = [self._constant(f"unpack/{v}", np.array([v])) for v in (0, count)]
@@ -169,7 +172,7 @@ class _Emitter:
 
     def _copy(self, node: ir.Node, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None) -> None:
         made = helper.make_node(node.op_type, inputs, outputs, name=name or "", domain=node.domain)
-        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values() if not _is_default(a))
+        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values() if not _is_default(node, a))
         self.nodes.append(made)
 
     def _graph_output(self, value: ir.Value) -> onnx.ValueInfoProto:
@@ -180,15 +183,19 @@ class _Emitter:
         return _value_info(value)
 
 
-def _is_default(attribute: ir.Attr) -> bool:
-    """Whether a Conv would take this value anyway; what is left out is bytes saved in every layer."""
+def _is_default(node: ir.Node, attribute: ir.Attr) -> bool:
+    """Whether the operator would take this value anyway; what is left out is bytes saved in every layer."""
     match attribute.name:
         case "auto_pad":
             return attribute.as_string() == "NOTSET"
         case "group":
             return attribute.as_int() == 1
-        case "dilations":
+        case "dilations" | "strides":
             return set(attribute.as_ints()) == {1}
+        case "pads":
+            return not any(attribute.as_ints())
+        case "kernel_shape":
+            return node.op_type == "Conv"  # the weight has it
         case _:
             return False
 

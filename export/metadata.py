@@ -104,7 +104,7 @@ def stored_codes(
         return (found[weight].astype(np.float64) - offset) / carry
     if f"{weight}/int4" in found:
         return found[f"{weight}/int4"].astype(np.int8)
-    planes = [found[f"{weight}/plane{i}"] for i in range(3) if f"{weight}/plane{i}" in found]
+    planes = [found[f"{weight}/p{i}"] for i in range(3) if f"{weight}/p{i}" in found]
     if len(planes) != len(plane_widths(bits)) or any(p.dtype != np.uint8 for p in planes):
         return None
     return unpack([np.asarray(p, np.uint8) for p in planes], bits, shape)

@@ -40,7 +40,7 @@ def test_packed_and_plain_files_compute_the_same_logits(tiny: Exported) -> None:
     first, second = (session.load(p).run(tiny.images)["logits"] for p in (tiny.proto, packed))
     assert np.array_equal(first, second)
     sizes = {t.name: numpy_helper.to_array(t).nbytes for t in packed.graph.initializer}
-    assert sizes["block.conv1.weight/plane0"] == 8 * 8 * 9 // 2
+    assert sizes["block.conv1.weight/p0"] == 8 * 8 * 9 // 2
 
 
 def test_a_flipped_bit_in_a_plane_is_found(tiny: Exported) -> None:
@@ -48,7 +48,7 @@ def test_a_flipped_bit_in_a_plane_is_found(tiny: Exported) -> None:
     lowered = to_integers(lower(tiny.model, IMAGES), chosen)
     packed = emit_qdq(lowered, chosen)
     assert compare_stored(lowered, packed) == {}
-    plane = next(t for t in packed.graph.initializer if t.name == "right.weight/plane0")
+    plane = next(t for t in packed.graph.initializer if t.name == "right.weight/p0")
     plane.raw_data = bytes([plane.raw_data[0] ^ 0x10]) + plane.raw_data[1:]
     assert compare_stored(lowered, packed) == {"right": f"1 of {7 * 8 * 9} weight codes differ"}
 
