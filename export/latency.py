@@ -40,8 +40,11 @@ def compare(
     """
     loaded = {name: session.load(model, threads=threads) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in loaded}
+    order = np.random.default_rng(0)
     for turn in range(warmup + rounds):
-        for name, file in loaded.items():
+        # In a new order every round: what ran before leaves the caches warm or cold.
+        for name in order.permutation(list(loaded)):
+            file = loaded[name]
             began = time.perf_counter()
             file.run(images)
             if turn >= warmup:
