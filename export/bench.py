@@ -80,9 +80,13 @@ def bench(
     threads: int = 1,
     batch: int = 1,
     rounds: int = 50,
+    calibration: str = "MinMax",
 ) -> BenchTable:
-    """Measure `files` against `fp32` and against static INT8 made from it, calibrated (min-max) on `images`."""
-    models = {FP32: fp32, STATIC: session.static_int8(fp32, images), **files}
+    """Measure `files` against `fp32` and against static INT8 made from it, calibrated on `images`.
+
+    calibration: "MinMax" or "Entropy", of the static INT8 file.
+    """
+    models = {FP32: fp32, STATIC: session.static_int8(fp32, images, calibration), **files}
     feed = np.ascontiguousarray(images[:batch])
     over_fp32 = {x.name: x for x in latency.compare(models, feed, threads=threads, rounds=rounds)}
     static_first = {STATIC: models[STATIC], **models}

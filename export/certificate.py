@@ -22,7 +22,7 @@ from onnx import numpy_helper
 
 from export import session
 from export.lowered import ExportError, LoweredModel
-from export.metadata import codes_of
+from export.metadata import codes_of, missing_options
 from export.passes import is_mark, mark_name
 from export.reference import IntegerReference, same_order
 from export.stress import adversarial, culprit, settings_that_differ
@@ -167,7 +167,7 @@ def certify(
         different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
         adversarial=adversarial(model, proto),
         accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
-        notes=tuple(model.notes),
+        notes=(*model.notes, *missing_options(proto)),
     )
 
 

@@ -106,8 +106,12 @@ class _Emitter:
         else:
             self._unpack(layer, plan.bits)
         inputs = [name, self._constant(f"{name}/scale", layer.stored_scale)]
-        if plan.uint8:  # without a zero point it is 0
+        if plan.uint8:
             inputs.append(self._constant(f"offsets/{channels}", np.full(channels, 128, np.uint8)))
+        elif (
+            layer.codes.ndim == 2
+        ):  # no zero point means 0, but the runtime makes a QGemm only of a weight that has one
+            inputs.append(self._constant(f"zeros/{channels}", np.zeros(channels, np.int8)))
         return self._add("DequantizeLinear", inputs, axis=0)
 
     def _unpack(self, layer: LoweredLayer, bits: int) -> None:

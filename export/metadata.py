@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel
 from export.packing import plane_widths, unpack
-from export.targets import Target
+from export.targets import TARGETS, Target
 
 KEY, FORMAT = "edgeqat", 1
 
@@ -51,7 +51,7 @@ def sign(
         "target": target.name,
         "storage": target.storage,
         "runtime": {"onnxruntime": f">={target.runtime}", "opset": target.opset, "why": target.why},
-        "session_options": {},
+        "session_options": dict(target.session_options),
         "input": asdict(preprocessing),
         "layers": layers,
         "sha256": hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest(),
@@ -74,6 +74,19 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
     if value.get("format") != FORMAT:
         raise ExportError(f"{name}: metadata format {value.get('format')} is newer than this version reads ({FORMAT})")
     return value
+
+
+def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """Warnings, one for each session option that the file's target needs and its metadata does not ask for."""
+    found = next((json.loads(p.value) for p in proto.metadata_props if p.key == KEY), None)
+    target = TARGETS.get(found["target"]) if found is not None else None
+    if found is None or target is None:
+        return ()
+    return tuple(
+        f"session option {key}={value} is not in the metadata: without it codes may be wrong on some machines"
+        for key, value in target.session_options
+        if found["session_options"].get(key) != value
+    )
 
 
 def broken_signatures(proto: onnx.ModelProto, metadata: Mapping[str, Any]) -> dict[str, str]:

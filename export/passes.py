@@ -127,6 +127,7 @@ def gemms_from_matmuls(model: LoweredModel) -> bool:
             model.layers[mark_name(mark)] = replace(layer, bias=np.asarray(constant(operands[2]), np.float64))
         gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
         flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
+        flat.outputs[0].shape = ir.Shape([None, layer.codes.shape[1]])
         restored = ir.node("Reshape", [gemm.outputs[0], shapes["out"]], name=f"{name}/restore")
         _replace(last, [flat, gemm, restored])
         if bias is not None:

@@ -12,6 +12,8 @@ from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
 
 Storage = Literal["int8", "packed", "onnx-int4"]
 
+# On x86 without VNNI the runtime then widens before it adds; elsewhere the entry does nothing.
+PRECISE_X64 = (("session.x64quantprecision", "1"),)
 PAIR_LIMIT = 32_767  # two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
 
 
@@ -27,6 +29,7 @@ class Target:
     power_of_two:       whether every scale must be a power of two.
     opset:              of the file, and the oldest ONNX Runtime that reads it.
     why:                the reason for the floor.
+    session_options:    configuration entries that a session needs for the file's codes to be right wherever it may land.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Target:
     opset: int = 20
     runtime: str = "1.18"
     why: str = "opset 20 is what torch.onnx writes; every operator used here is older"
+    session_options: tuple[tuple[str, str], ...] = ()
 
 
 TARGETS: dict[str, Target] = {
@@ -49,8 +53,8 @@ TARGETS: dict[str, Target] = {
             "ort-packed-int4", storage="onnx-int4", opset=21, runtime="1.23",
             why="INT4 tensors are opset 21; casting them to INT8 needs ONNX Runtime 1.23",
         ),
-        Target("ort-int8-vnni", pair_sums_saturate=False),
-        Target("ort-packed-vnni", storage="packed", pair_sums_saturate=False),
+        Target("ort-int8-vnni", pair_sums_saturate=False, session_options=PRECISE_X64),
+        Target("ort-packed-vnni", storage="packed", pair_sums_saturate=False, session_options=PRECISE_X64),
         Target("ort-int8-arm", pair_sums_saturate=False),
         Target("ort-int8-arm-dotprod", pair_sums_saturate=False),
         Target("xnnpack", pair_sums_saturate=False, negative_scales=False),

@@ -9,7 +9,7 @@ import numpy as np
 
 from export import session
 from export.certificate import INTEGER_KERNELS, read
-from export.metadata import broken_signatures, read_metadata
+from export.metadata import broken_signatures, missing_options, read_metadata
 from export.stress import settings_that_differ
 
 IMAGES = 8
@@ -25,6 +25,7 @@ class FileCheck:
     signed: dict[str, str]
     kernels: int
     different: dict[str, int]
+    warnings: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
@@ -40,7 +41,8 @@ class FileCheck:
         lines += [f"             {name}: {what}" for name, what in self.signed.items()]
         lines.append(f"  kernels    {self.kernels} of {self.layers} layers run integer kernels")
         settings = "".join(f"; {name}: {count} codes differ" for name, count in self.different.items())
-        return "\n".join([*lines, f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}"])
+        lines.append(f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}")
+        return "\n".join([*lines, *(f"  warning    {warning}" for warning in self.warnings)])
 
 
 def verify_file(file: Path) -> FileCheck:
@@ -54,5 +56,5 @@ def verify_file(file: Path) -> FileCheck:
     images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
     return FileCheck(
         file.name, metadata["target"], len(names), broken_signatures(proto, metadata), kernels,
-        settings_that_differ(proto, images),
+        settings_that_differ(proto, images), missing_options(proto),
     )  # fmt: skip

@@ -157,7 +157,14 @@ def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
 
 
 def bench_runs(
-    runs: Sequence[Path], target: str, threads: int, batch: int, rounds: int, out: Path | None = None
+    runs: Sequence[Path],
+    target: str,
+    *,
+    threads: int,
+    batch: int,
+    rounds: int,
+    calibration: str = "MinMax",
+    out: Path | None = None,
 ) -> BenchTable:
     """Bench exported `runs` against FP32 and static INT8; also writes bench.json and bench.svg into `out`."""
     from export.bench import bench
@@ -167,7 +174,8 @@ def bench_runs(
         raise RecipeError("qat bench: name at least one run folder")
     files = {run.name: exported(run, target) for run in runs}
     images = RunFolder.open(runs[0]).samples().images
-    table = bench(exported(runs[0], "fp32"), files, images, threads=threads, batch=batch, rounds=rounds)
+    settings = {"threads": threads, "batch": batch, "rounds": rounds}
+    table = bench(exported(runs[0], "fp32"), files, images, **settings, calibration=calibration)
     accuracy = {run.name: 100 * RunFolder.open(run).results()["target"] for run in runs}
     operations = {run.name: bit_operations(run) for run in runs}
     where = out or runs[0]

@@ -13,6 +13,7 @@ from export.certificate import INTEGER_KERNELS, certify, compare_stored, layer_k
 from export.graph import emit_qdq
 from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
+from export.metadata import Preprocessing, missing_options, sign
 from export.passes import to_integers
 from export.targets import TARGETS, carry_of, plan_layer, saturates, target_named
 from tests.export.conftest import Exported, build_tiny
@@ -89,3 +90,22 @@ def test_targets_refuse_with_the_layers_name(tiny: Exported) -> None:
 
 def test_kernels_are_named_per_layer(tiny: Exported) -> None:
     assert set(layer_kernels(tiny.lowered, tiny.proto).values()) <= INTEGER_KERNELS
+
+
+@pytest.mark.parametrize("target", [name for name, t in TARGETS.items() if t.negative_scales])
+def test_every_layer_runs_an_integer_kernel_whatever_the_target(target: str) -> None:
+    chosen = TARGETS[target]
+    lowered = to_integers(lower(build_tiny(4, IMAGES), IMAGES), chosen)
+    assert set(layer_kernels(lowered, emit_qdq(lowered, chosen)).values()) <= INTEGER_KERNELS
+
+
+def test_a_file_whose_metadata_lost_a_session_option_is_warned_about() -> None:
+    chosen = TARGETS["ort-packed-vnni"]
+    lowered = to_integers(lower(build_tiny(4, IMAGES), IMAGES), chosen)
+    proto = emit_qdq(lowered, chosen)
+    shown = Preprocessing(33, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ("a",))
+    assert missing_options(sign(proto, lowered, chosen, shown, "test")) == ()
+    entry = next(p for p in proto.metadata_props if p.key == "edgeqat")
+    entry.value = entry.value.replace('"session.x64quantprecision": "1"', "")
+    (warning,) = missing_options(proto)
+    assert "session.x64quantprecision=1" in warning
