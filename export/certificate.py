@@ -196,7 +196,7 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
         wrong = int((codes != layer.codes).sum()) if codes.shape == layer.codes.shape else layer.codes.size
         if wrong:
             different[layer.name] = f"{wrong} of {layer.codes.size} weight codes differ"
-        elif not np.array_equal(found[f"{weight}/scale"], layer.stored_scale):
+        elif not np.array_equal(found[f"{weight}/s"], layer.stored_scale):
             different[layer.name] = "its weight scale differs"
         elif layer.bias_codes is None or not np.array_equal(found[f"{layer.name}.bias"], layer.bias_codes):
             different[layer.name] = "its bias differs"

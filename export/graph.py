@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
-from export.packing import pack, plane_widths, tables
+from export.packing import pack, tables
 from export.passes import LAYOUT_OPS, is_mark, mark_name, weight_layer
 from export.targets import TARGETS, Target, plan_layer
 
@@ -105,7 +105,7 @@ class _Emitter:
             self._add("Cast", [f"{name}/int4"], name, to=TensorProto.INT8)
         else:
             self._unpack(layer, plan.bits)
-        inputs = [name, self._constant(f"{name}/scale", layer.stored_scale)]
+        inputs = [name, self._constant(f"{name}/s", layer.stored_scale)]
         if plan.uint8:
             inputs.append(self._constant(f"offsets/{channels}", np.full(channels, 128, np.uint8)))
         elif (
@@ -117,19 +117,20 @@ class _Emitter:
     def _unpack(self, layer: LoweredLayer, bits: int) -> None:
         """Planes -> int8 codes · carry by table look-ups; constants all, so the runtime folds them when it loads the file."""
         name, count = f"{layer.name}.weight", layer.codes.size
+        planes = list(zip(pack(layer.codes, bits), tables(bits, layer.carry), strict=True))
+        padded = any(plane.size * table.shape[1] != count for plane, table in planes)
+        columns = planes[0][1].shape[1]
         parts = []
-        for index, (plane, table) in enumerate(zip(pack(layer.codes, bits), tables(bits, layer.carry), strict=True)):
-            lookup = self._constant(f"unpack/{bits}bit/x{layer.carry}/{index}", table)
+        for index, (plane, table) in enumerate(planes):
+            lookup = self._constant(f"{bits}bit/x{layer.carry}/{index}", table)
             numbers = self._add("Cast", [self._constant(f"{name}/p{index}", plane)], to=TensorProto.INT32)
             rows = self._add("Gather", [lookup, numbers], axis=0)
-            if plane.size * table.shape[1] == count and len(plane_widths(bits)) == 1:
-                parts.append(rows)  # one plane without padding: the last Reshape is enough
-                continue
-            flat = self._add("Reshape", [rows, self._constant("unpack/flat", np.array([-1]))])
-            if plane.size * table.shape[1] != count:
-                ends = [self._constant(f"unpack/{v}", np.array([v])) for v in (0, count)]
-                flat = self._add("Slice", [flat, *ends])
-            parts.append(flat)
+            if padded:
+                flat = self._add("Reshape", [rows, self._constant("flat", np.array([-1]))])
+                rows = self._add("Slice", [flat, *(self._constant(f"at{v}", np.array([v])) for v in (0, count))])
+            elif table.shape[1] != columns:  # planes are joined in the shape of the first
+                rows = self._add("Reshape", [rows, self._constant(f"rows{columns}", np.array([-1, columns]))])
+            parts.append(rows)
         while len(parts) > 1:
             parts[:2] = [self._add("BitwiseOr", parts[:2])]
         codes = self._add("Cast", parts, to=TensorProto.INT8)
@@ -140,7 +141,7 @@ class _Emitter:
         """DequantizeLinear of the int32 bias; its scale, input times weight scale, is multiplied at load."""
         assert layer.bias_codes is not None
         codes = self._constant(f"{layer.name}.bias", layer.bias_codes)
-        scale = self._add("Mul", [self._grid(source)[0], f"{layer.name}.weight/scale"])
+        scale = self._add("Mul", [self._grid(source)[0], f"{layer.name}.weight/s"])
         return self._add("DequantizeLinear", [codes, scale], axis=0)
 
     def _float(self, value: ir.Value | None) -> str:
@@ -157,7 +158,7 @@ class _Emitter:
 
     def _grid(self, quantizer: LoweredQuantizer) -> list[str]:
         return [
-            self._constant(f"{quantizer.name}/scale", quantizer.scale),
+            self._constant(f"{quantizer.name}/s", quantizer.scale),
             self._constant(f"zero{quantizer.zero_point}", np.uint8(quantizer.zero_point)),
         ]
 

@@ -82,7 +82,7 @@ def test_a_corrupt_code_shows_in_the_runtimes_codes_right_behind_its_layer(tiny:
     assert list(exact.mismatches) == ["block.bn2#batch_norm0"]
 
 
-@pytest.mark.parametrize(("tensor", "what"), [("left.weight/scale", "scale"), ("left.bias", "bias")])
+@pytest.mark.parametrize(("tensor", "what"), [("left.weight/s", "scale"), ("left.bias", "bias")])
 def test_corrupt_scale_and_bias_are_found(tiny: Exported, tensor: str, what: str, tmp_path: Path) -> None:
     file = tampered(tiny, tensor, tmp_path)
     assert compare_stored(tiny.lowered, onnx.load(str(file))) == {
@@ -93,7 +93,7 @@ def test_corrupt_scale_and_bias_are_found(tiny: Exported, tensor: str, what: str
 def test_a_corrupt_activation_scale_fails_through_the_runtimes_codes(tiny: Exported, tmp_path: Path) -> None:
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny.proto)
-    tensor = next(t for t in proto.graph.initializer if t.name == "block.conv2.input/scale")
+    tensor = next(t for t in proto.graph.initializer if t.name == "block.conv2.input/s")
     value = np.frombuffer(tensor.raw_data, np.float32) * np.float32(1.01)
     tensor.raw_data = value.tobytes()
     file = tmp_path / "scaled.onnx"
