@@ -1,19 +1,23 @@
 """The Objective contract: a function that fills `.grad` and returns what it saw.
 
-    gradients = objective(closure, parameters)      # .grad of every parameter is set
+    gradients = objective(closure, parameters, replay)      # .grad of every parameter is set
+    freezer.mask(gradients, ...)                            # GAQAT: some streams of some scales are taken out
     optimizer.step()
 
 `closure()` computes the loss of the current batch, adds its gradients to `.grad`, and returns the loss; an objective may
-call it more than once on the same batch. Nothing hides in optimizers: the order stands in `qat/training/loop.py`.
+call it more than once on the same batch, every time but the first inside `with replay():`. Nothing hides in optimizers:
+the order stands in `qat/training/step.py`.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import Parameter
 
 Closure = Callable[[], Tensor]
+Replay = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -22,19 +26,21 @@ class Gradients:
 
     loss:      the batch's loss at the current parameters, scalar, detached.
     task:      gradient of that loss per parameter, in the order of `parameters`; None where there is none. Empty for
-               objectives that keep no copy.
+               objectives that have only one stream and keep no copy.
     perturbed: gradient of the perturbed (flatness) loss, likewise.
+    mix:       `.grad` = mix[0] · task + mix[1] · perturbed.
     """
 
     loss: Tensor
     task: Sequence[Tensor | None] = field(default_factory=tuple)
     perturbed: Sequence[Tensor | None] = field(default_factory=tuple)
+    mix: tuple[float, float] = (1.0, 0.0)
 
 
-Objective = Callable[[Closure, Sequence[Parameter]], Gradients]
+Objective = Callable[[Closure, Sequence[Parameter], Replay], Gradients]
 
 
-def erm(closure: Closure, parameters: Sequence[Parameter]) -> Gradients:
+def erm(closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext) -> Gradients:
     """Empirical risk minimisation: the plain gradient of the batch's mean loss."""
     for parameter in parameters:
         parameter.grad = None
