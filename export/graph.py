@@ -37,6 +37,7 @@ class _Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.codes: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (tensor of codes, its grid)
+        self.scales = {name: f"s{i}" for i, name in enumerate(model.quantizers)}  # read often, looked up by nobody
         self.intermediates = 0
 
     def emit(self) -> onnx.ModelProto:
@@ -158,7 +159,7 @@ class _Emitter:
 
     def _grid(self, quantizer: LoweredQuantizer) -> list[str]:
         return [
-            self._constant(f"{quantizer.name}/s", quantizer.scale),
+            self._constant(self.scales[quantizer.name], quantizer.scale),
             self._constant(f"zero{quantizer.zero_point}", np.uint8(quantizer.zero_point)),
         ]
 

@@ -93,7 +93,9 @@ def test_corrupt_scale_and_bias_are_found(tiny: Exported, tensor: str, what: str
 def test_a_corrupt_activation_scale_fails_through_the_runtimes_codes(tiny: Exported, tmp_path: Path) -> None:
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny.proto)
-    tensor = next(t for t in proto.graph.initializer if t.name == "block.conv2.input/s")
+    clip = next(n for n in proto.graph.node if n.output[0] == "block.conv2.input")
+    scale = next(n.input[1] for n in proto.graph.node if n.output[0] == clip.input[0])
+    tensor = next(t for t in proto.graph.initializer if t.name == scale)
     value = np.frombuffer(tensor.raw_data, np.float32) * np.float32(1.01)
     tensor.raw_data = value.tobytes()
     file = tmp_path / "scaled.onnx"
