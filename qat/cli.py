@@ -1,10 +1,11 @@
 """`qat export | certify | bench | predict | compare | report`: parse, call, print. No logic lives here."""
 
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -114,6 +115,16 @@ def main() -> None:
     """Console entry point: exit 0 when all is well, 1 when a check failed, 2 when the input was unusable."""
     command = tyro.cli(Command, prog="qat", description=__doc__)
     sys.exit(guarded(lambda: execute(command)))
+
+
+def choose(methods: Mapping[str, Any], description: str | None, **defaults: object) -> Any:
+    """The recipe a command line asks for: one word of `methods`, then its flags; `defaults` replace the recipes' own."""
+    words = {word: (_first_line(recipe), dataclasses.replace(recipe, **defaults)) for word, recipe in methods.items()}
+    return tyro.extras.overridable_config_cli(words, description=description)
+
+
+def _first_line(recipe: object) -> str:
+    return (type(recipe).__doc__ or "").splitlines()[0]
 
 
 def guarded(action: Callable[[], int]) -> int:

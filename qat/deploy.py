@@ -93,7 +93,7 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
     from qat.domains.splits import leave_one_domain_out
     from qat.domains.synthetic import synthetic_domains
     from qat.training.evaluate import accuracy
-    from qat.training.loop import eval_batches
+    from qat.training.loaders import eval_batches
 
     folder, recipe, built = load_run(run)
     root = data_root or recipe.data_root

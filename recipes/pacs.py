@@ -1,22 +1,20 @@
-"""PACS, leave one domain out: full precision, then LSQ from it.
+"""PACS, leave one domain out: full precision, then a quantized run from it. The method is one word.
 
-    uv run recipes/pacs.py fp  --data-root PACS --test-domain sketch --pretrained --out runs/fp
-    uv run recipes/pacs.py lsq --data-root PACS --test-domain sketch --bits 4 --init-from runs/fp --out runs/w4a4
+    uv run recipes/pacs.py fp    --data-root PACS --test-domain sketch --pretrained --out runs/fp
+    uv run recipes/pacs.py lsq   --data-root PACS --test-domain sketch --bits 4 --init-from runs/fp --out runs/w4a4
+    uv run recipes/pacs.py gaqat --data-root PACS --test-domain sketch --bits 4 --init-from runs/fp --out runs/gaqat
 
-`PACS` is a folder of domains: PACS/{art_painting,cartoon,photo,sketch}/<class>/*.jpg.
+fp | sagm | lsq | sagm-lsq | gaqat | gaqat-<control> | qtdog; `PACS` is a folder of domains:
+PACS/{art_painting,cartoon,photo,sketch}/<class>/*.jpg.
 """
 
 import sys
-from typing import Annotated
 
-import tyro
-from tyro.conf import subcommand
-
-from qat.cli import guarded
+from qat.cli import choose, guarded
 from qat.domains.folders import read_domains
 from qat.training.compare import compare_runs
 from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError
 from qat.training.results import table
 
 
@@ -31,8 +29,5 @@ def train(recipe: Recipe) -> int:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(
-        Annotated[Recipe, subcommand("fp")] | Annotated[LsqRecipe, subcommand("lsq")],  # type: ignore[arg-type]
-        description=__doc__,
-    )
+    chosen = choose(METHODS, __doc__)
     sys.exit(guarded(lambda: train(chosen)))

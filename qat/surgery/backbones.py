@@ -1,10 +1,13 @@
-"""The one door to timm: backbones by name, with weights from a file, from timm's hub, or fresh."""
+"""The one door to timm: backbones by name, with weights from a file, from timm's hub, or fresh; its optimizers and gradient
+clipping."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,33 @@ def first_and_last(model: nn.Module) -> tuple[str, ...]:
         ordered = [n for n, m in model.named_modules() if n in layers]
         return (ordered[0], ordered[-1])
     return tuple(dict.fromkeys(names))
+
+
+def create_optimizer(name: str, groups: Sequence[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """Any optimizer of timm's factory over parameter groups, each with its own lr and weight decay where it has one.
+
+    Raises ValueError for an unknown name, with the nearest ones.
+    """
+    import difflib
+
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = [str(entry) for entry in list_optimizers()]
+    if name.removeprefix("lookahead_") not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise ValueError(f"--optimizer {name}: timm has no such optimizer; nearest: {', '.join(near) or 'none'}")
+    return create_optimizer_v2([dict(group) for group in groups], opt=name, lr=lr, weight_decay=0.0)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None, mode: str) -> Tensor:
+    """Clip `.grad` in place ("norm", "value" or "agc"; None: not at all); returns the global norm before, a scalar."""
+    from timm.utils import dispatch_clip_grad
+
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    if limit is not None:
+        dispatch_clip_grad(parameters, limit, mode=mode)
+    return norm
 
 
 def _as_tuple(value: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
 
 SAMPLES_PER_BATCH = 16_384
@@ -60,6 +61,22 @@ def in_full_precision(model: nn.Module, samples: dict[str, list[Tensor]] | None 
             quantizer.observer = None
         for module, mode in training.items():
             module.training = mode
+
+
+def pause(model: nn.Module) -> None:
+    """Every quantizer passes its input through until `begin`: full precision, with all parameters in place."""
+    for quantizer in quantizers(model).values():
+        quantizer.observer = _ignore
+
+
+@torch.no_grad()
+def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> list[CalibrationRow]:
+    """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""
+    for layer in model.modules():
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
+            quantizer = layer.weight_quantizer
+            quantizer.initialize(starting_step(layer.weight.detach(), quantizer.spec, init))
+    return calibrate(model, batches, init)
 
 
 def _ignore(x: Tensor) -> None:

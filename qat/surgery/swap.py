@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear
-from qat.surgery.plan import JOINS, MULTIPLIES, is_join, plan_sites
+from qat.surgery.plan import JOINS, MULTIPLIES, Plan, is_join, plan_sites
 from qat.surgery.sites import run_with_sites
 from qat.surgery.trace import Call, Trace, trace_calls
 
@@ -78,14 +78,15 @@ def quantize_(
     rules: Rules,
     example: Tensor,
     *,
-    stream: QuantSpec = QuantSpec(8),  # noqa: B008  (frozen)
+    stream: QuantSpec | None = QuantSpec(8),  # noqa: B008  (frozen)
     weight_init: Init = "lsq",
 ) -> QuantizationTable:
     """Quantize `model` in place.
 
     rules:   ordered (glob over layer names, LayerSpec); the first match decides.
     example: N_C_H_W float input for the one pass that finds every operation.
-    stream:  grid of the tensors that join integer operations (residual adds, concats, pools).
+    stream:  grid of the tensors that join integer operations (residual adds, concats, pools); None: no such quantizers,
+             for weight-only quantization.
     weight_init: how weight steps start, "lsq" (the paper's) or "mse" (least squared error).
 
     Raises ValueError, before anything is changed: a rule that decides nothing, a layer no rule reaches, a layer that the
@@ -98,11 +99,11 @@ def quantize_(
     _open_attention(model)
     trace = trace_calls(model, example)
     _check_coverage(layers, specs, trace)
-    plan = plan_sites(trace)
+    plan = plan_sites(trace) if stream is not None else Plan((), frozenset())
     quantized = {
         name: _wrap(
             layers[name],
-            _input_from_stream(spec, stream) if name in plan.on_grid else spec,
+            _input_from_stream(spec, stream) if stream is not None and name in plan.on_grid else spec,
             name,
             weight_init,
         )
@@ -112,7 +113,7 @@ def quantize_(
     for name, layer in quantized.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
-    sites = {address: LSQ(stream, name=address) for address in plan.sites}
+    sites = {} if stream is None else {address: LSQ(stream, name=address) for address in plan.sites}
     joins = frozenset(call.address for call in trace.calls if call.kind in JOINS or is_join(call))
     run_with_sites(model, sites, joins, frozenset(quantized))
     _move_like(model)

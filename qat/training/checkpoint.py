@@ -8,7 +8,7 @@ model.onnx, certificate.json, report.html            written by `qat export`, `q
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qat.quantizers.spec import QuantSpec
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.swap import QuantizationTable, quantize_, uniform_rules
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json, read_json, to_json
@@ -28,6 +29,7 @@ NORMALIZATIONS = {
 
 
 KINDS = ("predicted", "label")
+STREAM = QuantSpec(8)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
         weights=recipe.weights if load_weights else None,
         pretrained=recipe.pretrained and load_weights,
         **({"pad_type": recipe.pad_type} if recipe.pad_type else {}),
+        **({"drop_rate": recipe.dropout} if recipe.dropout else {}),
     )
     if start is not None:
         model.load_state_dict(start)
@@ -181,12 +184,14 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
     table = None
     if isinstance(recipe, LsqRecipe):
         example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-        table = quantize_(model, rules_of(recipe, model), example, weight_init=recipe.init)
+        stream = None if recipe.weight_only else STREAM
+        table = quantize_(model, rules_of(recipe, model), example, stream=stream, weight_init=recipe.init)
     return Built(model, table, mean, std)
 
 
 def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, Any]]:
-    return uniform_rules(recipe.weight_bits or recipe.bits, recipe.bits, first_and_last(model), recipe.edge_bits)
+    rules = uniform_rules(recipe.weight_bits or recipe.bits, recipe.bits, first_and_last(model), recipe.edge_bits)
+    return [(name, replace(spec, input=None)) for name, spec in rules] if recipe.weight_only else rules
 
 
 def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
@@ -209,7 +214,8 @@ def load_state(model: nn.Module, state: dict[str, Any], source: Path) -> None:
 
 
 def _default_name(recipe: Recipe) -> str:
-    bits = f"-w{recipe.weight_bits or recipe.bits}a{recipe.bits}" if isinstance(recipe, LsqRecipe) else ""
+    bits = f"-w{recipe.weight_bits or recipe.bits}" if isinstance(recipe, LsqRecipe) else ""
+    bits += f"a{recipe.bits}" if isinstance(recipe, LsqRecipe) and not recipe.weight_only else ""
     return f"{recipe.method}{bits}-{recipe.test_domain}-{recipe.backbone}-s{recipe.seed}"
 
 

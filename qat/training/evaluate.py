@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -19,6 +20,17 @@ def accuracy(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]], classes
     if not seen:
         raise ValueError("accuracy: no images to evaluate on")
     return float(metric.compute())
+
+
+@torch.no_grad()
+def mean_loss(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean cross entropy over (images N_3_H_W float32, labels N int64)."""
+    total = seen = 0.0
+    for images, labels in batches:
+        logits = predict(images)
+        total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
+        seen += len(labels)
+    return total / seen
 
 
 @torch.no_grad()

@@ -4,9 +4,19 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qat.quantizers.lsq import Init
+
+Kind = Literal["weights", "norms", "biases", "scales"]
+KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")
+
+# never, always, permanent, random: another policy for the same stream; smooth, both: another stream; above: the other side of
+# the threshold; alternate: the two objectives take turns; project, min-norm: the streams are combined instead of frozen.
+Control = Literal[
+    "gaqat", "never", "always", "permanent", "random", "smooth", "both", "above", "alternate", "project", "min-norm"
+]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,29 @@ class Recipe:
     """Optimizer steps."""
     batch_size: int = 32
     """Images of each source domain in a step."""
+    optimizer: str = "adam"
+    """Any optimizer of timm's factory."""
     lr: float = 1e-3
-    """Learning rate of Adam at the start."""
+    """Learning rate at the start."""
     weight_decay: float = 0.0
     """Weight decay of weights; biases, norms and quantizer steps have none."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning-rate schedule over the run (DomainBed itself: constant)."""
+    schedule: Literal["cosine", "linear", "constant", "refined"] = "cosine"
+    """Learning-rate schedule over the run (DomainBed itself: constant). "linear" is worst-case optimal for the last step;
+    "refined" follows the gradient norms of --refine-from (arXiv 2310.07831)."""
+    refine_from: Path | None = None
+    """Run folder whose recorded gradient norms shape the refined schedule."""
+    clip: float | None = None
+    """Gradient clipping, in the sense of --clip-mode."""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """Clip the global norm, each value, or by the ratio of unit-wise norms (AGC)."""
+    dropout: float = 0.0
+    """Dropout before the classifier (SAGM's published runs: 0.5)."""
+    domain_loss: Literal["erm", "groupdro", "coral", "hessian"] = "erm"
+    """What the closure minimises: mean cross entropy, or a loss that knows the domains."""
+    averaging: Literal["none", "ema", "swad"] = "none"
+    """Average the weights; batch norm statistics are taken again for the average."""
+    ema_decay: float = 0.999
+    """Decay of --averaging ema, per step."""
     evaluate_every: int = 100
     """Steps between evaluations on the source domains' held-out images, which select the checkpoint."""
     holdout: float = 0.2
@@ -62,7 +89,30 @@ class Recipe:
 
     @property
     def method(self) -> str:
+        """The word that names this recipe, a key of METHODS."""
         return "fp"
+
+
+@dataclass(frozen=True)
+class SagmRecipe(Recipe):
+    """Full precision towards flat minima: SAGM (arXiv 2303.10353) or a relative; `specs/algorithms.md` §4."""
+
+    flatness: Literal["sagm", "sam", "asam", "gsam"] = "sagm"
+    """Objective with two passes a step."""
+    rho: float = 0.05
+    """Radius of the perturbation."""
+    alpha: float = 1e-3
+    """SAGM: length of the step against the gradient in the second pass. GSAM: weight of the orthogonal part."""
+    perturb: Literal["latent", "quantized"] = "latent"
+    """Perturb weights before the quantizer, or behind it (SAQ, arXiv 2111.12273)."""
+    perturb_kinds: tuple[Kind, ...] = KINDS
+    """Which parameters are perturbed."""
+    per_domain: bool = False
+    """Perturb every source domain along its own gradient (two passes a domain)."""
+
+    @property
+    def method(self) -> str:
+        return "sagm"
 
 
 @dataclass(frozen=True)
@@ -77,6 +127,8 @@ class LsqRecipe(Recipe):
     """Bits of the first and the last layer."""
     init_from: Path | None = None
     """Full-precision run folder to start from."""
+    weight_only: bool = False
+    """Quantize weights alone; activations stay in floating point."""
     init: Init = "mse"
     """How steps start: LSQ's mean magnitude, or least squared error."""
     calibration_batches: int = 8
@@ -86,12 +138,83 @@ class LsqRecipe(Recipe):
     """Learning rate of quantizer steps relative to --lr. Adam moves a parameter by about its learning rate whatever the
     gradient's scale, and steps are some hundredths in size."""
 
+    teacher: Path | None = None
+    """Full-precision run folder to distil from."""
+    distill_weight: float = 0.5
+    """Share of the distillation term in the loss."""
+    oscillation: bool = False
+    """Record the share of weights that swing between two codes (arXiv 2203.11086)."""
+    damping: float = 0.0
+    """Weight of the pull of latent weights to their grid points."""
+    freeze_oscillating: float | None = None
+    """Hold weights that swing back in more than this share of the steps."""
+
     @property
     def method(self) -> str:
         return "lsq"
 
 
-METHODS: dict[str, type[Recipe]] = {"fp": Recipe, "lsq": LsqRecipe}
+@dataclass(frozen=True)
+class SagmLsqRecipe(SagmRecipe, LsqRecipe):
+    """SAGM on a quantized net: every scale gets the task's and the smoothing gradient, none is frozen."""
+
+    lr: float = 5e-4
+
+    @property
+    def method(self) -> str:
+        return "sagm-lsq"
+
+
+@dataclass(frozen=True)
+class GaqatRecipe(SagmLsqRecipe):
+    """GAQAT (arXiv 2412.05551): scales whose task gradient has settled are frozen for it, and released when it stirs."""
+
+    window: int = 100
+    """K: steps between decisions, over which sign flips are counted."""
+    threshold: float | None = None
+    """r: freeze below this disorder; without it --z decides."""
+    weight_threshold: float | None = None
+    """r of weight scales where it differs from --threshold."""
+    z: float = 3.0
+    """Freeze when fewer flips came than a fair coin's, by this many standard deviations."""
+    freeze_when: Literal["below", "above"] = "below"
+    """Freeze what is calmer, or what is more disordered than the threshold."""
+    freeze_scales: Literal["both", "weights", "activations"] = "both"
+    """Which scales may freeze."""
+    per_channel: bool = False
+    """Decide for every channel of a scale by itself."""
+    start_step: int = 0
+    """First step at which anything may freeze."""
+    control: Control = "gaqat"
+    """The method's own rule, or one of its controls."""
+
+    @property
+    def method(self) -> str:
+        return "gaqat" if self.control == "gaqat" else f"gaqat-{self.control}"
+
+
+@dataclass(frozen=True)
+class QtdogRecipe(LsqRecipe):
+    """QT-DoG (arXiv 2410.06020): full precision until a step, then weights alone on a 7-bit grid."""
+
+    bits: int = 7
+    edge_bits: int = 7
+    weight_only: bool = True
+    quant_start_step: int = 2000
+    """Step from which the quantizers are on; their parameters are in the optimizer from the beginning."""
+
+    @property
+    def method(self) -> str:
+        return "qtdog"
+
+
+METHODS: dict[str, Recipe] = {
+    recipe.method: recipe
+    for recipe in (
+        Recipe(), SagmRecipe(), LsqRecipe(), SagmLsqRecipe(), QtdogRecipe(),
+        *(GaqatRecipe(control=control) for control in CONTROLS),
+    )
+}  # fmt: skip
 
 
 class RecipeError(ValueError):
@@ -106,11 +229,30 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
     if not 0 < recipe.holdout < 1:
         raise RecipeError(f"--holdout must lie between 0 and 1, got {recipe.holdout}")
+    if (recipe.schedule == "refined") != (recipe.refine_from is not None):
+        raise RecipeError("--schedule refined and --refine-from belong together")
+    if isinstance(recipe, SagmRecipe):
+        _check_sharpness(recipe)
     if isinstance(recipe, LsqRecipe):
         for name in ("bits", "weight_bits", "edge_bits"):
             value = getattr(recipe, name)
             if value is not None and not 2 <= value <= 8:
                 raise RecipeError(f"--{name.replace('_', '-')} must be 2 to 8, got {value}")
+    if isinstance(recipe, QtdogRecipe) and not 0 < recipe.quant_start_step < recipe.steps:
+        raise RecipeError(f"--quant-start-step {recipe.quant_start_step}: must lie within --steps ({recipe.steps})")
+
+
+def _check_sharpness(recipe: SagmRecipe) -> None:
+    if recipe.rho < 0 or recipe.alpha < 0:
+        raise RecipeError(f"--rho and --alpha must not be negative, got {recipe.rho} and {recipe.alpha}")
+    if recipe.mixed_precision == "fp16":
+        raise RecipeError("--mixed-precision fp16 scales the loss, and with it the perturbation; use bf16 or no")
+    if recipe.perturb == "quantized" and not isinstance(recipe, LsqRecipe):
+        raise RecipeError("--perturb quantized needs a quantized method, such as sagm-lsq")
+    if recipe.per_domain and recipe.flatness == "gsam":
+        raise RecipeError(
+            "--per-domain mixes fixed shares of two streams, which gsam does not have; use sagm, sam or asam"
+        )
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
@@ -120,15 +262,18 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any], source: Path) -> Recipe:
     """The recipe recorded in a run folder. Raises RecipeError when `source` holds something else."""
-    cls = METHODS.get(values.get("method", ""))
-    if cls is None:
+    known = METHODS.get(values.get("method", ""))
+    if known is None:
         raise RecipeError(f"{source}: unknown method {values.get('method')!r}; known: {', '.join(METHODS)}")
+    cls = type(known)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     if unknown := values.keys() - fields.keys() - {"method"}:
         raise RecipeError(f"{source}: unknown entries {', '.join(sorted(unknown))}; was it written by a newer version?")
     paths = {name for name, kind in fields.items() if "Path" in str(kind)}
     given: dict[str, Any] = {
-        k: Path(v) if k in paths and v is not None else v for k, v in values.items() if k in fields
+        k: Path(v) if k in paths and v is not None else tuple(v) if isinstance(v, list) else v
+        for k, v in values.items()
+        if k in fields
     }
     return cls(**given)
 

@@ -149,7 +149,7 @@ def test_bench_rows_and_bytes_per_layer(tiny: Exported) -> None:
     assert [row.name for row in table.rows] == ["fp32", "ort static int8", "w4"]
     assert all(row.median_ms > 0 and row.peak_mb >= 0 for row in table.rows) and table.rows[0].over_fp32 == 1.0
     sizes = layer_bytes(tiny.proto)
-    assert sizes["block.conv1"] == 8 * 8 * 9 + 2 * 8 * 4 + 4  # codes, scale, bias; its input's step
+    assert sizes["block.conv1"] == 8 * 8 * 9 + 2 * 8 * 4  # codes, scale, bias
     assert "x fp32" in str(table)
 
 

@@ -15,8 +15,9 @@ from qat.domains.synthetic import synthetic_domains
 from qat.training.checkpoint import RunFolder, load_run, write_atomically
 from qat.training.compare import compare_runs, mcnemar, write_baseline
 from qat.training.evaluate import accuracy
-from qat.training.loop import run, schedule_of
+from qat.training.loop import run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, check, from_json, to_json
+from qat.training.start import schedule_of
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
 TINY = {
@@ -102,14 +103,14 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     recipe = LsqRecipe(**TINY, out=tmp_path / "cut", init_from=runs[0])
     from qat.training import loop
 
-    whole = loop._Trainer._step
+    whole = loop._Trainer._train
 
     def dies(self: loop._Trainer, *args: object) -> None:
         if self.progress.step == 3:
             raise KeyboardInterrupt
         whole(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop._Trainer, "_step", dies)
+    monkeypatch.setattr(loop._Trainer, "_train", dies)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, DOMAINS)
     monkeypatch.undo()

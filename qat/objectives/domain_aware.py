@@ -1,0 +1,135 @@
+"""Losses that know which domain an image came from. Each is (logits N_K, features N_F, labels N, domains N) -> scalar.
+
+    erm        mean cross entropy
+    groupdro   Sagawa et al., arXiv 1911.08731: Σ_d q_d L_d with q_d ∝ q_d · exp(η L_d), kept between steps
+    coral      Sun & Saenko, arXiv 1607.01719: ERM + γ · mean over pairs of domains of (means apart)² + (covariances apart)²
+    hessian    Hemati et al., arXiv 2308.11778: ERM + Σ_d a‖g_d - ḡ‖² + b‖H_d g_d - mean‖² on the classifier head
+
+`per_domain` is an objective rather than a loss: SAGM's two gradients of every domain for itself, averaged (flat regions per
+domain, after arXiv 2211.13723).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from qat.objectives.contract import Closure, Gradients, Objective, Replay
+from qat.objectives.sharpness import mixed
+
+DomainLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def erm_loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
+
+
+class GroupDRO:
+    """Worst-case weights over `count` domains. eta: step of the exponentiated ascent (DomainBed: 0.01)."""
+
+    def __init__(self, count: int, eta: float = 0.01) -> None:
+        self.weights, self.eta = torch.full((count,), 1 / count), eta
+        self.pending: Tensor | None = None
+
+    def __call__(self, logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+        losses = domain_losses(logits, labels, domains, len(self.weights))
+        weights = self.weights.to(losses.device) * (self.eta * losses.detach()).exp()
+        self.pending = (weights / weights.sum()).cpu()
+        return (self.pending.to(losses.device) * losses).sum()
+
+    def advance(self) -> None:
+        """Keep the weights of this step's last pass; called once a step, so that a second pass starts from the same."""
+        if self.pending is not None:
+            self.weights, self.pending = self.pending, None
+
+
+def coral(gamma: float = 1.0) -> DomainLoss:
+    def loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+        groups = [features[domains == d] for d in domains.unique()]
+        means = [g.mean(0) for g in groups]
+        covariances = [(g - m).T @ (g - m) / max(len(g) - 1, 1) for g, m in zip(groups, means, strict=True)]
+        pairs = list(combinations(range(len(groups)), 2))
+        apart = [
+            (means[i] - means[j]).square().mean() + (covariances[i] - covariances[j]).square().mean() for i, j in pairs
+        ]
+        penalty = torch.stack(apart).mean() if apart else features.new_zeros(())
+        return F.cross_entropy(logits, labels) + gamma * penalty
+
+    return loss
+
+
+def hessian_alignment(a: float = 1e-3, b: float = 1e-4) -> DomainLoss:
+    """Aligns head gradients and Hessian-gradient products over domains. For softmax cross entropy on logits z = W f + b the
+    head's gradient is Σ (p - y) fᵀ/n, and its Hessian times a direction V is Σ J_p(V f) fᵀ/n with J_p u = p∘u - p(p·u): no
+    double backward is needed, so quantizers in the backbone do not matter."""
+
+    def loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+        ones = torch.cat([features, features.new_ones(len(features), 1)], 1)  # the bias as a weight
+        p = logits.softmax(1)
+        error = p - F.one_hot(labels, logits.shape[1])
+        gradients, products = [], []
+        for d in domains.unique():
+            f, q, e = ones[domains == d], p[domains == d], error[domains == d]
+            gradient = e.T @ f / len(f)
+            u = f @ gradient.T
+            gradients.append(gradient)
+            products.append((q * u - q * (q * u).sum(1, keepdim=True)).T @ f / len(f))
+        return F.cross_entropy(logits, labels) + a * _spread(gradients) + b * _spread(products)
+
+    return loss
+
+
+def _spread(tensors: Sequence[Tensor]) -> Tensor:
+    stacked = torch.stack(list(tensors))
+    return (stacked - stacked.mean(0)).square().sum() / len(tensors)
+
+
+def domain_losses(logits: Tensor, labels: Tensor, domains: Tensor, count: int) -> Tensor:
+    """Mean cross entropy of each domain, shape (count,); 0 for a domain without images."""
+    each = F.cross_entropy(logits, labels, reduction="none")
+    sums = each.new_zeros(count).index_add(0, domains.to(each.device), each)
+    return sums / torch.bincount(domains.to(each.device), minlength=count).clamp_min(1)
+
+
+LOSSES: dict[str, Callable[[int], DomainLoss]] = {
+    "erm": lambda domains: erm_loss,
+    "groupdro": lambda domains: GroupDRO(domains),
+    "coral": lambda domains: coral(),
+    "hessian": lambda domains: hessian_alignment(),
+}
+
+
+def per_domain(objective: Objective) -> Callable[[Sequence[Closure], Sequence[Parameter], Replay], Gradients]:
+    """`objective` (two streams) on each domain's own closure: both streams are averaged over the domains, then mixed.
+
+    Every domain is perturbed along its own gradient, so that each finds a flat region; two passes a domain.
+    """
+
+    def run(closures: Sequence[Closure], parameters: Sequence[Parameter], replay: Replay = nullcontext) -> Gradients:
+        seen = [objective(closure, parameters, replay) for closure in closures]
+        loss = torch.stack([s.loss for s in seen]).mean()
+        task, perturbed = (
+            [_mean(parts) for parts in zip(*(getattr(s, k) for s in seen), strict=True)] for k in ("task", "perturbed")
+        )
+        return mixed(Gradients(loss, task, perturbed), parameters, seen[0].mix)
+
+    return run
+
+
+def _mean(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [p for p in parts if p is not None]
+    return torch.stack(present).sum(0) / len(parts) if present else None
+
+
+def head_features(model: nn.Module, head: nn.Module) -> tuple[list[Tensor], torch.utils.hooks.RemovableHandle]:
+    """A list that holds, after each forward pass, what `head` read (N_F float); remove the handle when done."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept[:] = [inputs[0].flatten(1)]
+
+    return kept, head.register_forward_pre_hook(keep)

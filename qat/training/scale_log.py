@@ -1,0 +1,71 @@
+"""scales.f16: what every quantizer scale showed in every step, eight bytes a scale and step.
+
+Rows of float16 (scales, 4) in the order of `Seen`: disorder of the task stream over its window so far, share of channels
+whose two gradients disagree in sign, cosine between them, share of channels frozen. scales.json names the scales.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qat.objectives.scale_freeze import Seen
+
+COLUMNS = ("disorder", "conflict", "cosine", "frozen")
+
+
+class ScaleLog:
+    """Appends a row a step. resume_at: steps already there that count; later ones are dropped."""
+
+    def __init__(self, folder: Path, names: Sequence[str], window: int, resume_at: int = 0) -> None:
+        self.path, self.row = folder / "scales.f16", len(names) * len(COLUMNS) * 2
+        (folder / "scales.json").write_text(json.dumps({"names": list(names), "window": window, "columns": COLUMNS}))
+        self.path.touch()
+        with self.path.open("r+b") as file:
+            file.truncate(resume_at * self.row)
+        self.file = self.path.open("ab")
+
+    def write(self, seen: Seen) -> None:
+        values = torch.stack([getattr(seen, name) for name in COLUMNS], dim=1)
+        self.file.write(values.to(torch.float16).cpu().numpy().tobytes())
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@dataclass(frozen=True)
+class ScaleHistory:
+    """A run's scale log. values: float16 (steps, scales, 4), read from disk as needed."""
+
+    names: tuple[str, ...]
+    window: int
+    values: NDArray[np.float16]
+
+    def column(self, name: str) -> NDArray[np.float32]:
+        """(steps, scales) float32."""
+        return self.values[:, :, COLUMNS.index(name)].astype(np.float32)
+
+    def window_ends(self) -> NDArray[np.int64]:
+        """Indices of the rows at which a window's disorder is complete."""
+        return np.arange(self.window - 1, len(self.values), self.window)
+
+
+def read_scales(folder: Path) -> ScaleHistory | None:
+    """The scale log of a run folder; None where the run kept none."""
+    header = folder / "scales.json"
+    if not header.exists():
+        return None
+    found = json.loads(header.read_text())
+    flat = np.fromfile(folder / "scales.f16", np.float16)
+    width = len(found["names"]) * len(COLUMNS)
+    steps = len(flat) // width
+    return ScaleHistory(
+        tuple(found["names"]), found["window"], flat[: steps * width].reshape(steps, len(found["names"]), len(COLUMNS))
+    )

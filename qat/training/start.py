@@ -1,0 +1,100 @@
+"""What a run starts from: another run's weights, calibrated quantizers, a teacher, a schedule."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qat.domains.splits import LeaveOneDomainOut
+from qat.surgery.calibrate import CalibrationRow, calibrate
+from qat.training.checkpoint import Built, RunFolder, load_run
+from qat.training.loaders import some_images
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+
+SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout")
+SMOOTH = 50  # steps of the median filter over recorded gradient norms
+
+
+def start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] | None:
+    """State dict of the full-precision run named by --init-from, checked to be of the same model and split."""
+    if not isinstance(recipe, LsqRecipe) or recipe.init_from is None:
+        return None
+    source = RunFolder.open(recipe.init_from)
+    given = source.recipe()
+    if isinstance(given, LsqRecipe):
+        raise RecipeError(f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one")
+    for name in SAME:
+        if getattr(given, name) != getattr(recipe, name):
+            raise RecipeError(
+                f"--init-from {recipe.init_from}: was run with --{name.replace('_', '-')} {getattr(given, name)}, this run "
+                f"has {getattr(recipe, name)}; use the same"
+            )
+    state = source.load("checkpoint.pt")
+    if tuple(state["classes"]) != tuple(split.classes):
+        raise RecipeError(
+            f"--init-from {recipe.init_from}: was trained on other classes: {', '.join(state['classes'])}"
+        )
+    return state["model"]
+
+
+def teacher_of(recipe: Recipe, split: LeaveOneDomainOut) -> nn.Module | None:
+    """The model of the run named by --teacher. Raises RecipeError when it cannot teach this one."""
+    if not isinstance(recipe, LsqRecipe) or recipe.teacher is None:
+        return None
+    folder, given, built = load_run(recipe.teacher)
+    for name in ("image_size", "test_domain", "trial_seed", "holdout"):
+        if getattr(given, name) != getattr(recipe, name):
+            raise RecipeError(
+                f"--teacher {recipe.teacher}: was run with another --{name.replace('_', '-')} than this run"
+            )
+    if tuple(folder.results()["classes"]) != tuple(split.classes):
+        raise RecipeError(f"--teacher {recipe.teacher}: was trained on other classes")
+    return built.model
+
+
+def calibrated(recipe: LsqRecipe, built: Built, split: LeaveOneDomainOut) -> list[CalibrationRow]:
+    """Set the activation quantizers from the first training batches."""
+    return calibrate(built.model, some_images(split, recipe, built, recipe.calibration_batches), recipe.init)
+
+
+def schedule_of(recipe: Recipe) -> Callable[[int], float]:
+    """Learning-rate factor by step."""
+    match recipe.schedule:
+        case "cosine":
+            return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / recipe.steps, 1)))
+        case "linear":
+            return lambda step: max(1 - step / recipe.steps, 0.0)
+        case "constant":
+            return lambda step: 1.0
+        case "refined":
+            assert recipe.refine_from is not None
+            factors = refined(_gradient_norms(recipe), recipe.steps)
+            return lambda step: float(factors[min(step, len(factors) - 1)])
+
+
+def refined(norms: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
+    """Learning-rate factors (steps,) from gradient norms of an earlier run (arXiv 2310.07831, Adam's form):
+    w_t = 1/‖g_t‖, lr_t ∝ w_t · Σ_{p>t} w_p, on median-smoothed norms, at most 1."""
+    half = max(min(SMOOTH, len(norms)) // 2, 1)
+    padded = np.pad(norms, half, mode="edge")
+    smooth = np.array([np.median(padded[i : i + 2 * half + 1]) for i in range(len(norms))])
+    weights = 1 / np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(norms)), smooth)
+    later = np.append(np.cumsum(weights[::-1])[::-1][1:], 0.0)
+    rates = weights * later
+    return rates / rates.max()
+
+
+def _gradient_norms(recipe: Recipe) -> NDArray[np.float64]:
+    assert recipe.refine_from is not None
+    found = [e["gradient_norm"] for e in RunFolder.open(recipe.refine_from).metrics() if "gradient_norm" in e]
+    norms = np.array(found, np.float64)
+    if len(norms) < 2 or not (norms > 0).all():
+        raise RecipeError(f"--refine-from {recipe.refine_from}: its metrics.jsonl holds no usable gradient norms")
+    return norms
+
+
+def as_saved(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
+    return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}

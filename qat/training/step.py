@@ -1,0 +1,223 @@
+"""One training step, in the order that is the science:
+
+closure   forward, loss (domain-aware, distilled, damped), backward
+objective fills `.grad`: ERM in one pass, SAGM and its relatives in two
+freezer   GAQAT: takes a stream out of some scales' gradients, or a control does
+clip, optimizer, schedule, oscillation
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from qat.objectives.conflict import COMBINE, combine
+from qat.objectives.contract import Closure, Gradients, Objective, erm
+from qat.objectives.distillation import Distillation
+from qat.objectives.domain_aware import LOSSES, GroupDRO, head_features, per_domain
+from qat.objectives.oscillation import Oscillation, damping
+from qat.objectives.replay import replay_of
+from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
+from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
+from qat.quantizers.lsq import LSQ
+from qat.surgery.backbones import clip_gradients, first_and_last
+from qat.surgery.layers import QuantConv2d, QuantLinear
+from qat.surgery.swap import quantizers
+from qat.training.recipe import GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
+
+FLATNESS: dict[str, Callable[..., Gradients]] = {"sagm": sagm, "sam": sam, "asam": asam, "gsam": gsam}
+WITH_ALPHA = {"sagm", "gsam"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """loss: scalar; logits: N_K of the first pass, detached; norm: of the gradient before clipping; seen: what the scales
+    showed, for objectives with two streams; swung: share of weights that swung back, where recorded."""
+
+    loss: Tensor
+    logits: Tensor
+    norm: Tensor
+    seen: Seen | None
+    swung: float | None
+
+
+class Precision(Protocol):
+    """How forward runs and gradients come back: an accelerate Accelerator."""
+
+    def autocast(self) -> AbstractContextManager[None]: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+
+class TrainingStep:
+    """Steps `optimizer` once per call. `model` is what is run (perhaps wrapped for several processes), `own` the model."""
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, own: nn.Module, optimizer: Any, precision: Precision,
+        *, domains: int, teacher: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.model, self.own, self.optimizer, self.precision = recipe, model, own, optimizer, precision
+        self.device = next(own.parameters()).device
+        self.parameters: list[Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.objective = objective_of(recipe, own, self.parameters)
+        self.freezer = freezer_of(recipe, own) if isinstance(recipe, SagmRecipe) else None
+        self.loss, self.domains, self.taken = LOSSES[recipe.domain_loss](domains), domains, 0
+        self.features: list[Tensor] = []
+        if recipe.domain_loss != "erm":
+            self.features, _ = head_features(own, own.get_submodule(first_and_last(own)[-1]))
+        self.distillation = self.oscillation = None
+        self.damping = recipe.damping if isinstance(recipe, LsqRecipe) else 0.0
+        if isinstance(recipe, LsqRecipe):
+            if teacher is not None:
+                self.distillation = Distillation(teacher.to(self.device), recipe.distill_weight)
+            if recipe.oscillation or recipe.freeze_oscillating is not None:
+                self.oscillation = oscillation_of(own, recipe.freeze_oscillating)
+
+    def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
+        seen_logits: list[Tensor] = []
+        closure = self._closure(images, labels, domains, seen_logits)
+        replay = replay_of(self.own, self.device)
+        if isinstance(self.recipe, SagmRecipe) and self.recipe.per_domain:
+            parts = [domains == d for d in range(self.domains)]
+            closures = [self._closure(images[p], labels[p], domains[p], seen_logits) for p in parts]
+            gradients = per_domain(self.objective)(closures, self.parameters, replay)
+            order = torch.cat([p.nonzero().flatten() for p in parts]).argsort()
+            logits = torch.cat(seen_logits[::2])[order]
+        else:
+            gradients = self.objective(closure, self.parameters, replay)
+            logits = seen_logits[0]
+        seen = self._resolve(gradients)
+        norm = clip_gradients(self.parameters, self.recipe.clip, self.recipe.clip_mode)
+        self.optimizer.step()
+        if isinstance(self.loss, GroupDRO):
+            self.loss.advance()
+        swung = self.oscillation.update() if self.oscillation is not None else None
+        self.taken += 1
+        return Outcome(gradients.loss, logits, norm, seen, swung)
+
+    def _closure(self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]) -> Closure:
+        def closure() -> Tensor:
+            with self.precision.autocast():
+                logits = self.model(images)
+                features = self.features[0] if self.features else logits
+                loss = self.loss(logits.float(), features.float(), labels, domains)
+                if self.distillation is not None:
+                    loss = self.distillation(images, logits, loss)
+                if self.damping:
+                    layers = quantized_layers(self.own)
+                    pulls = damping([x.weight for x in layers], [x.weight_quantizer for x in layers])
+                    loss = loss + self.damping * pulls
+            self.precision.backward(loss)
+            seen.append(logits.detach())
+            return loss.detach()
+
+        return closure
+
+    def _resolve(self, gradients: Gradients) -> Seen | None:
+        """Settle what the two streams of the scales do to each other."""
+        if self.freezer is None:
+            return None
+        control = self.recipe.control if isinstance(self.recipe, GaqatRecipe) else ""
+        if control == "alternate":
+            turn = (self.taken // self.freezer.rule.window) % 2
+            mixed(gradients, self.parameters, ((1.0, 0.0), (0.0, 1.0))[turn])
+        elif control in COMBINE:
+            combine(gradients, self.parameters, scale_groups(self.own), control)
+        return self.freezer.mask(gradients, self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "taken": self.taken,
+            "freezer": None if self.freezer is None else self.freezer.state_dict(),
+            "oscillation": None if self.oscillation is None else self.oscillation.state_dict(),
+            "domain_weights": self.loss.weights if isinstance(self.loss, GroupDRO) else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+        if self.freezer is not None:
+            self.freezer.load_state_dict(state["freezer"])
+        if self.oscillation is not None:
+            self.oscillation.load_state_dict(state["oscillation"])
+        if isinstance(self.loss, GroupDRO):
+            self.loss.weights = state["domain_weights"]
+
+
+def objective_of(recipe: Recipe, model: nn.Module, parameters: list[Parameter]) -> Objective:
+    """The objective a recipe names, its options filled in."""
+    if not isinstance(recipe, SagmRecipe):
+        return erm
+    kinds = parameter_kinds(model)
+    behind = (
+        tuple((x.weight_quantizer, x.weight) for x in quantized_layers(model)) if recipe.perturb == "quantized" else ()
+    )
+    where = Perturbation([kinds[id(p)] in recipe.perturb_kinds for p in parameters], behind)
+    options = {"alpha": recipe.alpha} if recipe.flatness in WITH_ALPHA else {}
+    return partial(FLATNESS[recipe.flatness], rho=recipe.rho, where=where, **options)
+
+
+def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
+    """Follows every quantizer's step; freezes by the recipe's rule, or nothing where it has none. None without quantizers."""
+    found = quantizers(model)
+    if not found:
+        return None
+    rule = FreezeRule(policy="never")
+    if isinstance(recipe, GaqatRecipe):
+        policies = {"always", "permanent", "random", "never"}
+        silent = {"alternate", *COMBINE}
+        rule = FreezeRule(
+            window=recipe.window, threshold=recipe.threshold, weight_threshold=recipe.weight_threshold, z=recipe.z,
+            when="above" if recipe.control == "above" else recipe.freeze_when,
+            stream=recipe.control if recipe.control in ("smooth", "both") else "task",
+            policy=recipe.control if recipe.control in policies else "never" if recipe.control in silent else "disorder",  # type: ignore[arg-type]
+            per_channel=recipe.per_channel, targets=recipe.freeze_scales, start=recipe.start_step,
+        )  # fmt: skip
+    return ScaleFreezer(
+        list(found), [q.raw_step for q in found.values()], [q.is_weight for q in found.values()], rule, recipe.seed
+    )
+
+
+def parameter_kinds(model: nn.Module) -> dict[int, str]:
+    """id of each parameter -> "weights", "norms", "biases" or "scales"."""
+    kinds: dict[int, str] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, LSQ):
+                kinds[id(parameter)] = "scales"
+            elif name.endswith("bias") and not is_norm(module):
+                kinds[id(parameter)] = "biases"
+            else:
+                kinds[id(parameter)] = "norms" if is_norm(module) else "weights"
+    return kinds
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm))
+
+
+def quantized_layers(model: nn.Module) -> list[QuantConv2d | QuantLinear]:
+    return [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
+
+
+def scale_groups(model: nn.Module) -> list[list[Parameter]]:
+    """Scales of each layer (weight and input) together; every stream quantizer by itself."""
+    groups: dict[str, list[Parameter]] = {}
+    for name, quantizer in quantizers(model).items():
+        layer = name if "#" in name else name.rpartition(".")[0]
+        groups.setdefault(layer, []).append(quantizer.raw_step)
+    return list(groups.values())
+
+
+def oscillation_of(model: nn.Module, freeze_above: float | None) -> Oscillation:
+    layers = quantized_layers(model)
+    return Oscillation(
+        [cast(Parameter, x.weight) for x in layers],
+        [x.weight_quantizer.codes for x in layers],
+        [lambda q=x.weight_quantizer: q.step for x in layers],  # type: ignore[misc]
+        freeze_above=freeze_above,
+    )
