@@ -74,6 +74,8 @@ class _Trainer:
     ) -> None:  # fmt: skip
         self.recipe, self.split, self.built, self.folder = recipe, split, built, folder
         self.accelerator, self.progress = accelerator, _Progress()
+        if recipe.channels_last:
+            built.model.to(memory_format=torch.channels_last)
         groups = parameter_groups(built.model, recipe.weight_decay, recipe.lr * getattr(recipe, "step_lr_ratio", 1.0))
         optimizer = create_optimizer(recipe.optimizer, groups, recipe.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(recipe))

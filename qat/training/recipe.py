@@ -80,6 +80,8 @@ class Recipe:
     """Data-loading processes."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision, as accelerate names it."""
+    channels_last: bool = True
+    """Keep images and activations in N_H_W_C order in memory: convolutions are faster on CPUs and tensor cores."""
     tensorboard: bool = False
     """Also write TensorBoard scalars into the run folder."""
     resume: bool = False

@@ -63,6 +63,7 @@ class TrainingStep:
     ) -> None:  # fmt: skip
         self.recipe, self.model, self.own, self.optimizer, self.precision = recipe, model, own, optimizer, precision
         self.device = next(own.parameters()).device
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.parameters: list[Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self.objective = objective_of(recipe, own, self.parameters)
         self.freezer = freezer_of(recipe, own) if isinstance(recipe, SagmRecipe) else None
@@ -79,7 +80,7 @@ class TrainingStep:
                 self.oscillation = oscillation_of(own, recipe.freeze_oscillating)
 
     def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
-        seen_logits: list[Tensor] = []
+        images, seen_logits = images.contiguous(memory_format=self.memory_format), list[Tensor]()
         closure = self._closure(images, labels, domains, seen_logits)
         replay = replay_of(self.own, self.device)
         if isinstance(self.recipe, SagmRecipe) and self.recipe.per_domain:
