@@ -42,6 +42,7 @@ class FreezeRule:
     per_channel: each channel of a scale for itself.
     targets:     which scales may freeze.
     start:       first step at which anything may freeze.
+    rescale:     give the stream that is left the weight of both.
     """
 
     window: int = 100
@@ -54,6 +55,7 @@ class FreezeRule:
     per_channel: bool = False
     targets: Literal["both", "weights", "activations"] = "both"
     start: int = 0
+    rescale: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -124,11 +126,21 @@ class ScaleFreezer:
 
     def _fill(self, task: Tensor, smooth: Tensor, mix: tuple[float, float]) -> None:
         keep = (~self.frozen).to(task.dtype)
-        first = mix[0] * task * (keep if self.rule.stream != "smooth" else 1)
-        second = mix[1] * smooth * (keep if self.rule.stream != "task" else 1)
-        frozen = self.frozen.split(self.sizes)
-        for scale, masked, some in zip(self.scales, (first + second).split(self.sizes), frozen, strict=True):
-            if scale.grad is not None and bool(some.any()):
+        first, second = mix
+        if self.rule.rescale and self.rule.stream != "both":
+            whole = torch.full_like(keep, first + second)
+            first, second = (torch.where(self.frozen, whole, w) for w in mix)
+        kept_task = first * task * (keep if self.rule.stream != "smooth" else 1)
+        kept_smooth = second * smooth * (keep if self.rule.stream != "task" else 1)
+        share = self._sum(self.frozen.float()) / self.channels
+        for scale, masked, part in zip(
+            self.scales, (kept_task + kept_smooth).split(self.sizes), share.tolist(), strict=True
+        ):
+            if scale.grad is None or not part:
+                continue
+            if self.rule.stream == "both" and part == 1:
+                scale.grad = None  # of a zero gradient an optimizer's momentum would make a step
+            else:
                 scale.grad.copy_(masked.view_as(scale))
 
     def _see(self, task: Tensor, smooth: Tensor) -> Seen:

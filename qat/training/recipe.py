@@ -187,6 +187,8 @@ class GaqatRecipe(SagmLsqRecipe):
     """Decide for every channel of a scale by itself."""
     start_step: int = 0
     """First step at which anything may freeze."""
+    rescale: bool = False
+    """Give the stream that is left of a frozen scale the weight of both."""
     control: Control = "gaqat"
     """The method's own rule, or one of its controls."""
 
@@ -251,6 +253,8 @@ def _check_sharpness(recipe: SagmRecipe) -> None:
         raise RecipeError("--mixed-precision fp16 scales the loss, and with it the perturbation; use bf16 or no")
     if recipe.perturb == "quantized" and not isinstance(recipe, LsqRecipe):
         raise RecipeError("--perturb quantized needs a quantized method, such as sagm-lsq")
+    if recipe.perturb == "quantized" and "weights" not in recipe.perturb_kinds:
+        raise RecipeError("--perturb quantized perturbs weights behind their quantizers: add weights to --perturb-kinds")
     if recipe.per_domain and recipe.flatness == "gsam":
         raise RecipeError(
             "--per-domain mixes fixed shares of two streams, which gsam does not have; use sagm, sam or asam"

@@ -177,6 +177,7 @@ def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
             stream=recipe.control if recipe.control in ("smooth", "both") else "task",
             policy=recipe.control if recipe.control in policies else "never" if recipe.control in silent else "disorder",  # type: ignore[arg-type]
             per_channel=recipe.per_channel, targets=recipe.freeze_scales, start=recipe.start_step,
+            rescale=recipe.rescale,
         )  # fmt: skip
     return ScaleFreezer(
         list(found), [q.raw_step for q in found.values()], [q.is_weight for q in found.values()], rule, recipe.seed
