@@ -126,10 +126,9 @@ class ScaleFreezer:
 
     def _fill(self, task: Tensor, smooth: Tensor, mix: tuple[float, float]) -> None:
         keep = (~self.frozen).to(task.dtype)
-        first, second = mix
+        first, second = (torch.full_like(keep, w) for w in mix)
         if self.rule.rescale and self.rule.stream != "both":
-            whole = torch.full_like(keep, first + second)
-            first, second = (torch.where(self.frozen, whole, w) for w in mix)
+            first, second = (torch.where(self.frozen, sum(mix), w) for w in (first, second))
         kept_task = first * task * (keep if self.rule.stream != "smooth" else 1)
         kept_smooth = second * smooth * (keep if self.rule.stream != "task" else 1)
         share = self._sum(self.frozen.float()) / self.channels

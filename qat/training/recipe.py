@@ -254,7 +254,9 @@ def _check_sharpness(recipe: SagmRecipe) -> None:
     if recipe.perturb == "quantized" and not isinstance(recipe, LsqRecipe):
         raise RecipeError("--perturb quantized needs a quantized method, such as sagm-lsq")
     if recipe.perturb == "quantized" and "weights" not in recipe.perturb_kinds:
-        raise RecipeError("--perturb quantized perturbs weights behind their quantizers: add weights to --perturb-kinds")
+        raise RecipeError(
+            "--perturb quantized perturbs weights behind their quantizers: add weights to --perturb-kinds"
+        )
     if recipe.per_domain and recipe.flatness == "gsam":
         raise RecipeError(
             "--per-domain mixes fixed shares of two streams, which gsam does not have; use sagm, sam or asam"

@@ -81,6 +81,15 @@ def test_the_freezer_sees_the_same_disorder_as_the_formula() -> None:
     np.testing.assert_allclose(streams.seen.disorder.numpy(), expected, rtol=1e-6)  # float32
 
 
+@given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5]), min_size=2, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_the_freezer_counts_zeros_as_the_sign_before_them(stream: list[float]) -> None:
+    streams = Streams([1], FreezeRule(window=len(stream), policy="never"))
+    for value in stream:
+        streams.step(tensors(value), tensors(0.0))
+    assert float(streams.seen.disorder) == pytest.approx(flips(stream))
+
+
 def test_per_channel_scales_pool_their_flips_and_report_cosine_and_conflict() -> None:
     streams = Streams([2], FreezeRule(window=4, policy="never"))
     for first, second in ((1.0, 1.0), (1.0, -1.0), (1.0, 1.0), (1.0, -1.0)):
