@@ -100,9 +100,8 @@ def main(flags: Flags) -> None:
     memory = {name: peak_mb(name, flags) for name in VARIANTS}
     for name in VARIANTS:
         print(f"{name:<9} median {statistics.median(times[name]) * 1e3:8.1f} ms a step, peak {memory[name]:7.1f} MB")
-    print(
-        f"gaqat / sagm-lsq: time {ratio:.4f} (median of {flags.rounds} pairs), memory {memory['gaqat'] / memory['sagm-lsq']:.4f}"
-    )
+    more = memory["gaqat"] / memory["sagm-lsq"]
+    print(f"gaqat / sagm-lsq: time {ratio:.4f} (median of {flags.rounds} pairs), memory {more:.4f}")
 
 
 if __name__ == "__main__":
