@@ -6,7 +6,6 @@ the release; `read_domainnet` reads all of it as it reads the real data.
 
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,8 +43,11 @@ def write_miniature(root: Path) -> Path:
             temporary.mkdir()
             duplicates = [image for domain in DOMAINS for image in _write_domain(temporary, domain)]
             _write_lines(temporary / DUPLICATES[0], duplicates)
-            with suppress(FileExistsError):  # a run beside this one was faster
+            try:
                 temporary.rename(root)
+            except OSError:
+                if not root.is_dir():  # else a run beside this one was faster
+                    raise
     return root
 
 
