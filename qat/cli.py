@@ -117,9 +117,15 @@ def main() -> None:
     sys.exit(guarded(lambda: execute(command)))
 
 
-def choose(methods: Mapping[str, Any], description: str | None, **defaults: object) -> Any:
-    """The recipe a command line asks for: one word of `methods`, then its flags; `defaults` replace the recipes' own."""
-    words = {word: (_first_line(recipe), dataclasses.replace(recipe, **defaults)) for word, recipe in methods.items()}
+def choose(
+    methods: Mapping[str, Any], description: str | None, *, wrap: Callable[[Any], Any] | None = None, **defaults: object
+) -> Any:
+    """The recipe a command line asks for: one word of `methods`, then its flags; `defaults` replace the recipes' own.
+
+    wrap: makes a dataclass of a recipe and further flags, which is then returned in the recipe's place.
+    """
+    recipes = {word: dataclasses.replace(recipe, **defaults) for word, recipe in methods.items()}
+    words = {word: (_first_line(recipe), wrap(recipe) if wrap else recipe) for word, recipe in recipes.items()}
     return tyro.extras.overridable_config_cli(words, description=description)
 
 

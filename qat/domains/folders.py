@@ -76,26 +76,26 @@ def read_domains(root: Path, *, check_images: bool = True) -> list[Domain]:
     """
     if not root.is_dir():
         raise DataError(f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/*.jpg")
-    found = {d.name: {c.name: _images(c) for c in _folders(d)} for d in _folders(root)}
+    found = {d.name: {c.name: images_in(c) for c in folders_in(d)} for d in folders_in(root)}
     if not found:
         raise DataError(f"--data-root {root}: holds no domain folders; expected <root>/<domain>/<class>/*.jpg")
     _check_classes(root, found)
     classes = tuple(sorted(next(iter(found.values()))))
-    domains = [_domain(name, classes, files) for name, files in sorted(found.items())]
+    domains = [folder_domain(name, classes, files) for name, files in sorted(found.items())]
     if check_images:
-        _check_readable([p for d in domains for p in d.images.paths])  # type: ignore[attr-defined]
+        check_readable([p for d in domains for p in d.images.paths])  # type: ignore[attr-defined]
     return domains
 
 
-def _folders(path: Path) -> list[Path]:
+def folders_in(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
 
 
-def _domain(name: str, classes: Sequence[str], files: dict[str, list[Path]]) -> Domain:
+def folder_domain(name: str, classes: Sequence[str], files: dict[str, list[Path]]) -> Domain:
     paths = [path for c in classes for path in files[c]]
     labels = np.repeat(np.arange(len(classes)), [len(files[c]) for c in classes])
     return Domain(name, tuple(classes), FolderImages(tuple(paths)), labels.astype(np.int64))
@@ -109,18 +109,18 @@ def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
         missing = sorted(every - files.keys())
         if missing:
             raise DataError(
-                f"domain {name!r} in {root}: class folders missing: {_some(missing)}; every domain needs the same classes"
+                f"domain {name!r} in {root}: class folders missing: {some(missing)}; every domain needs the same classes"
             )
         empty = sorted(c for c, paths in files.items() if not paths)
         if empty:
-            raise DataError(f"domain {name!r} in {root}: no images in class {_some(empty)}")
+            raise DataError(f"domain {name!r} in {root}: no images in class {some(empty)}")
 
 
-def _check_readable(paths: Sequence[Path]) -> None:
+def check_readable(paths: Sequence[Path]) -> None:
     with ThreadPoolExecutor(8) as pool:
         broken = [str(p) for p, fine in zip(paths, pool.map(_is_readable, paths), strict=True) if not fine]
     if broken:
-        raise DataError(f"{len(broken)} unreadable image(s): {_some(broken)}; remove or replace them")
+        raise DataError(f"{len(broken)} unreadable image(s): {some(broken)}; remove or replace them")
 
 
 def _is_readable(path: Path) -> bool:
@@ -133,6 +133,6 @@ def _is_readable(path: Path) -> bool:
         return False
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
