@@ -1,4 +1,4 @@
-"""`qat export | certify | bench | predict | compare | report`: parse, call, print. No logic lives here."""
+"""`qat export | certify | bench | predict | compare | report | inspect`: parse, call, print. No logic lives here."""
 
 import dataclasses
 import sys
@@ -99,6 +99,20 @@ class Report:
     """Run folder."""
     baseline: Path | None = None
     """Full-precision run folder to show beside it; by default the run it started from."""
+    beside: tuple[Path, ...] = ()
+    """More run folders of the same test domain, shown side by side with this one."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Print the scales whose task and smoothing gradients oppose each other most (runs of sagm-lsq, gaqat, its controls)."""
+
+    run: Positional[Path]
+    """Run folder."""
+    top: int = 10
+    """How many scales."""
+    json: Path | None = None
+    """Also write them as JSON."""
 
 
 Command = (
@@ -108,6 +122,7 @@ Command = (
     | Annotated[Predict, subcommand("predict")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Inspect, subcommand("inspect")]
 )
 
 
@@ -142,10 +157,11 @@ def guarded(action: Callable[[], int]) -> int:
         return 2
 
 
-def execute(command: Export | Certify | Bench | Predict | Compare | Report) -> int:
+def execute(command: Export | Certify | Bench | Predict | Compare | Report | Inspect) -> int:
     from qat import deploy
     from qat.training.checkpoint import write_json, write_text
     from qat.training.compare import compare_runs, write_baseline
+    from qat.training.inspection import inspect_run
 
     match command:
         case Export(run, target, out):
@@ -193,8 +209,14 @@ def execute(command: Export | Certify | Bench | Predict | Compare | Report) -> i
             if command.json is not None:
                 write_json(command.json, comparison.to_json())
             return 0 if comparison.passed else 1
-        case Report(run, baseline):
-            print(deploy.write_report(run, baseline))
+        case Report(run, baseline, beside):
+            print(deploy.write_report(run, baseline, beside))
+            return 0
+        case Inspect(run, top, json):
+            inspection = inspect_run(run, top)
+            print(inspection)
+            if json is not None:
+                write_json(json, inspection.to_json())
             return 0
 
 

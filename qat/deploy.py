@@ -130,8 +130,11 @@ def measure_run(run: Path, model: Path) -> list[Latency]:
     return latencies
 
 
-def write_report(run: Path, baseline: Path | None = None) -> Path:
-    """Write `report.html` into the run folder, from what the folder holds; returns its path."""
+def write_report(run: Path, baseline: Path | None = None, beside: Sequence[Path] = ()) -> Path:
+    """Write `report.html` into the run folder, from what the folder holds; returns its path.
+
+    beside: more runs to show side by side. Raises RecipeError when they or the baseline were tested on another domain.
+    """
     from qat.training.report import render
 
     folder = RunFolder.open(run)
@@ -139,7 +142,7 @@ def write_report(run: Path, baseline: Path | None = None) -> Path:
     if baseline is None and isinstance(recipe, LsqRecipe):
         baseline = recipe.init_from
     path = folder / "report.html"
-    html = render(folder, RunFolder.open(baseline) if baseline else None)
+    html = render(folder, RunFolder.open(baseline) if baseline else None, [RunFolder.open(other) for other in beside])
     write_text(path, html)
     return path
 

@@ -1,86 +1,135 @@
-"""The report's pictures, each a function from recorded data to SVG text."""
+"""The report's pictures, each a function from recorded data to SVG text; those of the scale log are in `scale_figures`.
+
+Long curves are thinned to POINTS before they are drawn, text stays text, and what is dense is embedded as pixels.
+"""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from qat.training.scale_log import KINDS, kind_of, layer_of
+
 BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
+COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")  # of runs and curves, in turn
+POINTS = 500  # of a curve
+PIXELS = 150  # per inch of embedded pixels
 
 
-def accuracy_bars(domains: Sequence[str], run: Sequence[float], baseline: Sequence[float] | None) -> str:
-    """Accuracy in percent per domain, the full-precision baseline beside the run."""
-    figure, axes = _figure(7, 2.8)
-    places = np.arange(len(domains))
-    if baseline is not None:
-        _bars(axes, places - 0.2, baseline, BASELINE, "full precision")
-    _bars(axes, places + (0.2 if baseline is not None else 0), run, RUN, "this run")
+def accuracy_bars(domains: Sequence[str], runs: Mapping[str, Sequence[float]], colours: Sequence[str]) -> str:
+    """Accuracy in percent per domain, one bar a run; runs: name -> percent per domain."""
+    figure, axes = new_figure(9 if len(runs) > 2 else 7, 2.8)
+    places, width = np.arange(len(domains)), 0.8 / max(len(runs), 2)
+    for index, ((name, values), colour) in enumerate(zip(runs.items(), colours, strict=True)):
+        bars = axes.bar(places + (index - (len(runs) - 1) / 2) * width, values, 0.94 * width, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.1f" if len(runs) <= 4 else "%.0f", fontsize=8 if len(runs) <= 2 else 6)
     axes.set_xticks(places, domains)
     axes.set_ylim(0, 112)
     axes.set_ylabel("top-1 accuracy, %")
-    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return _svg(figure)
+    axes.legend(frameon=False, ncols=min(len(runs), 4), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8)
+    return svg(figure)
 
 
-def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Training loss (smoothed over about 2 % of the run) and held-out source accuracy over steps."""
-    figure, axes = _figure(7, 2.8)
-    accuracy_axes = axes.twinx()
-    for (name, entries), colour in zip(runs.items(), (RUN, BASELINE, THIRD), strict=False):
-        steps, loss = _series(entries, "loss")
-        axes.plot(steps, _smooth(loss), color=colour, label=f"loss, {name}")
-        steps, accuracy = _series(entries, "source_mean")
-        accuracy_axes.plot(steps, 100 * accuracy, color=colour, linestyle="--", marker=".", label=f"accuracy, {name}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.set_ylim(bottom=0)
-    accuracy_axes.set_ylabel("held-out source accuracy, %")
-    handles = [*axes.get_lines(), *accuracy_axes.get_lines()]
-    axes.legend(handles=handles, frameon=False, ncols=len(runs), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8)
-    return _svg(figure)
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]) -> str:
+    """Training loss (smoothed over about 2 % of the run) and held-out source accuracy over steps, a colour a run."""
+    figure, (left, right) = new_figure(9, 2.9, columns=2)
+    for (name, entries), colour in zip(runs.items(), colours, strict=True):
+        steps, loss = series(entries, "loss")
+        left.plot(*thinned(steps, smooth(loss)), color=colour, linewidth=1.1, label=name)
+        steps, accuracy = series(entries, "source_mean")
+        right.plot(steps, 100 * accuracy, color=colour, linewidth=1.1, marker=".", markersize=4)
+    for axes, title in ((left, "training loss, smoothed"), (right, "held-out source accuracy, %")):
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+    left.set_ylim(bottom=0)
+    figure.legend(frameon=False, ncols=min(len(runs), 4), loc="outside upper left", fontsize=8)
+    return svg(figure)
 
 
 def step_curves(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Every quantizer's step relative to its first recorded value, over training: weights, inputs, stream."""
-    recorded = [(e["step"], e["steps"]) for e in entries if e.get("steps")]
-    figure, axes_row = _figure(9, 2.8, columns=3)
-    for axes, kind in zip(axes_row, ("weight", "input", "stream"), strict=True):
-        names = [n for n in recorded[0][1] if _kind(n) == kind] if recorded else []
-        for index, name in enumerate(names):
-            values = np.array([steps[name] for _, steps in recorded])
-            shade = 0.25 + 0.6 * index / max(len(names) - 1, 1)
-            axes.plot(
-                [s for s, _ in recorded],
-                values / values[0],
-                linewidth=0.9,
-                color=(0.12, shade, 0.85 - 0.5 * shade),
-            )
+    """Every quantizer's step relative to its first recorded value, over training: weights, inputs, stream. The three that
+    moved furthest are named."""
+    recorded = [e for e in entries if e.get("steps")]
+    figure, axes_row = new_figure(9, 3.2, columns=3)
+    for axes, kind in zip(axes_row, KINDS, strict=True):
+        steps, names, ratios = relative_steps(recorded, kind)
+        furthest = np.argsort(-np.abs(np.log(ratios[-1])))[:3].tolist() if len(names) else []
+        lines = [np.column_stack(thinned(steps, column)) for column in ratios.T]
+        axes.add_collection(LineCollection(lines, linewidths=0.5, colors=BASELINE, alpha=0.6, rasterized=True))
+        for index, colour in zip(furthest, COLOURS, strict=False):
+            axes.plot(*thinned(steps, ratios[:, index]), linewidth=1.2, color=colour, label=layer_of(names[index]))
         axes.set_title(f"{kind} steps ({len(names)})", fontsize=9)
-        axes.set_xlabel("step")
-    axes_row[0].set_ylabel("relative to the first evaluation")
-    return _svg(figure)
+        _step_axes(axes, bool(names))
+        if names:
+            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.2), fontsize=7)
+    axes_row[0].set_ylabel("step / first recorded")
+    return svg(figure)
+
+
+def step_medians(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]) -> str:
+    """Median over quantizers, with the 5th to 95th percentile, of the relative step over training; a colour a run."""
+    figure, axes_row = new_figure(9, 2.9, columns=3)
+    for axes, kind in zip(axes_row, KINDS, strict=True):
+        drawn = False
+        for (name, entries), colour in zip(runs.items(), colours, strict=True):
+            steps, names, ratios = relative_steps([e for e in entries if e.get("steps")], kind)
+            if names:
+                low, middle, high = (thinned(steps, row) for row in np.percentile(ratios, (5, 50, 95), axis=1))
+                axes.fill_between(low[0], low[1], high[1], color=colour, alpha=0.12, linewidth=0)
+                axes.plot(*middle, color=colour, linewidth=1.2, label=name)
+                drawn = True
+        axes.set_title(f"{kind} steps", fontsize=9)
+        _step_axes(axes, drawn)
+    axes_row[0].set_ylabel("step / first recorded")
+    handles = {line.get_label(): line for axes in axes_row for line in axes.get_lines()}
+    figure.legend(handles=list(handles.values()), frameon=False, ncols=4, loc="outside upper left", fontsize=8)
+    return svg(figure)
+
+
+def relative_steps(
+    recorded: Sequence[Mapping[str, Any]], kind: str
+) -> tuple[NDArray[np.int64], list[str], NDArray[np.float64]]:
+    """(training steps, names, steps relative to the first entry (entries, names)) of the quantizers of a kind."""
+    names = [n for n in recorded[0]["steps"] if kind_of(n) == kind] if recorded else []
+    values = np.array([[e["steps"][n] for n in names] for e in recorded], np.float64).reshape(len(recorded), len(names))
+    return np.array([e["step"] for e in recorded], np.int64), names, values / values[:1]
+
+
+def _step_axes(axes: Axes, drawn: bool) -> None:
+    """Logarithmic, with plain numbers; or a word where there is nothing to draw."""
+    if not drawn:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "none in this run", ha="center", va="center", color=BASELINE, transform=axes.transAxes)
+        return
+    axes.set_xlabel("step")
+    low, high = axes.get_ylim()
+    if high > 3 * max(low, 1e-9):
+        axes.set_yscale("log")
 
 
 def step_profile(steps: Mapping[str, float]) -> str:
     """The learned mean step of every quantizer, in layer order, logarithmic."""
-    figure, axes = _figure(9, 2.6)
+    figure, axes = new_figure(9, 2.6)
     for kind, colour in (("weight", RUN), ("input", THIRD), ("stream", BASELINE)):
-        values = [v for n, v in steps.items() if _kind(n) == kind]
+        values = [v for n, v in steps.items() if kind_of(n) == kind]
         axes.semilogy(range(len(values)), values, marker="o", markersize=3, linewidth=0.8, color=colour, label=kind)
     axes.set_xlabel("quantizer, in layer order")
     axes.set_ylabel("step")
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return _svg(figure)
+    return svg(figure)
 
 
 def weight_histogram(name: str, scaled: NDArray[np.float32], qmin: int, qmax: int) -> str:
     """Latent weights in units of their step, over the grid of their codes."""
-    figure, axes = _figure(4.4, 2.4)
+    figure, axes = new_figure(4.4, 2.4)
     reach = (qmin - 1.5, qmax + 1.5)
     axes.hist(np.clip(scaled, *reach), bins=160, range=reach, color=RUN)
     if qmax - qmin <= 32:
@@ -89,12 +138,12 @@ def weight_histogram(name: str, scaled: NDArray[np.float32], qmin: int, qmax: in
     axes.set_xlabel("weight / step (lines: codes)")
     axes.set_yticks([])
     axes.set_title(name, fontsize=9)
-    return _svg(figure)
+    return svg(figure)
 
 
 def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     """File size in MB and median latency in ms, one bar a file."""
-    figure, (size, speed) = _figure(7, 2.0, columns=2)
+    figure, (size, speed) = new_figure(7, 2.0, columns=2)
     names = [entry["name"] for entry in latencies]
     colours = [BASELINE, RUN, THIRD][: len(names)]
     for axes, values, label in (
@@ -106,12 +155,12 @@ def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlim(0, max(values) * 1.2)
         axes.set_xlabel(label)
         axes.invert_yaxis()
-    return _svg(figure)
+    return svg(figure)
 
 
 def size_accuracy_latency(rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, float]) -> str:
     """One disc a file: size across, accuracy up, area as its median latency."""
-    figure, axes = _figure(6, 3.4)
+    figure, axes = new_figure(6, 3.4)
     slowest = max(row["median_ms"] for row in rows)
     for row in rows:
         x, y = row["size"] / 1e6, accuracy[row["name"]]
@@ -121,44 +170,45 @@ def size_accuracy_latency(rows: Sequence[Mapping[str, Any]], accuracy: Mapping[s
     axes.margins(0.35)
     axes.set_xlabel("file size, MB (disc area: median latency)")
     axes.set_ylabel("target accuracy, %")
-    return _svg(figure)
+    return svg(figure)
 
 
-def _kind(name: str) -> str:
-    return "stream" if "#" in name else name.rsplit(".", 1)[-1]
-
-
-def _series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     found = [(e["step"], e[key]) for e in entries if key in e]
     return np.array([s for s, _ in found], np.int64), np.array([v for _, v in found], np.float64)
 
 
-def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over a centred window of about 2 % of the curve that shrinks at both ends."""
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over a centred window of about 2 % of the curve. It shrinks to the first value at the start; at the end its left
+    half stays."""
     half = max(len(values) // 100, 1)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index, len(values) - 1 - index), half)
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    left = np.minimum(index, half)
+    right = np.minimum(left, len(values) - 1 - index)
+    return (sums[index + right + 1] - sums[index - left]) / (left + right + 1)
 
 
-def _bars(axes: Axes, places: NDArray[np.floating[Any]], values: Sequence[float], colour: str, label: str) -> None:
-    bars = axes.bar(places, values, 0.38, color=colour, label=label)
-    axes.bar_label(bars, fmt="%.1f", fontsize=8)
+def thinned(steps: NDArray[Any], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """At most about POINTS of a curve, first and last kept."""
+    kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int)) if len(steps) > POINTS else slice(None)
+    return steps[kept], values[kept]
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+    """Inches; axes as `Figure.subplots` gives them, without their upper and right spines."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for one in np.atleast_1d(axes):
+    axes = figure.subplots(rows, columns)
+    for one in np.atleast_1d(axes).flat:
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """SVG without the XML header; ids are made unique so that several pictures share one page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", dpi=PIXELS, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     unique = f"f{abs(hash(text)) % 10**10}"

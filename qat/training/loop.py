@@ -30,6 +30,7 @@ from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
 from qat.training.loaders import collect_samples, eval_batches, some_images, train_loader
 from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, check
 from qat.training.scale_log import ScaleLog
+from qat.training.scale_view import scale_scalars
 from qat.training.start import as_saved, calibrated, schedule_of, start_state, teacher_of
 from qat.training.step import Outcome, TrainingStep
 from qat.training.tracking import Tracker
@@ -109,6 +110,8 @@ class _Trainer:
         window = freezer.rule.window if freezer is not None else 0
         scales = ScaleLog(self.folder.path, freezer.names, window, self.progress.step) if freezer is not None else None
         with tracker:
+            if self.progress.step == 0 and not self.quant_start:  # delayed quantizers have no steps yet
+                tracker.log(0, {"steps": mean_steps(self.built.model)})
             self.model.train()
             for images, labels, domains in self.loader:
                 self._train(images, labels, domains, tracker, scales)
@@ -129,32 +132,33 @@ class _Trainer:
             begin(self.built.model, calibration, self.recipe.init)
         began = time.perf_counter()
         outcome = self.step(images, labels, domains)
+        rate = float(self.optimizer.param_groups[0]["lr"])
         self.schedule.step()
         self.progress.step += 1
         if self.recipe.averaging != "none" and self.progress.step > self.quant_start:
             self.average.update(self.built.model)
         if scales is not None and outcome.seen is not None:
             scales.write(outcome.seen)
-        self._report(outcome, labels, time.perf_counter() - began, tracker)
+        self._report(outcome, labels, rate, time.perf_counter() - began, tracker)
 
-    def _report(self, outcome: Outcome, labels: Tensor, seconds: float, tracker: Tracker) -> None:
+    def _report(self, outcome: Outcome, labels: Tensor, rate: float, seconds: float, tracker: Tracker) -> None:
         loss = float(outcome.loss)
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"step {self.progress.step}: the loss is {loss}; lower --lr (now {self.recipe.lr:g}). The last good state "
                 f"is {self.folder / 'last.pt'}"
             )
-        values = {
+        values: dict[str, float | Mapping[str, float]] = {
             "loss": loss,
             "accuracy": float((outcome.logits.argmax(1) == labels).float().mean()),
             "images_per_second": len(labels) / max(seconds, 1e-9),
         }
-        tracker.show(self.progress.step, **values)
-        values["gradient_norm"] = float(outcome.norm)
+        tracker.show(self.progress.step, **values)  # type: ignore[arg-type]
+        values |= {"gradient_norm": float(outcome.norm), "learning_rate": rate}
         if outcome.swung is not None:
             values["oscillating"] = outcome.swung
-        if outcome.seen is not None:
-            values |= {name: float(getattr(outcome.seen, name).mean()) for name in ("disorder", "conflict", "frozen")}
+        if outcome.seen is not None and self.step.freezer is not None:
+            values |= scale_scalars(outcome.seen, self.step.freezer)
         tracker.log(self.progress.step, values)
 
     def _evaluate(self, tracker: Tracker) -> None:

@@ -1,6 +1,7 @@
 """report.html: one self-contained page for a run, made from what its folder holds."""
 
 import json
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -12,27 +13,39 @@ from torch import nn
 
 from qat import __version__
 from qat.surgery.layers import QuantConv2d, QuantLinear
-from qat.training import figures
+from qat.training import figures, scale_figures
 from qat.training.checkpoint import RunFolder, load_run
+from qat.training.inspection import conflicted, threshold_text
 from qat.training.loop import mean_steps
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.scale_log import KINDS
+from qat.training.scale_view import open_view
 
 HISTOGRAMS = 4
+MOST_CONFLICTED = 10
 
 TEMPLATE = "report.html.j2"
 
 
-def render(folder: RunFolder, baseline: RunFolder | None) -> str:
-    """The page as text. What the folder does not hold (certificate, latency) is left out."""
+def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFolder] = ()) -> str:
+    """The page as text. What the folder does not hold (scale log, certificate, latency) is left out.
+
+    beside: more runs, shown side by side with this one and the baseline. Raises RecipeError when any of them was tested on
+    another domain, or is not finished.
+    """
     _, _, built = load_run(folder.path)
     results, first = folder.results(), baseline.results() if baseline else None
+    for other in [*([baseline] if baseline else []), *beside]:
+        _require_same_domain(folder, other)
     rows = _accuracy_rows(results, first)
-    runs = {"this run": folder.metrics()} | ({"full precision": baseline.metrics()} if baseline else {})
     latencies = _optional(folder, "latency.json") or []
     steps = mean_steps(built.model)
     recipe_values = json.loads((folder / "recipe.json").read_text())
     environment = Environment(
         autoescape=False, trim_blocks=True
     )  # pictures are HTML; texts are our own or escaped below
+    shown = ({"full precision": baseline} if baseline else {}) | {"this run": folder}
+    colours = (figures.BASELINE, figures.RUN) if baseline else (figures.RUN,)
     return environment.from_string(files("qat.training").joinpath(TEMPLATE).read_text()).render(
         title=f"{recipe_values['backbone']} · {recipe_values['method']} · target {results['test_domain']}",
         version=__version__,
@@ -40,14 +53,12 @@ def render(folder: RunFolder, baseline: RunFolder | None) -> str:
         results=results,
         baseline=first,
         rows=rows,
-        accuracy_figure=figures.accuracy_bars(
-            [r["name"] for r in rows],
-            [r["run"] for r in rows],
-            [r["baseline"] for r in rows] if first else None,
-        ),
-        loss_figure=figures.loss_curves(runs),
+        accuracy_figure=_accuracy_figure(shown, colours),
+        loss_figure=figures.loss_curves({name: run.metrics() for name, run in shown.items()}, colours),
+        beside=_side_by_side([*([baseline] if baseline else []), folder, *beside]) if beside else None,
         profile_figure=figures.step_profile(steps) if steps else "",
         steps_figure=figures.step_curves(folder.metrics()) if steps else "",
+        scales=_scales(folder, built.model),
         histograms=_histograms(built.model),
         latencies=latencies,
         latency_figure=figures.size_and_latency(latencies) if latencies else "",
@@ -57,26 +68,90 @@ def render(folder: RunFolder, baseline: RunFolder | None) -> str:
     )
 
 
+def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:
+    ours, theirs = folder.results(), other.results()
+    for name, a, b in (
+        ("test domain", ours["test_domain"], theirs["test_domain"]),
+        ("source domains", sorted(ours["source_validation"]), sorted(theirs["source_validation"])),
+    ):
+        if a != b:
+            raise RecipeError(f"{other.path}: its {name} is {b}, {folder.path} has {a}; show like with like")
+
+
 def _optional(folder: RunFolder, name: str) -> Any:
     path = folder / name
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _accuracy_rows(results: dict[str, Any], baseline: dict[str, Any] | None) -> list[dict[str, Any]]:
-    def percent(of: dict[str, Any] | None, domain: str) -> float | None:
-        if of is None:
-            return None
-        return float(100 * (of["target"] if domain == of["test_domain"] else of["source_validation"][domain]))
+def _percents(results: dict[str, Any]) -> dict[str, float]:
+    """Domain -> accuracy in percent, the target last."""
+    target = f"{results['test_domain']} (target)"
+    return {d: 100 * a for d, a in results["source_validation"].items()} | {target: 100 * results["target"]}
 
-    domains = [*results["source_validation"], results["test_domain"]]
-    return [
-        {
-            "name": name + (" (target)" if name == results["test_domain"] else ""),
-            "run": percent(results, name),
-            "baseline": percent(baseline, name),
-        }
-        for name in domains
-    ]
+
+def _accuracy_rows(results: dict[str, Any], baseline: dict[str, Any] | None) -> list[dict[str, Any]]:
+    first = _percents(baseline) if baseline else {}
+    return [{"name": name, "run": value, "baseline": first.get(name)} for name, value in _percents(results).items()]
+
+
+def _accuracy_figure(runs: Mapping[str, RunFolder], colours: Sequence[str]) -> str:
+    found = {name: _percents(run.results()) for name, run in runs.items()}
+    domains = list(next(iter(found.values())))
+    return figures.accuracy_bars(domains, {n: [values[d] for d in domains] for n, values in found.items()}, colours)
+
+
+def _side_by_side(folders: Sequence[RunFolder]) -> dict[str, Any]:
+    """Table and pictures of several runs; a column or colour each."""
+    runs = labelled(folders)
+    colours = [figures.COLOURS[i % len(figures.COLOURS)] for i in range(len(runs))]
+    percents = [_percents(run.results()) for run in runs.values()]
+    metrics = {name: run.metrics() for name, run in runs.items()}
+    quantized = any(entry.get("steps") for entries in metrics.values() for entry in entries)
+    return {
+        "names": [_escape(name) for name in runs],
+        "rows": [(domain, [p[domain] for p in percents]) for domain in percents[0]],
+        "means": [float(np.mean(list(p.values())[:-1])) for p in percents],
+        "accuracy_figure": _accuracy_figure(runs, colours),
+        "loss_figure": figures.loss_curves(metrics, colours),
+        "steps_figure": figures.step_medians(metrics, colours) if quantized else "",
+    }
+
+
+def labelled(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
+    """Each run by its method and bits, and by its folder's name too where that leaves two alike. The same folder twice counts
+    once."""
+    once = list({folder.path.resolve(): folder for folder in folders}.values())
+    names = [_label(folder.recipe()) for folder in once]
+    tails = [f" ({folder.path.name})" if names.count(n) > 1 else "" for n, folder in zip(names, once, strict=True)]
+    full = [n + t for n, t in zip(names, tails, strict=True)]
+    return {
+        (f"{name} #{i + 1}" if full.count(name) > 1 else name): folder
+        for i, (name, folder) in enumerate(zip(full, once, strict=True))
+    }
+
+
+def _label(recipe: Recipe) -> str:
+    if not isinstance(recipe, LsqRecipe):
+        return recipe.method
+    return f"{recipe.method} W{recipe.weight_bits or recipe.bits}" + ("" if recipe.weight_only else f"A{recipe.bits}")
+
+
+def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
+    """Pictures of the run's scale log, where it kept one."""
+    if not (folder / "scales.json").exists():
+        return None
+    view = open_view(folder.path, model)
+    return {
+        "window": view.width,
+        "windows": len(view.ends),
+        "threshold": threshold_text(view.rule),
+        "silent": int(view.silent.all(axis=0).sum()),
+        "count": len(view.names),
+        "curves": scale_figures.disorder_curves(view),
+        "maps": [scale_figures.disorder_map(view, kind) for kind in KINDS],
+        "conflict": scale_figures.conflict_curves(view),
+        "rows": conflicted(view, folder.metrics(), MOST_CONFLICTED),
+    }
 
 
 def _histograms(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qat.objectives.scale_freeze import Seen
 
 COLUMNS = ("disorder", "conflict", "cosine", "frozen")
+KINDS = ("weight", "input", "stream")
 
 
 class ScaleLog:
@@ -69,3 +70,13 @@ def read_scales(folder: Path) -> ScaleHistory | None:
     return ScaleHistory(
         tuple(found["names"]), found["window"], flat[: steps * width].reshape(steps, len(found["names"]), len(COLUMNS))
     )
+
+
+def kind_of(name: str) -> str:
+    """One of KINDS, from a quantizer's name; "stream" is where operations join."""
+    return "stream" if "#" in name else name.rsplit(".", 1)[-1]
+
+
+def layer_of(name: str) -> str:
+    """A quantizer's name without its kind; the whole address of a stream quantizer."""
+    return name if "#" in name else name.rpartition(".")[0]

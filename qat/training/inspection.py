@@ -1,0 +1,151 @@
+"""`qat inspect`: the scales whose two gradients oppose each other most, from a run's scale log."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qat.objectives.scale_freeze import FreezeRule
+from qat.training.checkpoint import RunFolder
+from qat.training.recipe import RecipeError
+from qat.training.scale_view import ScaleView, open_view
+
+
+@dataclass(frozen=True)
+class ConflictedScale:
+    """One scale over a run.
+
+    conflict: share of steps (and channels) whose task and smoothing signs differ; cosine: mean over steps; disorder: of the
+    last window, None where it got no gradient there, beside fair coins' mean ± two standard deviations; frozen: share of
+    steps (and channels); steps: mean over channels at the first and the last recording, None where there is none.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    conflict: float
+    cosine: float
+    disorder: float | None
+    coin_low: float
+    coin_high: float
+    frozen: float
+    step_start: float | None
+    step_end: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """scales: most conflicted first. below, coin_below: mean share of scales beyond the threshold at windows' ends, and the
+    share fair coins would give; silent: scales that never got a gradient, which count in neither; first_step, last_step:
+    training steps of the recorded steps."""
+
+    run: str
+    method: str
+    steps: int
+    window: int
+    windows: int
+    threshold: str
+    below: float
+    coin_below: float
+    silent: tuple[str, ...]
+    first_step: int | None
+    last_step: int | None
+    scales: tuple[ConflictedScale, ...]
+
+    def __str__(self) -> str:
+        width = max(len(s.name) for s in self.scales)
+        lines = [
+            f"{self.run}: {self.method}, {self.steps} steps, {self.windows} windows of K = {self.window}; threshold: "
+            f"{self.threshold}",
+            f"beyond the threshold: {self.below:.2%} of the scales, mean over windows; fair coins: {self.coin_below:.2%}",
+            *([f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"] if self.silent else []),
+            "",
+            f"{'scale':<{width}}  kind    channels  conflict  cosine  disorder (fair coin)   frozen  "
+            f"step {_at(self.first_step)} -> {_at(self.last_step)}",
+        ]
+        for s in self.scales:
+            lines.append(
+                f"{s.name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.conflict:>8.1%}  {s.cosine:>+6.3f}  "
+                f"{_disorder(s.disorder):>8} ({s.coin_low:.2f}-{s.coin_high:.2f})  {s.frozen:>7.1%}  "
+                f"{_step(s.step_start)} -> {_step(s.step_end)}"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_run(path: Path, top: int = 10) -> Inspection:
+    """The `top` most conflicted scales of a run. Raises RecipeError for a run without a scale log, and for top < 1."""
+    if top < 1:
+        raise RecipeError(f"--top must be positive, got {top}")
+    view, folder = open_view(path), RunFolder.open(path)
+    below, coin = view.share_below(np.arange(len(view.names)))
+    never = np.asarray(view.silent.all(axis=0))
+    metrics = folder.metrics()
+    recorded = _recorded(metrics)
+    return Inspection(
+        run=str(path),
+        method=folder.recipe().method,
+        steps=view.steps,
+        window=view.width,
+        windows=len(view.ends),
+        threshold=threshold_text(view.rule),
+        below=float(np.nanmean(below)) if not never.all() else 0.0,
+        coin_below=float(np.nanmean(coin)) if not never.all() else 0.0,
+        silent=tuple(name for name, mute in zip(view.names, never.tolist(), strict=True) if mute),
+        first_step=recorded[0]["step"] if recorded else None,
+        last_step=recorded[-1]["step"] if recorded else None,
+        scales=tuple(conflicted(view, metrics, top)),
+    )
+
+
+def conflicted(view: ScaleView, metrics: Sequence[Mapping[str, Any]], top: int) -> list[ConflictedScale]:
+    """The first `top` scales by share of steps in sign conflict, ties by cosine. metrics: the run's log entries."""
+    recorded = _recorded(metrics)
+    conflict, cosine, frozen = (view.mean(name) for name in ("conflict", "cosine", "frozen"))
+    spread = 1 / np.sqrt(view.comparisons)  # two standard deviations of a fair coin
+    first, last = (recorded[0]["steps"], recorded[-1]["steps"]) if recorded else ({}, {})
+    return [
+        ConflictedScale(
+            view.names[i], view.kinds[i], int(view.channels[i]), float(conflict[i]), float(cosine[i]),
+            _or_none(view.disorder[-1, i]), max(0.0, 0.5 - float(spread[i])), min(1.0, 0.5 + float(spread[i])),
+            float(frozen[i]), first.get(view.names[i]), last.get(view.names[i]),
+        )
+        for i in np.lexsort((cosine, -conflict))[:top]
+    ]  # fmt: skip
+
+
+def threshold_text(rule: FreezeRule) -> str:
+    """The rule's threshold in words."""
+    plain = f"z = {rule.z:g}" if rule.threshold is None else f"r = {rule.threshold:g}"
+    weights = "" if rule.weight_threshold is None else f", weights r = {rule.weight_threshold:g}"
+    side = "" if rule.when == "below" else ", above its mirror image"
+    return plain + weights + side
+
+
+def _recorded(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [entry for entry in metrics if entry.get("steps")]
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _disorder(value: float | None) -> str:
+    return "silent" if value is None else f"{value:.3f}"
+
+
+def _first(names: Sequence[str], count: int = 6) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _at(step: int | None) -> str:
+    return "-" if step is None else f"@{step}"
+
+
+def _step(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,197 @@
+"""A scale log by windows: disorder against a fair coin, frozen spans, conflict of the two streams.
+
+A window of K steps compares K − 1 neighbouring signs a channel, so a scale of C channels has n = C·(K − 1) comparisons.
+Were they fair coins,
+
+    δ ~ Binomial(n, ½) / n        mean ½, standard deviation ½/√n
+
+A layer's channels share their images, so their flips are not independent: with C > 1 the true band lies between
+½ ± 2·½/√n and one channel's, ½ ± 2·½/√(K − 1), which is the one the pictures draw.
+
+A scale whose gradients are exactly zero is *silent*: it never flips, which is not calm. It is told apart by a cosine of
+zero in every step of a window, and left out of what is said about disorder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
+from qat.training.checkpoint import RunFolder, load_run
+from qat.training.recipe import RecipeError, SagmRecipe
+from qat.training.scale_log import ScaleHistory, kind_of, read_scales
+from qat.training.step import freezer_of
+
+FLOAT16_COUNTS = 2048  # a share of fewer comparisons than this is rounded to float16 by less than half a flip
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ScaleView:
+    """A scale log beside what its scales are. channels: int64 (scales,); is_weight: bool (scales,)."""
+
+    history: ScaleHistory
+    channels: NDArray[np.int64]
+    is_weight: NDArray[np.bool_]
+    rule: FreezeRule
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.history.names
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind_of(name) for name in self.names)
+
+    @property
+    def steps(self) -> int:
+        return len(self.history.values)
+
+    @property
+    def width(self) -> int:
+        """Steps a window: K, or the whole of a run that is shorter than one."""
+        return min(self.history.window, self.steps)
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """Steps (counted from 1) at which windows end."""
+        return np.arange(self.width, self.steps + 1, self.width)
+
+    @property
+    def comparisons(self) -> NDArray[np.int64]:
+        """n of every scale (scales,)."""
+        return self.channels * (self.width - 1)
+
+    @cached_property
+    def silent(self) -> NDArray[np.bool_]:
+        """(windows, scales): no gradient in any step of the window."""
+        heard = self.history.column("cosine")[: self.ends[-1]] != 0
+        return ~heard.reshape(len(self.ends), self.width, -1).any(axis=1)
+
+    @cached_property
+    def disorder(self) -> Floats:
+        """(windows, scales): at each window's end, as the counted flips where float16 resolves them; NaN where silent."""
+        found = self.history.column("disorder")[self.ends - 1].astype(np.float64)
+        n = np.maximum(self.comparisons, 1)
+        counted = np.where(n < FLOAT16_COUNTS, np.rint(found * n) / n, found)
+        return np.where(self.silent, np.nan, counted)
+
+    @cached_property
+    def frozen(self) -> Floats:
+        """(windows, scales): share of channels frozen in each window, constant within it."""
+        return self.history.column("frozen")[self.ends - 1].astype(np.float64)
+
+    def window_means(self, column: str) -> Floats:
+        """(windows, scales): mean of a column over each window's steps."""
+        whole = self.history.column(column)[: self.ends[-1]].astype(np.float64)
+        return whole.reshape(len(self.ends), self.width, -1).mean(axis=1)
+
+    def mean(self, column: str) -> Floats:
+        """(scales,): mean of a column over all steps."""
+        return self.history.column(column).mean(axis=0, dtype=np.float64)
+
+    def below(self) -> NDArray[np.bool_]:
+        """(windows, scales): whose pooled disorder lies beyond the rule's threshold, whether or not anything freezes."""
+        bound = bounds(self.rule, self.comparisons, self.is_weight)
+        return self.disorder < bound if self.rule.when == "below" else self.disorder > 1 - bound
+
+    def share_below(self, scales: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """(windows,) each: share of `scales` beyond the threshold, and the share that independent fair coins would give; of
+        those that are not silent, NaN in a window where all are."""
+        coin = coin_below(self.comparisons, bounds(self.rule, self.comparisons, self.is_weight))
+        return self._share(self.below(), scales), self._share(np.broadcast_to(coin, self.silent.shape), scales)
+
+    def share_frozen(self, scales: NDArray[np.int64]) -> Floats:
+        """(windows,): share of `scales` (and their channels) frozen; of those that are not silent."""
+        return self._share(self.frozen, scales)
+
+    def _share(self, values: NDArray[Any], scales: NDArray[np.int64]) -> Floats:
+        heard = ~self.silent[:, scales]
+        return (values[:, scales] * heard).sum(axis=1) / np.where(heard.any(axis=1), heard.sum(axis=1), np.nan)
+
+    def of_kind(self, kind: str) -> NDArray[np.int64]:
+        """Indices of the scales of a kind, in network order."""
+        return np.flatnonzero([k == kind for k in self.kinds])
+
+
+def open_view(path: Path, model: nn.Module | None = None) -> ScaleView:
+    """The scale log of a run folder; model: the run's, where it is at hand. Raises RecipeError where the run kept none, or
+    another model's."""
+    recipe, history = RunFolder.open(path).recipe(), read_scales(path)
+    if history is None:
+        raise RecipeError(
+            f"{path}: holds no scale log (scales.json). Scales have two gradients to compare under sagm-lsq, gaqat and its "
+            f"controls; this run's method is {recipe.method}"
+        )
+    if len(history.values) < 2:
+        raise RecipeError(f"{path / 'scales.f16'}: holds {len(history.values)} steps; sign flips need 2")
+    model = load_run(path)[2].model if model is None else model
+    freezer = freezer_of(recipe, model) if isinstance(recipe, SagmRecipe) else None
+    if freezer is None or freezer.names != history.names:
+        raise RecipeError(f"{path / 'scales.json'}: names other scales than this run's model has")
+    return ScaleView(history, np.array(freezer.sizes, np.int64), freezer.is_weight.numpy(), freezer.rule)
+
+
+def scale_scalars(seen: Seen, freezer: ScaleFreezer) -> dict[str, float | dict[str, float]]:
+    """What one step is worth logging: means of conflict, cosine and frozen over all scales, over "weights" and over
+    "activations" (inputs and stream); at a window's end also of disorder, and below_threshold, the share of scales beyond
+    the rule's threshold, both without the scales that got no gradient.
+
+    Within a window disorder counts few flips and says nothing.
+    """
+    found = {name: getattr(seen, name).double().cpu().numpy() for name in ("conflict", "cosine", "frozen")}
+    is_weight = freezer.is_weight.cpu().numpy()
+    if freezer.step % freezer.rule.window == 0:
+        disorder = seen.disorder.double().cpu().numpy()
+        bound = bounds(freezer.rule, np.array(freezer.sizes, np.int64) * (freezer.rule.window - 1), is_weight)
+        beyond = disorder < bound if freezer.rule.when == "below" else disorder > 1 - bound
+        heard = (disorder > 0) | (found["cosine"] != 0)
+        found |= {"disorder": np.where(heard, disorder, np.nan), "below_threshold": np.where(heard, beyond, np.nan)}
+    values: dict[str, float | dict[str, float]] = _means(found, np.ones_like(is_weight))  # type: ignore[assignment]
+    for group, members in (("weights", is_weight), ("activations", ~is_weight)):
+        if members.any():
+            values[group] = _means(found, members)
+    return values
+
+
+def _means(found: dict[str, Floats], members: NDArray[np.bool_]) -> dict[str, float]:
+    """Means over `members`, NaN left out, to six significant digits; without those that are NaN throughout."""
+    kept = {name: of_all[members][~np.isnan(of_all[members])] for name, of_all in found.items()}
+    return {name: float(f"{values.mean():.6g}") for name, values in kept.items() if len(values)}
+
+
+def bounds(rule: FreezeRule, comparisons: NDArray[np.int64], is_weight: NDArray[np.bool_]) -> Floats:
+    """(scales,): the disorder below which the rule freezes a scale: r, or ½ − z·½/√n."""
+    by_z = 0.5 - rule.z * 0.5 / np.sqrt(np.maximum(comparisons, 1))
+    plain = by_z if rule.threshold is None else np.full_like(by_z, rule.threshold)
+    return np.where(is_weight, plain if rule.weight_threshold is None else rule.weight_threshold, plain)
+
+
+def coin_below(comparisons: Sequence[int] | NDArray[np.int64], bound: Floats) -> Floats:
+    """P(Binomial(n, ½) / n < bound) for each n and bound (scales,), summed exactly in float64."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, max(comparisons) + 1)))])  # log k!
+    chances: dict[tuple[int, float], float] = {}
+    for n, b in zip(np.asarray(comparisons).tolist(), bound.tolist(), strict=True):
+        if (n, b) not in chances:
+            k = np.arange(min(int(np.ceil(b * n - 1e-9)), n + 1))  # the counts strictly below the bound
+            chances[n, b] = float(np.exp(logs[n] - logs[k] - logs[n - k] - n * np.log(2)).sum())
+    return np.array([chances[key] for key in zip(np.asarray(comparisons).tolist(), bound.tolist(), strict=True)])
+
+
+def frozen_spans(frozen: NDArray[np.floating], width: int) -> list[tuple[int, int, int]]:
+    """Maximal runs of windows in which at least half of a scale's channels are frozen, as (scale, first step, last step);
+    frozen: (windows, scales) shares, window w covers steps w·width + 1 … (w + 1)·width."""
+    held = np.pad(frozen >= 0.5, ((1, 1), (0, 0))).astype(np.int8)
+    change = np.diff(held, axis=0)
+    spans: list[tuple[int, int, int]] = []
+    for scale in range(frozen.shape[1]):
+        starts, stops = np.flatnonzero(change[:, scale] == 1), np.flatnonzero(change[:, scale] == -1)
+        spans += [(scale, int(a) * width + 1, int(b) * width) for a, b in zip(starts, stops, strict=True)]
+    return spans
