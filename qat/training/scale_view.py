@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
+from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen, beyond
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.recipe import RecipeError, SagmRecipe
 from qat.training.scale_log import ScaleHistory, kind_of, read_scales
@@ -99,8 +100,7 @@ class ScaleView:
 
     def below(self) -> NDArray[np.bool_]:
         """(windows, scales): whose pooled disorder lies beyond the rule's threshold, whether or not anything freezes."""
-        bound = bounds(self.rule, self.comparisons, self.is_weight)
-        return self.disorder < bound if self.rule.when == "below" else self.disorder > 1 - bound
+        return _beyond(self.disorder, self.comparisons, self.is_weight, self.rule)
 
     def share_below(self, scales: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """(windows,) each: share of `scales` beyond the threshold, and the share that independent fair coins would give; of
@@ -150,15 +150,25 @@ def scale_scalars(seen: Seen, freezer: ScaleFreezer) -> dict[str, float | dict[s
     is_weight = freezer.is_weight.cpu().numpy()
     if freezer.step % freezer.rule.window == 0:
         disorder = seen.disorder.double().cpu().numpy()
-        bound = bounds(freezer.rule, np.array(freezer.sizes, np.int64) * (freezer.rule.window - 1), is_weight)
-        beyond = disorder < bound if freezer.rule.when == "below" else disorder > 1 - bound
+        comparisons = np.array(freezer.sizes, np.int64) * (freezer.rule.window - 1)
+        below = _beyond(disorder, comparisons, is_weight, freezer.rule)
         heard = (disorder > 0) | (found["cosine"] != 0)
-        found |= {"disorder": np.where(heard, disorder, np.nan), "below_threshold": np.where(heard, beyond, np.nan)}
+        found |= {"disorder": np.where(heard, disorder, np.nan), "below_threshold": np.where(heard, below, np.nan)}
     values: dict[str, float | dict[str, float]] = _means(found, np.ones_like(is_weight))  # type: ignore[assignment]
     for group, members in (("weights", is_weight), ("activations", ~is_weight)):
         if members.any():
             values[group] = _means(found, members)
     return values
+
+
+def _beyond(
+    disorder: Floats, comparisons: NDArray[np.int64], is_weight: NDArray[np.bool_], rule: FreezeRule
+) -> NDArray[np.bool_]:
+    """The freezer's own decision (..., scales), in its own float32 so that ties fall alike; False for NaN."""
+    plain = np.nan if rule.threshold is None else rule.threshold
+    threshold = np.where(is_weight, plain if rule.weight_threshold is None else rule.weight_threshold, plain)
+    values, counts, limits = (torch.from_numpy(x).float() for x in (disorder, comparisons, threshold))
+    return beyond(values, counts, limits, rule).numpy()
 
 
 def _means(found: dict[str, Floats], members: NDArray[np.bool_]) -> dict[str, float]:
