@@ -9,8 +9,9 @@ The *disorder* of a stream over a window of K steps is the share of its sign fli
     δ_i = flips_i / comparisons_i,     0 for a constant sign, 1 for an alternating one, about ½ for noise
 
 Every K steps the frozen stream of the scales with δ_i below a threshold is masked for the next K steps. The threshold is
-r, or a significance against coin flips: δ_i < ½ - z · ½/√comparisons_i. Per-channel scales are decided together, on all
-their channels' flips, or each for itself. The history goes on while a scale is frozen, so that it can be released.
+r, or a significance against coin flips: δ_i < ½ - z · ½/√comparisons_i. Per-channel scales are decided together, on the
+flips of all channels that got a gradient, or each for itself. The history goes on while a scale is frozen, so that it can
+be released.
 
 Flips of one layer's channels are not independent, so z overstates the evidence of a per-channel scale.
 """
@@ -170,12 +171,14 @@ class ScaleFreezer:
     def _chosen(self) -> Tensor:
         """(channels,) bool: what this window's disorder freezes."""
         comparisons = self.compared - 1
+        alive = (self.last != 0).float()  # a channel without any gradient is not calm, it says nothing
         if self.rule.per_channel:
             each = torch.full_like(self.flips, comparisons)
-            chosen = beyond(self.flips / comparisons, each, self._threshold()[self.owner], self.rule)
+            chosen = beyond(self.flips / comparisons, each, self._threshold()[self.owner], self.rule) & (alive > 0)
         else:
-            pooled = self.channels * comparisons
-            chosen = beyond(self._sum(self.flips) / pooled, pooled, self._threshold(), self.rule)[self.owner]
+            pooled = self._sum(alive) * comparisons
+            calm = beyond(self._sum(self.flips) / pooled.clamp_min(1), pooled, self._threshold(), self.rule)
+            chosen = (calm & (pooled > 0))[self.owner]
         if self.rule.targets == "both":
             return chosen
         return chosen & (self.is_weight == (self.rule.targets == "weights"))[self.owner]

@@ -97,7 +97,9 @@ def _initialize(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) ->
     if not samples:
         raise RuntimeError(f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?")
     values = torch.cat(samples)
-    signed = bool(values.min() < 0)
+    # An activation that is zero so far (behind a norm whose gamma starts at 0) may take either sign; as an unsigned one its
+    # zeros would count as clipped, no gradient would pass, and the branch would never come to life.
+    signed = bool(values.min() < 0) or not bool(values.any())
     spec = quantizer.spec.with_sign(signed)
     step = starting_step(values, spec, init)
     quantizer.initialize(step, signed)

@@ -181,6 +181,16 @@ def test_channels_decided_together_or_each_by_itself() -> None:
         assert streams.freezer.frozen.tolist() == expected
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_scales_without_gradient_are_not_taken_for_calm(per_channel: bool) -> None:
+    """A dead scale stays free, and dead channels do not make an alternating channel look calm."""
+    streams = Streams([1, 4], FreezeRule(window=10, threshold=0.3, per_channel=per_channel))
+    for step in range(10):
+        alternating = torch.tensor([1.0 if step % 2 else -1.0, 0.0, 0.0, 0.0])
+        streams.step([torch.tensor(0.0), alternating], [torch.tensor(1.0), torch.ones(4)])
+    assert not streams.freezer.frozen.any()
+
+
 def test_policies() -> None:
     def frozen_after(policy: str, steps: int) -> list[list[bool]]:
         streams, found = Streams([1] * 8, FreezeRule(window=10, threshold=0.3, policy=policy)), []  # type: ignore[arg-type]

@@ -26,6 +26,16 @@ def test_sign_comes_from_data() -> None:
     assert not {row.name: row.spec for row in calibrate(model, [X.abs()])}["stem.input"].signed
 
 
+def test_a_branch_that_starts_at_zero_can_come_to_life() -> None:
+    """Residual branches often end in a norm whose gamma is 0 at first; its gradient must pass the quantizer behind it."""
+    model = fresh()
+    model.block.bn2.weight.data.zero_()
+    model.block.bn2.bias.data.zero_()
+    calibrate(model, [X])
+    model.train()(X).square().mean().backward()
+    assert bool((model.block.bn2.weight.grad != 0).all())
+
+
 @pytest.mark.parametrize("init", ["lsq", "mse"])
 def test_calibration_is_idempotent_and_leaves_batch_norm_and_mode_alone(init: str) -> None:
     model = fresh().train()
