@@ -22,6 +22,8 @@ def project(task: Tensor, perturbed: Tensor, mix: tuple[float, float]) -> Tensor
     dot = task @ perturbed
     if dot >= 0:
         return mix[0] * task + mix[1] * perturbed
+    if task.numel() == 1:  # exactly nothing: an optimizer that normalises would blow a rounding error up to a step
+        return torch.zeros_like(task)
     first = task - dot / (perturbed @ perturbed).clamp_min(1e-30) * perturbed
     second = perturbed - dot / (task @ task).clamp_min(1e-30) * task
     return mix[0] * first + mix[1] * second

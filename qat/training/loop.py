@@ -46,8 +46,8 @@ def run(recipe: Recipe, domains: Sequence[Domain]) -> RunFolder:
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     start = start_state(recipe, split)
-    teacher = teacher_of(recipe, split)
     built = build(recipe, len(split.classes), load_weights=start is None and not recipe.resume, start=start)
+    teacher = teacher_of(recipe, split, built)
     rows = None
     if isinstance(recipe, LsqRecipe) and not recipe.resume:
         rows = calibrated(recipe, built, split)
@@ -127,6 +127,8 @@ class _Trainer:
             assert isinstance(self.recipe, QtdogRecipe)
             calibration = some_images(self.split, self.recipe, self.built, self.recipe.calibration_batches)
             begin(self.built.model, calibration, self.recipe.init)
+            if self.step.oscillation is not None:
+                self.step.oscillation.restart()
         began = time.perf_counter()
         outcome = self.step(images, labels, domains)
         self.schedule.step()
@@ -150,7 +152,7 @@ class _Trainer:
             "images_per_second": len(labels) / max(seconds, 1e-9),
         }
         tracker.show(self.progress.step, **values)
-        values["gradient_norm"] = float(outcome.norm)
+        values |= {"gradient_norm": float(outcome.norm), "gradient_l1_norm": float(outcome.l1_norm)}
         if outcome.swung is not None:
             values["oscillating"] = outcome.swung
         if outcome.seen is not None:
@@ -165,7 +167,7 @@ class _Trainer:
                 self.progress.best_accuracy, self.progress.best_step = mean, self.progress.step
                 self.folder.save("checkpoint.pt", self._state())
         entry: dict[str, float | Mapping[str, float]] = {"source_validation": found, "source_mean": mean}
-        if self.recipe.averaging == "swad":
+        if self.recipe.averaging == "swad" and self.average.count:
             loss = float(np.mean([self._loss(s) for s in self.split.validation]))
             self.valley.push(loss, self.average)
             self.average = Average()
@@ -200,7 +202,7 @@ class _Trainer:
 
     def _select_valley(self) -> str:
         """SWAD's weights become the checkpoint; returns how they were chosen."""
-        chosen = self.valley.average
+        chosen = self.valley.result()
         if chosen is None:
             return "training-domain validation (the loss found no valley to average over)"
         self._put(chosen)
