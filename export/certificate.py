@@ -176,7 +176,9 @@ def certify(
 
 
 def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:
-    return () if model.quantizers else ("weight-only: the stored codes are proven, the layers compute in floating point",)
+    return (
+        () if model.quantizers else ("weight-only: the stored codes are proven, the layers compute in floating point",)
+    )
 
 
 def read(file: Path) -> onnx.ModelProto:
