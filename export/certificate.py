@@ -161,13 +161,23 @@ def certify(
         stored=stored,
         levels=levels,
         integer_kernels=sum(kernel in INTEGER_KERNELS for kernel in kernels.values()),
-        float_layers=tuple(name for name, kernel in kernels.items() if kernel not in INTEGER_KERNELS),
+        float_layers=tuple(
+            name
+            for name, kernel in kernels.items()
+            if kernel not in INTEGER_KERNELS and model.layers[f"{name}.weight"].input_quantizer
+        ),
         fake_quantized_mismatch_rate=rate,
         top1_agreement=agreement,
         different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
         adversarial=adversarial(model, proto),
         accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
-        notes=(*model.notes, *missing_options(proto)),
+        notes=(*model.notes, *_weight_only_note(model), *missing_options(proto)),
+    )
+
+
+def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:
+    return (
+        () if model.quantizers else ("weight-only: the stored codes are proven, the layers compute in floating point",)
     )
 
 
@@ -198,7 +208,9 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
             different[layer.name] = f"{wrong} of {layer.codes.size} weight codes differ"
         elif not np.array_equal(found[f"{weight}/s"], layer.stored_scale):
             different[layer.name] = "its weight scale differs"
-        elif layer.bias_codes is None or not np.array_equal(found[f"{layer.name}.bias"], layer.bias_codes):
+        elif not np.array_equal(
+            found[f"{layer.name}.bias"], layer.float_bias if layer.bias_codes is None else layer.bias_codes
+        ):
             different[layer.name] = "its bias differs"
     return different
 

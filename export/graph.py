@@ -86,11 +86,11 @@ class _Emitter:
         self.codes[_name(node.outputs[0])] = (quantizer.name, quantizer)
 
     def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:
-        source = self.model.quantizers[layer.input_quantizer]
+        source = self.model.quantizers.get(layer.input_quantizer)
         inputs = [self._float(node.inputs[0]), self._weight(layer, source), self._bias(layer, source)]
         self._copy(node, inputs, [_name(v) for v in node.outputs], name=layer.name)
 
-    def _weight(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
+    def _weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
         """DequantizeLinear of the layer's codes · carry, which the runtime finds as one int8 tensor `<layer>.weight`."""
         plan = plan_layer(self.target, layer, source)
         name, channels = f"{layer.name}.weight", len(layer.scale)
@@ -138,8 +138,11 @@ class _Emitter:
         shape = self._constant("x".join(map(str, layer.codes.shape)), np.array(layer.codes.shape))
         self._add("Reshape", [codes, shape], name)
 
-    def _bias(self, layer: LoweredLayer, source: LoweredQuantizer) -> str:
-        """DequantizeLinear of the int32 bias; its scale, input times weight scale, is multiplied at load."""
+    def _bias(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
+        """DequantizeLinear of the int32 bias; its scale, input times weight scale, is multiplied at load. A layer that
+        reads floats adds a float bias."""
+        if source is None:
+            return self._constant(f"{layer.name}.bias", layer.float_bias)
         assert layer.bias_codes is not None
         codes = self._constant(f"{layer.name}.bias", layer.bias_codes)
         scale = self._add("Mul", [self._grid(source)[0], f"{layer.name}.weight/s"])

@@ -26,7 +26,8 @@ class LoweredLayer:
              sign, so that the codes stay untouched.
     bias:    float64 (O,) in real units, or None before anything was folded and the layer has none.
     bias_codes: int32 (O,) in units of input scale times `stored_scale`; set by `passes.to_integers`.
-    input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`.
+    input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`. Empty in a weight-only
+             net, whose layers multiply floats with dequantized codes.
     carry:   power of two the codes are multiplied with in the file, so that the integer bias has a finer unit.
     dead_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
     """
@@ -46,6 +47,11 @@ class LoweredLayer:
     def stored_scale(self) -> NDArray[np.float32]:
         """float32 (O,): real value of one unit of codes · carry, what the file's weight scale is."""
         return self.scale / np.float32(self.carry)
+
+    @property
+    def float_bias(self) -> NDArray[np.float32]:
+        """float32 (O,): what a layer that reads floats adds."""
+        return np.zeros(len(self.scale), np.float32) if self.bias is None else self.bias.astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def sign(
             "carry": layer.carry,
             "shape": list(layer.codes.shape),
             "sha256": digest(layer.codes),
+            **({} if layer.input_quantizer else {"reads": "float"}),
         }
         for layer in model.layers.values()
     ]

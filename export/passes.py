@@ -254,10 +254,15 @@ def grid_of(value: ir.Value | None) -> str | None:
 
 
 def resolve_biases(model: LoweredModel, target: Target) -> bool:
-    """Biases as int32 in units of input scale times weight scale, as integer kernels add them."""
+    """Biases as int32 in units of input scale times weight scale, as integer kernels add them. A net without activation
+    quantizers (weight-only) computes in floating point on its weight codes; its biases stay."""
+    reached: set[str] = set()
     for node in model.skeleton.graph:
         layer = weight_layer(node, model)
         if layer is None:
+            continue
+        reached.add(f"{layer.name}.weight")
+        if not model.quantizers:
             continue
         grid = grid_of(node.inputs[0])
         if grid is None:
@@ -265,7 +270,7 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
         model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model, target)
-    missing = [name for name, layer in model.layers.items() if layer.bias_codes is None]
+    missing = [name for name in model.layers if name not in reached]
     if missing:
         raise ExportError(
             f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export"

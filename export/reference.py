@@ -197,6 +197,8 @@ class IntegerReference:
         assert node.inputs[0] is not None
         x = values.get(node.inputs[0])
         layer = weight_layer(node, self.model)
+        if layer is not None and not layer.input_quantizer:
+            return self._weight_only(node, layer, x)
         if layer is not None:
             return accumulate(node, layer, _codes(x, node))
         if node.op_type == "Reshape" and isinstance(x, Accumulator):
@@ -225,6 +227,13 @@ class IntegerReference:
                 second = _codes(values[node.inputs[1]], node)  # type: ignore[index]
                 return Product(_codes(x, node), second) if node.op_type == "Mul" else _matmul(_codes(x, node), second)
         return self._in_float(node, values)
+
+    def _weight_only(self, node: ir.Node, layer: LoweredLayer, x: Value | None) -> Tensor:
+        """A layer that reads floats: the runtime's operator on the codes times their scale, as DequantizeLinear has them."""
+        assert x is not None
+        scale = layer.stored_scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
+        weight = layer.codes.astype(np.float32) * layer.carry * scale
+        return self._evaluate(node, [_real(x).contiguous().numpy(), weight, layer.float_bias])
 
     def _reads_codes_only(self, node: ir.Node, values: dict[ir.Value, Value]) -> bool:
         return all(v is not None and isinstance(values.get(v), Codes) for v in node.inputs)

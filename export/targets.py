@@ -79,8 +79,11 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer) -> LayerPlan:
-    """Decide how `layer` is stored for `target`. Raises ExportError naming the layer the target cannot run."""
+def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer | None) -> LayerPlan:
+    """Decide how `layer` is stored for `target`; `source` is the quantizer it reads, None where it reads floats.
+
+    Raises ExportError naming the layer the target cannot run.
+    """
     where = f"layer {layer.name!r}: target {target.name}"
     if not target.per_channel and len(np.unique(layer.scale)) > 1:
         raise ExportError(
@@ -91,9 +94,11 @@ def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer) ->
         raise ExportError(
             f"{where} cannot run negative weight scales (channels {channels[:4].tolist()}: batch norm gamma < 0)"
         )
-    if target.power_of_two and not is_power_of_two(np.append(np.abs(layer.scale), source.scale)):
+    if target.power_of_two and source is None:
+        raise ExportError(f"{where} computes on integers only; this is a weight-only net")
+    if target.power_of_two and not is_power_of_two(np.append(np.abs(layer.scale), source.scale)):  # type: ignore[union-attr]
         raise ExportError(f"{where} needs steps that are powers of two")
-    if target.pair_sums_saturate and saturates(layer, source):
+    if target.pair_sums_saturate and source is not None and saturates(layer, source):
         return LayerPlan(8, uint8=True)
     return LayerPlan(layer.bits if target.storage != "int8" else 8, uint8=False)
 

@@ -17,19 +17,21 @@ IMAGES = 8
 
 @dataclass(frozen=True)
 class FileCheck:
-    """Verdict on a file alone. `different`: settings under which some code differs from the default's, with the count."""
+    """Verdict on a file alone. `integer`: layers that read codes, so that an integer kernel must run them. `different`:
+    settings under which some code differs from the default's, with the count."""
 
     file: str
     target: str
     layers: int
     signed: dict[str, str]
+    integer: int
     kernels: int
     different: dict[str, int]
     warnings: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        return not self.signed and not self.different and self.kernels == self.layers
+        return not self.signed and not self.different and self.kernels == self.integer
 
     def __str__(self) -> str:
         lines = [
@@ -39,7 +41,7 @@ class FileCheck:
             f"  signature  {self.layers - len(self.signed)} of {self.layers} layers hold the codes that were signed"
         )
         lines += [f"             {name}: {what}" for name, what in self.signed.items()]
-        lines.append(f"  kernels    {self.kernels} of {self.layers} layers run integer kernels")
+        lines.append(f"  kernels    {self.kernels} of {self.integer} layers that read codes run integer kernels")
         settings = "".join(f"; {name}: {count} codes differ" for name, count in self.different.items())
         lines.append(f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}")
         return "\n".join([*lines, *(f"  warning    {warning}" for warning in self.warnings)])
@@ -49,12 +51,12 @@ def verify_file(file: Path) -> FileCheck:
     """Raises ExportError for a file that is damaged or was not written by this toolkit."""
     proto = read(file)
     metadata = read_metadata(proto, str(file))
-    names = [entry["name"] for entry in metadata["layers"]]
+    names = [entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"]
     readers = {i: node.op_type for node in session.optimized(proto).graph.node for i in node.input}
     kernels = sum(readers.get(f"{name}.weight") in INTEGER_KERNELS for name in names)
     side = metadata["input"]["size"]
     images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
     return FileCheck(
-        file.name, metadata["target"], len(names), broken_signatures(proto, metadata), kernels,
+        file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
         settings_that_differ(proto, images), missing_options(proto),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`qat export | certify | bench | predict | compare | report | inspect`: parse, call, print. No logic lives here."""
+"""The command `qat`: parses, calls, prints. No logic lives here."""
 
 import dataclasses
 import sys
@@ -30,11 +30,12 @@ class Export:
 class Certify:
     """Prove that a file holds the trained codes and that ONNX Runtime computes them. Exits 1 when it does not.
 
-    `qat certify RUN model.onnx` is the whole proof; `qat certify model.onnx` checks the file's signature and kernels alone.
+    `qat certify RUN model.onnx` is the whole proof; `qat certify model.onnx` checks the file's signature and kernels alone;
+    `qat certify RUN RUN ... ensemble.onnx` proves every member of an ensemble, in its order.
     """
 
     paths: Positional[tuple[Path, ...]]
-    """[RUN] model.onnx"""
+    """[RUN ...] model.onnx"""
     whole_target: bool = False
     """Also measure the file's accuracy on every test image of the target domain."""
     data_root: Path | None = None
@@ -92,6 +93,24 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Ensemble:
+    """Accuracy of runs that answer together (EoQ), per domain, beside each alone; with --out also one file of them all."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders of the same data, split and image size."""
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged: softmax probabilities, or logits."""
+    out: Path | None = None
+    """ONNX file to write, with every member's trained codes and the averaged answer."""
+    target: str = "ort-packed"
+    """Export target of that file."""
+    data_root: Path | None = None
+    """Where the images are, if no longer where the runs found them."""
+    json: Path | None = None
+    """Also write the table as JSON."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Write report.html into a run folder."""
 
@@ -121,6 +140,7 @@ Command = (
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Predict, subcommand("predict")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Ensemble, subcommand("ensemble")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Inspect, subcommand("inspect")]
 )
@@ -157,7 +177,7 @@ def guarded(action: Callable[[], int]) -> int:
         return 2
 
 
-def execute(command: Export | Certify | Bench | Predict | Compare | Report | Inspect) -> int:
+def execute(command: Export | Certify | Bench | Predict | Compare | Ensemble | Report | Inspect) -> int:
     from qat import deploy
     from qat.training.checkpoint import write_json, write_text
     from qat.training.compare import compare_runs, write_baseline
@@ -178,8 +198,14 @@ def execute(command: Export | Certify | Bench | Predict | Compare | Report | Ins
                 for name, value in deploy.target_accuracy(run, model, command.data_root).items():
                     print(f"  target     {name} {value:.2%} on the whole target domain")
             return 0 if certificate.passed else 1
+        case Certify(paths=(*runs, model)):
+            certificates, joined = deploy.certify_ensemble(runs, model)
+            print(*certificates, joined, sep="\n")
+            return 0 if joined.passed and all(c.passed for c in certificates) else 1
         case Certify():
-            raise ValueError("qat certify takes model.onnx, or RUN and model.onnx")
+            raise ValueError(
+                "qat certify takes model.onnx, or RUN and model.onnx, or the RUNs of an ensemble and its file"
+            )
         case Predict(model, images):
             for found in deploy.predict(model, images):
                 print(f"{found.image}: {found.label} ({found.probability:.1%})")
@@ -209,6 +235,8 @@ def execute(command: Export | Certify | Bench | Predict | Compare | Report | Ins
             if command.json is not None:
                 write_json(command.json, comparison.to_json())
             return 0 if comparison.passed else 1
+        case Ensemble():
+            return _ensemble(command)
         case Report(run, baseline, beside):
             print(deploy.write_report(run, baseline, beside))
             return 0
@@ -218,6 +246,20 @@ def execute(command: Export | Certify | Bench | Predict | Compare | Report | Ins
             if json is not None:
                 write_json(json, inspection.to_json())
             return 0
+
+
+def _ensemble(command: Ensemble) -> int:
+    from qat import deploy
+    from qat.training.checkpoint import write_json
+    from qat.training.ensemble import evaluate_ensemble
+
+    table = evaluate_ensemble(command.runs, command.average, command.data_root)
+    print(table)
+    if command.json is not None:
+        write_json(command.json, table.to_json())
+    if command.out is not None:
+        print(deploy.export_ensemble(command.runs, command.target, command.out, command.average))
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from export.bench import BenchTable
     from export.certificate import Certificate
+    from export.ensemble import JoinedCheck
     from export.latency import Latency
     from export.predict import Prediction
     from export.verify import FileCheck
@@ -64,6 +65,13 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
 
 def certify_run(run: Path, model: Path) -> Certificate:
     """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run."""
+    certificate = certificate_of(run, model)
+    write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
+    return certificate
+
+
+def certificate_of(run: Path, model: Path) -> Certificate:
+    """The certificate alone."""
     from export.certificate import certify, read
     from export.lower import lower, trained_codes
     from export.metadata import read_metadata
@@ -76,11 +84,47 @@ def certify_run(run: Path, model: Path) -> Certificate:
     samples = folder.samples()
     target = target_named(read_metadata(read(model), str(model))["target"])
     lowered = to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
-    certificate = certify(
-        lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images)
-    )
-    write_json(folder / "certificate.json", certificate.to_json())
-    return certificate
+    return certify(lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images))
+
+
+def export_ensemble(
+    runs: Sequence[Path], target: str, out: Path, average: Literal["probabilities", "logits"] = "probabilities"
+) -> Path:
+    """Write one file that holds `runs` side by side and averages their answers; returns its path."""
+    import onnx
+
+    from export.ensemble import merge_members
+
+    if target in ("fp32", "fp16"):
+        raise RecipeError(f"qat ensemble: --target {target} has no codes; name an integer target, such as ort-packed")
+    proto = merge_members([exported(run, target) for run in runs], [run.name for run in runs], average)
+    onnx.checker.check_model(proto)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda p: onnx.save(proto, str(p)))
+    return out
+
+
+def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificate], JoinedCheck]:
+    """The whole certificate of each member of the ensemble `model` against its run, on the member's part of the file; and
+    whether the parts compute together what they compute alone. Nothing is written."""
+    from tempfile import TemporaryDirectory
+
+    import onnx
+
+    from export.certificate import read
+    from export.ensemble import check_joined, split_members
+
+    proto = read(model)
+    members = split_members(proto, str(model))
+    if len(members) != len(runs):
+        raise RecipeError(f"{model}: holds {len(members)} members, {len(runs)} runs were named; name them in its order")
+    certificates = []
+    with TemporaryDirectory() as folder:
+        for index, (run, member) in enumerate(zip(runs, members, strict=True)):
+            part = Path(folder) / f"{model.name}:m{index}"
+            onnx.save(member, str(part))
+            certificates.append(certificate_of(run, part))
+    return certificates, check_joined(proto, members, RunFolder.open(runs[0]).samples().images)
 
 
 def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> dict[str, float]:
@@ -89,24 +133,11 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
     data_root: where the images are now, if no longer where the run found them.
     """
     from export import session
-    from qat.domains.domainnet import is_domainnet, read_domainnet
-    from qat.domains.folders import read_domains
-    from qat.domains.splits import leave_one_domain_out
-    from qat.domains.synthetic import synthetic_domains
     from qat.training.evaluate import accuracy
-    from qat.training.loaders import eval_batches
+    from qat.training.loaders import eval_batches, split_of
 
     folder, recipe, built = load_run(run)
-    root = data_root or recipe.data_root
-    if root is None:
-        domains = synthetic_domains(per_class=recipe.per_class, image_size=recipe.image_size, seed=recipe.seed)
-    elif is_domainnet(root):
-        domains, _ = read_domainnet(root, check_images=False)
-    else:
-        domains = read_domains(root, check_images=False)
-    split = leave_one_domain_out(
-        domains, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
-    )
+    split = split_of(recipe, data_root)
     loaded = session.load(model)
 
     def predict(images: torch.Tensor) -> torch.Tensor:

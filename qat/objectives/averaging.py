@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.lsq import positive_step
+
 STEP = "raw_step"
 
 
@@ -33,7 +35,8 @@ class Average:
             if self.count == 1:
                 self.values[name] = value.clone()
             else:
-                self.values[name].lerp_(value, rate)
+                # A resumed run's values come from the CPU.
+                self.values[name] = self.values[name].to(value.device).lerp_(value, rate)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -51,46 +54,56 @@ class Average:
 
 
 class LossValley:
-    """SWAD's rule for when to average, fed with the validation loss at every evaluation.
+    """SWAD's rule for when to average, fed with the validation loss at every evaluation (algorithm 1 of the paper).
 
-    The valley begins where the loss was least for `converge` evaluations on end, and ends when all of the last `tolerance`
-    exceed `ratio` times the mean loss at its beginning. Averages of single evaluations' spans are kept until it is known
-    where the valley began. `average` is that of the valley, None before it.
+    The valley begins at the evaluation whose loss is the least of the `converge` that start with it. With l = `ratio` times
+    their mean, it ends before the first `tolerance` evaluations on end that all exceed l. So a span is averaged only once
+    it is known not to start such a row, up to `tolerance` - 1 evaluations later.
     """
 
     def __init__(self, converge: int = 3, tolerance: int = 6, ratio: float = 1.3) -> None:
         self.converge, self.tolerance, self.ratio = converge, tolerance, ratio
-        self.spans: list[tuple[float, Average]] = []
+        self.pending: list[tuple[float, Average]] = []  # before the valley: candidates for its beginning
         self.average: Average | None = None
         self.bound = float("inf")
         self.ended = False
 
     def push(self, loss: float, span: Average) -> None:
-        """`span`: mean of the parameters over the steps since the last evaluation."""
+        """`span`: mean of the parameters over the steps since the last evaluation; kept, and not to be changed after."""
         if self.ended:
             return
-        self.spans.append((loss, span))
+        self.pending.append((loss, span))
         if self.average is None:
-            recent = self.spans[-self.converge :]
-            if len(recent) == self.converge and recent[0][0] == min(value for value, _ in recent):
-                self.average = recent[0][1]
-                self.bound = self.ratio * sum(value for value, _ in recent) / len(recent)
-                for _, later in recent[1:]:
-                    merge(self.average, later)
-            self.spans = self.spans[-self.converge :]
-            return
-        merge(self.average, span)
-        self.spans = self.spans[-self.tolerance :]
-        self.ended = len(self.spans) == self.tolerance and min(value for value, _ in self.spans) > self.bound
+            self.pending = self.pending[-self.converge :]
+            losses = [value for value, _ in self.pending]
+            if len(losses) < self.converge or losses[0] > min(losses):
+                return
+            self.bound = self.ratio * sum(losses) / len(losses)
+            self.average = merged(self.pending[:1])
+            self.pending = self.pending[1:]
+        while len(self.pending) >= self.tolerance and not self.ended:
+            self.ended = min(value for value, _ in self.pending[: self.tolerance]) > self.bound
+            if not self.ended:
+                merge(self.average, self.pending.pop(0)[1])
+
+    def result(self) -> Average | None:
+        """The valley's average as of now: a training that stops in the valley ends it where its last loss within l lies.
+        None before a valley began."""
+        if self.average is None:
+            return None
+        within = (
+            0 if self.ended else max((i + 1 for i, (v, _) in enumerate(self.pending) if v <= self.bound), default=0)
+        )
+        return merged([(0.0, self.average), *self.pending[:within]])
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "spans": [(loss, span.state_dict()) for loss, span in self.spans], "bound": self.bound, "ended": self.ended,
+            "pending": [(loss, span.state_dict()) for loss, span in self.pending], "bound": self.bound, "ended": self.ended,
             "average": None if self.average is None else self.average.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.spans = [(loss, _loaded(span)) for loss, span in state["spans"]]
+        self.pending = [(loss, _loaded(span)) for loss, span in state["pending"]]
         self.bound, self.ended = state["bound"], state["ended"]
         self.average = None if state["average"] is None else _loaded(state["average"])
 
@@ -99,18 +112,34 @@ def merge(into: Average, other: Average) -> None:
     """Make `into` the mean over the updates of both."""
     share = other.count / (into.count + other.count)
     for name, value in other.values.items():
-        into.values[name] = into.values[name].lerp(value, share)
+        into.values[name] = into.values[name].to(value.device).lerp(value, share)
     into.count += other.count
+
+
+def merged(spans: Iterable[tuple[float, Average]]) -> Average:
+    """A new mean over the updates of all spans."""
+    (_, first), *others = spans
+    average = Average()
+    average.count, average.values = first.count, dict(first.values)
+    for _, span in others:
+        merge(average, span)
+    return average
 
 
 @torch.no_grad()
 def restore_norm_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Take the running statistics of every batch norm anew, as the plain mean over `batches` of N_C_H_W images."""
+    """Take the running statistics of every batch norm anew, as the plain mean over `batches` of N_C_H_W images.
+
+    Every other module is in eval mode meanwhile. Modes and momenta are restored whatever happens; so are the statistics
+    when there was no batch (ValueError) or a forward pass failed.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    momenta, training = [m.momentum for m in norms], model.training
+    momenta, training = [m.momentum for m in norms], {m: m.training for m in model.modules()}
+    saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     device = next(model.parameters()).device
+    seen = 0
     try:
         model.eval()
         for norm in norms:
@@ -119,15 +148,23 @@ def restore_norm_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None
             norm.train()
         for images in batches:
             model(images.to(device))
+            seen += 1
+        if not seen:
+            raise ValueError("weight averaging: no batch to take batch norm statistics from")
+    except BaseException:
+        for buffer, copy in saved:
+            buffer.copy_(copy)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: parameter.detach().abs() if name.rpartition(".")[2] == STEP else parameter.detach()
+        name: positive_step(parameter.detach()) if name.rpartition(".")[2] == STEP else parameter.detach()
         for name, parameter in model.named_parameters()
     }
 

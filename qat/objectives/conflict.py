@@ -3,7 +3,8 @@
     project   PCGrad (Yu et al., arXiv 2001.06782): where <g_t, g_p> < 0, each loses its part along the other, then w_t, w_p
     min_norm  MGDA of two (Désidéri 2012): λ g_t + (1 - λ) g_p of least norm, λ = clip(<g_p - g_t, g_p>/‖g_t - g_p‖², 0, 1)
 
-A group is one scale's channels, or all scales of a layer. Of two opposed scalars nothing is left, as if both were frozen.
+A group is one scale's channels, or all scales of a layer. Of two opposed scalars exactly nothing is left, as if
+both were frozen: Adam would blow a rounding error up to a whole step.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ def project(task: Tensor, perturbed: Tensor, mix: tuple[float, float]) -> Tensor
     dot = task @ perturbed
     if dot >= 0:
         return mix[0] * task + mix[1] * perturbed
+    if task.numel() == 1:
+        return torch.zeros_like(task)
     first = task - dot / (perturbed @ perturbed).clamp_min(1e-30) * perturbed
     second = perturbed - dot / (task @ task).clamp_min(1e-30) * task
     return mix[0] * first + mix[1] * second
@@ -29,6 +32,8 @@ def project(task: Tensor, perturbed: Tensor, mix: tuple[float, float]) -> Tensor
 
 def min_norm(task: Tensor, perturbed: Tensor, mix: tuple[float, float]) -> Tensor:
     """Flat gradients of one group -> their convex combination of least norm; `mix` plays no part."""
+    if task.numel() == 1 and task @ perturbed < 0:
+        return torch.zeros_like(task)
     apart = perturbed - task
     share = ((apart @ perturbed) / (apart @ apart).clamp_min(1e-30)).clamp(0, 1)
     return share * task + (1 - share) * perturbed

@@ -20,7 +20,7 @@ class Distillation:
     def __call__(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
         """images N_C_H_W, the student's logits N_K, its task loss -> the mixed scalar loss."""
         with torch.no_grad():
-            taught = F.log_softmax(self.teacher(images) / self.temperature, dim=1)
-        student = F.log_softmax(logits / self.temperature, dim=1)
+            taught = F.log_softmax(self.teacher(images).float() / self.temperature, dim=1)
+        student = F.log_softmax(logits.float() / self.temperature, dim=1)
         divergence = F.kl_div(student, taught, reduction="batchmean", log_target=True)
         return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence

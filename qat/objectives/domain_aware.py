@@ -2,8 +2,9 @@
 
     erm        mean cross entropy
     groupdro   Sagawa et al., arXiv 1911.08731: Σ_d q_d L_d with q_d ∝ q_d · exp(η L_d), kept between steps
-    coral      Sun & Saenko, arXiv 1607.01719: ERM + γ · mean over pairs of domains of (means apart)² + (covariances apart)²
-    hessian    Hemati et al., arXiv 2308.11778: ERM + Σ_d a‖g_d - ḡ‖² + b‖H_d g_d - mean‖² on the classifier head
+    coral      Sun & Saenko, arXiv 1607.01719, as DomainBed has it: ERM + γ · mean over pairs of domains of
+               mean (μ_i - μ_j)² + mean (C_i - C_j)², μ the domain's mean feature, C its covariance
+    hessian    Hemati et al., arXiv 2308.11778: ERM + a Σ_d ‖g_d - ḡ‖² + b Σ_d ‖H_d g_d - mean‖² on the classifier head
 
 `per_domain` is an objective rather than a loss: SAGM's two gradients of every domain for itself, averaged (flat regions per
 domain, after arXiv 2211.13723).
@@ -37,12 +38,13 @@ class GroupDRO:
 
     def __call__(self, logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
         losses = domain_losses(logits, labels, domains, len(self.weights))
-        weights = self.weights.to(losses.device) * (self.eta * losses.detach()).exp()
-        self.pending = (weights / weights.sum()).cpu()
+        if self.pending is None:
+            weights = self.weights.to(losses.device) * (self.eta * losses.detach()).exp()
+            self.pending = (weights / weights.sum()).cpu()
         return (self.pending.to(losses.device) * losses).sum()
 
     def advance(self) -> None:
-        """Keep the weights of this step's last pass; called once a step, so that a second pass starts from the same."""
+        """End the step. Until then the weights of its first pass hold, so that a second pass descends the same function."""
         if self.pending is not None:
             self.weights, self.pending = self.pending, None
 
@@ -65,7 +67,7 @@ def coral(gamma: float = 1.0) -> DomainLoss:
 def hessian_alignment(a: float = 1e-3, b: float = 1e-4) -> DomainLoss:
     """Aligns head gradients and Hessian-gradient products over domains. For softmax cross entropy on logits z = W f + b the
     head's gradient is Σ (p - y) fᵀ/n, and its Hessian times a direction V is Σ J_p(V f) fᵀ/n with J_p u = p∘u - p(p·u): no
-    double backward is needed, so quantizers in the backbone do not matter."""
+    double backward is needed, so quantizers do not matter. f is what the head reads before its own input quantizer."""
 
     def loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
         ones = torch.cat([features, features.new_ones(len(features), 1)], 1)  # the bias as a weight
@@ -85,7 +87,7 @@ def hessian_alignment(a: float = 1e-3, b: float = 1e-4) -> DomainLoss:
 
 def _spread(tensors: Sequence[Tensor]) -> Tensor:
     stacked = torch.stack(list(tensors))
-    return (stacked - stacked.mean(0)).square().sum() / len(tensors)
+    return (stacked - stacked.mean(0)).square().sum()
 
 
 def domain_losses(logits: Tensor, labels: Tensor, domains: Tensor, count: int) -> Tensor:
@@ -103,14 +105,17 @@ LOSSES: dict[str, Callable[[int], DomainLoss]] = {
 }
 
 
-def per_domain(objective: Objective) -> Callable[[Sequence[Closure], Sequence[Parameter], Replay], Gradients]:
+def per_domain(
+    objective: Objective, replays: Callable[[], Replay] = lambda: nullcontext
+) -> Callable[[Sequence[Closure], Sequence[Parameter]], Gradients]:
     """`objective` (two streams) on each domain's own closure: both streams are averaged over the domains, then mixed.
 
-    Every domain is perturbed along its own gradient, so that each finds a flat region; two passes a domain.
+    Every domain is perturbed along its own gradient, so that each finds a flat region; two passes a domain. `replays()`
+    is made before each domain's first pass: its second pass repeats the random numbers of its own first.
     """
 
-    def run(closures: Sequence[Closure], parameters: Sequence[Parameter], replay: Replay = nullcontext) -> Gradients:
-        seen = [objective(closure, parameters, replay) for closure in closures]
+    def run(closures: Sequence[Closure], parameters: Sequence[Parameter]) -> Gradients:
+        seen = [objective(closure, parameters, replays()) for closure in closures]
         loss = torch.stack([s.loss for s in seen]).mean()
         task, perturbed = (
             [_mean(parts) for parts in zip(*(getattr(s, k) for s in seen), strict=True)] for k in ("task", "perturbed")

@@ -1,20 +1,26 @@
 """Weights that swing between two codes (Nagel et al., arXiv 2203.11086): telemetry, damping, freezing.
 
-A weight oscillates in a step when its code changes against the direction of its last change. Its frequency is followed by
-an exponential mean: f ← (1 - m) f + m · oscillated. Freezing holds a latent weight whose frequency passes a threshold at the
-running mean of its codes, rounded; damping adds λ · Σ (w̃ - clip(w))², the pull of latent weights to their grid point.
+A weight oscillates in a step when its code changes against the direction of its last change. Its frequency and its mean
+code are followed by exponential means:
+
+    f ← (1 - m) f + m · oscillated          k̄ ← (1 - m) k̄ + m · code
+
+Freezing holds a latent weight whose f passes a threshold at round(k̄) · s, whatever becomes of its step s. Damping adds
+λ · Σ (w̃ - clip(w))², w̃ the fake-quantized weight held constant: a pull to the grid point, none outside the grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from qat.quantizers.lsq import LSQ
+
 
 class Oscillation:
-    """Follows the codes of weights. weights: latent parameters; codes, steps: how each is quantized now.
+    """Follows the codes of latent `weights`, each quantized by the quantizer at its place.
 
     momentum: m of the running means. freeze_above: frequency that freezes a weight, None for never.
     """
@@ -22,15 +28,18 @@ class Oscillation:
     def __init__(
         self,
         weights: Sequence[Parameter],
-        codes: Sequence[Callable[[Tensor], Tensor]],
-        steps: Sequence[Callable[[], Tensor]],
+        quantizers: Sequence[LSQ],
         *,
         momentum: float = 0.01,
         freeze_above: float | None = None,
     ) -> None:
-        self.weights, self.codes, self.steps = tuple(weights), tuple(codes), tuple(steps)
+        self.weights, self.quantizers = tuple(weights), tuple(quantizers)
         self.momentum, self.freeze_above = momentum, freeze_above
-        self.last = [code(w).to(torch.int8) for code, w in zip(self.codes, self.weights, strict=True)]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was seen, as when quantization begins or steps are set anew."""
+        self.last = [self._codes(i) for i in range(len(self.weights))]
         self.direction = [torch.zeros_like(c) for c in self.last]
         self.frequency = [torch.zeros(w.shape, device=w.device) for w in self.weights]
         self.mean = [c.float() for c in self.last]
@@ -40,25 +49,31 @@ class Oscillation:
     def update(self) -> float:
         """After an optimizer step; returns the share of weights whose code swung back in this step."""
         swung = total = 0
-        for i, weight in enumerate(self.weights):
-            if self.freeze_above is not None:
-                self._hold(i)
-            now = self.codes[i](weight).to(torch.int8)
-            moved = (now - self.last[i]).sign()
+        for i in range(len(self.weights)):
+            self._hold(i)
+            now = self._codes(i)
+            # int8: a difference would overflow
+            moved = (now > self.last[i]).to(torch.int8) - (now < self.last[i]).to(torch.int8)
             back = (moved * self.direction[i]) < 0
             self.direction[i] = torch.where(moved != 0, moved, self.direction[i])
             self.frequency[i].lerp_(back.float(), self.momentum)
             self.mean[i].lerp_(now.float(), self.momentum)
-            self.last[i] = now
             if self.freeze_above is not None:
                 self.held[i] |= self.frequency[i] > self.freeze_above
+                self._hold(i)
+                now = torch.where(self.held[i], self.mean[i].round().to(torch.int8), now)
+            self.last[i] = now
             swung, total = swung + int(back.sum()), total + back.numel()
         return swung / max(total, 1)
 
     def _hold(self, i: int) -> None:
-        """Put frozen weights back to their point of the grid, whatever the optimizer did."""
-        step = self.steps[i]().view(-1, *[1] * (self.weights[i].dim() - 1))
-        self.weights[i].copy_(torch.where(self.held[i], self.mean[i].round() * step, self.weights[i]))
+        """Put frozen weights to their point of the grid, whatever the optimizer did."""
+        if self.freeze_above is not None and bool(self.held[i].any()):
+            weight, step = self.weights[i], spread(self.quantizers[i], self.weights[i])
+            weight.copy_(torch.where(self.held[i], self.mean[i].round() * step, weight))
+
+    def _codes(self, i: int) -> Tensor:
+        return self.quantizers[i].codes(self.weights[i]).to(torch.int8)
 
     def share_above(self, frequency: float = 0.005) -> float:
         """Share of weights that oscillate more often than `frequency` of the steps."""
@@ -77,10 +92,19 @@ class Oscillation:
             setattr(self, key, [v.to(w.device) for v, w in zip(values, self.weights, strict=True)])
 
 
-def damping(weights: Sequence[Tensor], quantizers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """Σ over weights inside the clipping range of (w - ŵ)², ŵ held constant; scalar with gradient to the latent weights."""
+def damping(weights: Sequence[Tensor], quantizers: Sequence[LSQ]) -> Tensor:
+    """Σ over all weights of (w̃ - clip(w))²; scalar with gradient to the latent weights inside their grid alone."""
     terms = []
-    for weight, quantize in zip(weights, quantizers, strict=True):
-        point = quantize(weight).detach()
-        terms.append((weight - point).square().sum())
+    for weight, quantizer in zip(weights, quantizers, strict=True):
+        step = spread(quantizer, weight)
+        point = quantizer.codes(weight) * step
+        inside = weight.clamp(quantizer.spec.qmin * step, quantizer.spec.qmax * step)
+        terms.append((point - inside).square().sum())
     return torch.stack(terms).sum()
+
+
+def spread(quantizer: LSQ, weight: Tensor) -> Tensor:
+    """The quantizer's step, detached, in a shape that broadcasts over `weight`."""
+    if quantizer.spec.axis is None:
+        return quantizer.step
+    return quantizer.step.view([-1 if d == quantizer.spec.axis else 1 for d in range(weight.dim())])

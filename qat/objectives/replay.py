@@ -41,6 +41,21 @@ def fixed_norm_statistics(model: nn.Module) -> Iterator[None]:
             buffer.copy_(copy)
 
 
+@contextmanager
+def shared_norm_momentum(model: nn.Module, passes: int) -> Iterator[None]:
+    """Several first passes in one step (one a domain) move batch norm statistics together as far as one pass would:
+    m becomes 1 - (1 - m)^(1/passes). A momentum of None, the cumulative mean, stays."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    try:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = None if momentum is None else 1 - (1 - momentum) ** (1 / passes)
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 

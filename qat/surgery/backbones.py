@@ -71,14 +71,17 @@ def create_optimizer(name: str, groups: Sequence[Mapping[str, Any]], lr: float) 
     return create_optimizer_v2([dict(group) for group in groups], opt=name, lr=lr, weight_decay=0.0)
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None, mode: str) -> Tensor:
-    """Clip `.grad` in place ("norm", "value" or "agc"; None: not at all); returns the global norm before, a scalar."""
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], clipped: Sequence[nn.Parameter], limit: float | None, mode: str
+) -> Tensor:
+    """Clip `.grad` of `clipped` in place ("norm", "value" or "agc"; limit None: not at all); returns the global norm of
+    `parameters` before, a scalar. AGC (arXiv 2102.06171) leaves the classifier out."""
     from timm.utils import dispatch_clip_grad
 
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
     if limit is not None:
-        dispatch_clip_grad(parameters, limit, mode=mode)
+        dispatch_clip_grad(clipped, limit, mode=mode)
     return norm
 
 

@@ -69,6 +69,10 @@ def pause(model: nn.Module) -> None:
         quantizer.observer = _ignore
 
 
+def paused(model: nn.Module) -> bool:
+    return any(quantizer.observer is not None for quantizer in quantizers(model).values())
+
+
 @torch.no_grad()
 def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> list[CalibrationRow]:
     """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""

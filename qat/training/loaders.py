@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
-from qat.domains.splits import LeaveOneDomainOut, Subset
+from qat.domains.domainnet import is_domainnet, read_domainnet
+from qat.domains.folders import read_domains
+from qat.domains.splits import LeaveOneDomainOut, Subset, leave_one_domain_out
+from qat.domains.synthetic import synthetic_domains
 from qat.domains.transforms import eval_transform, train_transform
 from qat.training.checkpoint import Built, Samples
 from qat.training.recipe import Recipe
 
 EVAL_BATCH = 64
 SAMPLES = 128
+
+
+def split_of(recipe: Recipe, data_root: Path | None = None) -> LeaveOneDomainOut:
+    """The split that a finished run of `recipe` was measured on. data_root: where its images are now, if elsewhere."""
+    root = data_root or recipe.data_root
+    if root is None:
+        domains = synthetic_domains(per_class=recipe.per_class, image_size=recipe.image_size, seed=recipe.seed)
+    elif is_domainnet(root):
+        domains, _ = read_domainnet(root, check_images=False)
+    else:
+        domains = read_domains(root, check_images=False)
+    return leave_one_domain_out(
+        domains, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
+    )
 
 
 def train_loader(split: LeaveOneDomainOut, recipe: Recipe, built: Built, start_step: int = 0) -> DataLoader[Any]:

@@ -47,8 +47,8 @@ def run(recipe: Recipe, domains: Sequence[Domain]) -> RunFolder:
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     start = start_state(recipe, split)
-    teacher = teacher_of(recipe, split)
     built = build(recipe, len(split.classes), load_weights=start is None and not recipe.resume, start=start)
+    teacher = teacher_of(recipe, split, built)
     rows = None
     if isinstance(recipe, LsqRecipe) and not recipe.resume:
         rows = calibrated(recipe, built, split)
@@ -130,6 +130,8 @@ class _Trainer:
             assert isinstance(self.recipe, QtdogRecipe)
             calibration = some_images(self.split, self.recipe, self.built, self.recipe.calibration_batches)
             begin(self.built.model, calibration, self.recipe.init)
+            if self.step.oscillation is not None:
+                self.step.oscillation.restart()
         began = time.perf_counter()
         outcome = self.step(images, labels, domains)
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -154,7 +156,8 @@ class _Trainer:
             "images_per_second": len(labels) / max(seconds, 1e-9),
         }
         tracker.show(self.progress.step, **values)  # type: ignore[arg-type]
-        values |= {"gradient_norm": float(outcome.norm), "learning_rate": rate}
+        values |= {"gradient_norm": float(outcome.norm), "gradient_l1_norm": float(outcome.l1_norm)}
+        values["learning_rate"] = rate
         if outcome.swung is not None:
             values["oscillating"] = outcome.swung
         if outcome.seen is not None and self.step.freezer is not None:
@@ -169,7 +172,7 @@ class _Trainer:
                 self.progress.best_accuracy, self.progress.best_step = mean, self.progress.step
                 self.folder.save("checkpoint.pt", self._state())
         entry: dict[str, float | Mapping[str, float]] = {"source_validation": found, "source_mean": mean}
-        if self.recipe.averaging == "swad":
+        if self.recipe.averaging == "swad" and self.average.count:
             loss = float(np.mean([self._loss(s) for s in self.split.validation]))
             self.valley.push(loss, self.average)
             self.average = Average()
@@ -204,7 +207,7 @@ class _Trainer:
 
     def _select_valley(self) -> str:
         """SWAD's weights become the checkpoint; returns how they were chosen."""
-        chosen = self.valley.average
+        chosen = self.valley.result()
         if chosen is None:
             return "training-domain validation (the loss found no valley to average over)"
         self._put(chosen)

@@ -143,13 +143,13 @@ class LsqRecipe(Recipe):
     teacher: Path | None = None
     """Full-precision run folder to distil from."""
     distill_weight: float = 0.5
-    """Share of the distillation term in the loss."""
+    """Share of the distillation term in the loss (LSQ: as much as the cross entropy)."""
     oscillation: bool = False
     """Record the share of weights that swing between two codes (arXiv 2203.11086)."""
     damping: float = 0.0
     """Weight of the pull of latent weights to their grid points."""
     freeze_oscillating: float | None = None
-    """Hold weights that swing back in more than this share of the steps."""
+    """Hold weights that swing back in more than this share of the steps (the paper: 0.01 to 0.02)."""
 
     @property
     def method(self) -> str:
@@ -199,11 +199,15 @@ class GaqatRecipe(SagmLsqRecipe):
 
 @dataclass(frozen=True)
 class QtdogRecipe(LsqRecipe):
-    """QT-DoG (arXiv 2410.06020): full precision until a step, then weights alone on a 7-bit grid."""
+    """QT-DoG (arXiv 2410.06020): full precision until a step, then weights alone on a 7-bit grid.
+
+    The classifier is quantized too; the published code leaves it in floating point.
+    """
 
     bits: int = 7
     edge_bits: int = 7
     weight_only: bool = True
+    init: Init = "lsq"
     quant_start_step: int = 2000
     """Step from which the quantizers are on; their parameters are in the optimizer from the beginning."""
 
@@ -231,19 +235,34 @@ def check(recipe: Recipe) -> None:
     for name in positive:
         if getattr(recipe, name) <= 0:
             raise RecipeError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
-    if not 0 < recipe.holdout < 1:
-        raise RecipeError(f"--holdout must lie between 0 and 1, got {recipe.holdout}")
+    for name in ("holdout", "ema_decay"):
+        if not 0 < getattr(recipe, name) < 1:
+            raise RecipeError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(recipe, name)}")
+    if not 0 <= recipe.dropout < 1:
+        raise RecipeError(f"--dropout must lie in [0, 1), got {recipe.dropout}")
+    if recipe.clip is not None and recipe.clip <= 0:
+        raise RecipeError(f"--clip must be positive, got {recipe.clip}; leave it out not to clip")
     if (recipe.schedule == "refined") != (recipe.refine_from is not None):
         raise RecipeError("--schedule refined and --refine-from belong together")
     if isinstance(recipe, SagmRecipe):
         _check_sharpness(recipe)
     if isinstance(recipe, LsqRecipe):
-        for name in ("bits", "weight_bits", "edge_bits"):
-            value = getattr(recipe, name)
-            if value is not None and not 2 <= value <= 8:
-                raise RecipeError(f"--{name.replace('_', '-')} must be 2 to 8, got {value}")
+        _check_lsq(recipe)
     if isinstance(recipe, QtdogRecipe) and not 0 < recipe.quant_start_step < recipe.steps:
         raise RecipeError(f"--quant-start-step {recipe.quant_start_step}: must lie within --steps ({recipe.steps})")
+
+
+def _check_lsq(recipe: LsqRecipe) -> None:
+    for name in ("bits", "weight_bits", "edge_bits"):
+        value = getattr(recipe, name)
+        if value is not None and not 2 <= value <= 8:
+            raise RecipeError(f"--{name.replace('_', '-')} must be 2 to 8, got {value}")
+    if not 0 <= recipe.distill_weight <= 1:
+        raise RecipeError(f"--distill-weight must lie in [0, 1], got {recipe.distill_weight}")
+    if recipe.damping < 0:
+        raise RecipeError(f"--damping must not be negative, got {recipe.damping}")
+    if recipe.freeze_oscillating is not None and not 0 < recipe.freeze_oscillating < 1:
+        raise RecipeError(f"--freeze-oscillating must lie between 0 and 1, got {recipe.freeze_oscillating}")
 
 
 def _check_sharpness(recipe: SagmRecipe) -> None:
@@ -256,6 +275,11 @@ def _check_sharpness(recipe: SagmRecipe) -> None:
     if recipe.perturb == "quantized" and "weights" not in recipe.perturb_kinds:
         raise RecipeError(
             "--perturb quantized perturbs weights behind their quantizers: add weights to --perturb-kinds"
+        )
+    if recipe.per_domain and recipe.domain_loss != "erm":
+        raise RecipeError(
+            f"--per-domain takes every domain's loss by itself, so --domain-loss {recipe.domain_loss} has nothing to "
+            "compare; leave one of them out"
         )
     if recipe.per_domain and recipe.flatness == "gsam":
         raise RecipeError(

@@ -15,7 +15,7 @@ from qat.training.loaders import some_images
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError
 
 SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout")
-SMOOTH = 50  # steps of the median filter over recorded gradient norms
+SMOOTH = 0.1  # width of the median filter over recorded gradient norms, as a share of them
 
 
 def start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] | None:
@@ -40,19 +40,27 @@ def start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] |
     return state["model"]
 
 
-def teacher_of(recipe: Recipe, split: LeaveOneDomainOut) -> nn.Module | None:
-    """The model of the run named by --teacher. Raises RecipeError when it cannot teach this one."""
+def teacher_of(recipe: Recipe, split: LeaveOneDomainOut, built: Built) -> nn.Module | None:
+    """The full-precision model of the run named by --teacher. Raises RecipeError when it cannot teach `built`."""
     if not isinstance(recipe, LsqRecipe) or recipe.teacher is None:
         return None
-    folder, given, built = load_run(recipe.teacher)
+    folder, given, teacher = load_run(recipe.teacher)
+    if isinstance(given, LsqRecipe):
+        raise RecipeError(f"--teacher {recipe.teacher}: is a {given.method} run; distil from a full-precision one")
     for name in ("image_size", "test_domain", "trial_seed", "holdout"):
         if getattr(given, name) != getattr(recipe, name):
             raise RecipeError(
-                f"--teacher {recipe.teacher}: was run with another --{name.replace('_', '-')} than this run"
+                f"--teacher {recipe.teacher}: was run with --{name.replace('_', '-')} {getattr(given, name)}, this run has "
+                f"{getattr(recipe, name)}; use the same"
             )
+    if (teacher.mean, teacher.std) != (built.mean, built.std):
+        raise RecipeError(
+            f"--teacher {recipe.teacher}: its images are normalised by other means and deviations; use the same "
+            "--normalization"
+        )
     if tuple(folder.results()["classes"]) != tuple(split.classes):
         raise RecipeError(f"--teacher {recipe.teacher}: was trained on other classes")
-    return built.model
+    return teacher.model
 
 
 def calibrated(recipe: LsqRecipe, built: Built, split: LeaveOneDomainOut) -> list[CalibrationRow]:
@@ -71,17 +79,26 @@ def schedule_of(recipe: Recipe) -> Callable[[int], float]:
             return lambda step: 1.0
         case "refined":
             assert recipe.refine_from is not None
-            factors = refined(_gradient_norms(recipe), recipe.steps)
+            power = 2 if is_sgd(recipe.optimizer) else 1
+            factors = refined(_gradient_norms(recipe), recipe.steps, power)
             return lambda step: float(factors[min(step, len(factors) - 1)])
 
 
-def refined(norms: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
-    """Learning-rate factors (steps,) from gradient norms of an earlier run (arXiv 2310.07831, Adam's form):
-    w_t = 1/‖g_t‖, lr_t ∝ w_t · Σ_{p>t} w_p, on median-smoothed norms, at most 1."""
-    half = max(min(SMOOTH, len(norms)) // 2, 1)
-    padded = np.pad(norms, half, mode="edge")
+def is_sgd(optimizer: str) -> bool:
+    """Whether a timm optimizer steps along the gradient itself, not along its sign or a normalised form of it."""
+    return "sgd" in optimizer or optimizer.removeprefix("lookahead_") == "momentum"
+
+
+def refined(norms: NDArray[np.float64], steps: int, power: int) -> NDArray[np.float64]:
+    """Learning-rate factors (steps,) from the gradient norms of an earlier run (arXiv 2310.07831, algorithm 1):
+
+    η_t ∝ w_t · Σ_{p>t} w_p, at most 1, with w_t = ‖g_t‖₂⁻² (SGD: power 2) or ‖g_t‖₁⁻¹ (Adam and its kin: power 1), on
+    median-filtered norms; the filter's window is padded with the first norm before the run and by reflection behind it.
+    """
+    half = int(SMOOTH * len(norms)) // 2
+    padded = np.pad(np.pad(norms, (half, 0), mode="edge"), (0, half), mode="reflect")
     smooth = np.array([np.median(padded[i : i + 2 * half + 1]) for i in range(len(norms))])
-    weights = 1 / np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(norms)), smooth)
+    weights = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(norms)), smooth) ** -float(power)
     later = np.append(np.cumsum(weights[::-1])[::-1][1:], 0.0)
     rates = weights * later
     return rates / rates.max()
@@ -89,10 +106,13 @@ def refined(norms: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
 
 def _gradient_norms(recipe: Recipe) -> NDArray[np.float64]:
     assert recipe.refine_from is not None
-    found = [e["gradient_norm"] for e in RunFolder.open(recipe.refine_from).metrics() if "gradient_norm" in e]
+    entry = "gradient_norm" if is_sgd(recipe.optimizer) else "gradient_l1_norm"
+    found = [e[entry] for e in RunFolder.open(recipe.refine_from).metrics() if entry in e]
     norms = np.array(found, np.float64)
-    if len(norms) < 2 or not (norms > 0).all():
-        raise RecipeError(f"--refine-from {recipe.refine_from}: its metrics.jsonl holds no usable gradient norms")
+    if len(norms) < 2 or not ((norms > 0) & np.isfinite(norms)).all():
+        raise RecipeError(
+            f"--refine-from {recipe.refine_from}: its metrics.jsonl holds no usable {entry} (one positive number a step)"
+        )
     return norms
 
 

@@ -21,11 +21,12 @@ from qat.objectives.contract import Closure, Gradients, Objective, erm
 from qat.objectives.distillation import Distillation
 from qat.objectives.domain_aware import LOSSES, GroupDRO, head_features, per_domain
 from qat.objectives.oscillation import Oscillation, damping
-from qat.objectives.replay import replay_of
+from qat.objectives.replay import replay_of, shared_norm_momentum
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
 from qat.quantizers.lsq import LSQ
 from qat.surgery.backbones import clip_gradients, first_and_last
+from qat.surgery.calibrate import paused
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
 from qat.training.recipe import GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
@@ -36,12 +37,14 @@ WITH_ALPHA = {"sagm", "gsam"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """loss: scalar; logits: N_K of the first pass, detached; norm: of the gradient before clipping; seen: what the scales
-    showed, for objectives with two streams; swung: share of weights that swung back, where recorded."""
+    """loss: scalar; logits: N_K of the first pass, detached; norm, l1_norm: of the gradient before clipping, over all
+    parameters; seen: what the scales showed, for objectives with two streams; swung: share of weights that swung back,
+    where recorded."""
 
     loss: Tensor
     logits: Tensor
     norm: Tensor
+    l1_norm: Tensor
     seen: Seen | None
     swung: float | None
 
@@ -69,37 +72,47 @@ class TrainingStep:
         self.freezer = freezer_of(recipe, own) if isinstance(recipe, SagmRecipe) else None
         self.loss, self.domains, self.taken = LOSSES[recipe.domain_loss](domains), domains, 0
         self.features: list[Tensor] = []
+        head = own.get_submodule(first_and_last(own)[-1])
         if recipe.domain_loss != "erm":
-            self.features, _ = head_features(own, own.get_submodule(first_and_last(own)[-1]))
+            self.features, _ = head_features(own, head)
+        self.unclipped = {id(p) for p in head.parameters()} if recipe.clip_mode == "agc" else set()
         self.distillation = self.oscillation = None
         self.damping = recipe.damping if isinstance(recipe, LsqRecipe) else 0.0
         if isinstance(recipe, LsqRecipe):
             if teacher is not None:
                 self.distillation = Distillation(teacher.to(self.device), recipe.distill_weight)
             if recipe.oscillation or recipe.freeze_oscillating is not None:
-                self.oscillation = oscillation_of(own, recipe.freeze_oscillating)
+                layers = quantized_layers(own)
+                self.oscillation = Oscillation(
+                    [cast(Parameter, x.weight) for x in layers], [x.weight_quantizer for x in layers],
+                    freeze_above=recipe.freeze_oscillating,
+                )  # fmt: skip
 
     def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
         images, seen_logits = images.contiguous(memory_format=self.memory_format), list[Tensor]()
-        closure = self._closure(images, labels, domains, seen_logits)
-        replay = replay_of(self.own, self.device)
+        quantized = not paused(self.own)
         if isinstance(self.recipe, SagmRecipe) and self.recipe.per_domain:
             parts = [domains == d for d in range(self.domains)]
             closures = [self._closure(images[p], labels[p], domains[p], seen_logits) for p in parts]
-            gradients = per_domain(self.objective)(closures, self.parameters, replay)
+            replays = partial(replay_of, self.own, self.device)
+            with shared_norm_momentum(self.own, self.domains):
+                gradients = per_domain(self.objective, replays)(closures, self.parameters)
             order = torch.cat([p.nonzero().flatten() for p in parts]).argsort()
             logits = torch.cat(seen_logits[::2])[order]
         else:
-            gradients = self.objective(closure, self.parameters, replay)
+            closure = self._closure(images, labels, domains, seen_logits)
+            gradients = self.objective(closure, self.parameters, replay_of(self.own, self.device))
             logits = seen_logits[0]
         seen = self._resolve(gradients)
-        norm = clip_gradients(self.parameters, self.recipe.clip, self.recipe.clip_mode)
+        l1_norm = sum_of_magnitudes(self.parameters)
+        clipped = [p for p in self.parameters if id(p) not in self.unclipped]
+        norm = clip_gradients(self.parameters, clipped, self.recipe.clip, self.recipe.clip_mode)
         self.optimizer.step()
         if isinstance(self.loss, GroupDRO):
             self.loss.advance()
-        swung = self.oscillation.update() if self.oscillation is not None else None
+        swung = self.oscillation.update() if self.oscillation is not None and quantized else None
         self.taken += 1
-        return Outcome(gradients.loss, logits, norm, seen, swung)
+        return Outcome(gradients.loss, logits, norm, l1_norm, seen, swung)
 
     def _closure(self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]) -> Closure:
         def closure() -> Tensor:
@@ -109,7 +122,7 @@ class TrainingStep:
                 loss = self.loss(logits.float(), features.float(), labels, domains)
                 if self.distillation is not None:
                     loss = self.distillation(images, logits, loss)
-                if self.damping:
+                if self.damping and not paused(self.own):
                     layers = quantized_layers(self.own)
                     pulls = damping([x.weight for x in layers], [x.weight_quantizer for x in layers])
                     loss = loss + self.damping * pulls
@@ -128,7 +141,8 @@ class TrainingStep:
             turn = (self.taken // self.freezer.rule.window) % 2
             mixed(gradients, self.parameters, ((1.0, 0.0), (0.0, 1.0))[turn])
         elif control in COMBINE:
-            combine(gradients, self.parameters, scale_groups(self.own), control)
+            each = isinstance(self.recipe, GaqatRecipe) and self.recipe.per_channel
+            combine(gradients, self.parameters, scale_groups(self.own, each), control)
         return self.freezer.mask(gradients, self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,20 +220,16 @@ def quantized_layers(model: nn.Module) -> list[QuantConv2d | QuantLinear]:
     return [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
 
 
-def scale_groups(model: nn.Module) -> list[list[Parameter]]:
-    """Scales of each layer (weight and input) together; every stream quantizer by itself."""
+def sum_of_magnitudes(parameters: list[Parameter]) -> Tensor:
+    """L1 norm of the gradients, what the refined schedule of Adam-like optimizers goes by."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, norm_type=1.0) if gradients else torch.zeros(())
+
+
+def scale_groups(model: nn.Module, each: bool = False) -> list[list[Parameter]]:
+    """Scales of each layer (weight and input) together and every stream quantizer by itself; or `each` by itself."""
     groups: dict[str, list[Parameter]] = {}
     for name, quantizer in quantizers(model).items():
-        layer = name if "#" in name else name.rpartition(".")[0]
+        layer = name if each or "#" in name else name.rpartition(".")[0]
         groups.setdefault(layer, []).append(quantizer.raw_step)
     return list(groups.values())
-
-
-def oscillation_of(model: nn.Module, freeze_above: float | None) -> Oscillation:
-    layers = quantized_layers(model)
-    return Oscillation(
-        [cast(Parameter, x.weight) for x in layers],
-        [x.weight_quantizer.codes for x in layers],
-        [lambda q=x.weight_quantizer: q.step for x in layers],  # type: ignore[misc]
-        freeze_above=freeze_above,
-    )
