@@ -76,6 +76,7 @@ def test_members_answers_are_those_their_runs_recorded(runs: list[Path]) -> None
     assert "mean of the members' softmax probabilities" in str(table)
 
 
+@pytest.mark.slow  # two whole certificates
 def test_from_runs_to_a_certified_file(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,17 +88,17 @@ def test_from_runs_to_a_certified_file(
             cli.main()
         return int(stop.value.code or 0)
 
-    assert qat("ensemble", *runs, "--out", file, "--json", table) == 0
+    pair = [runs[0], runs[2]]
+    assert qat("ensemble", *pair, "--out", file, "--json", table) == 0
     assert "sketch (target)" in capsys.readouterr().out
-    assert json.loads(table.read_text())["members"] == [str(r) for r in runs]
+    assert json.loads(table.read_text())["members"] == [str(r) for r in pair]
     assert qat("certify", file) == 0
-    assert qat("certify", *runs, file) == 0
+    assert qat("certify", *pair, file) == 0
     output = capsys.readouterr().out
-    assert output.count(": certified") == 3 and "3 members compute the codes they compute alone" in output
+    assert output.count(": certified") == 2 and "2 members compute the codes they compute alone" in output
     assert not (runs[0] / "certificate.json").exists()
-    assert qat("certify", runs[0], runs[0], runs[2], file) == 1  # another run's codes
-    assert qat("certify", *runs[:2], file) == 2
-    assert "holds 3 members, 2 runs were named" in capsys.readouterr().err
+    assert qat("certify", *runs, file) == 2
+    assert "holds 2 members, 3 runs were named" in capsys.readouterr().err
 
 
 def test_what_cannot_answer_together_raises(runs: list[Path], tmp_path: Path) -> None:
