@@ -1,6 +1,7 @@
 """`quantize_`: turn a float backbone into a quantized one in place, with every layer accounted for."""
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -125,16 +126,33 @@ def quantizers(model: nn.Module) -> dict[str, LSQ]:
     return {m.name: m for m in model.modules() if isinstance(m, LSQ)}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, step_lr: float) -> list[dict[str, object]]:
-    """Optimizer groups: weights with decay; biases and norms without; steps without, at their own learning rate."""
-    steps = {id(q.raw_step) for q in quantizers(model).values()}
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, step_lr: float, *, relative_steps: bool = False
+) -> list[dict[str, object]]:
+    """Optimizer groups: weights with decay; biases and norms without; steps without, at their own learning rate.
+
+    relative_steps: multiply `step_lr` with each step's size, to the nearest power of two. Adam and its kind move every
+    parameter by about its learning rate, and the steps of one model lie between 0.001 and 1: with one rate for all, the
+    large ones stand still or the small ones are thrown about.
+    """
+    steps = [p for q in quantizers(model).values() for p in q.parameters()]
+    known = {id(p) for p in steps}
+    named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, object]] = [
-        {"params": [p for _, p in named if id(p) not in steps and p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if id(p) not in steps and p.dim() <= 1], "weight_decay": 0.0},
-        {"params": [p for _, p in named if id(p) in steps], "weight_decay": 0.0, "lr": step_lr},
+        {"params": [p for p in named if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    by_size: dict[float, list[nn.Parameter]] = {}
+    for step in steps:
+        by_size.setdefault(_power_of_two(step) if relative_steps else 1.0, []).append(step)
+    groups += [{"params": by_size[size], "weight_decay": 0.0, "lr": step_lr * size} for size in sorted(by_size)]
     return [group for group in groups if group["params"]]
+
+
+def _power_of_two(step: nn.Parameter) -> float:
+    """The power of two next to the mean magnitude of a step; 1 where it has none yet."""
+    size = float(step.detach().abs().mean())
+    return 2.0 ** round(math.log2(size)) if math.isfinite(size) and size > 0 else 1.0
 
 
 def _open_attention(model: nn.Module) -> None:

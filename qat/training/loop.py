@@ -77,7 +77,7 @@ class _Trainer:
         self.accelerator, self.progress = accelerator, _Progress()
         if recipe.channels_last:
             built.model.to(memory_format=torch.channels_last)
-        groups = parameter_groups(built.model, recipe.weight_decay, recipe.lr * getattr(recipe, "step_lr_ratio", 1.0))
+        groups = groups_of(recipe, built.model)
         optimizer = create_optimizer(recipe.optimizer, groups, recipe.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(recipe))
         resumed = folder.load("last.pt") if recipe.resume else None
@@ -256,6 +256,14 @@ class _Trainer:
         predict = predictor(self.built.model, self.accelerator.device)
         predicted, labels = predictions(predict, eval_batches(subset, self.recipe, self.built))
         return predicted.numpy(), labels.numpy()
+
+
+def groups_of(recipe: Recipe, model: nn.Module) -> list[dict[str, object]]:
+    """The optimizer's parameter groups."""
+    if not isinstance(recipe, LsqRecipe):
+        return parameter_groups(model, recipe.weight_decay, recipe.lr)
+    rate = recipe.lr * recipe.step_lr_ratio
+    return parameter_groups(model, recipe.weight_decay, rate, relative_steps=recipe.step_lr_unit == "step")
 
 
 def mean_steps(model: nn.Module) -> dict[str, float]:

@@ -136,9 +136,11 @@ class LsqRecipe(Recipe):
     calibration_batches: int = 8
     """Training batches for calibration."""
     lr: float = 5e-4
-    step_lr_ratio: float = 0.1
-    """Learning rate of quantizer steps relative to --lr. Adam moves a parameter by about its learning rate whatever the
-    gradient's scale, and steps are some hundredths in size."""
+    step_lr_ratio: float = 1.0
+    """Learning rate of quantizer steps relative to --lr."""
+    step_lr_unit: Literal["step", "absolute"] = "step"
+    """Whether that rate counts in units of each step's size at the start, for Adam and its kind, which move a parameter by
+    about its learning rate whatever the gradient's scale; or is absolute, as in LSQ's own runs with SGD."""
 
     teacher: Path | None = None
     """Full-precision run folder to distil from."""

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,18 @@ def test_steps_are_a_group_of_their_own_without_weight_decay() -> None:
     holding = [g for g in groups if any(id(p) in steps for p in g["params"])]
     assert len(holding) == 1 and {id(p) for p in holding[0]["params"]} == steps
     assert (holding[0]["weight_decay"], holding[0]["lr"]) == (0.0, 0.5)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_relative_steps_learn_in_units_of_their_size() -> None:
+    model, _ = quantized()
+    found = quantizers(model)
+    for factor, quantizer in zip(np.geomspace(1e-3, 10, len(found)), found.values(), strict=True):
+        quantizer.raw_step.data.fill_(factor)
+    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.01, relative_steps=True)
+    rates = {id(p): g["lr"] for g in groups if "lr" in g for p in g["params"]}
+    relative = [rates[id(q.raw_step)] / float(q.step.mean()) for q in found.values()]
+    assert len(set(rates.values())) > 8 and all(0.0070 < r < 0.0142 for r in relative)  # 0.01 to a factor of root two
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
