@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers import fused
 from qat.quantizers.spec import QuantSpec
 
 SMALLEST_STEP = 1e-10
@@ -26,25 +27,55 @@ Init = Literal["lsq", "mse"]
 
 
 class FakeQuantizeLSQ(torch.autograd.Function):
-    """x (any shape), raw step broadcastable to x, both float32 or wider -> x̂ of x's shape and dtype."""
+    """x (any float dtype and shape), raw step () or (channels of axis,) float32 -> x̂ of x's shape and dtype.
+
+    Half precision is quantized in float32 and x̂ rounded once at the end. On CPU the kernels of `fused.py` do the work.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, raw_step: Tensor, qmin: int, qmax: int, gradient_scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, raw_step: Tensor, axis: int | None, qmin: int, qmax: int, gradient_scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, raw_step)
-        ctx.qmin, ctx.qmax, ctx.gradient_scale = qmin, qmax, gradient_scale
-        step = positive_step(raw_step)
-        return (x / step).clamp_(qmin, qmax).round_().mul_(step).to(x.dtype)
+        ctx.arguments = axis, qmin, qmax, gradient_scale
+        if fused.available(x, raw_step):
+            return fused.forward(x, raw_step, axis, qmin, qmax)
+        step = along(positive_step(raw_step), x, axis)
+        return (widened(x) / step).clamp_(qmin, qmax).round_().mul_(step).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         (upstream,) = gradients
         x, raw_step = ctx.saved_tensors
-        v = x / positive_step(raw_step)
-        inside = (v > ctx.qmin) & (v < ctx.qmax)
-        # Outside, the clipped code alone is the derivative; on the upper edge round(v) - v would be 0 instead of Qp.
-        per_element = v.clamp(ctx.qmin, ctx.qmax).round_().sub_(v.mul_(inside)).mul_(upstream)
-        step_gradient = per_element.sum_to_size(raw_step.shape) * ctx.gradient_scale
-        return upstream * inside, step_gradient * torch.where(raw_step < 0, -1.0, 1.0), None, None, None
+        if fused.available(x, raw_step) and not torch.is_grad_enabled():
+            return *fused.backward(x, upstream, raw_step, *ctx.arguments), None, None, None, None
+        return *_gradients(x, upstream, raw_step, *ctx.arguments), None, None, None, None
+
+
+def _gradients(
+    x: Tensor, upstream: Tensor, raw_step: Tensor, axis: int | None, qmin: int, qmax: int, gradient_scale: float
+) -> tuple[Tensor, Tensor]:
+    step = along(positive_step(raw_step), x, axis)
+    v = widened(x) / step
+    inside = (v > qmin) & (v < qmax)
+    # Outside, the clipped code alone is the derivative; on the upper edge round(v) - v would be 0 instead of Qp.
+    per_element = v.clamp(qmin, qmax).round_().sub_(v.masked_fill_(~inside, 0)).mul_(upstream)
+    step_gradient = per_element.sum_to_size(step.shape).view(raw_step.shape) * gradient_scale
+    return upstream * inside, step_gradient.to(raw_step.dtype) * torch.where(raw_step < 0, -1.0, 1.0)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 where it is half precision: a code is decided in float32, whatever x comes in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def along(step: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Steps (channels,) shaped to broadcast along `axis` of x; a step of the whole tensor as it is."""
+    if axis is None:
+        return step
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return step.view(shape)
 
 
 def positive_step(raw_step: Tensor) -> Tensor:
@@ -96,14 +127,13 @@ class LSQ(nn.Module):
             self.observer(x.detach())
             return x
         self._require_step()
-        return FakeQuantizeLSQ.apply(
-            x, self._broadcast(self.raw_step, x), self.spec.qmin, self.spec.qmax, self.gradient_scale(x)
-        )
+        spec = self.spec
+        return FakeQuantizeLSQ.apply(x, self.raw_step, spec.axis, spec.qmin, spec.qmax, self.gradient_scale(x))
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
         self._require_step()
-        v = x.detach() / self._broadcast(self.step, x)
+        v = widened(x.detach()) / along(self.step, x, self.spec.axis)
         return v.clamp_(self.spec.qmin, self.spec.qmax).round_().to(torch.int32)
 
     def gradient_scale(self, x: Tensor) -> float:
@@ -114,13 +144,6 @@ class LSQ(nn.Module):
         return float((max(count, 1) * self.spec.qmax) ** -0.5)
 
     is_weight = False
-
-    def _broadcast(self, step: Tensor, x: Tensor) -> Tensor:
-        if self.spec.axis is None:
-            return step
-        shape = [1] * x.dim()
-        shape[self.spec.axis] = -1
-        return step.view(shape)
 
     def _require_step(self) -> None:
         if not self.initialized:
