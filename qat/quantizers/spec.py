@@ -1,6 +1,17 @@
 """What a quantizer is told: bits, sign and granularity (`specs/algorithms.md` §3.1)."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """What one quantization computes with: the axis of its steps (None: one step), its smallest and largest code, and a
+    ceiling above which x counts as the ceiling."""
+
+    axis: int | None
+    qmin: int
+    qmax: int
+    ceiling: float = float("inf")
 
 
 @dataclass(frozen=True)

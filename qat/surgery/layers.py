@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.quantizers.lsq import LSQ, Init, LSQWeight
+from qat.quantizers.recompute import recomputed
 from qat.quantizers.spec import QuantSpec
 
 
@@ -59,7 +60,9 @@ class QuantConv2d(nn.Conv2d):
             x = self.input_quantizer(x)
         if self.same_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight_quantizer(self.weight)
+        with recomputed(x, weight):
+            return self._conv_forward(x, weight, self.bias)
 
 
 class QuantLinear(nn.Linear):
@@ -79,7 +82,9 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight_quantizer(self.weight)
+        with recomputed(x, weight):
+            return F.linear(x, weight, self.bias)
 
 
 def _share_state(cls: Any, layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> Any:

@@ -115,9 +115,19 @@ def quantize_(
         setattr(model.get_submodule(parent), attribute, layer)
     sites = {} if stream is None else {address: LSQ(stream, name=address) for address in plan.sites}
     joins = frozenset(call.address for call in trace.calls if call.kind in JOINS or is_join(call))
-    run_with_sites(model, sites, joins, frozenset(quantized))
+    run_with_sites(model, sites, joins, frozenset(quantized), _relus_taken_over(plan, quantized))
     _move_like(model)
     return QuantizationTable(tuple(_rows(specs, layers, quantized, trace)), plan.sites)
+
+
+def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, LSQ]:
+    """Address of each ReLU -> the input quantizer behind it, which from here on has the ReLU's upper clip."""
+    relus: dict[str, LSQ] = {}
+    for address, path, ceiling in plan.relus:
+        quantizer = getattr(quantized.get(path), "input_quantizer", None)
+        if quantizer is not None and address not in plan.sites:
+            quantizer.ceiling, relus[address] = ceiling, quantizer
+    return relus
 
 
 def quantizers(model: nn.Module) -> dict[str, LSQ]:
