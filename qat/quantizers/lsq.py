@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
+from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin, origin_of, remember
 from qat.quantizers.spec import Grid, QuantSpec
 
@@ -44,11 +45,11 @@ class FakeQuantizeLSQ(torch.autograd.Function):
         return quantize(x, raw_step, grid)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,), (raw_step, *kept) = gradients, ctx.saved_tensors
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,), (raw_step, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
         fast = fused.available(x, raw_step) and not torch.is_grad_enabled()
-        gradients_of = fused.backward if fast else _gradients
+        gradients_of = fused.backward if fast else gradients
         return *gradients_of(x, upstream, raw_step, ctx.grid, ctx.gradient_scale), None, None, None
 
 
@@ -69,9 +70,10 @@ def capped(x: Tensor, grid: Grid) -> Tensor:
     return x if grid.ceiling == math.inf else x.clamp_max(grid.ceiling)
 
 
-def _gradients(
+def gradients(
     x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float
 ) -> tuple[Tensor, Tensor]:
+    """The plain formula of `fused.backward`."""
     step = along(positive_step(raw_step), x, grid.axis)
     v = capped(widened(x), grid) / step
     inside = (v > grid.qmin) & (v < grid.qmax)
@@ -128,7 +130,10 @@ class LSQ(nn.Module):
     @property
     def step(self) -> Tensor:
         """Positive steps, float32, shape () or (channels,), detached."""
-        return positive_step(self.raw_step.detach())
+        return positive_step(self._own_step().detach())
+
+    def _own_step(self) -> Tensor:
+        return power_of_two(self.raw_step) if self.spec.power_of_two else self.raw_step
 
     def initialize(self, step: Tensor, signed: bool | None = None) -> None:
         """Set the step (positive, shape of `self.step`), and the sign where the spec left it open."""
@@ -147,12 +152,12 @@ class LSQ(nn.Module):
             self.observer(x.detach())
             return x
         self._require_step()
-        grid, scale = self.grid, self.gradient_scale(x)
+        raw_step, grid, scale = self._own_step(), self.grid, self.gradient_scale(x)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return FakeQuantizeLSQ.apply(x, self.raw_step, grid, scale)
+            return FakeQuantizeLSQ.apply(x, raw_step, grid, scale)
         with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
-            out = FakeQuantizeLSQ.apply(x, self.raw_step, grid, scale, origin_of(x))
-            remember(out, x, self.raw_step, grid, quantize)
+            out = FakeQuantizeLSQ.apply(x, raw_step, grid, scale, origin_of(x))
+            remember(out, x, raw_step, grid, quantize)
         return out
 
     def codes(self, x: Tensor) -> Tensor:
@@ -172,6 +177,8 @@ class LSQ(nn.Module):
     def gradient_scale(self, x: Tensor) -> float:
         """g = 1 / sqrt(N · Qp). Weights (signed, given an axis or not) count all that share the step; activations
         count features of one sample, so that the batch size does not change the step's learning rate."""
+        if self.spec.gradient_count == "numel":
+            return float((max(x.numel(), 1) * self.spec.qmax) ** -0.5)
         shared = x.numel() // (1 if self.spec.axis is None else x.shape[self.spec.axis])
         count = shared if self.is_weight else shared // x.shape[0]
         return float((max(count, 1) * self.spec.qmax) ** -0.5)

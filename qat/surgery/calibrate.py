@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers.lsq import LSQ, Init, starting_step
+from qat.quantizers.lsq_plus import LSQPlus, least_squares_range
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
@@ -75,6 +76,8 @@ def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> li
     for layer in model.modules():
         if isinstance(layer, (QuantConv2d, QuantLinear)):
             quantizer = layer.weight_quantizer
+            if quantizer is None:
+                continue
             quantizer.initialize(starting_step(layer.weight.detach(), quantizer.spec, init))
     return calibrate(model, batches, init)
 
@@ -97,10 +100,12 @@ def _initialize(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) ->
     if not samples:
         raise RuntimeError(f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?")
     values = torch.cat(samples)
-    signed = bool(values.min() < 0)
-    spec = quantizer.spec.with_sign(signed)
-    step = starting_step(values, spec, init)
-    quantizer.initialize(step, signed)
-    v = values / step
-    clipped = ((v < spec.qmin - 0.5) | (v > spec.qmax + 0.5)).float().mean()
-    return CalibrationRow(name, spec, float(step), float(clipped))
+    if isinstance(quantizer, LSQPlus):
+        step, offset = least_squares_range(values, quantizer.spec)
+        quantizer.initialize(step, offset=offset)
+    else:
+        signed = bool(values.min() < 0)
+        quantizer.initialize(starting_step(values, quantizer.spec.with_sign(signed), init), signed)
+    v, grid = values / quantizer.step, quantizer.grid
+    clipped = ((v < grid.qmin - 0.5) | (v > grid.qmax + 0.5)).float().mean()
+    return CalibrationRow(name, quantizer.spec, float(quantizer.step), float(clipped))

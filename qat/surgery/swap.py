@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
-from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear
+from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear, activation_quantizer
 from qat.surgery.plan import JOINS, MULTIPLIES, Plan, is_join, plan_sites
 from qat.surgery.sites import run_with_sites
 from qat.surgery.trace import Call, Trace, trace_calls
@@ -113,7 +113,7 @@ def quantize_(
     for name, layer in quantized.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
-    sites = {} if stream is None else {address: LSQ(stream, name=address) for address in plan.sites}
+    sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites}
     joins = frozenset(call.address for call in trace.calls if call.kind in JOINS or is_join(call))
     run_with_sites(model, sites, joins, frozenset(quantized), _relus_taken_over(plan, quantized))
     _move_like(model)
@@ -137,7 +137,7 @@ def quantizers(model: nn.Module) -> dict[str, LSQ]:
 
 def parameter_groups(model: nn.Module, weight_decay: float, step_lr: float) -> list[dict[str, object]]:
     """Optimizer groups: weights with decay; biases and norms without; steps without, at their own learning rate."""
-    steps = {id(q.raw_step) for q in quantizers(model).values()}
+    steps = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": [p for _, p in named if id(p) not in steps and p.dim() > 1], "weight_decay": weight_decay},
