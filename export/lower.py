@@ -40,7 +40,8 @@ def lower(model: nn.Module, example: Tensor) -> LoweredModel:
         )
     if empty := [name for name, q in found.items() if not q.initialized]:
         raise ExportError(f"quantizer {empty[0]!r} has no step: calibrate or train the model before exporting it")
-    layers = {m.weight_quantizer.name: _layer(m) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    weighted = [(m, m.weight_quantizer) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
+    layers = {q.name: _layer(m, q) for m, q in weighted if q is not None}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     _check_finite(model)
     for quantizer in found.values():
@@ -86,8 +87,8 @@ def trained_codes(
 
 def _recorder(name: str, codes: dict[str, NDArray[np.uint8]]) -> Callable[[LSQ, tuple[Tensor], Tensor], None]:
     def record(quantizer: LSQ, inputs: tuple[Tensor], output: Tensor) -> None:
-        offset = _activation(quantizer).zero_point
-        codes[name] = (quantizer.codes(inputs[0]) + offset).to(torch.uint8).numpy()
+        shift = _activation(quantizer).zero_point - quantizer.zero_point
+        codes[name] = (quantizer.codes(inputs[0]) + shift).to(torch.uint8).numpy()
 
     return record
 
@@ -129,8 +130,7 @@ def _marker(name: str) -> Callable[[Tensor], Tensor]:
     return mark
 
 
-def _layer(module: QuantConv2d | QuantLinear) -> LoweredLayer:
-    quantizer = module.weight_quantizer
+def _layer(module: QuantConv2d | QuantLinear, quantizer: LSQ) -> LoweredLayer:
     outputs = module.weight.shape[0]
     return LoweredLayer(
         name=quantizer.name.removesuffix(".weight"),
@@ -143,5 +143,6 @@ def _layer(module: QuantConv2d | QuantLinear) -> LoweredLayer:
 
 
 def _activation(quantizer: LSQ) -> LoweredQuantizer:
-    signed = bool(quantizer.spec.signed)
-    return LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.step), quantizer.spec.bits, signed)
+    signed, bits = bool(quantizer.spec.signed), quantizer.spec.bits
+    zero_point = quantizer.zero_point if quantizer.spec.offset else None
+    return LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.step), bits, signed, zero_point)

@@ -66,8 +66,12 @@ class LoweredQuantizer:
     high: int
 
     @classmethod
-    def on_carrier(cls, name: str, scale: float, bits: int, signed: bool) -> "LoweredQuantizer":
-        zero_point = 1 << (bits - 1) if signed else 0
+    def on_carrier(
+        cls, name: str, scale: float, bits: int, signed: bool, zero_point: int | None = None
+    ) -> "LoweredQuantizer":
+        """zero_point: of a quantizer with an offset, whose codes lie on the carrier as they are."""
+        if zero_point is None:
+            zero_point = 1 << (bits - 1) if signed else 0
         return cls(name, np.float32(scale), zero_point, bits, 0, (1 << bits) - 1)
 
     def clipped(self, lowest: float, highest: float) -> "LoweredQuantizer":

@@ -11,14 +11,18 @@ inductor fuses by itself; other dtypes, other devices and second derivatives tak
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.quantizers import native
+from qat.quantizers.spec import Grid
 
-_POINTER, _INT64, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-SHAPE = [_INT64, _INT64, _INT64]
+_POINTER: Any = ctypes.c_void_p
+_INT64, _INT, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
+SHAPE: list[Any] = [_INT64, _INT64, _INT64]
+BOUNDS: list[Any] = [_INT, _INT, _FLOAT]
 SOURCE = Path(__file__).with_name("lsq_kernel.cpp")
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -28,8 +32,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 def _kernels() -> ctypes.CDLL | None:
     made = native.library(SOURCE)
     if made is not None:
-        made.lsq_forward.argtypes = [_POINTER] * 3 + SHAPE + [_INT] * 4
-        made.lsq_backward.argtypes = [_POINTER] * 5 + SHAPE + [_INT, _INT, _DOUBLE, _INT, _INT]
+        made.lsq_forward.argtypes = [_POINTER] * 3 + SHAPE + BOUNDS + [_INT, _INT]
+        made.lsq_backward.argtypes = [_POINTER] * 5 + SHAPE + BOUNDS + [_DOUBLE, _INT, _INT]
         made.lsq_forward.restype = made.lsq_backward.restype = None
     return made
 
@@ -46,22 +50,20 @@ def available(x: Tensor, raw_step: Tensor) -> bool:
     )
 
 
-def forward(x: Tensor, raw_step: Tensor, axis: int | None, qmin: int, qmax: int) -> Tensor:
-    """x̂ of x; raw_step float32 () or (channels of `axis`,). The result lies in memory as x does, without x's gaps."""
+def forward(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
+    """x̂ of x; raw_step float32 () or (channels of `grid.axis`,). The result lies in memory as x does, without x's gaps."""
     kernels = _kernels()
     assert kernels is not None
     out = torch.empty_like(x)
     x = _dense(x, out)
     kernels.lsq_forward(
-        x.data_ptr(), raw_step.data_ptr(), out.data_ptr(), *_layout(x, axis), qmin, qmax, DTYPES[x.dtype],
+        x.data_ptr(), raw_step.data_ptr(), out.data_ptr(), *_layout(x, grid.axis), *grid[1:], DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def backward(
-    x: Tensor, upstream: Tensor, raw_step: Tensor, axis: int | None, qmin: int, qmax: int, gradient_scale: float
-) -> tuple[Tensor, Tensor]:
+def backward(x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float) -> tuple[Tensor, Tensor]:
     """(dL/dx, dL/d raw_step) from upstream = dL/dx̂ of x's shape."""
     kernels = _kernels()
     assert kernels is not None
@@ -69,7 +71,7 @@ def backward(
     x, upstream = _dense(x, gradient), _dense(upstream, gradient)
     kernels.lsq_backward(
         x.data_ptr(), upstream.data_ptr(), raw_step.data_ptr(), gradient.data_ptr(), step_gradient.data_ptr(),
-        *_layout(x, axis), qmin, qmax, gradient_scale, DTYPES[x.dtype], torch.get_num_threads(),
+        *_layout(x, grid.axis), *grid[1:], gradient_scale, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return gradient, step_gradient
 

@@ -12,6 +12,7 @@ Clipping is decided on v, not on the rounded code. Steps stay positive by reflec
 the parameter, so that no optimizer can turn a step negative and nothing has to be projected after it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.spec import QuantSpec
+from qat.quantizers.power_of_two import power_of_two
+from qat.quantizers.recompute import Origin, origin_of, remember
+from qat.quantizers.spec import Grid, QuantSpec
 
 SMALLEST_STEP = 1e-10
 
@@ -34,33 +37,51 @@ class FakeQuantizeLSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, raw_step: Tensor, axis: int | None, qmin: int, qmax: int, gradient_scale: float
+        ctx: Any, x: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float, origin: Origin | None = None
     ) -> Tensor:
-        ctx.save_for_backward(x, raw_step)
-        ctx.arguments = axis, qmin, qmax, gradient_scale
-        if fused.available(x, raw_step):
-            return fused.forward(x, raw_step, axis, qmin, qmax)
-        step = along(positive_step(raw_step), x, axis)
-        return (widened(x) / step).clamp_(qmin, qmax).round_().mul_(step).to(x.dtype)
+        """origin: how x was made, if backward shall make it again."""
+        ctx.save_for_backward(*((raw_step,) if origin is not None else (raw_step, x)))
+        ctx.origin, ctx.grid, ctx.gradient_scale = origin, grid, gradient_scale
+        return quantize(x, raw_step, grid)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        (upstream,) = gradients
-        x, raw_step = ctx.saved_tensors
-        if fused.available(x, raw_step) and not torch.is_grad_enabled():
-            return *fused.backward(x, upstream, raw_step, *ctx.arguments), None, None, None, None
-        return *_gradients(x, upstream, raw_step, *ctx.arguments), None, None, None, None
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,), (raw_step, *kept) = upstreams, ctx.saved_tensors
+        x = kept[0] if kept else ctx.origin.compute()
+        fast = fused.available(x, raw_step) and not torch.is_grad_enabled()
+        gradients_of = fused.backward if fast else gradients
+        return *gradients_of(x, upstream, raw_step, ctx.grid, ctx.gradient_scale), None, None, None
 
 
-def _gradients(
-    x: Tensor, upstream: Tensor, raw_step: Tensor, axis: int | None, qmin: int, qmax: int, gradient_scale: float
+def quantize(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
+    """x̂, without a gradient of its own."""
+    if fused.available(x, raw_step):
+        return fused.forward(x, raw_step, grid)
+    step = along(positive_step(raw_step), x, grid.axis)
+    return rounded(x, step, grid).mul_(step).to(x.dtype)
+
+
+def rounded(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    """Codes of x in its own float type, at least float32."""
+    return (capped(widened(x), grid) / step).clamp_(grid.qmin, grid.qmax).round_()
+
+
+def capped(x: Tensor, grid: Grid) -> Tensor:
+    return x if grid.ceiling == math.inf else x.clamp_max(grid.ceiling)
+
+
+def gradients(
+    x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float
 ) -> tuple[Tensor, Tensor]:
-    step = along(positive_step(raw_step), x, axis)
-    v = widened(x) / step
-    inside = (v > qmin) & (v < qmax)
+    """The plain formula of `fused.backward`."""
+    step = along(positive_step(raw_step), x, grid.axis)
+    v = capped(widened(x), grid) / step
+    inside = (v > grid.qmin) & (v < grid.qmax)
     # Outside, the clipped code alone is the derivative; on the upper edge round(v) - v would be 0 instead of Qp.
-    per_element = v.clamp(qmin, qmax).round_().sub_(v.masked_fill_(~inside, 0)).mul_(upstream)
+    per_element = v.clamp(grid.qmin, grid.qmax).round_().sub_(v.masked_fill_(~inside, 0)).mul_(upstream)
     step_gradient = per_element.sum_to_size(step.shape).view(raw_step.shape) * gradient_scale
+    if grid.ceiling != math.inf:
+        inside &= x < grid.ceiling
     return upstream * inside, step_gradient.to(raw_step.dtype) * torch.where(raw_step < 0, -1.0, 1.0)
 
 
@@ -93,6 +114,7 @@ class LSQ(nn.Module):
     """
 
     zero_point = 0
+    ceiling = math.inf  # x above it counts as it: the upper clip of an activation that the quantizer stands in for
 
     def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
         super().__init__()
@@ -108,7 +130,10 @@ class LSQ(nn.Module):
     @property
     def step(self) -> Tensor:
         """Positive steps, float32, shape () or (channels,), detached."""
-        return positive_step(self.raw_step.detach())
+        return positive_step(self._own_step().detach())
+
+    def _own_step(self) -> Tensor:
+        return power_of_two(self.raw_step) if self.spec.power_of_two else self.raw_step
 
     def initialize(self, step: Tensor, signed: bool | None = None) -> None:
         """Set the step (positive, shape of `self.step`), and the sign where the spec left it open."""
@@ -127,18 +152,33 @@ class LSQ(nn.Module):
             self.observer(x.detach())
             return x
         self._require_step()
-        spec = self.spec
-        return FakeQuantizeLSQ.apply(x, self.raw_step, spec.axis, spec.qmin, spec.qmax, self.gradient_scale(x))
+        raw_step, grid, scale = self._own_step(), self.grid, self.gradient_scale(x)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return FakeQuantizeLSQ.apply(x, raw_step, grid, scale)
+        with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
+            out = FakeQuantizeLSQ.apply(x, raw_step, grid, scale, origin_of(x))
+            remember(out, x, raw_step, grid, quantize)
+        return out
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
         self._require_step()
-        v = widened(x.detach()) / along(self.step, x, self.spec.axis)
-        return v.clamp_(self.spec.qmin, self.spec.qmax).round_().to(torch.int32)
+        return rounded(x.detach(), along(self.step, x, self.spec.axis), self.grid).to(torch.int32)
+
+    @property
+    def grid(self) -> Grid:
+        """Raises ValueError while the sign is undecided."""
+        return Grid(self.spec.axis, self.spec.qmin, self.spec.qmax, self.ceiling)
+
+    def clips_as_relu(self) -> bool:
+        """Whether x and max(x, 0) have the same result and gradients here, now."""
+        return self.spec.signed is False and self.initialized and self.observer is None
 
     def gradient_scale(self, x: Tensor) -> float:
         """g = 1 / sqrt(N · Qp). Weights (signed, given an axis or not) count all that share the step; activations
         count features of one sample, so that the batch size does not change the step's learning rate."""
+        if self.spec.gradient_count == "numel":
+            return float((max(x.numel(), 1) * self.spec.qmax) ** -0.5)
         shared = x.numel() // (1 if self.spec.axis is None else x.shape[self.spec.axis])
         count = shared if self.is_weight else shared // x.shape[0]
         return float((max(count, 1) * self.spec.qmax) ** -0.5)

@@ -47,9 +47,12 @@ inline float positive(float raw) {
     return size < SMALLEST_STEP ? SMALLEST_STEP : size;  // NaN stays NaN
 }
 
+// x above `ceiling` counts as `ceiling`, with derivative 0: the upper clip of a ReLU6 that the quantizer stands in for.
 struct Grid {
-    float low, high;
+    float low, high, ceiling;
 };
+
+inline float capped(float x, Grid grid) { return x > grid.ceiling ? grid.ceiling : x; }
 
 inline float code(float v, Grid grid) {
     v = v < grid.low ? grid.low : v;
@@ -59,19 +62,27 @@ inline float code(float v, Grid grid) {
 
 template <class T>
 void quantize_run(const T* x, T* out, int64_t count, float step, Grid grid) {
-    for (int64_t i = 0; i < count; ++i) store(out + i, code(load(x[i]) / step, grid) * step);
+    for (int64_t i = 0; i < count; ++i) store(out + i, code(capped(load(x[i]), grid) / step, grid) * step);
 }
 
-// The clipped code alone where the value is clipped; round(v) - v inside.
-inline float step_derivative(float v, float inside, Grid grid) { return code(v, grid) - (inside != 0 ? v : 0.0f); }
+struct Derivative {
+    float x, step;
+};
+
+// By x: 1 where nothing clips. By the step: round(v) - v inside the grid, else the clipped code alone.
+inline Derivative derivative(float x, float step, Grid grid) {
+    const float v = capped(x, grid) / step;
+    const bool inside = (v > grid.low) & (v < grid.high);
+    return {inside & (x < grid.ceiling) ? 1.0f : 0.0f, code(v, grid) - (inside ? v : 0.0f)};
+}
 
 template <class T>
 void lanes_of(const T* x, const T* upstream, T* gradient, float step, Grid grid, float* lanes) {
     for (int j = 0; j < LANES; ++j) {
-        const float v = load(x[j]) / step, up = load(upstream[j]);
-        const float inside = (v > grid.low) & (v < grid.high) ? 1.0f : 0.0f;
-        store(gradient + j, up * inside);
-        lanes[j] += step_derivative(v, inside, grid) * up;
+        const float up = load(upstream[j]);
+        const Derivative by = derivative(load(x[j]), step, grid);
+        store(gradient + j, up * by.x);
+        lanes[j] += by.step * up;
     }
 }
 
@@ -98,16 +109,16 @@ double differentiate_run(const T* x, const T* upstream, T* gradient, int64_t cou
 // Channels are innermost in memory: a row holds one element of each.
 template <class T>
 void quantize_row(const T* x, T* out, int64_t channels, const float* steps, Grid grid) {
-    for (int64_t c = 0; c < channels; ++c) store(out + c, code(load(x[c]) / steps[c], grid) * steps[c]);
+    for (int64_t c = 0; c < channels; ++c) store(out + c, code(capped(load(x[c]), grid) / steps[c], grid) * steps[c]);
 }
 
 template <class T>
 void differentiate_row(const T* x, const T* upstream, T* gradient, int64_t channels, const float* steps, Grid grid, float* sums) {
     for (int64_t c = 0; c < channels; ++c) {
-        const float v = load(x[c]) / steps[c], up = load(upstream[c]);
-        const float inside = (v > grid.low) & (v < grid.high) ? 1.0f : 0.0f;
-        store(gradient + c, up * inside);
-        sums[c] += step_derivative(v, inside, grid) * up;
+        const float up = load(upstream[c]);
+        const Derivative by = derivative(load(x[c]), steps[c], grid);
+        store(gradient + c, up * by.x);
+        sums[c] += by.step * up;
     }
 }
 
@@ -188,18 +199,18 @@ void differentiate(const T* x, const T* upstream, const float* raw_steps, T* gra
 
 extern "C" {
 
-void lsq_forward(const void* x, const float* raw_steps, void* out, int64_t outer, int64_t channels, int64_t inner, int low, int high, int is_bf16, int threads) {
+void lsq_forward(const void* x, const float* raw_steps, void* out, int64_t outer, int64_t channels, int64_t inner, int low, int high, float ceiling, int is_bf16, int threads) {
     const Cut cut{outer, channels, inner};
-    const Grid grid{static_cast<float>(low), static_cast<float>(high)};
+    const Grid grid{static_cast<float>(low), static_cast<float>(high), ceiling};
     if (is_bf16)
         quantize(static_cast<const bf16*>(x), raw_steps, static_cast<bf16*>(out), cut, grid, threads);
     else
         quantize(static_cast<const float*>(x), raw_steps, static_cast<float*>(out), cut, grid, threads);
 }
 
-void lsq_backward(const void* x, const void* upstream, const float* raw_steps, void* gradient, float* step_gradient, int64_t outer, int64_t channels, int64_t inner, int low, int high, double scale, int is_bf16, int threads) {
+void lsq_backward(const void* x, const void* upstream, const float* raw_steps, void* gradient, float* step_gradient, int64_t outer, int64_t channels, int64_t inner, int low, int high, float ceiling, double scale, int is_bf16, int threads) {
     const Cut cut{outer, channels, inner};
-    const Grid grid{static_cast<float>(low), static_cast<float>(high)};
+    const Grid grid{static_cast<float>(low), static_cast<float>(high), ceiling};
     if (is_bf16)
         differentiate(static_cast<const bf16*>(x), static_cast<const bf16*>(upstream), raw_steps, static_cast<bf16*>(gradient), step_gradient, cut, grid, scale, threads);
     else

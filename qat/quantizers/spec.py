@@ -1,6 +1,19 @@
 """What a quantizer is told: bits, sign and granularity (`specs/algorithms.md` §3.1)."""
 
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+GradientCount = Literal["per_sample", "numel"]
+
+
+class Grid(NamedTuple):
+    """What one quantization computes with: the axis of its steps (None: one step), its smallest and largest code, and a
+    ceiling above which x counts as the ceiling."""
+
+    axis: int | None
+    qmin: int
+    qmax: int
+    ceiling: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -10,11 +23,18 @@ class QuantSpec:
     bits:   2 to 8.
     signed: True for [-2^(b-1), 2^(b-1)-1], False for [0, 2^b-1], None while calibration data has yet to decide.
     axis:   None for one step per tensor, or the axis whose slices each have their own step.
+    offset: LSQ+, codes around a learned zero point (activations).
+    power_of_two: steps are powers of two.
+    gradient_count: N of the step's gradient scale, what shares the step in one sample, or the whole tensor (as many
+            published codes count).
     """
 
     bits: int
     signed: bool | None = None
     axis: int | None = None
+    offset: bool = False
+    power_of_two: bool = False
+    gradient_count: GradientCount = "per_sample"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -40,4 +60,5 @@ class QuantSpec:
 
     def __str__(self) -> str:
         sign = {True: "s", False: "u", None: ""}[self.signed]
-        return f"{sign}{self.bits}" + ("" if self.axis is None else f"/axis{self.axis}")
+        marks = "+" * self.offset + "^" * self.power_of_two
+        return f"{sign}{self.bits}{marks}" + ("" if self.axis is None else f"/axis{self.axis}")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers.lsq import LSQ, Init, starting_step
+from qat.quantizers.lsq_plus import LSQPlus, least_squares_range
 from qat.quantizers.spec import QuantSpec
-from qat.surgery.layers import QuantConv2d, QuantLinear
-from qat.surgery.swap import quantizers
+from qat.surgery.swap import quantized_weights, quantizers
 
 SAMPLES_PER_BATCH = 16_384
 
@@ -76,10 +76,8 @@ def paused(model: nn.Module) -> bool:
 @torch.no_grad()
 def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> list[CalibrationRow]:
     """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""
-    for layer in model.modules():
-        if isinstance(layer, (QuantConv2d, QuantLinear)):
-            quantizer = layer.weight_quantizer
-            quantizer.initialize(starting_step(layer.weight.detach(), quantizer.spec, init))
+    for weight, quantizer in quantized_weights(model):
+        quantizer.initialize(starting_step(weight.detach(), quantizer.spec, init))
     return calibrate(model, batches, init)
 
 
@@ -101,12 +99,14 @@ def _initialize(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) ->
     if not samples:
         raise RuntimeError(f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?")
     values = torch.cat(samples)
-    # An activation that is zero so far (behind a norm whose gamma starts at 0) may take either sign; as an unsigned one its
-    # zeros would count as clipped, no gradient would pass, and the branch would never come to life.
-    signed = bool(values.min() < 0) or not bool(values.any())
-    spec = quantizer.spec.with_sign(signed)
-    step = starting_step(values, spec, init)
-    quantizer.initialize(step, signed)
-    v = values / step
-    clipped = ((v < spec.qmin - 0.5) | (v > spec.qmax + 0.5)).float().mean()
-    return CalibrationRow(name, spec, float(step), float(clipped))
+    if isinstance(quantizer, LSQPlus):
+        step, offset = least_squares_range(values, quantizer.spec)
+        quantizer.initialize(step, offset=offset)
+    else:
+        # An activation that is zero so far (behind a norm whose gamma starts at 0) may take either sign; as an unsigned one
+        # its zeros would count as clipped, no gradient would pass, and the branch would never come to life.
+        signed = bool(values.min() < 0) or not bool(values.any())
+        quantizer.initialize(starting_step(values, quantizer.spec.with_sign(signed), init), signed)
+    v, grid = values / quantizer.step, quantizer.grid
+    clipped = ((v < grid.qmin - 0.5) | (v > grid.qmax + 0.5)).float().mean()
+    return CalibrationRow(name, quantizer.spec, float(quantizer.step), float(clipped))

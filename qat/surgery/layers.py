@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.quantizers.lsq import LSQ, Init, LSQWeight
+from qat.quantizers.lsq_plus import LSQPlus
+from qat.quantizers.recompute import recomputed
 from qat.quantizers.spec import QuantSpec
 
 
@@ -37,7 +39,7 @@ class QuantConv2d(nn.Conv2d):
     `same_padding` pads at run time as TensorFlow (and timm's Conv2dSame) does, after the input quantizer: zero is a code.
     """
 
-    weight_quantizer: LSQ
+    weight_quantizer: LSQ | None
     input_quantizer: LSQ | None
     same_padding: bool
 
@@ -59,13 +61,15 @@ class QuantConv2d(nn.Conv2d):
             x = self.input_quantizer(x)
         if self.same_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        with recomputed(x, weight):
+            return self._conv_forward(x, weight, self.bias)
 
 
 class QuantLinear(nn.Linear):
     """Linear on fake-quantized input and weight; (..., in_features) float in, (..., out_features) float out."""
 
-    weight_quantizer: LSQ
+    weight_quantizer: LSQ | None
     input_quantizer: LSQ | None
 
     @classmethod
@@ -79,18 +83,24 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        with recomputed(x, weight):
+            return F.linear(x, weight, self.bias)
 
 
 def _share_state(cls: Any, layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> Any:
     quantized = cls.__new__(cls)
     quantized.__dict__.update(layer.__dict__)
     quantized._modules = dict(layer._modules)
-    if spec.weight is None:
-        raise ValueError(f"layer {name!r}: a quantized layer needs a weight spec")
-    quantized.weight_quantizer = LSQWeight(spec.weight, layer.weight, f"{name}.weight", init)  # type: ignore[arg-type]
-    quantized.input_quantizer = None if spec.input is None else LSQ(spec.input, name=f"{name}.input")
+    quantized.weight_quantizer = None
+    if spec.weight is not None:
+        quantized.weight_quantizer = LSQWeight(spec.weight, layer.weight, f"{name}.weight", init)  # type: ignore[arg-type]
+    quantized.input_quantizer = None if spec.input is None else activation_quantizer(spec.input, f"{name}.input")
     return quantized
+
+
+def activation_quantizer(spec: QuantSpec, name: str) -> LSQ:
+    return LSQPlus(spec, name) if spec.offset else LSQ(spec, name=name)
 
 
 def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,7 @@ norm and clip activation behind it) whose result is read by anything but one lay
 8-bit quantizer on that result; and so does every floating-point result that joins such an operation.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qat.surgery.trace import Call, Trace
@@ -28,10 +29,12 @@ UNSUPPORTED_MULTIPLIES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """sites: addresses whose output is quantized to 8 bits. on_grid: layers whose input comes from such a site."""
+    """sites: addresses whose output is quantized to 8 bits. on_grid: layers whose input comes from such a site.
+    relus: (address, convolution, upper clip) of each ReLU whose result that convolution alone reads."""
 
     sites: tuple[str, ...]
     on_grid: frozenset[str]
+    relus: tuple[tuple[str, str, float], ...] = ()
 
 
 def plan_sites(trace: Trace) -> Plan:
@@ -59,7 +62,7 @@ def plan_sites(trace: Trace) -> Plan:
         for call in trace.calls
         if call.kind in MULTIPLIES and (origin := flow.origin(call.inputs[0])) is not None and origin.address in sites
     }
-    return Plan(tuple(sites), frozenset(on_grid))
+    return Plan(tuple(sites), frozenset(on_grid), tuple(flow.relus_of_one_conv(trace)))
 
 
 def is_join(call: Call) -> bool:
@@ -107,6 +110,15 @@ class _Flow:
     def read_by_one_layer(self, value: int) -> bool:
         readers = self.final_readers(value)
         return len(readers) == 1 and readers[0] is not None and readers[0].kind in MULTIPLIES
+
+    def relus_of_one_conv(self, trace: Trace) -> Iterator[tuple[str, str, float]]:
+        for call in trace.calls:
+            value = call.outputs[0]
+            conv = self.readers[value][0] if len(self.readers[value]) == 1 else None
+            if call.ceiling is None or value in self.outputs or conv is None or conv.kind != "conv2d":
+                continue
+            if conv.inputs[0] == value:
+                yield call.address, conv.path, call.ceiling
 
     def is_model_output(self, value: int) -> bool:
         return self.final_readers(value) in ([None], [])

@@ -4,13 +4,14 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
-from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear
+from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear, activation_quantizer
 from qat.surgery.plan import JOINS, MULTIPLIES, Plan, is_join, plan_sites
 from qat.surgery.sites import run_with_sites
 from qat.surgery.trace import Call, Trace, trace_calls
@@ -114,16 +115,32 @@ def quantize_(
     for name, layer in quantized.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
-    sites = {} if stream is None else {address: LSQ(stream, name=address) for address in plan.sites}
+    sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites}
     joins = frozenset(call.address for call in trace.calls if call.kind in JOINS or is_join(call))
-    run_with_sites(model, sites, joins, frozenset(quantized))
+    run_with_sites(model, sites, joins, frozenset(quantized), _relus_taken_over(plan, quantized))
     _move_like(model)
     return QuantizationTable(tuple(_rows(specs, layers, quantized, trace)), plan.sites)
+
+
+def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, LSQ]:
+    """Address of each ReLU -> the input quantizer behind it, which from here on has the ReLU's upper clip."""
+    relus: dict[str, LSQ] = {}
+    for address, path, ceiling in plan.relus:
+        quantizer = getattr(quantized.get(path), "input_quantizer", None)
+        if quantizer is not None and address not in plan.sites:
+            quantizer.ceiling, relus[address] = ceiling, quantizer
+    return relus
 
 
 def quantizers(model: nn.Module) -> dict[str, LSQ]:
     """Every quantizer of the model by its name: `<layer>.weight`, `<layer>.input`, or a site's address."""
     return {m.name: m for m in model.modules() if isinstance(m, LSQ)}
+
+
+def quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, LSQ]]:
+    """Latent weight and weight quantizer of every layer that has one, in the model's order."""
+    layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
+    return [(cast(nn.Parameter, m.weight), m.weight_quantizer) for m in layers if m.weight_quantizer is not None]
 
 
 def parameter_groups(
@@ -135,16 +152,16 @@ def parameter_groups(
     parameter by about its learning rate, and the steps of one model lie between 0.001 and 1: with one rate for all, the
     large ones stand still or the small ones are thrown about.
     """
-    steps = [p for q in quantizers(model).values() for p in q.parameters()]
-    known = {id(p) for p in steps}
+    known = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, object]] = [
         {"params": [p for p in named if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
     ]
     by_size: dict[float, list[nn.Parameter]] = {}
-    for step in steps:
-        by_size.setdefault(_power_of_two(step) if relative_steps else 1.0, []).append(step)
+    for quantizer in quantizers(model).values():
+        size = _power_of_two(quantizer.raw_step) if relative_steps else 1.0
+        by_size.setdefault(size, []).extend(quantizer.parameters())
     groups += [{"params": by_size[size], "weight_decay": 0.0, "lr": step_lr * size} for size in sorted(by_size)]
     return [group for group in groups if group["params"]]
 

@@ -5,6 +5,7 @@ itself in a forward pass. timm's residual adds, concatenations and pools are fun
 under a `TorchFunctionMode`; forward hooks tell the mode which module is at work. The model's code is not rewritten.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Call:
     outputs: tuple[int, ...]
     parameters: tuple[str, ...] = ()
     pools_space: bool = False
+    ceiling: float | None = None  # of a ReLU, its upper clip (inf where it has none); None for anything else
     output_shape: tuple[int, ...] = ()
 
 
@@ -146,10 +148,22 @@ class _Recorder(TorchFunctionMode):
             call = Call(
                 address, self.location.path, kind, inputs,
                 tuple(self.number(t) for t in produced), parameters,
-                _pools_space(kind, args, produced[0]), tuple(produced[0].shape),
+                _pools_space(kind, args, produced[0]), _ceiling(func, args, kwargs or {}), tuple(produced[0].shape),
             )  # fmt: skip
             self.trace.calls.append(call)
         return out
+
+
+def _ceiling(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    match getattr(function, "__name__", "").strip("_"):
+        case "relu":
+            return math.inf
+        case "relu6":
+            return 6.0
+        case "hardtanh":
+            low, high = (*args[1:3], kwargs.get("min_val", -1.0), kwargs.get("max_val", 1.0))[:2]
+            return float(high) if low == 0 and len(args) != 2 else None
+    return None
 
 
 def _pools_space(kind: str, args: tuple[Any, ...], out: Tensor) -> bool:

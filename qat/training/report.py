@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qat import __version__
-from qat.surgery.layers import QuantConv2d, QuantLinear
+from qat.quantizers.lsq import LSQ
+from qat.surgery.swap import quantized_weights
 from qat.training import figures, scale_figures
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.inspection import conflicted, threshold_text
@@ -155,15 +156,14 @@ def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
 
 
 def _histograms(model: nn.Module) -> list[str]:
-    layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
-    picked = [layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, HISTOGRAMS).astype(int))] if layers else []
-    return [_histogram(layer) for layer in picked]
+    found = quantized_weights(model)
+    picked = set(np.linspace(0, len(found) - 1, HISTOGRAMS).astype(int)) if found else set()
+    return [_histogram(*found[i]) for i in sorted(picked)]
 
 
-def _histogram(layer: QuantConv2d | QuantLinear) -> str:
-    quantizer = layer.weight_quantizer
-    step = quantizer.step.view(-1, *[1] * (layer.weight.dim() - 1)) if quantizer.step.dim() else quantizer.step
-    scaled: NDArray[np.float32] = (layer.weight.detach() / step).flatten().to(torch.float32).numpy()
+def _histogram(weight: nn.Parameter, quantizer: LSQ) -> str:
+    step = quantizer.step.view(-1, *[1] * (weight.dim() - 1)) if quantizer.step.dim() else quantizer.step
+    scaled: NDArray[np.float32] = (weight.detach() / step).flatten().to(torch.float32).numpy()
     title = f"{quantizer.name} ({quantizer.spec.bits} bits)"
     return figures.weight_histogram(title, scaled, quantizer.spec.qmin, quantizer.spec.qmax)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
 from qat.quantizers.lsq import LSQ
 from qat.surgery.backbones import clip_gradients, first_and_last
 from qat.surgery.calibrate import paused
-from qat.surgery.layers import QuantConv2d, QuantLinear
-from qat.surgery.swap import quantizers
+from qat.surgery.swap import quantized_weights, quantizers
 from qat.training.recipe import GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
 
 FLATNESS: dict[str, Callable[..., Gradients]] = {"sagm": sagm, "sam": sam, "asam": asam, "gsam": gsam}
@@ -82,11 +81,8 @@ class TrainingStep:
             if teacher is not None:
                 self.distillation = Distillation(teacher.to(self.device), recipe.distill_weight)
             if recipe.oscillation or recipe.freeze_oscillating is not None:
-                layers = quantized_layers(own)
-                self.oscillation = Oscillation(
-                    [cast(Parameter, x.weight) for x in layers], [x.weight_quantizer for x in layers],
-                    freeze_above=recipe.freeze_oscillating,
-                )  # fmt: skip
+                weights, grids = zip(*quantized_weights(own), strict=True)
+                self.oscillation = Oscillation(weights, grids, freeze_above=recipe.freeze_oscillating)
 
     def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
         images, seen_logits = images.contiguous(memory_format=self.memory_format), list[Tensor]()
@@ -123,9 +119,7 @@ class TrainingStep:
                 if self.distillation is not None:
                     loss = self.distillation(images, logits, loss)
                 if self.damping and not paused(self.own):
-                    layers = quantized_layers(self.own)
-                    pulls = damping([x.weight for x in layers], [x.weight_quantizer for x in layers])
-                    loss = loss + self.damping * pulls
+                    loss = loss + self.damping * damping(*zip(*quantized_weights(self.own), strict=True))
             self.precision.backward(loss)
             seen.append(logits.detach())
             return loss.detach()
@@ -168,9 +162,7 @@ def objective_of(recipe: Recipe, model: nn.Module, parameters: list[Parameter]) 
     if not isinstance(recipe, SagmRecipe):
         return erm
     kinds = parameter_kinds(model)
-    behind = (
-        tuple((x.weight_quantizer, x.weight) for x in quantized_layers(model)) if recipe.perturb == "quantized" else ()
-    )
+    behind = [(q, w) for w, q in quantized_weights(model)] if recipe.perturb == "quantized" else []
     where = Perturbation([kinds[id(p)] in recipe.perturb_kinds for p in parameters], behind)
     options = {"alpha": recipe.alpha} if recipe.flatness in WITH_ALPHA else {}
     return partial(FLATNESS[recipe.flatness], rho=recipe.rho, where=where, **options)
@@ -214,10 +206,6 @@ def parameter_kinds(model: nn.Module) -> dict[int, str]:
 
 def is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm))
-
-
-def quantized_layers(model: nn.Module) -> list[QuantConv2d | QuantLinear]:
-    return [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
 
 
 def sum_of_magnitudes(parameters: list[Parameter]) -> Tensor:

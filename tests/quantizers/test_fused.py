@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.quantizers import fused, lsq, native
 from qat.quantizers.lsq import LSQ, FakeQuantizeLSQ
-from qat.quantizers.spec import QuantSpec
+from qat.quantizers.spec import Grid, QuantSpec
 from tests.quantizers.test_lsq import difficult
 
 pytestmark = pytest.mark.skipif(fused._kernels() is None, reason="no C++ compiler here")
@@ -68,7 +68,7 @@ def both_ways(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x̂, dL/dx, dL/d raw step)"""
     x, raw_step = x.detach().requires_grad_(), raw_step.clone().requires_grad_()
-    out = FakeQuantizeLSQ.apply(x, raw_step, axis, *grid, 0.37)
+    out = FakeQuantizeLSQ.apply(x, raw_step, Grid(axis, *grid), 0.37)
     return out.detach(), *torch.autograd.grad(out, (x, raw_step), upstream)
 
 
@@ -140,7 +140,7 @@ def test_the_smallest_step(raw: float, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equal_terms_do_not_drift() -> None:
     x, upstream = torch.full((1, 1 << 16), 99.0), torch.full((1, 1 << 16), 0.11)
     for axis in (None, 0):
-        sum_of_terms = fused.backward(x, upstream, steps_for(x.shape, axis, 0.1).abs(), axis, 0, 15, 1.0)[1]
+        sum_of_terms = fused.backward(x, upstream, steps_for(x.shape, axis, 0.1).abs(), Grid(axis, 0, 15), 1.0)[1]
         expected = float(np.float32(0.11) * np.float32(15)) * (1 << 16)
         # 32 equal terms of a lane lose at most 5 halves of an ulp (their sums double 5 times) plus a little; drift loses 100s
         assert float(sum_of_terms) == pytest.approx(expected, rel=16 * 2**-24)
@@ -149,7 +149,7 @@ def test_equal_terms_do_not_drift() -> None:
 @pytest.mark.parametrize(("step", "rounded"), [(257 / 256, 1.0), (259 / 256, 1.015625)])
 def test_bfloat16_results_round_ties_to_even(step: float, rounded: float) -> None:
     x = torch.ones(1, 3, dtype=torch.bfloat16)  # code 1 times step lies halfway between two bfloat16 numbers
-    assert fused.forward(x, torch.tensor(step), None, -8, 7).tolist() == [[rounded] * 3]
+    assert fused.forward(x, torch.tensor(step), Grid(None, -8, 7)).tolist() == [[rounded] * 3]
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -200,9 +200,9 @@ def test_other_dtypes_and_second_derivatives_take_the_plain_formula() -> None:
     for dtype in (torch.float64, torch.float16):
         x = torch.randn(2, 9, dtype=dtype)
         assert not fused.available(x, torch.tensor(0.1))
-        assert FakeQuantizeLSQ.apply(x, torch.tensor(0.1), None, -8, 7, 1.0).dtype == dtype
+        assert FakeQuantizeLSQ.apply(x, torch.tensor(0.1), Grid(None, -8, 7), 1.0).dtype == dtype
     x = torch.randn(2, 9, requires_grad=True)
-    out = FakeQuantizeLSQ.apply(x, torch.tensor(0.5), None, -8, 7, 1.0)
+    out = FakeQuantizeLSQ.apply(x, torch.tensor(0.5), Grid(None, -8, 7), 1.0)
     (gradient,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), x)
     assert torch.equal(second, 2.0 * ((x / 0.5 > -8) & (x / 0.5 < 7)))

@@ -1,0 +1,102 @@
+"""Fake-quantized tensors that backward computes again instead of keeping.
+
+A convolution keeps its input for backward. In full precision that is the ReLU's result, which the ReLU keeps too; a
+quantizer in between makes it a second tensor, and memory grows by the size of every activation. So x̂ remembers how it
+was made from what is kept anyway (its `Origin`), and under `recomputed(x̂, …)` autograd keeps that instead. x̂ comes back
+bit for bit.
+
+PyTorch's own check that nothing was written over between forward and backward does not reach through such a detour, so
+the check is made here.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.quantizers.spec import Grid
+
+Quantize = Callable[[Tensor, Tensor, Grid], Tensor]
+
+
+class Kept:
+    """A tensor as it is now; `get` raises RuntimeError once it has been written to."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def get(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was modified by an in-place operation "
+                "after a quantizer had read it"
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class Origin:
+    """x̂ as `root` quantized once or several times in turn."""
+
+    root: Kept
+    steps: tuple[tuple[Kept, Grid], ...]
+    quantize: Quantize
+
+    @torch.no_grad()
+    def compute(self) -> Tensor:
+        x = self.root.get()
+        for raw_step, grid in self.steps:
+            x = self.quantize(x, raw_step.get(), grid)
+        return x
+
+
+def origin_of(x: Tensor) -> Origin | None:
+    """How x was made, if a quantizer made it and nothing has written to it since."""
+    made = getattr(x, "_origin", None)
+    return None if made is None or made[1] != x._version else made[0]
+
+
+def remember(out: Tensor, x: Tensor, raw_step: Tensor, grid: Grid, quantize: Quantize) -> None:
+    """Note on `out` that it is x quantized."""
+    before = origin_of(x)
+    steps = ((Kept(raw_step), grid),)
+    origin = Origin(Kept(x), steps, quantize) if before is None else Origin(before.root, before.steps + steps, quantize)
+    out._origin = origin, out._version  # type: ignore[attr-defined]
+
+
+def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
+    """While it is open, autograd keeps the origins of those `operands` that have one, whatever view of them it saves."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()  # inductor decides by itself what to compute again
+    found = {x.data_ptr(): (x.numel(), origin) for x in operands if (origin := origin_of(x)) is not None}
+    if not found:
+        return nullcontext()
+
+    def pack(saved: Tensor) -> Callable[[], Tensor]:
+        numel, origin = found.get(saved.data_ptr(), (-1, None))
+        if origin is None or saved.numel() != numel:
+            return Kept(saved).get
+        return _View(origin, tuple(saved.shape), saved.stride()).get
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+def _unpack(packed: Callable[[], Tensor]) -> Tensor:
+    return packed()
+
+
+@dataclass(frozen=True)
+class _View:
+    """All elements of x̂ in some order of axes and some shape, as autograd saved them."""
+
+    origin: Origin
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def get(self) -> Tensor:
+        return self.origin.compute().as_strided(self.shape, self.strides)

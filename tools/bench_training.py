@@ -1,0 +1,174 @@
+"""Step time and peak memory of 4-bit training: full precision, ours, brevitas, and torch's learnable fake-quantize op.
+
+    python tools/bench_training.py                                 # resnet18, mobilenetv2_100, vit_tiny; eager
+    python tools/bench_training.py --modes eager compiled --backbones resnet18 --image-size 96 --batch 8 --clock cpu
+
+All contestants of a backbone live in one process and take their steps in a random order, round by round; a ratio is the
+median over rounds of a step's time over full precision's of the same round and mode. Peak memory is what a step allocates
+at most above what it found, plus parameters and their gradients; from PyTorch's own allocation events.
+"""
+
+import argparse
+import copy
+import json
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.surgery.backbones import create_backbone, first_and_last
+from qat.surgery.calibrate import calibrate
+from qat.surgery.swap import WEIGHTED, quantize_, uniform_rules
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def ours(model: nn.Module, images: Tensor, bits: int) -> nn.Module:
+    quantize_(model, uniform_rules(bits, bits, first_and_last(model)), images)
+    calibrate(model, [images])
+    return model
+
+
+def of_brevitas(model: nn.Module, images: Tensor, bits: int) -> nn.Module:
+    """Brevitas layers with its own learned per-tensor scales in every conv and linear's place."""
+    from qat.surgery.brevitas_bridge import brevitas_layer
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED)]:
+        _put(model, name, brevitas_layer(layer, bits))
+    with torch.no_grad():
+        model.train()(images)  # its scales are collected from the first batches
+    return model
+
+
+class _TorchFakeQuantized(nn.Module):
+    """A layer on inputs and weights through torch's `_fake_quantize_learnable_per_tensor_affine`."""
+
+    def __init__(self, layer: nn.Module, bits: int) -> None:
+        super().__init__()
+        self.layer, top = layer, (1 << (bits - 1)) - 1
+        self.weight_range, self.input_range = (-top - 1, top), (0, (1 << bits) - 1)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        self.weight_step = nn.Parameter(2 * weight.detach().abs().mean().reshape(1) / top**0.5)
+        self.input_step = nn.Parameter(torch.full((1,), 0.2))
+        self.weight_zero, self.input_zero = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantize = torch._fake_quantize_learnable_per_tensor_affine
+        x = quantize(x, self.input_step, self.input_zero, *self.input_range, 1e-3)
+        weight = quantize(self.layer.weight, self.weight_step, self.weight_zero, *self.weight_range, 1e-3)
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.layer.bias)
+        return self.layer._conv_forward(x, weight, self.layer.bias)  # type: ignore[operator]
+
+
+def of_torch(model: nn.Module, images: Tensor, bits: int) -> nn.Module:
+    edges = first_and_last(model)
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED)]:
+        _put(model, name, _TorchFakeQuantized(layer, 8 if name in edges else bits))
+    return model
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, int], nn.Module]] = {
+    "fp": lambda model, images, bits: model,
+    "ours": ours,
+    "brevitas": of_brevitas,
+    "torch": of_torch,
+}
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+class Contestant:
+    """One model and its training step: forward, cross entropy, backward."""
+
+    def __init__(self, model: nn.Module, mode: str, images: Tensor, labels: Tensor) -> None:
+        self.model = model.train().to(memory_format=torch.channels_last)
+        self.run = torch.compile(self.model) if mode == "compiled" else self.model
+        self.images, self.labels = images, labels
+        self.step()
+
+    def step(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        F.cross_entropy(self.run(self.images), self.labels).backward()
+
+    def peak_mb(self) -> float:
+        """Megabytes: parameters, buffers, and the most that a step has allocated at any time, gradients among them."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        held = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            self.step()
+        current = peak = 0
+        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            current += event.nbytes()
+            peak = max(peak, current)
+        return (held + peak) / 1e6
+
+
+def bench(options: argparse.Namespace, backbone: str, mode: str) -> list[dict[str, object]]:
+    """A row for every contestant: median milliseconds of a step, ratio to full precision, peak memory and its ratio."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": options.image_size} if "vit" in backbone else {}
+    float_model, _ = create_backbone(backbone, 10, **kwargs)
+    images = torch.randn(options.batch, 3, options.image_size, options.image_size)
+    images, labels = images.contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (options.batch,))
+    contestants = {
+        name: Contestant(CONTESTANTS[name](copy.deepcopy(float_model), images, options.bits), mode, images, labels)
+        for name in dict.fromkeys(["fp", *options.contestants])
+    }
+    clock, times = CLOCKS[options.clock], {name: list[float]() for name in contestants}
+    for _ in range(options.rounds):
+        for name in random.sample(list(contestants), len(contestants)):
+            began = clock()
+            contestants[name].step()
+            times[name].append(clock() - began)
+    memory = {name: contestant.peak_mb() for name, contestant in contestants.items()}
+    return [
+        {
+            "backbone": backbone, "mode": mode, "contestant": name, "ms": round(1e3 * statistics.median(taken), 1),
+            "time_ratio": round(statistics.median(a / b for a, b in zip(taken, times["fp"], strict=True)), 2),
+            "peak_mb": round(memory[name], 1), "memory_ratio": round(memory[name] / memory["fp"], 2),
+        }
+        for name, taken in times.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", default=["resnet18", "mobilenetv2_100", "vit_tiny_patch16_224"])
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager"])
+    parser.add_argument("--contestants", nargs="+", choices=tuple(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument("--bits", type=int, default=4, help="bits of weights and activations")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="interleaved rounds; the first compiles and is not timed"
+    )
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time, on a busy machine")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    rows = [row for mode in options.modes for backbone in options.backbones for row in bench(options, backbone, mode)]
+    print("| backbone | mode | contestant | ms | time / FP | peak MB | memory / FP |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
