@@ -89,22 +89,12 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
     data_root: where the images are now, if no longer where the run found them.
     """
     from export import session
-    from qat.domains.folders import read_domains
-    from qat.domains.splits import leave_one_domain_out
-    from qat.domains.synthetic import synthetic_domains
+    from qat.training.data import split_of
     from qat.training.evaluate import accuracy
     from qat.training.loaders import eval_batches
 
     folder, recipe, built = load_run(run)
-    root = data_root or recipe.data_root
-    domains = (
-        read_domains(root, check_images=False)
-        if root is not None
-        else synthetic_domains(per_class=recipe.per_class, image_size=recipe.image_size, seed=recipe.seed)
-    )
-    split = leave_one_domain_out(
-        domains, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
-    )
+    split = split_of(recipe, data_root)
     loaded = session.load(model)
 
     def predict(images: torch.Tensor) -> torch.Tensor:

@@ -125,13 +125,19 @@ def quantizers(model: nn.Module) -> dict[str, LSQ]:
     return {m.name: m for m in model.modules() if isinstance(m, LSQ)}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, step_lr: float) -> list[dict[str, object]]:
-    """Optimizer groups: weights with decay; biases and norms without; steps without, at their own learning rate."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, step_lr: float, decay_norms: bool = False
+) -> list[dict[str, object]]:
+    """Optimizer groups: weights with decay; biases and norms without, unless `decay_norms`; steps without, at their own
+    learning rate."""
     steps = {id(q.raw_step) for q in quantizers(model).values()}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": [p for _, p in named if id(p) not in steps and p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if id(p) not in steps and p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for _, p in named if id(p) not in steps and p.dim() <= 1],
+            "weight_decay": weight_decay if decay_norms else 0.0,
+        },
         {"params": [p for _, p in named if id(p) in steps], "weight_decay": 0.0, "lr": step_lr},
     ]
     return [group for group in groups if group["params"]]

@@ -25,6 +25,8 @@ class Recipe:
 
     data_root: Path | None = None
     """Folder of domains, <root>/<domain>/<class>/*.jpg; without it the built-in synthetic domains are rendered."""
+    data: Literal["domains", "cifar10"] = "domains"
+    """What --data-root holds: domains of which one is left out, or CIFAR-10 with its own test set."""
     test_domain: str = "sketch"
     """The domain that training never sees."""
     backbone: str = "mobilenetv2_100"
@@ -41,17 +43,26 @@ class Recipe:
     """Side of the square input, pixels."""
     steps: int = 5001
     """Optimizer steps."""
+    epochs: int | None = None
+    """Passes over the training images, instead of --steps; every image once a pass, held-out images measured after each. 0:
+    measure the starting weights."""
     batch_size: int = 32
     """Images of each source domain in a step."""
+    augmentation: Literal["domainbed", "crop-flip"] = "domainbed"
+    """Training augmentation: DomainBed's, or CIFAR's random crop and flip."""
     optimizer: str = "adam"
     """Any optimizer of timm's factory."""
     lr: float = 1e-3
     """Learning rate at the start."""
     weight_decay: float = 0.0
     """Weight decay of weights; biases, norms and quantizer steps have none."""
+    decay_norms: bool = False
+    """Weight decay of biases and norms too, as most CIFAR recipes have it; quantizer steps still have none."""
     schedule: Literal["cosine", "linear", "constant", "refined"] = "cosine"
     """Learning-rate schedule over the run (DomainBed itself: constant). "linear" is worst-case optimal for the last step;
     "refined" follows the gradient norms of --refine-from (arXiv 2310.07831)."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from near 0 before the schedule begins; epochs when --epochs is given."""
     refine_from: Path | None = None
     """Run folder whose recorded gradient norms shape the refined schedule."""
     clip: float | None = None
@@ -68,6 +79,9 @@ class Recipe:
     """Decay of --averaging ema, per step."""
     evaluate_every: int = 100
     """Steps between evaluations on the source domains' held-out images, which select the checkpoint."""
+    select: Literal["validation", "last"] = "validation"
+    """The checkpoint: the best on held-out images, or the last step. (Starting weights that have seen the held-out images
+    make their accuracy worthless for choosing.)"""
     holdout: float = 0.2
     """Share of each domain that is held out (DomainBed: 0.2)."""
     trial_seed: int = 0
@@ -225,10 +239,16 @@ class RecipeError(ValueError):
 
 def check(recipe: Recipe) -> None:
     """Raise RecipeError naming the flag of the first impossible value."""
-    positive = ("image_size", "steps", "batch_size", "evaluate_every", "lr", "per_class")
+    positive = ("image_size", "batch_size", "evaluate_every", "lr", "per_class")
+    positive += ("steps",) if recipe.epochs is None else ()
     for name in positive:
         if getattr(recipe, name) <= 0:
             raise RecipeError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
+    for name in ("epochs", "warmup"):
+        if (getattr(recipe, name) or 0) < 0:
+            raise RecipeError(f"--{name} must not be negative, got {getattr(recipe, name)}")
+    if recipe.epochs is not None and recipe.data == "domains":
+        raise RecipeError("--epochs: domains are drawn from without end, in equal shares; give --steps")
     if not 0 < recipe.holdout < 1:
         raise RecipeError(f"--holdout must lie between 0 and 1, got {recipe.holdout}")
     if (recipe.schedule == "refined") != (recipe.refine_from is not None):

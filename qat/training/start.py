@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qat.domains.splits import LeaveOneDomainOut
+from qat.domains.splits import Split
 from qat.surgery.calibrate import CalibrationRow, calibrate
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.loaders import some_images
@@ -18,7 +18,7 @@ SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "t
 SMOOTH = 50  # steps of the median filter over recorded gradient norms
 
 
-def start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] | None:
+def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
     """State dict of the full-precision run named by --init-from, checked to be of the same model and split."""
     if not isinstance(recipe, LsqRecipe) or recipe.init_from is None:
         return None
@@ -40,7 +40,7 @@ def start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] |
     return state["model"]
 
 
-def teacher_of(recipe: Recipe, split: LeaveOneDomainOut) -> nn.Module | None:
+def teacher_of(recipe: Recipe, split: Split) -> nn.Module | None:
     """The model of the run named by --teacher. Raises RecipeError when it cannot teach this one."""
     if not isinstance(recipe, LsqRecipe) or recipe.teacher is None:
         return None
@@ -55,23 +55,28 @@ def teacher_of(recipe: Recipe, split: LeaveOneDomainOut) -> nn.Module | None:
     return built.model
 
 
-def calibrated(recipe: LsqRecipe, built: Built, split: LeaveOneDomainOut) -> list[CalibrationRow]:
+def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[CalibrationRow]:
     """Set the activation quantizers from the first training batches."""
     return calibrate(built.model, some_images(split, recipe, built, recipe.calibration_batches), recipe.init)
 
 
 def schedule_of(recipe: Recipe) -> Callable[[int], float]:
-    """Learning-rate factor by step."""
+    """Learning-rate factor by step: a linear rise over the warm-up, then the schedule over the rest."""
+    after = _after_warmup(recipe, max(recipe.steps - recipe.warmup, 1))
+    return lambda step: (step + 1) / recipe.warmup if step < recipe.warmup else after(step - recipe.warmup)
+
+
+def _after_warmup(recipe: Recipe, steps: int) -> Callable[[int], float]:
     match recipe.schedule:
         case "cosine":
-            return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / recipe.steps, 1)))
+            return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
         case "linear":
-            return lambda step: max(1 - step / recipe.steps, 0.0)
+            return lambda step: max(1 - step / steps, 0.0)
         case "constant":
             return lambda step: 1.0
         case "refined":
             assert recipe.refine_from is not None
-            factors = refined(_gradient_norms(recipe), recipe.steps)
+            factors = refined(_gradient_norms(recipe), steps)
             return lambda step: float(factors[min(step, len(factors) - 1)])
 
 
