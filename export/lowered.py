@@ -50,7 +50,11 @@ class LoweredLayer:
 
 @dataclass(frozen=True)
 class LoweredQuantizer:
-    """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high."""
+    """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high.
+
+    thresholds:  one bit only, one number or one per channel: carrier 2 where the value reaches it, else 0.
+    write_scale: one bit only, behind a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
+    """
 
     name: str
     scale: np.float32
@@ -58,6 +62,16 @@ class LoweredQuantizer:
     bits: int
     low: int
     high: int
+    thresholds: tuple[float, ...] = ()
+    write_scale: np.float32 | None = None
+
+    @property
+    def is_binary(self) -> bool:
+        return self.bits == 1
+
+    @classmethod
+    def binary(cls, name: str, scale: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
+        return cls(name, np.float32(scale), 1, 1, 0, 2, thresholds)
 
     @classmethod
     def on_carrier(cls, name: str, scale: float, bits: int, signed: bool) -> "LoweredQuantizer":
@@ -67,6 +81,9 @@ class LoweredQuantizer:
     def clipped(self, lowest: float, highest: float) -> "LoweredQuantizer":
         """The same grid behind an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
         onto the codes."""
+        if self.is_binary:  # the clip's own bounds reach a threshold, or never do
+            moved = (-np.inf if lowest >= t else np.inf if highest < t else t for t in self.thresholds)
+            return replace(self, thresholds=tuple(moved))
         low = max(self.low, self._carrier(lowest)) if np.isfinite(lowest) else self.low
         high = min(self.high, self._carrier(highest)) if np.isfinite(highest) else self.high
         return replace(self, low=low, high=high)

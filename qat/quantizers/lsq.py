@@ -12,15 +12,13 @@ Clipping is decided on v, not on the rounded code. Steps stay positive by reflec
 the parameter, so that no optimizer can turn a step negative and nothing has to be projected after it.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.contract import SMALLEST_STEP, Quantizer, positive_step
 from qat.quantizers.spec import QuantSpec
-
-SMALLEST_STEP = 1e-10
 
 Init = Literal["lsq", "mse"]
 
@@ -47,11 +45,7 @@ class FakeQuantizeLSQ(torch.autograd.Function):
         return upstream * inside, step_gradient * torch.where(raw_step < 0, -1.0, 1.0), None, None, None
 
 
-def positive_step(raw_step: Tensor) -> Tensor:
-    return raw_step.abs().clamp_min(SMALLEST_STEP)
-
-
-class LSQ(nn.Module):
+class LSQ(Quantizer):
     """LSQ quantizer of one tensor.
 
     spec:     bits, sign and axis. An activation's sign may be None until `calibrate` sees data.
@@ -61,23 +55,15 @@ class LSQ(nn.Module):
     `forward(x) == (codes(x) - zero_point) * step` holds bit for bit; the zero point of LSQ is 0.
     """
 
-    zero_point = 0
-
     def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
-        super().__init__()
+        super().__init__(spec, name)
+        if spec.bits == 1:
+            raise ValueError(f"LSQ {name!r}: its grids have 2 to 8 bits; one bit takes a binary quantizer")
         if (spec.axis is None) != (channels is None):
             raise ValueError(
                 f"LSQ {name!r}: channels ({channels}) must be given exactly when spec.axis ({spec.axis}) is"
             )
-        self.spec, self.name = spec, name
-        self.initialized = False
-        self.observer: Callable[[Tensor], None] | None = None
         self.raw_step = nn.Parameter(torch.full(() if channels is None else (channels,), float("nan")))
-
-    @property
-    def step(self) -> Tensor:
-        """Positive steps, float32, shape () or (channels,), detached."""
-        return positive_step(self.raw_step.detach())
 
     def initialize(self, step: Tensor, signed: bool | None = None) -> None:
         """Set the step (positive, shape of `self.step`), and the sign where the spec left it open."""
@@ -112,15 +98,6 @@ class LSQ(nn.Module):
         shared = x.numel() // (1 if self.spec.axis is None else x.shape[self.spec.axis])
         count = shared if self.is_weight else shared // x.shape[0]
         return float((max(count, 1) * self.spec.qmax) ** -0.5)
-
-    is_weight = False
-
-    def _broadcast(self, step: Tensor, x: Tensor) -> Tensor:
-        if self.spec.axis is None:
-            return step
-        shape = [1] * x.dim()
-        shape[self.spec.axis] = -1
-        return step.view(shape)
 
     def _require_step(self) -> None:
         if not self.initialized:

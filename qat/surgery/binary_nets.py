@@ -50,16 +50,20 @@ class OptionABlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
+def _option_a_stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+    first = OptionABlock(inputs, outputs, 1 if inputs == outputs else 2)
+    return nn.Sequential(first, *(OptionABlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+
 class CifarResNet(nn.Module):
     """Three stages of 16, 32 and 64 channels; state-dict keys of the public CIFAR checkpoints."""
 
     def __init__(self, blocks: int, num_classes: int, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv3x3(3, 16), nn.BatchNorm2d(16)
-        for stage, (inputs, outputs) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
-            first = OptionABlock(inputs, outputs, 1 if stage == 1 else 2)
-            rest = [OptionABlock(outputs, outputs, 1) for _ in range(blocks - 1)]
-            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        self.layer1 = _option_a_stage(16, 16, blocks)
+        self.layer2 = _option_a_stage(16, 32, blocks)
+        self.layer3 = _option_a_stage(32, 64, blocks)
         self.dropout, self.linear = nn.Dropout(drop_rate), nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.binary import BinaryWeight
 from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.layers import QuantConv2d, QuantLinear
@@ -33,7 +34,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -
     Calibrating again with the same batches gives the same steps. Batch norm statistics do not move. Raises ValueError
     when there is no batch, RuntimeError naming a quantizer that no batch reached.
     """
-    found = {name: q for name, q in quantizers(model).items() if not q.is_weight}
+    found = {name: q for name, q in quantizers(model).items() if isinstance(q, LSQ) and not q.is_weight}
     samples: dict[str, list[Tensor]] = {name: [] for name in found}
     device = next(model.parameters()).device
     seen = 0
@@ -48,9 +49,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -
 
 @contextmanager
 def in_full_precision(model: nn.Module, samples: dict[str, list[Tensor]] | None = None):  # type: ignore[no-untyped-def]
-    """Eval mode with every quantizer passing its input through; activations' values are collected in `samples`."""
+    """Eval mode with every quantizer passing its input through; activations' values are collected in `samples`.
+
+    One-bit quantizers stay on: without them a binary net is another net, with other ranges.
+    """
     training = {m: m.training for m in model.modules()}
-    found = quantizers(model)
+    found = {name: q for name, q in quantizers(model).items() if q.spec.bits > 1}
     try:
         for name, quantizer in found.items():
             quantizer.observer = _collector(samples[name]) if samples and name in samples else _ignore
@@ -75,6 +79,10 @@ def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> li
     for layer in model.modules():
         if isinstance(layer, (QuantConv2d, QuantLinear)):
             quantizer = layer.weight_quantizer
+            if isinstance(quantizer, BinaryWeight):
+                quantizer.start(layer.weight)
+                continue
+            assert isinstance(quantizer, LSQ)
             quantizer.initialize(starting_step(layer.weight.detach(), quantizer.spec, init))
     return calibrate(model, batches, init)
 

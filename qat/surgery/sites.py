@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ
 from qat.surgery.plan import JOINS, MULTIPLIES
 from qat.surgery.trace import Location, kind_of
@@ -81,4 +82,4 @@ def run_with_sites(model: nn.Module, quantizers: dict[str, LSQ], joins: frozense
 
     model.__class__ = type(f"Quantized{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
     model._location, model._quantized_layers = location, layers  # type: ignore[assignment]
-    location.watch(model, skip=LSQ)
+    location.watch(model, skip=Quantizer)

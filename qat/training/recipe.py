@@ -239,9 +239,8 @@ class RecipeError(ValueError):
 
 def check(recipe: Recipe) -> None:
     """Raise RecipeError naming the flag of the first impossible value."""
-    positive = ("image_size", "batch_size", "evaluate_every", "lr", "per_class")
-    positive += ("steps",) if recipe.epochs is None else ()
-    for name in positive:
+    positive = ["image_size", "batch_size", "evaluate_every", "lr", "per_class"]
+    for name in positive + (["steps"] if recipe.epochs is None else []):
         if getattr(recipe, name) <= 0:
             raise RecipeError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
     for name in ("epochs", "warmup"):

@@ -24,7 +24,7 @@ from qat.objectives.oscillation import Oscillation, damping
 from qat.objectives.replay import replay_of
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
-from qat.quantizers.lsq import LSQ
+from qat.quantizers.contract import Quantizer
 from qat.surgery.backbones import clip_gradients, first_and_last
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
@@ -188,7 +188,7 @@ def parameter_kinds(model: nn.Module) -> dict[int, str]:
     kinds: dict[int, str] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LSQ):
+            if isinstance(module, Quantizer):
                 kinds[id(parameter)] = "scales"
             elif name.endswith("bias") and not is_norm(module):
                 kinds[id(parameter)] = "biases"
