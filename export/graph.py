@@ -19,7 +19,7 @@ from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuant
 from export.packing import pack, tables
 from export.passes import LAYOUT_OPS, is_mark, mark_name, weight_layer
 from export.targets import TARGETS, Target, plan_layer
-from export.thresholds import WRITE_ZERO_POINT, code_thresholds
+from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
 
 IR_VERSION = 10
 
@@ -93,7 +93,7 @@ class _Emitter:
         self.codes[_name(node.outputs[0])] = (quantizer.name, quantizer)
 
     def _binarize(self, node: ir.Node, quantizer: LoweredQuantizer) -> None:
-        """Carrier 2 from the threshold on, 0 below it (`export/thresholds.py`)."""
+        """Carrier 254 from the threshold on, 0 below it (`export/thresholds.py`)."""
         source = node.inputs[0]
         assert source is not None
         if _name(source) in self.codes:
@@ -102,7 +102,7 @@ class _Emitter:
             zero = self._constant(f"zero{first}" if first.ndim == 0 else f"{quantizer.name}/t", first)
             ones = self._constant(f"ones{first.size}", np.ones(first.shape, np.float32))
             x = self._add("DequantizeLinear", [codes, ones, zero])
-            scale = self._constant("half", np.float32(0.5))
+            scale = self._constant("1/256", np.float32(1 / CODES))
         elif quantizer.write_scale is not None:
             x, scale = _name(source), self._constant(f"{self.scales[quantizer.name]}w", quantizer.write_scale)
         else:

@@ -90,8 +90,8 @@ def trained_codes(
 
 def _recorder(name: str, codes: dict[str, NDArray[np.uint8]]) -> Callable[[Quantizer, tuple[Tensor], Tensor], None]:
     def record(quantizer: Quantizer, inputs: tuple[Tensor], output: Tensor) -> None:
-        offset = _activation(quantizer).zero_point
-        codes[name] = (quantizer.codes(inputs[0]) + offset).to(torch.uint8).numpy()
+        grid = _activation(quantizer)
+        codes[name] = (quantizer.codes(inputs[0]) * grid.gain + grid.zero_point).to(torch.uint8).numpy()
 
     return record
 

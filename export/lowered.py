@@ -11,6 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 DOMAIN, MARK = "edgeqat", "Mark"
+BINARY_GAIN = (
+    127  # one-bit codes are -127 and +127 on the carrier: the integer bias gains as much precision, for nothing
+)
 
 
 class ExportError(ValueError):
@@ -52,7 +55,7 @@ class LoweredLayer:
 class LoweredQuantizer:
     """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high.
 
-    thresholds:  one bit only, one number or one per channel: carrier 2 where the value reaches it, else 0.
+    thresholds:  one bit only, one number or one per channel: carrier 254 where the value reaches it, else 0.
     write_scale: one bit only, behind a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
     """
 
@@ -69,9 +72,14 @@ class LoweredQuantizer:
     def is_binary(self) -> bool:
         return self.bits == 1
 
+    @property
+    def gain(self) -> int:
+        """carrier = code · gain + zero_point."""
+        return BINARY_GAIN if self.is_binary else 1
+
     @classmethod
-    def binary(cls, name: str, scale: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
-        return cls(name, np.float32(scale), 1, 1, 0, 2, thresholds)
+    def binary(cls, name: str, step: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
+        return cls(name, np.float32(step / BINARY_GAIN), BINARY_GAIN, 1, 0, 2 * BINARY_GAIN, thresholds)
 
     @classmethod
     def on_carrier(cls, name: str, scale: float, bits: int, signed: bool) -> "LoweredQuantizer":

@@ -4,7 +4,7 @@
     add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - (r_a z_a + r_b z_b)
     global pool    q = clip(rint(fp32(sum of codes) · fp32(s_x / (s_y · n))) + z, low, high)
     average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y + z)), x = fp32((q_x - z_x) · s_x), row by row
-    one bit        q = 2 where acc + bias >= 0 (<= 0 where m < 0), or where a code reaches its threshold, else 0
+    one bit        q = 254 where acc + bias >= 0 (<= 0 where m < 0), or where a code reaches its threshold, else 0
     requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
 
 acc is the exact integer sum; all multipliers are float32; rint rounds half to even. This is what ONNX Runtime's integer
@@ -302,12 +302,12 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
 
 
 def _binarize(value: Value, grid: LoweredQuantizer) -> Tensor:
-    """Carrier 0 or 2, decided in integers: a layer's biased sum in the direction of its scale, or a code's threshold."""
+    """Carrier 0 or 254, decided in integers: a layer's biased sum in the direction of its scale, or a code's threshold."""
     if isinstance(value, Accumulator):
-        return 2.0 * (value.sums * value.unit.sign() >= 0)
+        return grid.high * (value.sums * value.unit.sign() >= 0).float()
     if isinstance(value, Codes):
         first = torch.from_numpy(code_thresholds(value.grid, grid).astype(np.float32))
-        return 2.0 * (value.carrier >= first.view(-1, *[1] * (value.carrier.dim() - 2)))
+        return grid.high * (value.carrier >= first.view(-1, *[1] * (value.carrier.dim() - 2))).float()
     raise ExportError(f"quantizer {grid.name!r}: one bit is decided from a layer's sums or from codes, not from floats")
 
 

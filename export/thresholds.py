@@ -1,15 +1,17 @@
 """One-bit activations in integers (`specs/lowering.md` 1d).
 
-A one-bit quantizer writes the carrier 2 where its value reaches the threshold t and 0 elsewhere; read with zero point 1 these
-are the codes +1 and -1, and zero padding is the carrier 1, a true 0. The comparison is decided in integers:
+A one-bit quantizer writes the carrier 254 where its value reaches the threshold t and 0 elsewhere; read with zero point 127
+these are +127 and -127 (codes ±1), and zero padding is the carrier 127, a true 0. The specification's 0, 1, 2 does as well,
+but 127 times the code gives the integer bias of the next layer 127 times the precision at the same price. The comparison is
+decided in integers:
 
     behind a layer   acc + b/u >= t/u becomes acc + B >= 0 (or <= 0 where u < 0), B an integer. Sums acc are multiples of
-                     the layer's carry c, so B is put half of c away from the last sum that counts: never a tie, and no
-                     float error at lower optimisation levels reaches over.
+                     c, the layer's carry times its input's gain, so B is put half of c away from the last sum that counts:
+                     never a tie, and no float error at lower optimisation levels reaches over.
     behind codes     q >= T, the first code whose value reaches t.
 
-QuantizeLinear does the rest with zero point 2 and a scale that takes every difference of 1 (of c/2) to 2 codes at least;
-Clip(0, 2) ends it. u = s_x · s_w / c is the real value of 1; its sign is the folded batch norm's.
+QuantizeLinear does the rest with zero point 254 and a scale that takes every difference of 1 (of c/2) to 256 codes; Clip(0,
+254) ends it. u = s_x · s_w is the real value of 1 as stored; its sign is the folded batch norm's.
 """
 
 from dataclasses import replace
@@ -17,9 +19,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
+from export.lowered import BINARY_GAIN, ExportError, LoweredLayer, LoweredQuantizer
 
-WRITE_ZERO_POINT = 2
+WRITE_ZERO_POINT = 2 * BINARY_GAIN
+CODES = 256  # what the smallest difference is written as
 SMALLEST_UNIT = 1e-30  # a batch norm below silences its channel
 
 
@@ -27,7 +30,8 @@ def with_threshold_bias(
     layer: LoweredLayer, source: LoweredQuantizer, target: LoweredQuantizer
 ) -> tuple[LoweredLayer, LoweredQuantizer]:
     """The layer with integer biases that put `target`'s thresholds at 0, and `target` with the scale to write it with."""
-    half = max(layer.carry // 2, 1)
+    stride = layer.carry * source.gain
+    half = max(stride // 2, 1)
     unit = (source.scale * layer.stored_scale).astype(np.float64)
     bias = np.zeros(len(unit)) if layer.bias is None else layer.bias
     wanted = np.broadcast_to(np.asarray(target.thresholds, np.float64), unit.shape) - bias
@@ -35,14 +39,14 @@ def with_threshold_bias(
     silent = np.abs(unit) < SMALLEST_UNIT
     crossing = wanted / np.where(silent, 1.0, unit)
     silent |= np.abs(crossing) > reach
-    carry, down = layer.carry, unit < 0
-    last = carry * np.where(down, np.floor(crossing / carry), np.ceil(crossing / carry))
-    margin = 0 if carry == 1 else half
+    down = unit < 0
+    last = stride * np.where(down, np.floor(crossing / stride), np.ceil(crossing / stride))
+    margin = 0 if stride == 1 else half
     codes = np.where(down, -last - margin, -last + margin)
     codes = np.where(silent, np.where(wanted <= 0, half, -half), codes).astype(np.int32)
     layer = _silenced(layer, silent)
     smallest = np.abs(source.scale * layer.stored_scale).min()
-    write_scale = np.float32(smallest * half / 4)
+    write_scale = np.float32(smallest * half / CODES)
     return replace(layer, bias_codes=codes, input_quantizer=source.name), replace(target, write_scale=write_scale)
 
 

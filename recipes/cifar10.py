@@ -16,8 +16,9 @@ from qat.cli import choose, guarded
 from qat.training.compare import compare_runs
 from qat.training.data import split_of
 from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, Recipe
+from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe
 from qat.training.results import table
+from qat.training.two_stages import run_stages
 
 CIFAR = {
     "data": "cifar10", "test_domain": "test", "backbone": "cifar_resnet20", "image_size": 32, "batch_size": 128,
@@ -28,12 +29,16 @@ METHODS = {
     # He et al.'s CIFAR recipe with a cosine; LSQ's with its learning rate for SGD (steps move as fast as weights).
     "fp": dataclasses.replace(Recipe(), **CIFAR, epochs=200, lr=0.1, weight_decay=1e-4),
     "lsq": dataclasses.replace(LsqRecipe(), **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, step_lr_ratio=1.0),
+    "biper": dataclasses.replace(BiperRecipe(), **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}),
 }
 
 
 def train(recipe: Recipe) -> int:
-    folder = run(recipe, split_of(recipe))
+    split = split_of(recipe)
+    folder = run_stages(recipe, split) if isinstance(recipe, BiperRecipe) else run(recipe, split)
     print(table(folder))
+    if isinstance(recipe, BiperRecipe):
+        return 0
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
         print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
     return 0

@@ -34,7 +34,7 @@ def sign_ste(u: Tensor) -> Tensor:
 
 
 class BinaryWeight(Quantizer):
-    """Sign of a latent weight (any shape) times α (channels of spec.axis, or one). Raises ValueError unless spec has 1 bit."""
+    """Sign of a latent weight (any shape) times α, one per channel of spec.axis or one in all; spec must have 1 bit."""
 
     is_weight = True
 

@@ -65,7 +65,7 @@ class PeriodicWeight(BinaryWeight):
 
 
 def periodic_regulariser(pairs: Iterable[tuple[PeriodicWeight, Tensor]]) -> Tensor:
-    """Σ over layers of mean(½ - ½cos(2ω₀w)) = Σ mean sin²(ω₀w), a differentiable scalar; see above why it is off by default."""
+    """Σ over layers of mean(½ - ½cos(2ω₀w)) = Σ mean sin²(ω₀w), a differentiable scalar; off by default, see above."""
     return torch.stack([(0.5 - 0.5 * torch.cos(2 * q.frequency * w)).mean() for q, w in pairs]).sum()
 
 

@@ -122,10 +122,14 @@ class _Flow:
         weighted = [c for c in self.producer.values() if c.kind in MULTIPLIES and c.path not in in_float]
         sums = {self.producer[self.unit_end(call)].address for call in weighted}
         addresses = []
-        for path, value in ((c.path, c.inputs[0]) for c in self.calls if c.path in binary_inputs and c.kind in MULTIPLIES):
+        for path, value in (
+            (c.path, c.inputs[0]) for c in self.calls if c.path in binary_inputs and c.kind in MULTIPLIES
+        ):
             origin = self.origin(value)
             if origin is None:
-                raise ValueError(f"layer {path!r} would binarize the model's input; give it a rule with more input bits")
+                raise ValueError(
+                    f"layer {path!r} would binarize the model's input; give it a rule with more input bits"
+                )
             if origin.address not in sums:
                 addresses.append(origin.address)
         return addresses

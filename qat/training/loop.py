@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
 from qat.training.loaders import collect_samples, eval_batches, some_images, train_loader
 from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, check
 from qat.training.scale_log import ScaleLog
-from qat.training.start import as_saved, calibrated, schedule_of, start_state, teacher_of
+from qat.training.start import as_saved, calibrated, schedule_of, start_state, takes_over, teacher_of
 from qat.training.step import Outcome, TrainingStep
 from qat.training.tracking import Tracker
 
@@ -52,9 +53,12 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     start = start_state(recipe, split)
     teacher = teacher_of(recipe, split)
-    built = build(recipe, len(split.classes), load_weights=start is None and not recipe.resume, start=start)
+    before = None if takes_over(recipe) else start  # loaded before the model is quantized
+    built = build(recipe, len(split.classes), load_weights=start is None and not recipe.resume, start=before)
     rows = None
-    if isinstance(recipe, LsqRecipe) and not recipe.resume:
+    if start is not None and before is None:
+        load_state(built.model, {"model": start}, Path(str(recipe.init_from)) / "checkpoint.pt")  # type: ignore[attr-defined]
+    elif isinstance(recipe, LsqRecipe) and not recipe.resume:
         rows = calibrated(recipe, built, split)
     folder = RunFolder.create(written)
     if rows is not None:

@@ -9,22 +9,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.domains.splits import Split
-from qat.surgery.calibrate import CalibrationRow, calibrate
+from qat.objectives.averaging import restore_norm_statistics
+from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.loaders import some_images
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
 
 SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout")
 SMOOTH = 50  # steps of the median filter over recorded gradient norms
 
 
 def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
-    """State dict of the full-precision run named by --init-from, checked to be of the same model and split."""
+    """State dict of the run named by --init-from, checked to be of the same model and split: a full-precision run, or for
+    BiPer's stage 2 its stage 1."""
     if not isinstance(recipe, LsqRecipe) or recipe.init_from is None:
         return None
     source = RunFolder.open(recipe.init_from)
     given = source.recipe()
-    if isinstance(given, LsqRecipe):
+    if takes_over(recipe):
+        if not isinstance(given, BiperRecipe) or given.stage != 1 or given.binarizer != "biper":
+            raise RecipeError(f"--init-from {recipe.init_from}: is no stage-1 run of biper, from which stage 2 begins")
+    elif isinstance(given, LsqRecipe):
         raise RecipeError(f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one")
     for name in SAME:
         if getattr(given, name) != getattr(recipe, name):
@@ -38,6 +43,11 @@ def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
             f"--init-from {recipe.init_from}: was trained on other classes: {', '.join(state['classes'])}"
         )
     return state["model"]
+
+
+def takes_over(recipe: Recipe) -> bool:
+    """Whether the run begins from a quantized one, all its parameters taken over as they are: BiPer's stage 2."""
+    return isinstance(recipe, BiperRecipe) and recipe.stage == 2 and recipe.init_from is not None
 
 
 def teacher_of(recipe: Recipe, split: Split) -> nn.Module | None:
@@ -56,7 +66,11 @@ def teacher_of(recipe: Recipe, split: Split) -> nn.Module | None:
 
 
 def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[CalibrationRow]:
-    """Set the activation quantizers from the first training batches."""
+    """Set the activation quantizers from the first training batches; for a binary net after its batch norms, which a float
+    net's statistics do not fit."""
+    if isinstance(recipe, BiperRecipe):
+        with in_full_precision(built.model):
+            restore_norm_statistics(built.model, some_images(split, recipe, built, recipe.calibration_batches))
     return calibrate(built.model, some_images(split, recipe, built, recipe.calibration_batches), recipe.init)
 
 

@@ -24,11 +24,13 @@ from qat.objectives.oscillation import Oscillation, damping
 from qat.objectives.replay import replay_of
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
+from qat.quantizers.biper import periodic_regulariser
 from qat.quantizers.contract import Quantizer
 from qat.surgery.backbones import clip_gradients, first_and_last
+from qat.surgery.binarize import periodic_weights
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
-from qat.training.recipe import GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
+from qat.training.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
 
 FLATNESS: dict[str, Callable[..., Gradients]] = {"sagm": sagm, "sam": sam, "asam": asam, "gsam": gsam}
 WITH_ALPHA = {"sagm", "gsam"}
@@ -73,6 +75,7 @@ class TrainingStep:
             self.features, _ = head_features(own, own.get_submodule(first_and_last(own)[-1]))
         self.distillation = self.oscillation = None
         self.damping = recipe.damping if isinstance(recipe, LsqRecipe) else 0.0
+        self.reg_tau = recipe.reg_tau if isinstance(recipe, BiperRecipe) else 0.0
         if isinstance(recipe, LsqRecipe):
             if teacher is not None:
                 self.distillation = Distillation(teacher.to(self.device), recipe.distill_weight)
@@ -80,6 +83,7 @@ class TrainingStep:
                 self.oscillation = oscillation_of(own, recipe.freeze_oscillating)
 
     def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
+        self._set_frequency()
         images, seen_logits = images.contiguous(memory_format=self.memory_format), list[Tensor]()
         closure = self._closure(images, labels, domains, seen_logits)
         replay = replay_of(self.own, self.device)
@@ -101,6 +105,13 @@ class TrainingStep:
         self.taken += 1
         return Outcome(gradients.loss, logits, norm, seen, swung)
 
+    def _set_frequency(self) -> None:
+        recipe = self.recipe
+        if isinstance(recipe, BiperRecipe) and recipe.frequency_start is not None and recipe.stage == 1:
+            reached = min((self.taken + 1) / recipe.steps, 1.0)
+            for quantizer, _ in periodic_weights(self.own):
+                quantizer.set_frequency(recipe.frequency_start + reached * (recipe.frequency - recipe.frequency_start))
+
     def _closure(self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]) -> Closure:
         def closure() -> Tensor:
             with self.precision.autocast():
@@ -113,6 +124,8 @@ class TrainingStep:
                     layers = quantized_layers(self.own)
                     pulls = damping([x.weight for x in layers], [x.weight_quantizer for x in layers])
                     loss = loss + self.damping * pulls
+                if self.reg_tau:
+                    loss = loss + self.reg_tau * periodic_regulariser(periodic_weights(self.own))
             self.precision.backward(loss)
             seen.append(logits.detach())
             return loss.detach()
