@@ -61,7 +61,7 @@ class PeriodicWeight(BinaryWeight):
         self.frequency.fill_(frequency)
 
     def extra_repr(self) -> str:
-        return f"{self.spec}, frequency {float(self.frequency):g}, stage {self.stage}"
+        return f"{self.spec}, frequency {float(self.frequency.detach()):g}, stage {self.stage}"
 
 
 def periodic_regulariser(pairs: Iterable[tuple[PeriodicWeight, Tensor]]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qat.quantizers.binary import BinaryWeight
 from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.binarize import signs_seen
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
 
@@ -32,13 +33,14 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -
 
     init: "lsq", the paper's 2 · mean|x| / sqrt(Qp); or "mse", the step of least squared quantization error.
     Calibrating again with the same batches gives the same steps. Batch norm statistics do not move. Raises ValueError
-    when there is no batch, RuntimeError naming a quantizer that no batch reached.
+    when there is no batch or a one-bit activation never saw a negative value, RuntimeError naming a quantizer that no batch
+    reached.
     """
     found = {name: q for name, q in quantizers(model).items() if isinstance(q, LSQ) and not q.is_weight}
     samples: dict[str, list[Tensor]] = {name: [] for name in found}
     device = next(model.parameters()).device
     seen = 0
-    with in_full_precision(model, samples):
+    with in_full_precision(model, samples), signs_seen(model):
         for images in batches:
             model(images.to(device))
             seen += 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.backbones import create_backbone, first_and_last
-from qat.surgery.binarize import Binarizer
+from qat.surgery.binarize import Binarizer, hardtanh_for_relu_
 from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.swap import QuantizationTable, binary_rules, quantize_, uniform_rules
 from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError, from_json, read_json, to_json
@@ -184,6 +184,8 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
         model.load_state_dict(start)
     mean, std = NORMALIZATIONS.get(recipe.normalization, (config.mean, config.std))
     table = None
+    if isinstance(recipe, BiperRecipe):
+        hardtanh_for_relu_(model)
     if isinstance(recipe, LsqRecipe):
         example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
         stream = None if recipe.weight_only else STREAM

@@ -1,7 +1,7 @@
 """What a run reads: endless training batches, evaluation batches, and the sample images a run folder keeps."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,15 @@ def eval_batches(subset: Subset, recipe: Recipe, built: Built) -> DataLoader[Any
 def collect_samples(split: Split, recipe: Recipe, built: Built) -> Samples:
     """A few held-out images of every domain, the target included, spread evenly, as the model sees them."""
     subsets = (*split.validation, split.target_out or split.target_in)
-    each = -(-SAMPLES // len(subsets))
+    return _samples(subsets, -(-SAMPLES // len(subsets)), recipe, built)
+
+
+def samples_of_test(split: Split, recipe: Recipe, built: Built, count: int) -> Samples:
+    """`count` images of the test part, spread evenly, as the model sees them."""
+    return _samples((split.target_in,), count, recipe, built)
+
+
+def _samples(subsets: Sequence[Subset], each: int, recipe: Recipe, built: Built) -> Samples:
     images, labels, domains = [], [], []
     for subset in subsets:
         data = EvalImages(subset, eval_transform(recipe.image_size, built.mean, built.std))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qat import __version__
+from qat.surgery.binarize import periodic_weights
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.training import figures
 from qat.training.checkpoint import RunFolder, load_run
@@ -49,6 +50,7 @@ def render(folder: RunFolder, baseline: RunFolder | None) -> str:
         profile_figure=figures.step_profile(steps) if steps else "",
         steps_figure=figures.step_curves(folder.metrics()) if steps else "",
         histograms=_histograms(built.model),
+        frequency_figure=_frequency_figure(built.model),
         latencies=latencies,
         latency_figure=figures.size_and_latency(latencies) if latencies else "",
         certificate=_optional(folder, "certificate.json"),
@@ -83,6 +85,17 @@ def _histograms(model: nn.Module) -> list[str]:
     layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
     picked = [layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, HISTOGRAMS).astype(int))] if layers else []
     return [_histogram(layer) for layer in picked]
+
+
+@torch.no_grad()
+def _frequency_figure(model: nn.Module) -> str:
+    """BiPer's error by layer against its closed form; empty for a model without it."""
+    layers: dict[str, tuple[float, float]] = {}
+    for quantizer, weight in periodic_weights(model):
+        magnitudes = quantizer.before_sign(weight.detach()).abs()
+        error = (magnitudes - magnitudes.mean()).square().mean()
+        layers[quantizer.name] = (float(quantizer.frequency) * float(weight.detach().abs().mean()), float(error))
+    return figures.frequency_error(layers) if layers else ""
 
 
 def _histogram(layer: QuantConv2d | QuantLinear) -> str:
