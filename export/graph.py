@@ -15,10 +15,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
+from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack, tables
 from export.passes import LAYOUT_OPS, is_mark, mark_name, weight_layer
 from export.targets import TARGETS, Target, plan_layer
+from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
 
 IR_VERSION = 10
 
@@ -66,13 +67,19 @@ class _Emitter:
         elif node.op_type in LAYOUT_OPS and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
             source, grid = self.codes[_name(node.inputs[0])]
             output = f"{_name(node.outputs[0])}/codes"
-            self._copy(node, [source, *map(self._float, node.inputs[1:])], [output])
+            inputs = [self._float(v) for v in node.inputs[1:]]
+            if node.op_type == "Pad":  # zeros are the zero point
+                inputs[1:2] = [self._grid(grid)[1]]
+            self._copy(node, [source, *inputs], [output])
             self.codes[_name(node.outputs[0])] = (output, grid)
         else:
             self._copy(node, [self._float(v) for v in node.inputs], [_name(v) for v in node.outputs])
 
     def _quantize(self, node: ir.Node) -> None:
         quantizer = self.model.quantizers[mark_name(node)]
+        if quantizer.is_binary:
+            self._binarize(node, quantizer)
+            return
         x = self._float(node.inputs[0])
         needs_clip = (quantizer.low, quantizer.high) != (0, 255)
         if not needs_clip and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
@@ -83,6 +90,29 @@ class _Emitter:
         if needs_clip:
             bounds = [self._constant(f"clip{b}", np.uint8(b)) for b in (quantizer.low, quantizer.high)]
             self._add("Clip", [first, *bounds], quantizer.name)
+        self.codes[_name(node.outputs[0])] = (quantizer.name, quantizer)
+
+    def _binarize(self, node: ir.Node, quantizer: LoweredQuantizer) -> None:
+        """Carrier 254 from the threshold on, 0 below it (`export/thresholds.py`)."""
+        source = node.inputs[0]
+        assert source is not None
+        if _name(source) in self.codes:
+            codes, grid = self.codes[_name(source)]
+            first = code_thresholds(grid, quantizer)
+            zero = self._constant(f"zero{first}" if first.ndim == 0 else f"{quantizer.name}/t", first)
+            ones = self._constant(f"ones{first.size}", np.ones(first.shape, np.float32))
+            x = self._add("DequantizeLinear", [codes, ones, zero])
+            scale = self._constant("1/256", np.float32(1 / CODES))
+        elif quantizer.write_scale is not None:
+            x, scale = _name(source), self._constant(f"{self.scales[quantizer.name]}w", quantizer.write_scale)
+        else:
+            raise ExportError(
+                f"quantizer {quantizer.name!r}: one bit is decided from a layer's sums or from codes, and it reads neither"
+            )
+        zero_point = self._constant(f"zero{WRITE_ZERO_POINT}", np.uint8(WRITE_ZERO_POINT))
+        wide = self._add("QuantizeLinear", [x, scale, zero_point])
+        bounds = [self._constant(f"clip{b}", np.uint8(b)) for b in (quantizer.low, quantizer.high)]
+        self._add("Clip", [wide, *bounds], quantizer.name)
         self.codes[_name(node.outputs[0])] = (quantizer.name, quantizer)
 
     def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from qat.quantizers.lsq import LSQ
+from qat.quantizers.biper import PeriodicWeight
+from qat.quantizers.bireal import BinaryActivation
+from qat.quantizers.contract import Quantizer
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
 
@@ -40,12 +42,14 @@ def lower(model: nn.Module, example: Tensor) -> LoweredModel:
         )
     if empty := [name for name, q in found.items() if not q.initialized]:
         raise ExportError(f"quantizer {empty[0]!r} has no step: calibrate or train the model before exporting it")
+    if soft := [n for n, q in found.items() if isinstance(q, PeriodicWeight) and q.stage == 1]:
+        raise ExportError(f"quantizer {soft[0]!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it")
     weighted = [(m, m.weight_quantizer) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
     layers = {q.name: _layer(m, q) for m, q in weighted if q is not None}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     _check_finite(model)
     for quantizer in found.values():
-        quantizer.forward = _marker(quantizer.name)  # type: ignore[method-assign,assignment]
+        quantizer.forward = _marker(quantizer.name)
     return LoweredModel(export_onnx(model, example), layers, activations)
 
 
@@ -59,7 +63,7 @@ def lower_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     """The same trained model in full precision, quantizers passing everything through: the FP32 file to compare with."""
     model = copy.deepcopy(model).cpu().eval()
     for quantizer in quantizers(model).values():
-        quantizer.forward = _identity  # type: ignore[method-assign]
+        quantizer.forward = _identity
     return ir.to_proto(export_onnx(model, example))
 
 
@@ -85,10 +89,12 @@ def trained_codes(
     return codes, logits
 
 
-def _recorder(name: str, codes: dict[str, NDArray[np.uint8]]) -> Callable[[LSQ, tuple[Tensor], Tensor], None]:
-    def record(quantizer: LSQ, inputs: tuple[Tensor], output: Tensor) -> None:
-        shift = _activation(quantizer).zero_point - quantizer.zero_point
-        codes[name] = (quantizer.codes(inputs[0]) + shift).to(torch.uint8).numpy()
+def _recorder(name: str, codes: dict[str, NDArray[np.uint8]]) -> Callable[[Quantizer, tuple[Tensor], Tensor], None]:
+    def record(quantizer: Quantizer, inputs: tuple[Tensor], output: Tensor) -> None:
+        grid = _activation(quantizer)
+        codes[name] = (
+            ((quantizer.codes(inputs[0]) - quantizer.zero_point) * grid.gain + grid.zero_point).to(torch.uint8).numpy()
+        )
 
     return record
 
@@ -142,7 +148,10 @@ def _layer(module: QuantConv2d | QuantLinear, quantizer: LSQ) -> LoweredLayer:
     )
 
 
-def _activation(quantizer: LSQ) -> LoweredQuantizer:
+def _activation(quantizer: Quantizer) -> LoweredQuantizer:
+    if isinstance(quantizer, BinaryActivation):
+        thresholds = (0.0,) if quantizer.threshold is None else tuple(quantizer.threshold.detach().tolist())
+        return LoweredQuantizer.binary(quantizer.name, float(quantizer.step), thresholds)
     signed, bits = bool(quantizer.spec.signed), quantizer.spec.bits
     zero_point = quantizer.zero_point if quantizer.spec.offset else None
     return LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.step), bits, signed, zero_point)

@@ -11,6 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 DOMAIN, MARK = "edgeqat", "Mark"
+BINARY_GAIN = (
+    127  # one-bit codes are -127 and +127 on the carrier: the integer bias gains as much precision, for nothing
+)
 
 
 class ExportError(ValueError):
@@ -56,7 +59,11 @@ class LoweredLayer:
 
 @dataclass(frozen=True)
 class LoweredQuantizer:
-    """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high."""
+    """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high.
+
+    thresholds:  one bit only, one number or one per channel: carrier 254 where the value reaches it, else 0.
+    write_scale: one bit only, behind a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
+    """
 
     name: str
     scale: np.float32
@@ -64,6 +71,21 @@ class LoweredQuantizer:
     bits: int
     low: int
     high: int
+    thresholds: tuple[float, ...] = ()
+    write_scale: np.float32 | None = None
+
+    @property
+    def is_binary(self) -> bool:
+        return self.bits == 1
+
+    @property
+    def gain(self) -> int:
+        """carrier = code · gain + zero_point."""
+        return BINARY_GAIN if self.is_binary else 1
+
+    @classmethod
+    def binary(cls, name: str, step: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
+        return cls(name, np.float32(step / BINARY_GAIN), BINARY_GAIN, 1, 0, 2 * BINARY_GAIN, thresholds)
 
     @classmethod
     def on_carrier(
@@ -77,6 +99,9 @@ class LoweredQuantizer:
     def clipped(self, lowest: float, highest: float) -> "LoweredQuantizer":
         """The same grid behind an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
         onto the codes."""
+        if self.is_binary:  # the clip's own bounds reach a threshold, or never do
+            moved = (-np.inf if lowest >= t else np.inf if highest < t else t for t in self.thresholds)
+            return replace(self, thresholds=tuple(moved))
         low = max(self.low, self._carrier(lowest)) if np.isfinite(lowest) else self.low
         high = min(self.high, self._carrier(highest)) if np.isfinite(highest) else self.high
         return replace(self, low=low, high=high)

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel
+from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.targets import TARGETS, Target, carry_of
+from export.thresholds import with_threshold_bias
 
 # Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
 LAYOUT_OPS = {
@@ -26,6 +27,7 @@ LAYOUT_OPS = {
     "Slice",
     "Identity",
     "DepthToSpace",
+    "Pad",
 }
 WEIGHTED_OPS = {"Conv", "Gemm"}
 LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
@@ -203,6 +205,8 @@ def hoist_marks(model: LoweredModel) -> bool:
         layout = mark.inputs[0].producer() if is_mark(mark) and mark.inputs[0] is not None else None
         if layout is None or layout.op_type not in LAYOUT_OPS or only_reader(layout.outputs[0]) is not mark:
             continue
+        if not _commutes(layout, model.quantizers.get(mark_name(mark))):
+            continue
         source = layout.inputs[0]
         if source is None or source.producer() is None or only_reader(source) is not layout:
             continue
@@ -215,6 +219,18 @@ def hoist_marks(model: LoweredModel) -> bool:
         graph.insert_before(layout, mark)
         return True
     return False
+
+
+def _commutes(layout: ir.Node, quantizer: LoweredQuantizer | None) -> bool:
+    """Whether quantizing before `layout` is the same: padding adds zeros, which are no one-bit code, and thresholds per
+    channel stay with their channels through a max pool alone."""
+    if layout.op_type == "Pad":
+        fill = constant(layout.inputs[2]) if len(layout.inputs) > 2 else None
+        if fill is not None and fill.any():
+            return False
+    if quantizer is None or not quantizer.is_binary:
+        return True
+    return layout.op_type == "MaxPool" or (layout.op_type != "Pad" and len(quantizer.thresholds) == 1)
 
 
 def absorb_clips(model: LoweredModel) -> bool:
@@ -269,7 +285,15 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             raise ExportError(f"layer {layer.name!r}: its input is not quantized, so no integer kernel can run it")
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
-        model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model, target)
+        reader = only_reader(node.outputs[0])
+        threshold = model.quantizers.get(mark_name(reader)) if is_mark(reader) and reader is not None else None
+        if threshold is not None and threshold.is_binary:
+            source = model.quantizers[grid]
+            layer = replace(layer, carry=carry_of(target, layer.bits, source))
+            layer, model.quantizers[threshold.name] = with_threshold_bias(layer, source, threshold)
+            model.layers[f"{layer.name}.weight"] = layer
+        else:
+            model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model, target)
     missing = [name for name in model.layers if name not in reached]
     if missing:
         raise ExportError(
@@ -305,7 +329,7 @@ def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel, target
     codes[dead] = np.rint(bias[dead] / (input_scale * scale[dead].astype(np.float64) / layer.carry))
     return replace(
         layer, codes=weight_codes, scale=scale, bias_codes=codes.astype(np.int32), input_quantizer=grid,
-        dead_channels=channels,
+        dead_channels=channels, bits=max(layer.bits, 2),  # 0 is no 1-bit code
     )  # fmt: skip
 
 

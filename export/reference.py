@@ -3,7 +3,8 @@
     conv, linear   q = clip(rint(fp32(acc + bias) · m) + z, low, high),   m = fp32(fp32(s_x · s_w) / s_y)
     add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - (r_a z_a + r_b z_b)
     global pool    q = clip(rint(fp32(sum of codes) · fp32(s_x / (s_y · n))) + z, low, high)
-    average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y) + z), x = fp32((q_x - z_x) · s_x), row by row
+    average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y + z)), x = fp32((q_x - z_x) · s_x), row by row
+    one bit        q = 254 where acc + bias >= 0 (<= 0 where m < 0), or where a code reaches its threshold, else 0
     requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
 
 acc is the exact integer sum; all multipliers are float32; rint rounds half to even. This is what ONNX Runtime's integer
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.passes import LAYOUT_OPS, constant, is_mark, mark_name, weight_layer
+from export.thresholds import code_thresholds
 
 FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too
 
@@ -242,6 +244,10 @@ class IntegerReference:
         given = [values.get(v) if v is not None else None for v in node.inputs]
         if node.op_type in LAYOUT_OPS and isinstance(given[0], Codes):  # on codes, as in the file
             source, grid = given[0].carrier, given[0].grid
+            if node.op_type == "Pad":
+                fill = np.array(grid.zero_point, np.float32)
+                rest = [None if v is None else constant(v) for v in node.inputs[3:]]
+                return Codes(self._evaluate(node, [source.numpy(), constant(node.inputs[1]), fill, *rest]), grid)
             return Codes(self._evaluate(node, [source.numpy(), *map(constant, node.inputs[1:])]), grid)
         operands = [
             constant(v) if x is None else _real(x).contiguous().numpy() for v, x in zip(node.inputs, given, strict=True)
@@ -280,6 +286,8 @@ def same_order(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
 def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
     """Carrier codes (float32 integers) of `value` on `grid`."""
     scale = torch.tensor(float(grid.scale))
+    if grid.is_binary:
+        return _binarize(value, grid)
     if isinstance(value, Accumulator):
         code = torch.round(value.sums.float() * (value.unit / scale)) + grid.zero_point
     elif isinstance(value, Sum):
@@ -295,9 +303,21 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
         count = x.carrier.shape[2] * x.carrier.shape[3]
         sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
         code = torch.round(sums * (torch.tensor(float(x.grid.scale)) / (scale * count))) + grid.zero_point
+    elif isinstance(value, WindowMean):
+        code = torch.round(value.real() / scale + grid.zero_point)  # added before rounding: it decides near ties
     else:
         code = torch.round(_real(value) / scale) + grid.zero_point
     return code.clamp_(grid.low, grid.high)
+
+
+def _binarize(value: Value, grid: LoweredQuantizer) -> Tensor:
+    """Carrier 0 or 254, decided in integers: a layer's biased sum in the direction of its scale, or a code's threshold."""
+    if isinstance(value, Accumulator):
+        return grid.high * (value.sums * value.unit.sign() >= 0).float()
+    if isinstance(value, Codes):
+        first = torch.from_numpy(code_thresholds(value.grid, grid).astype(np.float32))
+        return grid.high * (value.carrier >= first.view(-1, *[1] * (value.carrier.dim() - 2))).float()
+    raise ExportError(f"quantizer {grid.name!r}: one bit is decided from a layer's sums or from codes, not from floats")
 
 
 def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:

@@ -38,6 +38,8 @@ class Certify:
     """[RUN ...] model.onnx"""
     whole_target: bool = False
     """Also measure the file's accuracy on every test image of the target domain."""
+    images: int | None = None
+    """Certify on so many test images of the run's data instead of the images that the run keeps."""
     data_root: Path | None = None
     """Where the images are, if no longer where the run found them."""
 
@@ -192,7 +194,7 @@ def execute(command: Export | Certify | Bench | Predict | Compare | Ensemble | R
             print(check)
             return 0 if check.passed else 1
         case Certify(paths=(run, model)):
-            certificate = deploy.certify_run(run, model)
+            certificate = deploy.certify_run(run, model, command.images, command.data_root)
             print(certificate)
             if command.whole_target:
                 for name, value in deploy.target_accuracy(run, model, command.data_root).items():

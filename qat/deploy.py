@@ -63,25 +63,32 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
     return sign(emit_qdq(lowered, chosen), lowered, chosen, preprocessing, f"edgeqat {__version__}")
 
 
-def certify_run(run: Path, model: Path) -> Certificate:
-    """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run."""
-    certificate = certificate_of(run, model)
+def certify_run(run: Path, model: Path, images: int | None = None, data_root: Path | None = None) -> Certificate:
+    """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run.
+
+    images: take so many test images from the run's data instead, spread evenly; data_root: where that is now.
+    """
+    certificate = certificate_of(run, model, images, data_root)
     write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
     return certificate
 
 
-def certificate_of(run: Path, model: Path) -> Certificate:
+def certificate_of(run: Path, model: Path, images: int | None = None, data_root: Path | None = None) -> Certificate:
     """The certificate alone."""
     from export.certificate import certify, read
     from export.lower import lower, trained_codes
     from export.metadata import read_metadata
     from export.passes import to_integers
     from export.targets import target_named
+    from qat.training.data import split_of
+    from qat.training.loaders import samples_of_test
 
     folder, recipe, built = load_run(run)
     if built.table is None:
         raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
-    samples = folder.samples()
+    samples = (
+        folder.samples() if images is None else samples_of_test(split_of(recipe, data_root), recipe, built, images)
+    )
     target = target_named(read_metadata(read(model), str(model))["target"])
     lowered = to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
     return certify(lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images))
@@ -133,8 +140,9 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
     data_root: where the images are now, if no longer where the run found them.
     """
     from export import session
+    from qat.training.data import split_of
     from qat.training.evaluate import accuracy
-    from qat.training.loaders import eval_batches, split_of
+    from qat.training.loaders import eval_batches
 
     folder, recipe, built = load_run(run)
     split = split_of(recipe, data_root)

@@ -26,13 +26,17 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class LeaveOneDomainOut:
-    """Sources' "in" parts train, their "out" parts validate; the target's "in" is tested, its "out" serves the oracle."""
+class Split:
+    """What a run trains on, what selects its checkpoint, and what it is tested on.
+
+    Leaving one domain out: sources' "in" parts train, their "out" parts validate; the target's "in" is tested, its "out"
+    serves the oracle. A data set with a test set of its own has one source and no oracle (None).
+    """
 
     train: tuple[Subset, ...]
     validation: tuple[Subset, ...]
     target_in: Subset
-    target_out: Subset
+    target_out: Subset | None
     classes: tuple[str, ...]
 
 
@@ -50,7 +54,7 @@ def split_indices(count: int, holdout: int, seed: int) -> tuple[NDArray[np.int64
 
 def leave_one_domain_out(
     domains: Sequence[Domain], test_domain: str, *, holdout_fraction: float = 0.2, trial_seed: int = 0
-) -> LeaveOneDomainOut:
+) -> Split:
     """Split every domain, then set `test_domain` aside. Raises DataError for an unknown one or too few images."""
     names = [d.name for d in domains]
     if test_domain not in names:
@@ -67,7 +71,7 @@ def leave_one_domain_out(
         parts[domain.name] = Subset(domain, held), Subset(domain, rest)
     sources = [name for name in names if name != test_domain]
     target_out, target_in = parts[test_domain]
-    return LeaveOneDomainOut(
+    return Split(
         tuple(parts[n][1] for n in sources),
         tuple(parts[n][0] for n in sources),
         target_in,

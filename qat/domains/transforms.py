@@ -21,15 +21,16 @@ def train_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> T
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(0.3, 0.3, 0.3, 0.3),
             v2.RandomGrayscale(0.1),
-            *_to_normalized(mean, std),
+            *to_normalized(mean, std),
         ]
     )
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
     """Resize to size × size, normalised float32."""
-    return v2.Compose([v2.Resize((size, size), antialias=True), *_to_normalized(mean, std)])
+    return v2.Compose([v2.Resize((size, size), antialias=True), *to_normalized(mean, std)])
 
 
-def _to_normalized(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+def to_normalized(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+    """PIL image -> float32 3_H_W, normalised."""
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]

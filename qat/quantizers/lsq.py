@@ -13,18 +13,16 @@ the parameter, so that no optimizer can turn a step negative and nothing has to 
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
+from qat.quantizers.contract import Quantizer, positive_step
 from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin, origin_of, remember
 from qat.quantizers.spec import Grid, QuantSpec
-
-SMALLEST_STEP = 1e-10
 
 Init = Literal["lsq", "mse"]
 
@@ -99,11 +97,7 @@ def along(step: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return step.view(shape)
 
 
-def positive_step(raw_step: Tensor) -> Tensor:
-    return raw_step.abs().clamp_min(SMALLEST_STEP)
-
-
-class LSQ(nn.Module):
+class LSQ(Quantizer):
     """LSQ quantizer of one tensor.
 
     spec:     bits, sign and axis. An activation's sign may be None until `calibrate` sees data.
@@ -113,18 +107,16 @@ class LSQ(nn.Module):
     `forward(x) == (codes(x) - zero_point) * step` holds bit for bit; the zero point of LSQ is 0.
     """
 
-    zero_point = 0
     ceiling = math.inf  # x above it counts as it: the upper clip of an activation that the quantizer stands in for
 
     def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
-        super().__init__()
+        super().__init__(spec, name)
+        if spec.bits == 1:
+            raise ValueError(f"LSQ {name!r}: its grids have 2 to 8 bits; one bit takes a binary quantizer")
         if (spec.axis is None) != (channels is None):
             raise ValueError(
                 f"LSQ {name!r}: channels ({channels}) must be given exactly when spec.axis ({spec.axis}) is"
             )
-        self.spec, self.name = spec, name
-        self.initialized = False
-        self.observer: Callable[[Tensor], None] | None = None
         self.raw_step = nn.Parameter(torch.full(() if channels is None else (channels,), float("nan")))
 
     @property
@@ -182,8 +174,6 @@ class LSQ(nn.Module):
         shared = x.numel() // (1 if self.spec.axis is None else x.shape[self.spec.axis])
         count = shared if self.is_weight else shared // x.shape[0]
         return float((max(count, 1) * self.spec.qmax) ** -0.5)
-
-    is_weight = False
 
     def _require_step(self) -> None:
         if not self.initialized:

@@ -20,7 +20,7 @@ class Grid(NamedTuple):
 class QuantSpec:
     """The integer grid of one tensor.
 
-    bits:   2 to 8.
+    bits:   1 to 8; one bit is the code set {-1, +1}, 0 not among it, and always signed.
     signed: True for [-2^(b-1), 2^(b-1)-1], False for [0, 2^b-1], None while calibration data has yet to decide.
     axis:   None for one step per tensor, or the axis whose slices each have their own step.
     offset: LSQ+, codes around a learned zero point (activations).
@@ -37,8 +37,12 @@ class QuantSpec:
     gradient_count: GradientCount = "per_sample"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"QuantSpec: bits must be 2 to 8, got {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"QuantSpec: bits must be 1 to 8, got {self.bits}")
+        if self.bits == 1:
+            if self.signed is False:
+                raise ValueError("QuantSpec: one-bit codes are -1 and +1, so signed must not be False")
+            object.__setattr__(self, "signed", True)
 
     @property
     def qmin(self) -> int:
@@ -48,6 +52,8 @@ class QuantSpec:
     @property
     def qmax(self) -> int:
         """Largest code. Raises ValueError while the sign is undecided."""
+        if self.bits == 1:
+            return 1
         return (1 << (self.bits - 1)) - 1 if self._decided_sign() else (1 << self.bits) - 1
 
     def with_sign(self, signed: bool) -> "QuantSpec":

@@ -1,13 +1,15 @@
 """The one door to timm: backbones by name, with weights from a file, from timm's hub, or fresh; its optimizers and gradient
 clipping."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qat.surgery.binary_nets import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ def create_backbone(
 
     import timm
 
+    register_binary_nets()
     if weights is not None and pretrained:
         raise ValueError("--weights and --pretrained exclude each other: one file or timm's own weights")
     if not timm.is_model(name):
@@ -42,6 +45,29 @@ def create_backbone(
         _load_weights(model, weights)
     config = timm.data.resolve_model_data_config(model)
     return model, DataConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+
+
+def register_binary_nets() -> None:
+    """Make the nets of `qat/surgery/binary_nets.py` known to `timm.create_model`; doing it again changes nothing."""
+    import timm
+    from timm.models import register_model
+
+    for name, architecture in ARCHITECTURES.items():
+        if not timm.is_model(name):
+            register_model(_entrypoint(name, architecture))
+
+
+TIMM_ONLY = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # what timm tells every entrypoint
+
+
+def _entrypoint(name: str, architecture: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def entrypoint(pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"--pretrained: {name} has no weights to download; give a file with --weights")
+        return architecture(**{k: v for k, v in options.items() if k not in TIMM_ONLY})
+
+    entrypoint.__name__, entrypoint.__module__ = name, architecture.__module__
+    return entrypoint
 
 
 def first_and_last(model: nn.Module) -> tuple[str, ...]:
@@ -101,10 +127,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     own = model.state_dict()
     classifier = [f"{name}." for name in _as_tuple(getattr(model, "default_cfg", {}).get("classifier"))]
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    lost = [k for k in own if k not in fitting and not any(k.startswith(c) for c in classifier)]
+    counters = {k for k in own if k.endswith("num_batches_tracked")}  # older checkpoints have none, nothing reads them
+    lost = [k for k in own.keys() - counters - fitting.keys() if not any(k.startswith(c) for c in classifier)]
     if lost:
         raise ValueError(
-            f"--weights {path}: does not fit the backbone; missing or of another shape: {', '.join(lost[:4])}"
+            f"--weights {path}: does not fit the backbone; missing or of another shape: {', '.join(sorted(lost)[:4])}"
             + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         )
     model.load_state_dict(fitting, strict=False)

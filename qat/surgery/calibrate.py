@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.binary import BinaryWeight
 from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.lsq_plus import LSQPlus, least_squares_range
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.binarize import signs_seen
 from qat.surgery.swap import quantized_weights, quantizers
 
 SAMPLES_PER_BATCH = 16_384
@@ -31,13 +33,14 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -
 
     init: "lsq", the paper's 2 · mean|x| / sqrt(Qp); or "mse", the step of least squared quantization error.
     Calibrating again with the same batches gives the same steps. Batch norm statistics do not move. Raises ValueError
-    when there is no batch, RuntimeError naming a quantizer that no batch reached.
+    when there is no batch or a one-bit activation never saw a negative value, RuntimeError naming a quantizer that no batch
+    reached.
     """
-    found = {name: q for name, q in quantizers(model).items() if not q.is_weight}
+    found = {name: q for name, q in quantizers(model).items() if isinstance(q, LSQ) and not q.is_weight}
     samples: dict[str, list[Tensor]] = {name: [] for name in found}
     device = next(model.parameters()).device
     seen = 0
-    with in_full_precision(model, samples):
+    with in_full_precision(model, samples), signs_seen(model):
         for images in batches:
             model(images.to(device))
             seen += 1
@@ -48,9 +51,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -
 
 @contextmanager
 def in_full_precision(model: nn.Module, samples: dict[str, list[Tensor]] | None = None):  # type: ignore[no-untyped-def]
-    """Eval mode with every quantizer passing its input through; activations' values are collected in `samples`."""
+    """Eval mode with every quantizer passing its input through; activations' values are collected in `samples`.
+
+    One-bit quantizers stay on: without them a binary net is another net, with other ranges.
+    """
     training = {m: m.training for m in model.modules()}
-    found = quantizers(model)
+    found = {name: q for name, q in quantizers(model).items() if q.spec.bits > 1}
     try:
         for name, quantizer in found.items():
             quantizer.observer = _collector(samples[name]) if samples and name in samples else _ignore
@@ -77,6 +83,10 @@ def paused(model: nn.Module) -> bool:
 def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> list[CalibrationRow]:
     """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""
     for weight, quantizer in quantized_weights(model):
+        if isinstance(quantizer, BinaryWeight):
+            quantizer.start(weight)
+            continue
+        assert isinstance(quantizer, LSQ)
         quantizer.initialize(starting_step(weight.detach(), quantizer.spec, init))
     return calibrate(model, batches, init)
 

@@ -12,18 +12,20 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.quantizers.lsq import LSQ, Init, LSQWeight
-from qat.quantizers.lsq_plus import LSQPlus
+from qat.quantizers.contract import Quantizer
+from qat.quantizers.lsq import Init
 from qat.quantizers.recompute import recomputed
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.binarize import BIPER, Binarizer, input_quantizer, weight_quantizer
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is quantized; None leaves that operand in floating point."""
+    """How one layer is quantized; None leaves that operand in floating point. `binarizer` says how one-bit operands are."""
 
     weight: QuantSpec | None
     input: QuantSpec | None
+    binarizer: Binarizer = BIPER
 
 
 FLOAT = LayerSpec(weight=None, input=None)
@@ -39,8 +41,8 @@ class QuantConv2d(nn.Conv2d):
     `same_padding` pads at run time as TensorFlow (and timm's Conv2dSame) does, after the input quantizer: zero is a code.
     """
 
-    weight_quantizer: LSQ | None
-    input_quantizer: LSQ | None
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
     same_padding: bool
 
     @classmethod
@@ -69,8 +71,8 @@ class QuantConv2d(nn.Conv2d):
 class QuantLinear(nn.Linear):
     """Linear on fake-quantized input and weight; (..., in_features) float in, (..., out_features) float out."""
 
-    weight_quantizer: LSQ | None
-    input_quantizer: LSQ | None
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
 
     @classmethod
     def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantLinear":
@@ -92,15 +94,14 @@ def _share_state(cls: Any, layer: nn.Module, spec: LayerSpec, name: str, init: I
     quantized = cls.__new__(cls)
     quantized.__dict__.update(layer.__dict__)
     quantized._modules = dict(layer._modules)
-    quantized.weight_quantizer = None
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    quantized.weight_quantizer = quantized.input_quantizer = None
     if spec.weight is not None:
-        quantized.weight_quantizer = LSQWeight(spec.weight, layer.weight, f"{name}.weight", init)  # type: ignore[arg-type]
-    quantized.input_quantizer = None if spec.input is None else activation_quantizer(spec.input, f"{name}.input")
+        quantized.weight_quantizer = weight_quantizer(spec.weight, weight, f"{name}.weight", init, spec.binarizer)
+    if spec.input is not None:
+        channels = getattr(layer, "in_channels", weight.shape[-1])
+        quantized.input_quantizer = input_quantizer(spec.input, f"{name}.input", channels, spec.binarizer)
     return quantized
-
-
-def activation_quantizer(spec: QuantSpec, name: str) -> LSQ:
-    return LSQPlus(spec, name) if spec.offset else LSQ(spec, name=name)
 
 
 def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:

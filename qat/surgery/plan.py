@@ -3,7 +3,8 @@
 ONNX Runtime computes a convolution, linear, add, concat or average pool on integers only when every input comes from a
 quantizer and the output goes, through a clip at most, into exactly one. So each *unit* (such an operation with the batch
 norm and clip activation behind it) whose result is read by anything but one layer's own input quantizer gets a trained
-8-bit quantizer on that result; and so does every floating-point result that joins such an operation.
+8-bit quantizer on that result; and so does every floating-point result that joins such an operation. A layer whose input
+has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit codes.
 """
 
 from collections.abc import Iterator
@@ -37,8 +38,14 @@ class Plan:
     relus: tuple[tuple[str, str, float], ...] = ()
 
 
-def plan_sites(trace: Trace) -> Plan:
-    """Decide the 8-bit sites of a traced model. Raises ValueError naming a multiply that cannot be quantized."""
+def plan_sites(
+    trace: Trace, binary_inputs: frozenset[str] = frozenset(), in_float: frozenset[str] = frozenset()
+) -> Plan:
+    """Decide the 8-bit sites of a traced model.
+
+    binary_inputs: layers that read one-bit codes. in_float: layers that are not quantized.
+    Raises ValueError naming a multiply that cannot be quantized, or a layer that would binarize the model's input.
+    """
     for call in trace.calls:
         if call.kind in UNSUPPORTED_MULTIPLIES or (call.kind in PRODUCTS and len(call.inputs) < 2):
             raise ValueError(f"{call.address}: quantize_ cannot quantize the products of {call.kind} yet")
@@ -57,6 +64,8 @@ def plan_sites(trace: Trace) -> Plan:
                         f"{call.address}: the model's input joins a {call.kind} before any layer quantizes it"
                     )
                 sites[origin.address] = None
+    for address in flow.read_by_binary(binary_inputs, in_float):
+        sites[address] = None
     on_grid = {
         call.path
         for call in trace.calls
@@ -76,7 +85,7 @@ def is_integer(call: Call) -> bool:
 
 class _Flow:
     def __init__(self, trace: Trace) -> None:
-        self.producer, self.readers = trace.producer(), trace.consumers()
+        self.calls, self.producer, self.readers = trace.calls, trace.producer(), trace.consumers()
         self.outputs = set(trace.model_outputs)
 
     def unit_end(self, call: Call) -> int:
@@ -119,6 +128,23 @@ class _Flow:
                 continue
             if conv.inputs[0] == value:
                 yield call.address, conv.path, call.ceiling
+
+    def read_by_binary(self, binary_inputs: frozenset[str], in_float: frozenset[str]) -> list[str]:
+        """Addresses whose results layers with one-bit inputs read, but for the sums of quantized layers."""
+        weighted = [c for c in self.producer.values() if c.kind in MULTIPLIES and c.path not in in_float]
+        sums = {self.producer[self.unit_end(call)].address for call in weighted}
+        addresses = []
+        for path, value in (
+            (c.path, c.inputs[0]) for c in self.calls if c.path in binary_inputs and c.kind in MULTIPLIES
+        ):
+            origin = self.origin(value)
+            if origin is None:
+                raise ValueError(
+                    f"layer {path!r} would binarize the model's input; give it a rule with more input bits"
+                )
+            if origin.address not in sums:
+                addresses.append(origin.address)
+        return addresses
 
     def is_model_output(self, value: int) -> bool:
         return self.final_readers(value) in ([None], [])

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
 from qat.surgery.plan import JOINS, MULTIPLIES
@@ -103,4 +104,4 @@ def run_with_sites(
 
     model.__class__ = type(f"Quantized{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
     model._location, model._quantized_layers = location, layers  # type: ignore[assignment]
-    location.watch(model, skip=LSQ)
+    location.watch(model, skip=Quantizer)

@@ -3,15 +3,17 @@
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
-from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear, activation_quantizer
+from qat.surgery.binarize import BIPER, Binarizer, activation_quantizer
+from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear
 from qat.surgery.plan import JOINS, MULTIPLIES, Plan, is_join, plan_sites
 from qat.surgery.sites import run_with_sites
 from qat.surgery.trace import Call, Trace, trace_calls
@@ -75,6 +77,32 @@ def uniform_rules(
     return [(name, spec(edge_bits, edge_bits)) for name in first_and_last] + [("*", spec(weight_bits, input_bits))]
 
 
+UNBINARIZED = ("*downsample*", "*shortcut*")  # weighted shortcuts of timm's nets and ours
+
+
+def binary_rules(
+    model: nn.Module,
+    first_and_last: Iterable[str],
+    *,
+    weight_bits: int = 1,
+    input_bits: int = 1,
+    edge: LayerSpec | None = None,
+    keep: Sequence[str] = UNBINARIZED,
+    binarizer: Binarizer = BIPER,
+) -> list[tuple[str, LayerSpec]]:
+    """Rules of a binary network: everything binary but the first, the last and the shortcut layers.
+
+    edge: what those get, FLOAT as published or (default) 8 bits, at which the file stays in integers.
+    keep: globs of further layers that get `edge`; those that match no layer of the model are left out.
+    """
+    edge = edge or LayerSpec(QuantSpec(8, signed=True, axis=0), QuantSpec(8))
+    spared = list(first_and_last)
+    left = [name for name, m in model.named_modules() if isinstance(m, WEIGHTED) and name not in spared]
+    found = [glob for glob in keep if any(fnmatch.fnmatchcase(name, glob) for name in left)]
+    binary = LayerSpec(QuantSpec(weight_bits, signed=True, axis=0), QuantSpec(input_bits), binarizer)
+    return [(name, edge) for name in (*spared, *found)] + [("*", binary)]
+
+
 def quantize_(
     model: nn.Module,
     rules: Rules,
@@ -101,7 +129,9 @@ def quantize_(
     _open_attention(model)
     trace = trace_calls(model, example)
     _check_coverage(layers, specs, trace)
-    plan = plan_sites(trace) if stream is not None else Plan((), frozenset())
+    binary = frozenset(n for n, s in specs.items() if s.input is not None and s.input.bits == 1)
+    in_float = frozenset(n for n, s in specs.items() if s == FLOAT)
+    plan = plan_sites(trace, binary, in_float) if stream is not None else Plan((), frozenset())
     quantized = {
         name: _wrap(
             layers[name],
@@ -127,26 +157,27 @@ def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, 
     relus: dict[str, LSQ] = {}
     for address, path, ceiling in plan.relus:
         quantizer = getattr(quantized.get(path), "input_quantizer", None)
-        if quantizer is not None and address not in plan.sites:
+        if isinstance(quantizer, LSQ) and address not in plan.sites:
             quantizer.ceiling, relus[address] = ceiling, quantizer
     return relus
 
 
-def quantizers(model: nn.Module) -> dict[str, LSQ]:
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """Every quantizer of the model by its name: `<layer>.weight`, `<layer>.input`, or a site's address."""
-    return {m.name: m for m in model.modules() if isinstance(m, LSQ)}
+    return {m.name: m for m in model.modules() if isinstance(m, Quantizer)}
 
 
-def quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, LSQ]]:
+def quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, Quantizer]]:
     """Latent weight and weight quantizer of every layer that has one, in the model's order."""
     layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
     return [(cast(nn.Parameter, m.weight), m.weight_quantizer) for m in layers if m.weight_quantizer is not None]
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, step_lr: float, *, relative_steps: bool = False
+    model: nn.Module, weight_decay: float, step_lr: float, *, relative_steps: bool = False, decay_norms: bool = False
 ) -> list[dict[str, object]]:
-    """Optimizer groups: weights with decay; biases and norms without; steps without, at their own learning rate.
+    """Optimizer groups: weights with decay; biases and norms without, unless `decay_norms`; steps without, at
+    their own learning rate.
 
     relative_steps: multiply `step_lr` with each step's size, to the nearest power of two. Adam and its kind move every
     parameter by about its learning rate, and the steps of one model lie between 0.001 and 1: with one rate for all, the
@@ -156,7 +187,7 @@ def parameter_groups(
     named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, object]] = [
         {"params": [p for p in named if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in named if p.dim() <= 1], "weight_decay": weight_decay if decay_norms else 0.0},
     ]
     by_size: dict[float, list[nn.Parameter]] = {}
     for quantizer in quantizers(model).values():
@@ -221,7 +252,7 @@ def _check_coverage(layers: dict[str, nn.Module], specs: dict[str, LayerSpec], t
 def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
     """A layer that wants at least the stream's bits reads the stream's codes as they are."""
     if spec.input is not None and spec.input.bits >= stream.bits:
-        return LayerSpec(spec.weight, None)
+        return replace(spec, input=None)
     return spec
 
 

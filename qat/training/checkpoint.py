@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.backbones import create_backbone, first_and_last
-from qat.surgery.swap import QuantizationTable, quantize_, uniform_rules
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json, read_json, to_json
+from qat.surgery.binarize import Binarizer, hardtanh_for_relu_
+from qat.surgery.layers import FLOAT, LayerSpec
+from qat.surgery.swap import QuantizationTable, binary_rules, quantize_, uniform_rules
+from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError, from_json, read_json, to_json
 
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -80,7 +82,7 @@ class RunFolder:
         elif recipe.resume:
             raise RecipeError("--resume needs --out, the folder of the interrupted run")
         else:
-            path = _free(Path("runs") / _default_name(recipe))
+            path = default_folder(recipe)
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         write_json(path / "recipe.json", to_json(recipe))
@@ -182,6 +184,8 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
         model.load_state_dict(start)
     mean, std = NORMALIZATIONS.get(recipe.normalization, (config.mean, config.std))
     table = None
+    if isinstance(recipe, BiperRecipe):
+        hardtanh_for_relu_(model)
     if isinstance(recipe, LsqRecipe):
         example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
         stream = None if recipe.weight_only else STREAM
@@ -190,6 +194,14 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
 
 
 def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, Any]]:
+    if isinstance(recipe, BiperRecipe):
+        bits = recipe.edge_bits
+        edge = FLOAT if bits == 32 else LayerSpec(QuantSpec(bits, signed=True, axis=0), QuantSpec(bits))
+        binarizer = Binarizer(
+            recipe.binarizer, recipe.stage, recipe.frequency, recipe.learn_frequency, recipe.alpha_init,
+            standardize=recipe.standardize, learn_thresholds=recipe.learn_thresholds,
+        )  # fmt: skip
+        return binary_rules(model, first_and_last(model), edge=edge, binarizer=binarizer)
     rules = uniform_rules(recipe.weight_bits or recipe.bits, recipe.bits, first_and_last(model), recipe.edge_bits)
     return [(name, replace(spec, input=None)) for name, spec in rules] if recipe.weight_only else rules
 
@@ -211,6 +223,11 @@ def load_state(model: nn.Module, state: dict[str, Any], source: Path) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1:2]
         raise RecipeError(f"{source}: does not fit its recipe's model: {''.join(first).strip()}") from None
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """runs/<method>-…, numbered when it exists."""
+    return _free(Path("runs") / _default_name(recipe))
 
 
 def _default_name(recipe: Recipe) -> str:

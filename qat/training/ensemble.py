@@ -17,7 +17,8 @@ from torch import Tensor
 from qat.domains.splits import LeaveOneDomainOut
 from qat.training.checkpoint import Built, load_run
 from qat.training.compare import mcnemar
-from qat.training.loaders import eval_batches, split_of
+from qat.training.data import split_of
+from qat.training.loaders import eval_batches
 from qat.training.recipe import Recipe, RecipeError
 
 Average = Literal["probabilities", "logits"]

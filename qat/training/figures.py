@@ -15,6 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from qat.quantizers.biper import quantization_error
 from qat.training.scale_log import KINDS, kind_of, layer_of
 
 BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
@@ -138,6 +139,23 @@ def weight_histogram(name: str, scaled: NDArray[np.float32], qmin: int, qmax: in
     axes.set_xlabel("weight / step (lines: codes)")
     axes.set_yticks([])
     axes.set_title(name, fontsize=9)
+    return svg(figure)
+
+
+def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
+    """BiPer's quantization error over a = frequency · mean |w|: the closed form for Laplacian weights as a line, and a dot,
+    (a, measured error), for every layer."""
+    figure, axes = new_figure(6, 2.8)
+    a = np.geomspace(0.05, 20, 300)
+    axes.plot(
+        a, [quantization_error(float(value)) for value in a], color=BASELINE, label="closed form, Laplacian weights"
+    )
+    where, errors = zip(*layers.values(), strict=True)
+    axes.scatter(where, errors, color=RUN, s=18, zorder=3, label="layers")
+    axes.set_xscale("log")
+    axes.set_xlabel("frequency × mean |weight|")
+    axes.set_ylabel("mean squared error")
+    axes.legend(frameon=False, fontsize=8)
     return svg(figure)
 
 

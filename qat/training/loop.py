@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,39 +21,47 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.domains.folders import Domain
-from qat.domains.splits import LeaveOneDomainOut, Subset, leave_one_domain_out
+from qat.domains.splits import Split, Subset, leave_one_domain_out
 from qat.objectives.averaging import Average, LossValley, restore_norm_statistics
 from qat.surgery.backbones import create_optimizer
 from qat.surgery.calibrate import begin, pause
 from qat.surgery.swap import parameter_groups, quantizers
 from qat.training.checkpoint import Built, RunFolder, build, load_state, write_json
+from qat.training.data import in_steps
 from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
 from qat.training.loaders import collect_samples, eval_batches, some_images, train_loader
 from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, check
 from qat.training.scale_log import ScaleLog
 from qat.training.scale_view import scale_scalars
-from qat.training.start import as_saved, calibrated, schedule_of, start_state, teacher_of
+from qat.training.start import as_saved, calibrated, schedule_of, start_state, takes_over, teacher_of
 from qat.training.step import Outcome, TrainingStep
 from qat.training.tracking import Tracker
 
 NORM_BATCHES = 8  # training batches that batch norm statistics of averaged weights are taken from
 
 
-def run(recipe: Recipe, domains: Sequence[Domain]) -> RunFolder:
-    """Train `recipe` on `domains` and return its finished folder. Bad input raises ValueError before training starts."""
+def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
+    """Train `recipe` on `data`, domains of which one is left out or a split, and return its finished folder.
+
+    Bad input raises ValueError before training starts.
+    """
     check(recipe)
-    split = leave_one_domain_out(
-        domains, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
-    )
+    split = data if isinstance(data, Split) else leave_one_domain_out(
+        data, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
+    )  # fmt: skip
+    written, recipe = recipe, in_steps(recipe, split)
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     start = start_state(recipe, split)
-    built = build(recipe, len(split.classes), load_weights=start is None and not recipe.resume, start=start)
+    before = None if takes_over(recipe) else start  # loaded before the model is quantized
+    built = build(recipe, len(split.classes), load_weights=start is None and not recipe.resume, start=before)
     teacher = teacher_of(recipe, split, built)
     rows = None
-    if isinstance(recipe, LsqRecipe) and not recipe.resume:
+    if start is not None and before is None:
+        load_state(built.model, {"model": start}, Path(str(recipe.init_from)) / "checkpoint.pt")  # type: ignore[attr-defined]
+    elif isinstance(recipe, LsqRecipe) and not recipe.resume:
         rows = calibrated(recipe, built, split)
-    folder = RunFolder.create(recipe)
+    folder = RunFolder.create(written)
     if rows is not None:
         write_json(folder / "calibration.json", [vars(row) | {"spec": str(row.spec)} for row in rows])
     _Trainer(recipe, split, built, accelerator, folder, teacher).fit()
@@ -70,7 +79,7 @@ class _Progress:
 
 class _Trainer:
     def __init__(
-        self, recipe: Recipe, split: LeaveOneDomainOut, built: Built, accelerator: Accelerator, folder: RunFolder,
+        self, recipe: Recipe, split: Split, built: Built, accelerator: Accelerator, folder: RunFolder,
         teacher: nn.Module | None,
     ) -> None:  # fmt: skip
         self.recipe, self.split, self.built, self.folder = recipe, split, built, folder
@@ -119,6 +128,8 @@ class _Trainer:
                     if scales is not None:
                         scales.flush()
                     self._evaluate(tracker)
+            if not recipe.steps:
+                self._evaluate(tracker)
         if scales is not None:
             scales.close()
         self._finish(time.perf_counter() - started)
@@ -168,7 +179,8 @@ class _Trainer:
         with self._averaged():
             found = {s.name: self._accuracy(s) for s in self.split.validation}
             mean = float(np.mean(list(found.values())))
-            if mean > self.progress.best_accuracy and self.progress.step > self.quant_start:
+            better = mean > self.progress.best_accuracy or self.recipe.select == "last"
+            if better and (self.progress.step > self.quant_start or not self.quant_start):
                 self.progress.best_accuracy, self.progress.best_step = mean, self.progress.step
                 self.folder.save("checkpoint.pt", self._state())
         entry: dict[str, float | Mapping[str, float]] = {"source_validation": found, "source_mean": mean}
@@ -215,7 +227,11 @@ class _Trainer:
         return f"SWAD: mean of {chosen.count} steps in the valley of the source validation loss"
 
     def _finish(self, seconds: float) -> None:
-        selection = "training-domain validation: best mean held-out accuracy over the source domains"
+        selection = (
+            "last step"
+            if self.recipe.select == "last"
+            else "training-domain validation: best mean held-out accuracy over the source domains"
+        )
         if self.recipe.averaging == "swad":
             selection = self._select_valley()
         load_state(self.built.model, self.folder.load("checkpoint.pt"), self.folder / "checkpoint.pt")
@@ -231,7 +247,7 @@ class _Trainer:
             "selected_step": self.progress.best_step,
             "source_validation": right,
             "target": target,
-            "target_holdout": self._accuracy(self.split.target_out),
+            "target_holdout": None if self.split.target_out is None else self._accuracy(self.split.target_out),
             "train_seconds": seconds,
             "images_per_second": images / seconds,
             "classes": list(self.split.classes),
@@ -261,9 +277,10 @@ class _Trainer:
 def groups_of(recipe: Recipe, model: nn.Module) -> list[dict[str, object]]:
     """The optimizer's parameter groups."""
     if not isinstance(recipe, LsqRecipe):
-        return parameter_groups(model, recipe.weight_decay, recipe.lr)
+        return parameter_groups(model, recipe.weight_decay, recipe.lr, decay_norms=recipe.decay_norms)
     rate = recipe.lr * recipe.step_lr_ratio
-    return parameter_groups(model, recipe.weight_decay, rate, relative_steps=recipe.step_lr_unit == "step")
+    relative = recipe.step_lr_unit == "step"
+    return parameter_groups(model, recipe.weight_decay, rate, relative_steps=relative, decay_norms=recipe.decay_norms)
 
 
 def mean_steps(model: nn.Module) -> dict[str, float]:

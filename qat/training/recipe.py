@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from qat.quantizers.binary import AlphaInit
 from qat.quantizers.lsq import Init
 
 Kind = Literal["weights", "norms", "biases", "scales"]
@@ -25,6 +26,8 @@ class Recipe:
 
     data_root: Path | None = None
     """Folder of domains, <root>/<domain>/<class>/*.jpg; without it the built-in synthetic domains are rendered."""
+    data: Literal["domains", "cifar10"] = "domains"
+    """What --data-root holds: domains of which one is left out, or CIFAR-10 with its own test set."""
     test_domain: str = "sketch"
     """The domain that training never sees."""
     backbone: str = "mobilenetv2_100"
@@ -41,17 +44,26 @@ class Recipe:
     """Side of the square input, pixels."""
     steps: int = 5001
     """Optimizer steps."""
+    epochs: int | None = None
+    """Passes over the training images, instead of --steps; every image once a pass, held-out images measured after each. 0:
+    measure the starting weights."""
     batch_size: int = 32
     """Images of each source domain in a step."""
+    augmentation: Literal["domainbed", "crop-flip"] = "domainbed"
+    """Training augmentation: DomainBed's, or CIFAR's random crop and flip."""
     optimizer: str = "adam"
     """Any optimizer of timm's factory."""
     lr: float = 1e-3
     """Learning rate at the start."""
     weight_decay: float = 0.0
     """Weight decay of weights; biases, norms and quantizer steps have none."""
+    decay_norms: bool = False
+    """Weight decay of biases and norms too, as most CIFAR recipes have it; quantizer steps still have none."""
     schedule: Literal["cosine", "linear", "constant", "refined"] = "cosine"
     """Learning-rate schedule over the run (DomainBed itself: constant). "linear" is worst-case optimal for the last step;
     "refined" follows the gradient norms of --refine-from (arXiv 2310.07831)."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from near 0 before the schedule begins; epochs when --epochs is given."""
     refine_from: Path | None = None
     """Run folder whose recorded gradient norms shape the refined schedule."""
     clip: float | None = None
@@ -68,6 +80,9 @@ class Recipe:
     """Decay of --averaging ema, per step."""
     evaluate_every: int = 100
     """Steps between evaluations on the source domains' held-out images, which select the checkpoint."""
+    select: Literal["validation", "last"] = "validation"
+    """The checkpoint: the best on held-out images, or the last step. (Starting weights that have seen the held-out images
+    make their accuracy worthless for choosing.)"""
     holdout: float = 0.2
     """Share of each domain that is held out (DomainBed: 0.2)."""
     trial_seed: int = 0
@@ -218,6 +233,55 @@ class QtdogRecipe(LsqRecipe):
         return "qtdog"
 
 
+@dataclass(frozen=True)
+class BiperRecipe(LsqRecipe):
+    """1-bit weights and activations: BiPer (arXiv 2404.01278) in two stages, or a baseline binarizer in one."""
+
+    bits: int = 1
+    edge_bits: int = 8
+    """Bits of the first, the last and weighted shortcut layers; 32 leaves them in floating point, as published."""
+    backbone: str = "bireal_cifar_resnet18"
+    batch_size: int = 256
+    optimizer: str = "momentum"
+    lr: float = 0.021
+    weight_decay: float = 0.0016
+    step_lr_ratio: float = 1.0
+    warmup: int = 5
+    epochs: int | None = 600
+    """Epochs of stage 1."""
+    stage2_epochs: int = 300
+    """Epochs of stage 2."""
+    stage2_steps: int = 5001
+    """Steps of stage 2 where --epochs is None and --steps counts stage 1."""
+    stage2_lr: float = 0.0037
+    """Learning rate at the start of stage 2."""
+    stage2_weight_decay: float = 0.00016
+    """Weight decay of stage 2."""
+    stage: Literal[1, 2] = 1
+    """Where the run begins: at 1 both stages are run, 2 is one run from the stage-1 folder --init-from."""
+    binarizer: Literal["biper", "sign", "recu"] = "biper"
+    """Function in front of the weights' sign. The baselines, straight-through and ReCU, have one stage."""
+    frequency: float = 20.0
+    """BiPer's frequency."""
+    frequency_start: float | None = None
+    """Frequency at the start of stage 1, from which it rises or falls linearly to --frequency."""
+    learn_frequency: bool = False
+    """Learn a frequency for each layer, from --frequency on."""
+    reg_tau: float = 0.0
+    """Weight of the published regulariser (CIFAR: 0.037, then 0.0468). It pulls sin(frequency · w) towards the decision
+    boundary, hence off."""
+    alpha_init: AlphaInit = "least-squares"
+    """How the channels' scales start: least squared error, or uniform in [0, 1) as published."""
+    standardize: bool = True
+    """Take the activations' surrogate gradient at unit variance per sample; the codes are the same either way."""
+    learn_thresholds: bool = False
+    """Learn a threshold for each binarized channel (ReActNet's RSign)."""
+
+    @property
+    def method(self) -> str:
+        return "biper"
+
+
 METHODS: dict[str, Recipe] = {
     recipe.method: recipe
     for recipe in (
@@ -227,14 +291,17 @@ METHODS: dict[str, Recipe] = {
 }  # fmt: skip
 
 
+KNOWN: dict[str, Recipe] = METHODS | {"biper": BiperRecipe()}
+
+
 class RecipeError(ValueError):
     """A flag, file or folder of a run is unusable; the message names it."""
 
 
 def check(recipe: Recipe) -> None:
     """Raise RecipeError naming the flag of the first impossible value."""
-    positive = ("image_size", "steps", "batch_size", "evaluate_every", "lr", "per_class")
-    for name in positive:
+    positive = ["image_size", "batch_size", "evaluate_every", "lr", "per_class"]
+    for name in positive + (["steps"] if recipe.epochs is None else []):
         if getattr(recipe, name) <= 0:
             raise RecipeError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
     for name in ("holdout", "ema_decay"):
@@ -244,18 +311,25 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"--dropout must lie in [0, 1), got {recipe.dropout}")
     if recipe.clip is not None and recipe.clip <= 0:
         raise RecipeError(f"--clip must be positive, got {recipe.clip}; leave it out not to clip")
+    for name in ("epochs", "warmup"):
+        if (getattr(recipe, name) or 0) < 0:
+            raise RecipeError(f"--{name} must not be negative, got {getattr(recipe, name)}")
+    if recipe.epochs is not None and recipe.data == "domains":
+        raise RecipeError("--epochs: domains are drawn from without end, in equal shares; give --steps")
     if (recipe.schedule == "refined") != (recipe.refine_from is not None):
         raise RecipeError("--schedule refined and --refine-from belong together")
     if isinstance(recipe, SagmRecipe):
         _check_sharpness(recipe)
     if isinstance(recipe, LsqRecipe):
         _check_lsq(recipe)
+    if isinstance(recipe, BiperRecipe):
+        _check_binary(recipe)
     if isinstance(recipe, QtdogRecipe) and not 0 < recipe.quant_start_step < recipe.steps:
         raise RecipeError(f"--quant-start-step {recipe.quant_start_step}: must lie within --steps ({recipe.steps})")
 
 
 def _check_lsq(recipe: LsqRecipe) -> None:
-    for name in ("bits", "weight_bits", "edge_bits"):
+    for name in () if isinstance(recipe, BiperRecipe) else ("bits", "weight_bits", "edge_bits"):
         value = getattr(recipe, name)
         if value is not None and not 2 <= value <= 8:
             raise RecipeError(f"--{name.replace('_', '-')} must be 2 to 8, got {value}")
@@ -265,6 +339,20 @@ def _check_lsq(recipe: LsqRecipe) -> None:
         raise RecipeError(f"--damping must not be negative, got {recipe.damping}")
     if recipe.freeze_oscillating is not None and not 0 < recipe.freeze_oscillating < 1:
         raise RecipeError(f"--freeze-oscillating must lie between 0 and 1, got {recipe.freeze_oscillating}")
+
+
+def _check_binary(recipe: BiperRecipe) -> None:
+    if recipe.bits != 1 or recipe.weight_bits not in (None, 1):
+        raise RecipeError(f"--bits {recipe.bits}: biper has one bit; the method lsq has more")
+    if not (2 <= recipe.edge_bits <= 8 or recipe.edge_bits == 32):
+        raise RecipeError(f"--edge-bits must be 2 to 8, or 32 for floating point, got {recipe.edge_bits}")
+    for name in ("frequency", "stage2_lr", "stage2_epochs", "stage2_steps"):
+        if getattr(recipe, name) <= 0:
+            raise RecipeError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
+    if recipe.frequency_start is not None and (recipe.frequency_start <= 0 or recipe.learn_frequency):
+        raise RecipeError("--frequency-start must be positive, and a learned frequency has no schedule")
+    if recipe.stage == 2 and recipe.binarizer == "biper" and recipe.init_from is None:
+        raise RecipeError("--stage 2 begins from a stage-1 run: name its folder with --init-from")
 
 
 def _check_sharpness(recipe: SagmRecipe) -> None:
@@ -296,9 +384,9 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any], source: Path) -> Recipe:
     """The recipe recorded in a run folder. Raises RecipeError when `source` holds something else."""
-    known = METHODS.get(values.get("method", ""))
+    known = KNOWN.get(values.get("method", ""))
     if known is None:
-        raise RecipeError(f"{source}: unknown method {values.get('method')!r}; known: {', '.join(METHODS)}")
+        raise RecipeError(f"{source}: unknown method {values.get('method')!r}; known: {', '.join(KNOWN)}")
     cls = type(known)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     if unknown := values.keys() - fields.keys() - {"method"}:

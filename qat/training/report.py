@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qat import __version__
-from qat.quantizers.lsq import LSQ
+from qat.quantizers.contract import Quantizer
+from qat.surgery.binarize import periodic_weights
 from qat.surgery.swap import quantized_weights
 from qat.training import figures, scale_figures
 from qat.training.checkpoint import RunFolder, load_run
@@ -61,6 +62,7 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
         steps_figure=figures.step_curves(folder.metrics()) if steps else "",
         scales=_scales(folder, built.model),
         histograms=_histograms(built.model),
+        frequency_figure=_frequency_figure(built.model),
         latencies=latencies,
         latency_figure=figures.size_and_latency(latencies) if latencies else "",
         certificate=_optional(folder, "certificate.json"),
@@ -161,7 +163,18 @@ def _histograms(model: nn.Module) -> list[str]:
     return [_histogram(*found[i]) for i in sorted(picked)]
 
 
-def _histogram(weight: nn.Parameter, quantizer: LSQ) -> str:
+@torch.no_grad()
+def _frequency_figure(model: nn.Module) -> str:
+    """BiPer's error by layer against its closed form; empty for a model without it."""
+    layers: dict[str, tuple[float, float]] = {}
+    for quantizer, weight in periodic_weights(model):
+        magnitudes = quantizer.before_sign(weight.detach()).abs()
+        error = (magnitudes - magnitudes.mean()).square().mean()
+        layers[quantizer.name] = (float(quantizer.frequency) * float(weight.detach().abs().mean()), float(error))
+    return figures.frequency_error(layers) if layers else ""
+
+
+def _histogram(weight: nn.Parameter, quantizer: Quantizer) -> str:
     step = quantizer.step.view(-1, *[1] * (weight.dim() - 1)) if quantizer.step.dim() else quantizer.step
     scaled: NDArray[np.float32] = (weight.detach() / step).flatten().to(torch.float32).numpy()
     title = f"{quantizer.name} ({quantizer.spec.bits} bits)"

@@ -8,23 +8,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qat.domains.splits import LeaveOneDomainOut
-from qat.surgery.calibrate import CalibrationRow, calibrate
+from qat.domains.splits import Split
+from qat.objectives.averaging import restore_norm_statistics
+from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.loaders import some_images
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
 
 SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout")
 SMOOTH = 0.1  # width of the median filter over recorded gradient norms, as a share of them
 
 
-def start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] | None:
-    """State dict of the full-precision run named by --init-from, checked to be of the same model and split."""
+def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
+    """State dict of the run named by --init-from, checked to be of the same model and split: a full-precision run, or for
+    BiPer's stage 2 its stage 1."""
     if not isinstance(recipe, LsqRecipe) or recipe.init_from is None:
         return None
     source = RunFolder.open(recipe.init_from)
     given = source.recipe()
-    if isinstance(given, LsqRecipe):
+    if takes_over(recipe):
+        if not isinstance(given, BiperRecipe) or given.stage != 1 or given.binarizer != "biper":
+            raise RecipeError(f"--init-from {recipe.init_from}: is no stage-1 run of biper, from which stage 2 begins")
+    elif isinstance(given, LsqRecipe):
         raise RecipeError(f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one")
     for name in SAME:
         if getattr(given, name) != getattr(recipe, name):
@@ -40,7 +45,12 @@ def start_state(recipe: Recipe, split: LeaveOneDomainOut) -> dict[str, Tensor] |
     return state["model"]
 
 
-def teacher_of(recipe: Recipe, split: LeaveOneDomainOut, built: Built) -> nn.Module | None:
+def takes_over(recipe: Recipe) -> bool:
+    """Whether the run begins from a quantized one, all its parameters taken over as they are: BiPer's stage 2."""
+    return isinstance(recipe, BiperRecipe) and recipe.stage == 2 and recipe.init_from is not None
+
+
+def teacher_of(recipe: Recipe, split: Split, built: Built) -> nn.Module | None:
     """The full-precision model of the run named by --teacher. Raises RecipeError when it cannot teach `built`."""
     if not isinstance(recipe, LsqRecipe) or recipe.teacher is None:
         return None
@@ -63,24 +73,33 @@ def teacher_of(recipe: Recipe, split: LeaveOneDomainOut, built: Built) -> nn.Mod
     return teacher.model
 
 
-def calibrated(recipe: LsqRecipe, built: Built, split: LeaveOneDomainOut) -> list[CalibrationRow]:
-    """Set the activation quantizers from the first training batches."""
+def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[CalibrationRow]:
+    """Set the activation quantizers from the first training batches; for a binary net after its batch norms, which a float
+    net's statistics do not fit."""
+    if isinstance(recipe, BiperRecipe):
+        with in_full_precision(built.model):
+            restore_norm_statistics(built.model, some_images(split, recipe, built, recipe.calibration_batches))
     return calibrate(built.model, some_images(split, recipe, built, recipe.calibration_batches), recipe.init)
 
 
 def schedule_of(recipe: Recipe) -> Callable[[int], float]:
-    """Learning-rate factor by step."""
+    """Learning-rate factor by step: a linear rise over the warm-up, then the schedule over the rest."""
+    after = _after_warmup(recipe, max(recipe.steps - recipe.warmup, 1))
+    return lambda step: (step + 1) / recipe.warmup if step < recipe.warmup else after(step - recipe.warmup)
+
+
+def _after_warmup(recipe: Recipe, steps: int) -> Callable[[int], float]:
     match recipe.schedule:
         case "cosine":
-            return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / recipe.steps, 1)))
+            return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
         case "linear":
-            return lambda step: max(1 - step / recipe.steps, 0.0)
+            return lambda step: max(1 - step / steps, 0.0)
         case "constant":
             return lambda step: 1.0
         case "refined":
             assert recipe.refine_from is not None
             power = 2 if is_sgd(recipe.optimizer) else 1
-            factors = refined(_gradient_norms(recipe), recipe.steps, power)
+            factors = refined(_gradient_norms(recipe), steps, power)
             return lambda step: float(factors[min(step, len(factors) - 1)])
 
 

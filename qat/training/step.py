@@ -24,11 +24,13 @@ from qat.objectives.oscillation import Oscillation, damping
 from qat.objectives.replay import replay_of, shared_norm_momentum
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
-from qat.quantizers.lsq import LSQ
+from qat.quantizers.biper import periodic_regulariser
+from qat.quantizers.contract import Quantizer
 from qat.surgery.backbones import clip_gradients, first_and_last
+from qat.surgery.binarize import periodic_weights
 from qat.surgery.calibrate import paused
 from qat.surgery.swap import quantized_weights, quantizers
-from qat.training.recipe import GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
+from qat.training.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
 
 FLATNESS: dict[str, Callable[..., Gradients]] = {"sagm": sagm, "sam": sam, "asam": asam, "gsam": gsam}
 WITH_ALPHA = {"sagm", "gsam"}
@@ -77,6 +79,7 @@ class TrainingStep:
         self.unclipped = {id(p) for p in head.parameters()} if recipe.clip_mode == "agc" else set()
         self.distillation = self.oscillation = None
         self.damping = recipe.damping if isinstance(recipe, LsqRecipe) else 0.0
+        self.reg_tau = recipe.reg_tau if isinstance(recipe, BiperRecipe) else 0.0
         if isinstance(recipe, LsqRecipe):
             if teacher is not None:
                 self.distillation = Distillation(teacher.to(self.device), recipe.distill_weight)
@@ -85,6 +88,7 @@ class TrainingStep:
                 self.oscillation = Oscillation(weights, grids, freeze_above=recipe.freeze_oscillating)
 
     def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
+        self._set_frequency()
         images, seen_logits = images.contiguous(memory_format=self.memory_format), list[Tensor]()
         quantized = not paused(self.own)
         if isinstance(self.recipe, SagmRecipe) and self.recipe.per_domain:
@@ -110,6 +114,13 @@ class TrainingStep:
         self.taken += 1
         return Outcome(gradients.loss, logits, norm, l1_norm, seen, swung)
 
+    def _set_frequency(self) -> None:
+        recipe = self.recipe
+        if isinstance(recipe, BiperRecipe) and recipe.frequency_start is not None and recipe.stage == 1:
+            reached = min((self.taken + 1) / recipe.steps, 1.0)
+            for quantizer, _ in periodic_weights(self.own):
+                quantizer.set_frequency(recipe.frequency_start + reached * (recipe.frequency - recipe.frequency_start))
+
     def _closure(self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]) -> Closure:
         def closure() -> Tensor:
             with self.precision.autocast():
@@ -120,6 +131,8 @@ class TrainingStep:
                     loss = self.distillation(images, logits, loss)
                 if self.damping and not paused(self.own):
                     loss = loss + self.damping * damping(*zip(*quantized_weights(self.own), strict=True))
+                if self.reg_tau:
+                    loss = loss + self.reg_tau * periodic_regulariser(periodic_weights(self.own))
             self.precision.backward(loss)
             seen.append(logits.detach())
             return loss.detach()
@@ -195,7 +208,7 @@ def parameter_kinds(model: nn.Module) -> dict[int, str]:
     kinds: dict[int, str] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LSQ):
+            if isinstance(module, Quantizer):
                 kinds[id(parameter)] = "scales"
             elif name.endswith("bias") and not is_norm(module):
                 kinds[id(parameter)] = "biases"

@@ -1,0 +1,97 @@
+"""Binary weights: one sign and one learned scale per output channel, whatever function stands before the sign.
+
+    ŵ = α · sign(u(w))        dL/dw = dL/dŵ · α · u'(w)        dL/dα = Σ dL/dŵ · sign(u(w))
+
+u is what binarizers differ in: the identity clipped to [-1, 1] here (XNOR-Net, arXiv 1603.05279, with a learned α), a sine
+in `biper`, a rectified clamp in `recu`. The sign's own derivative is taken as 1. α starts at the scale of least squared
+error, mean |u(w)|, or uniformly in [0, 1) as BiPer's code has it; a batch norm behind the layer makes the two the same.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantizers.contract import SMALLEST_STEP, Quantizer, positive_step, sign
+from qat.quantizers.spec import QuantSpec
+
+AlphaInit = Literal["least-squares", "uniform"]
+
+
+class _SignSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        return sign(u)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def sign_ste(u: Tensor) -> Tensor:
+    """±1 with the identity as its derivative; zeros become +1. Any float dtype and shape."""
+    return _SignSTE.apply(u)
+
+
+class BinaryWeight(Quantizer):
+    """Sign of a latent weight (any shape) times α, one per channel of spec.axis or one in all; spec must have 1 bit."""
+
+    is_weight = True
+
+    def __init__(
+        self, spec: QuantSpec, weight: Tensor, name: str = "", *, alpha_init: AlphaInit = "least-squares"
+    ) -> None:
+        if spec.bits != 1:
+            raise ValueError(f"weight quantizer {name!r}: a binary quantizer has 1 bit, got spec {spec}")
+        super().__init__(spec, name)
+        self.alpha_init = alpha_init
+        shape = () if spec.axis is None else (weight.shape[spec.axis],)
+        self.raw_step = nn.Parameter(torch.ones(shape))
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Set α from the latent weight; every child does so once its own state is there."""
+        if self.alpha_init == "uniform":
+            self.raw_step.data.uniform_(0, 1).clamp_min_(SMALLEST_STEP)
+        else:
+            dims = [d for d in range(weight.dim()) if d != self.spec.axis]
+            magnitude = self.before_sign(weight).abs().float().mean(dim=dims)
+            self.raw_step.data.copy_(torch.where(magnitude > 0, magnitude, 1.0))
+        self.initialized = True
+
+    def before_sign(self, weight: Tensor) -> Tensor:
+        """u(w), differentiable, of w's shape."""
+        raise NotImplementedError(f"{type(self).__name__} defines no function before the sign")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(x.detach())
+            return x
+        return self.relaxed(self.before_sign(x)) * self._broadcast(positive_step(self.raw_step), x)
+
+    def relaxed(self, u: Tensor) -> Tensor:
+        return sign_ste(u)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """-1 or +1, int32."""
+        return sign(self.before_sign(x.detach())).to(torch.int32)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"initialized": self.initialized}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.initialized = state["initialized"]
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+
+class SignWeight(BinaryWeight):
+    """u(w) = clip(w, -1, 1): the plain straight-through estimator."""
+
+    def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "", **options: Any) -> None:
+        super().__init__(spec, weight, name, **options)
+        self.start(weight)
+
+    def before_sign(self, weight: Tensor) -> Tensor:
+        return weight.clamp(-1, 1)

@@ -1,0 +1,70 @@
+"""Binary activations with Bi-Real Net's surrogate (Liu et al., ECCV 2018, arXiv 1808.00278; `specs/algorithms.md` §2.1).
+
+    forward   code = +1 where a >= t, else -1                  backward   dL/da = dL/dcode · max(0, 2 - 2|ā|)
+
+ā = a - t, or with `standardize` (a - t) / sqrt(var(a - t) + 1e-5) per sample over channels and space, through which
+gradients flow. A positive factor changes no sign, so training and evaluation compute the same codes; the published code
+divides in training only, which comes to the same. t is 0, or learned per channel (ReActNet's RSign, arXiv 2003.03488).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantizers.contract import Quantizer, sign
+from qat.quantizers.spec import QuantSpec
+
+EPSILON = 1e-5
+
+
+class _SignBiReal(torch.autograd.Function):
+    """(a - t, ā) -> sign(a - t); the gradient goes to ā."""
+
+    @staticmethod
+    def forward(ctx: Any, shifted: Tensor, surrogate: Tensor) -> Tensor:
+        ctx.save_for_backward(surrogate)
+        return sign(shifted)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (surrogate,) = ctx.saved_tensors
+        return None, (2 - 2 * surrogate.abs()).clamp_min_(0).mul_(gradients[0])
+
+
+class BinaryActivation(Quantizer):
+    """Codes -1 and +1, step 1. Input N_C_H_W (or N_C), float.
+
+    channels:    length of axis 1 when thresholds are learned, else None.
+    standardize: take the surrogate at values of unit variance per sample.
+    """
+
+    def __init__(
+        self, spec: QuantSpec, name: str = "", *, standardize: bool = True, channels: int | None = None
+    ) -> None:
+        if spec.bits != 1 or spec.axis is not None:
+            raise ValueError(f"quantizer {name!r}: a binary activation has 1 bit and one step, got spec {spec}")
+        super().__init__(spec, name)
+        self.standardize, self.initialized = standardize, True
+        self.raw_step = nn.Parameter(torch.ones(()), requires_grad=False)  # BatchNorm scales what a binary layer reads
+        self.threshold = None if channels is None else nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(x.detach())
+            return x
+        shifted = self._shifted(x)
+        surrogate = shifted
+        if self.standardize and shifted.requires_grad:
+            dims = tuple(range(1, x.dim()))
+            surrogate = shifted * torch.rsqrt(shifted.var(dims, unbiased=False, keepdim=True) + EPSILON)
+        return _SignBiReal.apply(shifted.detach(), surrogate)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """-1 or +1, int32."""
+        return sign(self._shifted(x.detach())).to(torch.int32)
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        if self.threshold is None:
+            return x
+        return x - self.threshold.view(1, -1, *[1] * (x.dim() - 2))

@@ -1,0 +1,33 @@
+"""BiPer's two stages as one run: a sine wave first, then its sign, which begins from the first's selected checkpoint.
+
+Stage 1 is a run folder of its own, `<out>/stage1`; latent weights, batch norms, scales and frequencies pass to stage 2 bit
+for bit, the optimizer and its schedule begin anew, as published.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qat.domains.folders import Domain
+from qat.domains.splits import Split
+from qat.training.checkpoint import RunFolder, default_folder
+from qat.training.loop import run
+from qat.training.recipe import BiperRecipe
+
+
+def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder:
+    """Train `recipe` on `data`; returns the folder of the last stage. With `resume`, goes on where it was interrupted."""
+    if recipe.binarizer != "biper":
+        return run(replace(recipe, stage=2), data)
+    if recipe.stage == 2:
+        return run(recipe, data)
+    out = recipe.out or default_folder(recipe)
+    first = out / "stage1"
+    if not (recipe.resume and (first / "results.json").exists()):
+        run(replace(recipe, out=first, resume=recipe.resume and (first / "last.pt").exists()), data)
+    second = replace(
+        recipe, stage=2, out=out, init_from=first, lr=recipe.stage2_lr, weight_decay=recipe.stage2_weight_decay,
+        epochs=None if recipe.epochs is None else recipe.stage2_epochs, steps=recipe.stage2_steps, weights=None,
+        pretrained=False,
+        resume=recipe.resume and (out / "last.pt").exists(),
+    )  # fmt: skip
+    return run(second, data)

@@ -1,0 +1,49 @@
+"""CIFAR-10: full precision, LSQ, or 1-bit networks (BiPer). The method is one word.
+
+    uv run recipes/cifar10.py fp    --data-root CIFAR --backbone cifar_resnet20 --out runs/fp
+    uv run recipes/cifar10.py lsq   --data-root CIFAR --init-from runs/fp --bits 2 --epochs 10 --out runs/w2a2
+    uv run recipes/cifar10.py biper --data-root CIFAR --out runs/w1a1
+
+`CIFAR` is CIFAR/{train,test}/<class>/*.png or torchvision's folder; `--download` has torchvision fetch it. `--weights FILE
+--epochs 0` with fp measures a checkpoint. A tenth of the training images is held out and selects the checkpoint; with
+`--select last` nothing selects. The test images are measured once, at the end.
+"""
+
+import dataclasses
+import sys
+
+from qat.cli import choose, guarded
+from qat.training.compare import compare_runs
+from qat.training.data import split_of
+from qat.training.loop import run
+from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe
+from qat.training.results import table
+from qat.training.two_stages import run_stages
+
+CIFAR = {
+    "data": "cifar10", "test_domain": "test", "backbone": "cifar_resnet20", "image_size": 32, "batch_size": 128,
+    "augmentation": "crop-flip", "normalization": "imagenet", "optimizer": "momentum", "decay_norms": True, "holdout": 0.1,
+    "workers": 0,
+}  # fmt: skip
+METHODS = {
+    # He et al.'s CIFAR recipe with a cosine; LSQ's with its learning rate for SGD (steps move as fast as weights).
+    "fp": dataclasses.replace(Recipe(), **CIFAR, epochs=200, lr=0.1, weight_decay=1e-4),
+    "lsq": dataclasses.replace(LsqRecipe(), **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, step_lr_ratio=1.0),
+    "biper": dataclasses.replace(BiperRecipe(), **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}),
+}
+
+
+def train(recipe: Recipe) -> int:
+    split = split_of(recipe)
+    folder = run_stages(recipe, split) if isinstance(recipe, BiperRecipe) else run(recipe, split)
+    print(table(folder))
+    if isinstance(recipe, BiperRecipe):
+        return 0
+    if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
+        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+    return 0
+
+
+if __name__ == "__main__":
+    chosen = choose(METHODS, __doc__)
+    sys.exit(guarded(lambda: train(chosen)))

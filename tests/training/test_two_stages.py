@@ -1,0 +1,120 @@
+"""BiPer's two stages: what passes between them, what a schedule does, and what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qat.deploy import certify_run, export_run, write_report
+from qat.domains.cifar import cifar10_split
+from qat.domains.folders import ArrayImages, Domain
+from qat.domains.splits import Split
+from qat.surgery.binarize import periodic_weights
+from qat.training import loop
+from qat.training.checkpoint import RunFolder, load_run
+from qat.training.data import in_steps
+from qat.training.recipe import BiperRecipe, Recipe, RecipeError, check, from_json, to_json
+from qat.training.start import schedule_of
+from qat.training.two_stages import run_stages
+
+TINY = BiperRecipe(
+    data="cifar10", test_domain="test", backbone="test_resnet", image_size=32, batch_size=8, augmentation="crop-flip",
+    normalization="imagenet", epochs=1, stage2_epochs=1, warmup=0, workers=0, lr=0.01, stage2_lr=1e-9, frequency=15.0,
+    calibration_batches=1, holdout=0.25,
+)  # fmt: skip
+
+
+def split() -> Split:
+    rng = np.random.default_rng(0)
+    parts = [
+        Domain(name, ("a", "b"), ArrayImages(rng.integers(0, 256, (n, 32, 32, 3), np.uint8)), np.arange(n) % 2)
+        for name, n in (("train", 32), ("test", 8))
+    ]
+    return cifar10_split(*parts, 0.25, 0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("biper") / "run"
+    return run_stages(dataclasses.replace(TINY, frequency_start=5.0, out=out), split()).path
+
+
+def test_stage_two_begins_with_stage_ones_parameters_bit_for_bit(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, torch.Tensor]] = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(trainer: loop._Trainer) -> None:
+        begun.append({k: v for k, v in trainer.built.model.state_dict().items() if isinstance(v, torch.Tensor)})
+        raise Stopped
+
+    monkeypatch.setattr(loop._Trainer, "fit", stop)
+    second = dataclasses.replace(TINY, stage=2, init_from=finished / "stage1", out=tmp_path / "second")
+    with pytest.raises(Stopped):
+        run_stages(second, split())
+    stored = RunFolder.open(finished / "stage1").load("checkpoint.pt")["model"]
+    assert begun[0].keys() == {k for k, v in stored.items() if isinstance(v, torch.Tensor)}
+    assert all(torch.equal(value, stored[name]) for name, value in begun[0].items())
+
+
+def test_both_stages_are_whole_run_folders_and_know_their_stage(finished: Path) -> None:
+    for path, stage in ((finished / "stage1", 1), (finished, 2)):
+        _, recipe, built = load_run(path)
+        assert isinstance(recipe, BiperRecipe) and recipe.stage == stage
+        pairs = periodic_weights(built.model)
+        assert pairs and {q.stage for q, _ in pairs} == {stage}
+        assert {round(float(q.frequency), 4) for q, _ in pairs} == {15.0}  # the schedule's end, taken over by stage 2
+    assert RunFolder.open(finished).recipe().lr == TINY.stage2_lr
+    assert RunFolder.open(finished).results()["target_holdout"] is None
+
+
+def test_the_run_is_exported_certified_and_reported(finished: Path) -> None:
+    file = export_run(finished, "ort-packed")
+    certificate = certify_run(finished, file)
+    exact = [level.total for level in certificate.levels if level.level in ("EXTENDED", "ALL")]
+    assert exact == [0, 0] and not certificate.stored and not certificate.adversarial
+    assert certificate.integer_kernels == certificate.layers
+    assert "Quantization error and frequency" in write_report(finished).read_text()
+    with pytest.raises(ValueError, match="stage 1"):
+        export_run(finished / "stage1", "ort-packed")
+
+
+def test_a_finished_first_stage_is_not_run_again(finished: Path) -> None:
+    before = (finished / "stage1" / "checkpoint.pt").stat().st_mtime_ns
+    with pytest.raises(RecipeError, match="holds a run already"):
+        run_stages(dataclasses.replace(TINY, out=finished), split())
+    run_stages(dataclasses.replace(TINY, out=finished, frequency_start=5.0, resume=True), split())
+    assert (finished / "stage1" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_recipes_are_recorded_and_checked(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(TINY, binarizer="recu", init_from=tmp_path)
+    assert from_json(to_json(recipe), tmp_path) == recipe
+    for change, message in (
+        ({"bits": 2}, "--bits 2: biper has one bit"),
+        ({"edge_bits": 9}, "--edge-bits"),
+        ({"stage": 2}, "name its folder with --init-from"),
+        ({"frequency": 0.0}, "--frequency must be positive"),
+        ({"frequency_start": 3.0, "learn_frequency": True}, "has no schedule"),
+        ({"data": "domains"}, "give --steps"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            check(dataclasses.replace(TINY, **change))
+
+
+def test_stage_two_refuses_another_kind_of_run(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no stage-1 run"):
+        run_stages(dataclasses.replace(TINY, stage=2, init_from=finished, out=tmp_path / "x"), split())
+
+
+def test_epochs_and_warm_up_are_counted_in_steps() -> None:
+    recipe = in_steps(Recipe(data="cifar10", batch_size=10, epochs=4, warmup=2), split())
+    assert (recipe.steps, recipe.warmup, recipe.evaluate_every) == (12, 6, 3)  # 24 images left: 3 steps an epoch
+    factor = schedule_of(recipe)
+    expected = [(s + 1) / 6 for s in range(6)] + [0.5 * (1 + np.cos(np.pi * s / 6)) for s in range(6)]
+    assert np.allclose([factor(s) for s in range(12)], expected, rtol=0, atol=1e-12)
