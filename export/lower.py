@@ -92,9 +92,8 @@ def trained_codes(
 def _recorder(name: str, codes: dict[str, NDArray[np.uint8]]) -> Callable[[Quantizer, tuple[Tensor], Tensor], None]:
     def record(quantizer: Quantizer, inputs: tuple[Tensor], output: Tensor) -> None:
         grid = _activation(quantizer)
-        codes[name] = (
-            ((quantizer.codes(inputs[0]) - quantizer.zero_point) * grid.gain + grid.zero_point).to(torch.uint8).numpy()
-        )
+        centred = quantizer.codes(inputs[0]) - quantizer.zero_point
+        codes[name] = (centred * grid.gain + grid.zero_point).to(torch.uint8).numpy()
 
     return record
 
@@ -136,7 +135,7 @@ def _marker(name: str) -> Callable[[Tensor], Tensor]:
     return mark
 
 
-def _layer(module: QuantConv2d | QuantLinear, quantizer: LSQ) -> LoweredLayer:
+def _layer(module: QuantConv2d | QuantLinear, quantizer: Quantizer) -> LoweredLayer:
     outputs = module.weight.shape[0]
     return LoweredLayer(
         name=quantizer.name.removesuffix(".weight"),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.contract import SMALLEST_STEP, Quantizer, positive_step, sign
+from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step, sign
 from qat.quantizers.spec import QuantSpec
 
 AlphaInit = Literal["least-squares", "uniform"]
@@ -67,7 +67,7 @@ class BinaryWeight(Quantizer):
         if self.observer is not None:
             self.observer(x.detach())
             return x
-        return self.relaxed(self.before_sign(x)) * self._broadcast(positive_step(self.raw_step), x)
+        return self.relaxed(self.before_sign(x)) * along(positive_step(self.raw_step), x, self.spec.axis)
 
     def relaxed(self, u: Tensor) -> Tensor:
         return sign_ste(u)

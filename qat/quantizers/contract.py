@@ -36,12 +36,14 @@ class Quantizer(nn.Module):
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
         raise NotImplementedError(f"{type(self).__name__} defines no codes")
 
-    def _broadcast(self, step: Tensor, x: Tensor) -> Tensor:
-        if self.spec.axis is None:
-            return step
-        shape = [1] * x.dim()
-        shape[self.spec.axis] = -1
-        return step.view(shape)
+
+def along(step: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Steps (channels,) shaped to broadcast along `axis` of x; a step of the whole tensor as it is."""
+    if axis is None:
+        return step
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return step.view(shape)
 
 
 def positive_step(raw_step: Tensor) -> Tensor:

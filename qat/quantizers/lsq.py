@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.contract import Quantizer, positive_step
+from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step
 from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin, origin_of, remember
 from qat.quantizers.spec import Grid, QuantSpec
@@ -86,15 +86,6 @@ def gradients(
 def widened(x: Tensor) -> Tensor:
     """x in float32 where it is half precision: a code is decided in float32, whatever x comes in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def along(step: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """Steps (channels,) shaped to broadcast along `axis` of x; a step of the whole tensor as it is."""
-    if axis is None:
-        return step
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return step.view(shape)
 
 
 class LSQ(Quantizer):

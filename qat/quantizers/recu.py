@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.quantizers.binary import BinaryWeight
+from qat.quantizers.contract import along
 from qat.quantizers.spec import QuantSpec
 
 EPSILON = 1e-5
@@ -30,9 +31,10 @@ class RectifiedWeight(BinaryWeight):
     def before_sign(self, weight: Tensor) -> Tensor:
         rows = weight.reshape(1, -1) if self.spec.axis is None else weight.movedim(self.spec.axis, 0).flatten(1)
         deviation, mean = torch.std_mean(rows, dim=1)
-        centred = (weight - self._broadcast(mean.squeeze() if self.spec.axis is None else mean, weight)) / (
-            self._broadcast(deviation.squeeze() if self.spec.axis is None else deviation, weight) + EPSILON
-        )
+        if self.spec.axis is None:
+            mean, deviation = mean.squeeze(), deviation.squeeze()
+        axis = self.spec.axis
+        centred = (weight - along(mean, weight, axis)) / (along(deviation, weight, axis) + EPSILON)
         return centred.clamp(*_quantiles(centred.detach().flatten(), self.tau))
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qat.domains.splits import LeaveOneDomainOut
+from qat.domains.splits import Split
 from qat.training.checkpoint import Built, load_run
 from qat.training.compare import mcnemar
 from qat.training.data import split_of
@@ -96,9 +96,7 @@ def evaluate_ensemble(
     return compare_ensemble([str(run) for run in runs], answers, split.target_in.name, average)
 
 
-def load_members(
-    runs: Sequence[Path], data_root: Path | None = None
-) -> tuple[list[Recipe], list[Built], LeaveOneDomainOut]:
+def load_members(runs: Sequence[Path], data_root: Path | None = None) -> tuple[list[Recipe], list[Built], Split]:
     """Recipes and models of `runs`, and the split that they share."""
     if len(runs) < 2:
         raise RecipeError("qat ensemble: name at least two run folders")
