@@ -79,8 +79,16 @@ PATTERNS: dict[str, Callable[[tuple[int, ...], LoweredQuantizer], Uint8]] = {
     "all-max": lambda shape, grid: np.full(shape, grid.high, np.uint8),
     "all-min": lambda shape, grid: np.full(shape, grid.low, np.uint8),
     "alternating": lambda shape, grid: np.where(np.indices(shape).sum(0) % 2, grid.high, grid.low).astype(np.uint8),
-    "random": lambda shape, grid: np.random.default_rng(0).integers(grid.low, grid.high + 1, shape).astype(np.uint8),
+    "random": lambda shape, grid: _random_codes(shape, grid),
 }
+
+
+def _random_codes(shape: tuple[int, ...], grid: LoweredQuantizer) -> Uint8:
+    """Any code of the grid; of one bit only the two there are, between which thresholds are put."""
+    generator = np.random.default_rng(0)
+    if grid.is_binary:
+        return generator.choice(np.array([grid.low, grid.high], np.uint8), shape)
+    return generator.integers(grid.low, grid.high + 1, shape).astype(np.uint8)
 
 
 def adversarial(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, dict[str, int]]:

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -174,14 +174,19 @@ def quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, Quantizer]]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, step_lr: float, *, relative_steps: bool = False, decay_norms: bool = False
+    model: nn.Module,
+    weight_decay: float,
+    step_lr: float,
+    *,
+    step_sizes: Mapping[str, float] | None = None,
+    decay_norms: bool = False,
 ) -> list[dict[str, object]]:
     """Optimizer groups: weights with decay; biases and norms without, unless `decay_norms`; steps without, at
     their own learning rate.
 
-    relative_steps: multiply `step_lr` with each step's size, to the nearest power of two. Adam and its kind move every
-    parameter by about its learning rate, and the steps of one model lie between 0.001 and 1: with one rate for all, the
-    large ones stand still or the small ones are thrown about.
+    step_sizes: by quantizer, what `step_lr` is multiplied with (`sizes_of_steps`). Adam and its kind move every parameter by
+    about its learning rate, and the steps of one model lie between 0.001 and 1: with one rate for all, the large ones stand
+    still or the small ones are thrown about.
     """
     known = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
@@ -190,17 +195,17 @@ def parameter_groups(
         {"params": [p for p in named if p.dim() <= 1], "weight_decay": weight_decay if decay_norms else 0.0},
     ]
     by_size: dict[float, list[nn.Parameter]] = {}
-    for quantizer in quantizers(model).values():
-        size = _power_of_two(quantizer.raw_step) if relative_steps else 1.0
+    for name, quantizer in quantizers(model).items():
+        size = 1.0 if step_sizes is None else step_sizes[name]
         by_size.setdefault(size, []).extend(quantizer.parameters())
     groups += [{"params": by_size[size], "weight_decay": 0.0, "lr": step_lr * size} for size in sorted(by_size)]
     return [group for group in groups if group["params"]]
 
 
-def _power_of_two(step: nn.Parameter) -> float:
-    """The power of two next to the mean magnitude of a step; 1 where it has none yet."""
-    size = float(step.detach().abs().mean())
-    return 2.0 ** round(math.log2(size)) if math.isfinite(size) and size > 0 else 1.0
+def sizes_of_steps(model: nn.Module) -> dict[str, float]:
+    """By quantizer, the power of two next to the mean magnitude of its step; 1 where it has none yet."""
+    means = {name: float(q.raw_step.detach().abs().mean()) for name, q in quantizers(model).items()}
+    return {n: 2.0 ** round(math.log2(m)) if math.isfinite(m) and m > 0 else 1.0 for n, m in means.items()}
 
 
 def _open_attention(model: nn.Module) -> None:

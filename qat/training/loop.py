@@ -25,7 +25,7 @@ from qat.domains.splits import Split, Subset, leave_one_domain_out
 from qat.objectives.averaging import Average, LossValley, restore_norm_statistics
 from qat.surgery.backbones import create_optimizer
 from qat.surgery.calibrate import begin, pause
-from qat.surgery.swap import parameter_groups, quantizers
+from qat.surgery.swap import parameter_groups, quantizers, sizes_of_steps
 from qat.training.checkpoint import Built, RunFolder, build, load_state, write_json
 from qat.training.data import in_steps
 from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
@@ -86,10 +86,11 @@ class _Trainer:
         self.accelerator, self.progress = accelerator, _Progress()
         if recipe.channels_last:
             built.model.to(memory_format=torch.channels_last)
-        groups = groups_of(recipe, built.model)
+        resumed = folder.load("last.pt") if recipe.resume else None
+        self.step_sizes = sizes_of_steps(built.model) if resumed is None else resumed["step_sizes"]
+        groups = groups_of(recipe, built.model, self.step_sizes)
         optimizer = create_optimizer(recipe.optimizer, groups, recipe.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(recipe))
-        resumed = folder.load("last.pt") if recipe.resume else None
         if resumed is not None:
             load_state(built.model, resumed, folder / "last.pt")
             optimizer.load_state_dict(resumed["optimizer"])
@@ -194,7 +195,7 @@ class _Trainer:
         tracker.log(self.progress.step, entry | {"steps": mean_steps(self.built.model)})
         full = self._state() | as_saved(self.optimizer, self.schedule) | {
             "progress": vars(self.progress), "step": self.step.state_dict(), "average": self.average.state_dict(),
-            "valley": self.valley.state_dict(),
+            "valley": self.valley.state_dict(), "step_sizes": self.step_sizes,
         }  # fmt: skip
         self.folder.save("last.pt", full)
 
@@ -274,13 +275,14 @@ class _Trainer:
         return predicted.numpy(), labels.numpy()
 
 
-def groups_of(recipe: Recipe, model: nn.Module) -> list[dict[str, object]]:
-    """The optimizer's parameter groups."""
+def groups_of(recipe: Recipe, model: nn.Module, step_sizes: dict[str, float]) -> list[dict[str, object]]:
+    """The optimizer's parameter groups. step_sizes: as they were when the run began."""
     if not isinstance(recipe, LsqRecipe):
         return parameter_groups(model, recipe.weight_decay, recipe.lr, decay_norms=recipe.decay_norms)
-    rate = recipe.lr * recipe.step_lr_ratio
-    relative = recipe.step_lr_unit == "step"
-    return parameter_groups(model, recipe.weight_decay, rate, relative_steps=relative, decay_norms=recipe.decay_norms)
+    return parameter_groups(
+        model, recipe.weight_decay, recipe.lr * recipe.step_lr_ratio, decay_norms=recipe.decay_norms,
+        step_sizes=step_sizes if recipe.step_lr_unit == "step" else None,
+    )  # fmt: skip
 
 
 def mean_steps(model: nn.Module) -> dict[str, float]:

@@ -102,10 +102,12 @@ def test_the_trained_net_has_the_files_codes() -> None:
     model = binary_net()
     codes, _ = trained_codes(model, IMAGES.numpy())
     expected, _ = IntegerReference(to_integers(lower(model, IMAGES)), session.FloatOperators()).run(IMAGES, given=codes)
-    plain = [n for n in codes if codes[n].shape == expected[n].shape and not n.endswith("avg_pool2d0")]
-    wrong = sum(int((codes[n] != expected[n]).sum()) for n in plain)
-    # folded and rounded biases move a sum by at most half a unit, 1/16,000 of what one ±1 contributes
-    assert wrong <= 2e-3 * sum(codes[n].size for n in plain)
+    same_place = {n: codes[n].astype(int) - expected[n] for n in codes if codes[n].shape == expected[n].shape}
+    binary = [n for n in same_place if n.startswith("convs.")]
+    assert len(binary) >= 2 and not any(same_place[n].any() for n in binary)
+    # bias codes of the 8-bit layers round by up to 1/22 of an output code: what is near a tie goes the other way
+    assert max(np.abs(d).max() for d in same_place.values()) <= 1
+    assert sum(np.count_nonzero(d) for d in same_place.values()) <= sum(d.size for d in same_place.values()) / 22
     assert set(np.unique(codes["convs.0.input"])) == {0, 254}
 
 

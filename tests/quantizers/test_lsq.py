@@ -182,7 +182,12 @@ def test_state_dict_carries_step_and_sign() -> None:
     assert torch.equal(source(x), target(x))
 
 
-@pytest.mark.parametrize("bits", [1, 9, 0])
-def test_bits_outside_2_to_8_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match="2 to 8"):
+@pytest.mark.parametrize("bits", [9, 0])
+def test_bits_outside_1_to_8_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match="1 to 8"):
         QuantSpec(bits)
+
+
+def test_one_bit_is_no_grid_of_lsq() -> None:
+    with pytest.raises(ValueError, match="one bit takes a binary quantizer"):
+        LSQ(QuantSpec(1, signed=True), name="a")

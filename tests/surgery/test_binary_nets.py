@@ -12,6 +12,7 @@ from qat.surgery.binarize import Binarizer, binary_weights, hardtanh_for_relu_, 
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import FLOAT
 from qat.surgery.swap import binary_rules, parameter_groups, quantize_
+from tests.surgery.nets import with_random_norms
 
 PUBLISHED = {  # millions of parameters, specs/algorithms.md R5
     "cifar_resnet20": 0.27, "bireal_cifar_resnet20": 0.27, "bireal_cifar_resnet18": 11.01, "bireal_vgg_small": 4.66,
@@ -58,11 +59,12 @@ def test_a_timm_net_is_binarized_by_the_same_rules_once_its_relus_are_hardtanhs(
     quantize_(relu, binary_rules(relu, first_and_last(relu)), images)
     with pytest.raises(ValueError, match=r"never negative.*hardtanh_for_relu_"):
         calibrate(relu, [images])
-    model, _ = create_backbone("test_resnet", 4)
+    model = with_random_norms(create_backbone("test_resnet", 4)[0])  # timm starts the last norms of its blocks at 0
     assert hardtanh_for_relu_(model) > 0 and not any(isinstance(m, nn.ReLU) for m in model.modules())
     quantize_(model, binary_rules(model, first_and_last(model), binarizer=Binarizer(frequency=7.0)), images)
     calibrate(model, [images])
     assert {float(q.frequency) for q, _ in periodic_weights(model)} == {7.0}
+    with_random_norms(model)  # those at the branches' ends begin at 0
     model.train()(images).square().sum().backward()
     assert all(w.grad is not None and w.grad.abs().sum() > 0 for _, w in binary_weights(model))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, pad_same
-from qat.surgery.swap import parameter_groups, quantize_, quantizers, uniform_rules
+from qat.surgery.swap import parameter_groups, quantize_, quantizers, sizes_of_steps, uniform_rules
 from tests.surgery.nets import TinyNet, with_random_norms
 
 X = torch.randn(2, 3, 33, 29, generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def test_relative_steps_learn_in_units_of_their_size() -> None:
     found = quantizers(model)
     for factor, quantizer in zip(np.geomspace(1e-3, 10, len(found)), found.values(), strict=True):
         quantizer.raw_step.data.fill_(factor)
-    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.01, relative_steps=True)
+    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.01, step_sizes=sizes_of_steps(model))
     rates = {id(p): g["lr"] for g in groups if "lr" in g for p in g["params"]}
     relative = [rates[id(q.raw_step)] / float(q.step.mean()) for q in found.values()]
     assert len(set(rates.values())) > 8 and all(0.0070 < r < 0.0142 for r in relative)  # 0.01 to a factor of root two
