@@ -11,6 +11,9 @@
 
 import dataclasses
 import sys
+from dataclasses import dataclass
+
+from tyro.conf import OmitArgPrefixes
 
 from qat.cli import choose, guarded
 from qat.training.compare import compare_runs
@@ -28,13 +31,23 @@ CIFAR = {
 METHODS = {
     # He et al.'s CIFAR recipe with a cosine; LSQ's with its learning rate for SGD (steps move as fast as weights).
     "fp": dataclasses.replace(Recipe(), **CIFAR, epochs=200, lr=0.1, weight_decay=1e-4),
-    "lsq": dataclasses.replace(LsqRecipe(), **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, step_lr_ratio=1.0),
-    "biper": dataclasses.replace(BiperRecipe(), **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}),
+    "lsq": dataclasses.replace(LsqRecipe(), **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, step_lr_unit="absolute"),
+    "biper": dataclasses.replace(
+        BiperRecipe(), **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}, step_lr_unit="absolute"
+    ),
 }
 
 
-def train(recipe: Recipe) -> int:
-    split = split_of(recipe)
+@dataclass(frozen=True)
+class Cifar10:
+    recipe: OmitArgPrefixes[Recipe]
+    download: bool = False
+    """Have torchvision fetch the data set into --data-root first."""
+
+
+def train(flags: Cifar10) -> int:
+    recipe = flags.recipe
+    split = split_of(recipe, download=flags.download)
     folder = run_stages(recipe, split) if isinstance(recipe, BiperRecipe) else run(recipe, split)
     print(table(folder))
     if isinstance(recipe, BiperRecipe):
@@ -45,5 +58,5 @@ def train(recipe: Recipe) -> int:
 
 
 if __name__ == "__main__":
-    chosen = choose(METHODS, __doc__)
+    chosen = choose(METHODS, __doc__, wrap=Cifar10)
     sys.exit(guarded(lambda: train(chosen)))
