@@ -28,10 +28,12 @@ from qat.surgery.swap import quantizers
 OPSET = 20
 
 
-def lower(model: nn.Module, example: Tensor) -> LoweredModel:
+def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> LoweredModel:
     """Lower a trained, quantized `model` in eval mode.
 
     example: one batch of N_C_H_W float32 images; its height and width become the file's, its batch size does not.
+    float_weights: whether layers with a quantized input and a float weight may remain. The runtime's optimiser quantizes
+             such weights by rules of its own, so the integer targets cannot keep their promise for them.
     Raises ExportError naming a quantizer without a step, or the operation that has no ONNX form.
     """
     model = copy.deepcopy(model).cpu().eval()
@@ -45,12 +47,21 @@ def lower(model: nn.Module, example: Tensor) -> LoweredModel:
     if soft := [n for n, q in found.items() if isinstance(q, PeriodicWeight) and q.stage == 1]:
         raise ExportError(f"quantizer {soft[0]!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it")
     weighted = [(m, m.weight_quantizer) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
+    if not float_weights and (bare := [n for n, m in model.named_modules() if _reads_codes_with_a_float_weight(m)]):
+        raise ExportError(
+            f"layer {bare[0]!r} has a quantized input and a float weight (activation-only): ONNX Runtime would quantize that "
+            "weight by itself, and its codes would not be trained ones; export target fp32 or qonnx, or quantize weights too"
+        )
     layers = {q.name: _layer(m, q) for m, q in weighted if q is not None}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     _check_finite(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer.name)
     return LoweredModel(export_onnx(model, example), layers, activations)
+
+
+def _reads_codes_with_a_float_weight(module: nn.Module) -> bool:
+    return isinstance(module, (QuantConv2d, QuantLinear)) and module.weight_quantizer is None
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -53,7 +53,11 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
     if target in ("fp32", "fp16"):
         float_file = lower_float(built.model, example)
         return float_file if target == "fp32" else session.fp16(float_file)
-    chosen = target_named(target)
+    if target == "qonnx" and built.table is not None:
+        from export.qonnx import emit_qonnx
+
+        return emit_qonnx(lower(built.model, example, float_weights=True))
+    chosen = target_named("ort-int8" if target == "qonnx" else target)
     if built.table is None:
         raise RecipeError(
             f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"

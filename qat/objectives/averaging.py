@@ -2,7 +2,7 @@
 
 Everything a model learns is averaged: latent weights, norms, biases, and quantizer steps as positive steps (a raw step may
 have crossed zero, see `qat/quantizers/lsq.py`). Batch norm statistics are not averaged but taken again from data
-(`restore_norm_statistics`), and with the quantizers on, for the averaged weights make other codes.
+(`qat.surgery.batchnorm.restore_norm_statistics`), and with the quantizers on, for the averaged weights make other codes.
 """
 
 from collections.abc import Iterable
@@ -124,42 +124,6 @@ def merged(spans: Iterable[tuple[float, Average]]) -> Average:
     for _, span in others:
         merge(average, span)
     return average
-
-
-@torch.no_grad()
-def restore_norm_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Take the running statistics of every batch norm anew, as the plain mean over `batches` of N_C_H_W images.
-
-    Every other module is in eval mode meanwhile. Modes and momenta are restored whatever happens; so are the statistics
-    when there was no batch (ValueError) or a forward pass failed.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momenta, training = [m.momentum for m in norms], {m: m.training for m in model.modules()}
-    saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    device = next(model.parameters()).device
-    seen = 0
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative mean
-            norm.train()
-        for images in batches:
-            model(images.to(device))
-            seen += 1
-        if not seen:
-            raise ValueError("weight averaging: no batch to take batch norm statistics from")
-    except BaseException:
-        for buffer, copy in saved:
-            buffer.copy_(copy)
-        raise
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.backbones import create_backbone, first_and_last
+from qat.surgery.batchnorm import fold_norms
 from qat.surgery.binarize import Binarizer, hardtanh_for_relu_
 from qat.surgery.layers import FLOAT, LayerSpec
+from qat.surgery.rules import before, read_rules, with_options
 from qat.surgery.swap import QuantizationTable, binary_rules, quantize_, uniform_rules
 from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError, from_json, read_json, to_json
 
@@ -85,6 +87,10 @@ class RunFolder:
             path = default_folder(recipe)
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
+        if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
+            kept = path / f"rules{recipe.rules.suffix}"  # the folder is complete without the file it was made from
+            if not kept.exists():
+                write_text(kept, recipe.rules.read_text())
         write_json(path / "recipe.json", to_json(recipe))
         return folder
 
@@ -98,7 +104,10 @@ class RunFolder:
         return self.path / name
 
     def recipe(self) -> Recipe:
-        return from_json(read_json(self / "recipe.json"), self / "recipe.json")
+        recipe = from_json(read_json(self / "recipe.json"), self / "recipe.json")
+        if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
+            return replace(recipe, rules=self / f"rules{recipe.rules.suffix}")
+        return recipe
 
     def results(self) -> dict[str, Any]:
         return read_json(self / "results.json")
@@ -188,12 +197,22 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
         hardtanh_for_relu_(model)
     if isinstance(recipe, LsqRecipe):
         example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-        stream = None if recipe.weight_only else STREAM
-        table = quantize_(model, rules_of(recipe, model), example, stream=stream, weight_init=recipe.init)
+        stream = replace(STREAM, power_of_two=recipe.power_of_two, gradient_count=recipe.gradient_count)
+        if recipe.fold_norms:
+            fold_norms(model, example)
+        if recipe.init == "cle" and (load_weights or start is not None):
+            from qat.surgery.brevitas_bridge import equalize_
+
+            equalize_(model, example)
+        rules = rules_of(recipe, model)
+        table = quantize_(
+            model, rules, example, stream=None if recipe.weight_only else stream, weight_init=recipe.step_init
+        )
     return Built(model, table, mean, std)
 
 
-def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, Any]]:
+def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
+    """The recipe's rules: those of its file first, then its flags'. Its options hold for all of them."""
     if isinstance(recipe, BiperRecipe):
         bits = recipe.edge_bits
         edge = FLOAT if bits == 32 else LayerSpec(QuantSpec(bits, signed=True, axis=0), QuantSpec(bits))
@@ -203,7 +222,17 @@ def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, Any]]:
         )  # fmt: skip
         return binary_rules(model, first_and_last(model), edge=edge, binarizer=binarizer)
     rules = uniform_rules(recipe.weight_bits or recipe.bits, recipe.bits, first_and_last(model), recipe.edge_bits)
-    return [(name, replace(spec, input=None)) for name, spec in rules] if recipe.weight_only else rules
+    shared = {"power_of_two": recipe.power_of_two, "gradient_count": recipe.gradient_count}
+    plus = {"offset": True} if recipe.activations == "lsq-plus" else {}
+    rules = with_options(rules, weight={}, source=plus)
+    if recipe.rules is not None:
+        rules = before(read_rules(recipe.rules), rules, model)
+    rules = with_options(rules, weight=shared, source=shared)
+    if recipe.weight_only:
+        return [(name, replace(spec, input=None)) for name, spec in rules]
+    if recipe.activation_only:
+        return [(name, replace(spec, weight=None)) for name, spec in rules]
+    return rules
 
 
 def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:

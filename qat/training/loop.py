@@ -22,15 +22,17 @@ from torch import Tensor, nn
 
 from qat.domains.folders import Domain
 from qat.domains.splits import Split, Subset, leave_one_domain_out
-from qat.objectives.averaging import Average, LossValley, restore_norm_statistics
+from qat.objectives.averaging import Average, LossValley
 from qat.surgery.backbones import create_optimizer
+from qat.surgery.batchnorm import restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import begin, pause
 from qat.surgery.swap import parameter_groups, quantizers, sizes_of_steps
 from qat.training.checkpoint import Built, RunFolder, build, load_state, write_json
 from qat.training.data import in_steps
 from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
 from qat.training.loaders import collect_samples, eval_batches, some_images, train_loader
-from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, check
+from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe
+from qat.training.recipe_checks import check
 from qat.training.scale_log import ScaleLog
 from qat.training.scale_view import scale_scalars
 from qat.training.start import as_saved, calibrated, schedule_of, start_state, takes_over, teacher_of
@@ -86,6 +88,7 @@ class _Trainer:
         self.accelerator, self.progress = accelerator, _Progress()
         if recipe.channels_last:
             built.model.to(memory_format=torch.channels_last)
+        set_norm_mode(built.model, recipe.norms)
         resumed = folder.load("last.pt") if recipe.resume else None
         self.step_sizes = sizes_of_steps(built.model) if resumed is None else resumed["step_sizes"]
         groups = groups_of(recipe, built.model, self.step_sizes)
@@ -141,7 +144,7 @@ class _Trainer:
         if self.quant_start and self.progress.step == self.quant_start:
             assert isinstance(self.recipe, QtdogRecipe)
             calibration = some_images(self.split, self.recipe, self.built, self.recipe.calibration_batches)
-            begin(self.built.model, calibration, self.recipe.init)
+            begin(self.built.model, calibration, self.recipe.step_init)
             if self.step.oscillation is not None:
                 self.step.oscillation.restart()
         began = time.perf_counter()
@@ -236,6 +239,11 @@ class _Trainer:
         if self.recipe.averaging == "swad":
             selection = self._select_valley()
         load_state(self.built.model, self.folder.load("checkpoint.pt"), self.folder / "checkpoint.pt")
+        if self.recipe.norm_batches:
+            batches = some_images(self.split, self.recipe, self.built, self.recipe.norm_batches)
+            restore_norm_statistics(self.built.model, batches)
+            self.folder.save("checkpoint.pt", self._state())
+            selection += f"; batch norm statistics then taken again from {self.recipe.norm_batches} batches"
         images = self.recipe.batch_size * len(self.split.train) * self.recipe.steps
         measured = {s.name: self._predictions(s) for s in (*self.split.validation, self.split.target_in)}
         self.folder.write_predictions(measured)

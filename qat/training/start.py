@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.domains.splits import Split
-from qat.objectives.averaging import restore_norm_statistics
+from qat.surgery.batchnorm import restore_norm_statistics
 from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.loaders import some_images
@@ -74,12 +74,19 @@ def teacher_of(recipe: Recipe, split: Split, built: Built) -> nn.Module | None:
 
 
 def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[CalibrationRow]:
-    """Set the activation quantizers from the first training batches; for a binary net after its batch norms, which a float
-    net's statistics do not fit."""
+    """Set the activation quantizers from the first training batches, then repair the net as --init asks; for a binary net
+    after its batch norms, which a float net's statistics do not fit."""
+    batches = list(some_images(split, recipe, built, recipe.calibration_batches))
     if isinstance(recipe, BiperRecipe):
         with in_full_precision(built.model):
-            restore_norm_statistics(built.model, some_images(split, recipe, built, recipe.calibration_batches))
-    return calibrate(built.model, some_images(split, recipe, built, recipe.calibration_batches), recipe.init)
+            restore_norm_statistics(built.model, batches)
+    rows = calibrate(built.model, batches, recipe.step_init)
+    if recipe.init in ("gptq", "bias-correction"):
+        from qat.surgery import brevitas_bridge
+
+        repair = brevitas_bridge.gptq_ if recipe.init == "gptq" else brevitas_bridge.correct_biases_
+        repair(built.model, batches)
+    return rows
 
 
 def schedule_of(recipe: Recipe) -> Callable[[int], float]:

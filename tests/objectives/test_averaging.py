@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from qat.objectives.averaging import Average, LossValley, merge, restore_norm_statistics
+from qat.objectives.averaging import Average, LossValley, merge
+from qat.surgery.batchnorm import restore_norm_statistics
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
 from tests.surgery.nets import TinyNet, with_random_norms

@@ -16,7 +16,8 @@ from qat.training.checkpoint import RunFolder, load_run, write_atomically
 from qat.training.compare import compare_runs, mcnemar, write_baseline
 from qat.training.evaluate import accuracy
 from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError, check, from_json, to_json
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json, to_json
+from qat.training.recipe_checks import check
 from qat.training.start import schedule_of
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)

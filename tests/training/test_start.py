@@ -15,7 +15,8 @@ from qat.surgery.swap import quantizers
 from qat.training import loop
 from qat.training.checkpoint import RunFolder, build
 from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, SagmLsqRecipe, SagmRecipe, check
+from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, SagmLsqRecipe, SagmRecipe
+from qat.training.recipe_checks import check
 from qat.training.start import is_sgd, refined, schedule_of, teacher_of
 from qat.training.step import scale_groups
 

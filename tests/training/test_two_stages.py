@@ -15,7 +15,8 @@ from qat.surgery.binarize import periodic_weights
 from qat.training import loop
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.data import in_steps
-from qat.training.recipe import BiperRecipe, Recipe, RecipeError, check, from_json, to_json
+from qat.training.recipe import BiperRecipe, Recipe, RecipeError, from_json, to_json
+from qat.training.recipe_checks import check
 from qat.training.start import schedule_of
 from qat.training.two_stages import run_stages
 

@@ -1,0 +1,92 @@
+"""Bit rules for single layers, from a file.
+
+    [[rules]]
+    layers = "blocks.0.*"     # glob over layer names; the first rule that matches decides
+    weight_bits = 8           # left out: the weight stays in floating point
+    input_bits = 8            # left out: so does the input
+    per_channel = true        # the default; false: one step for the whole weight
+    offset = false            # true: LSQ+ for the input
+
+The same as JSON: {"rules": [{"layers": "head", "weight_bits": 8, "input_bits": 8}]}.
+"""
+
+import fnmatch
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qat.quantizers.spec import QuantSpec
+from qat.surgery.layers import LayerSpec
+from qat.surgery.swap import WEIGHTED, Rules
+
+KEYS = {"layers": str, "weight_bits": int, "input_bits": int, "per_channel": bool, "offset": bool}
+
+
+def read_rules(path: Path) -> list[tuple[str, LayerSpec]]:
+    """The rules of a TOML or JSON file, in order. Raises ValueError naming file, rule and entry that cannot be used."""
+    try:
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"--rules {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"--rules {path}: not {'JSON' if path.suffix == '.json' else 'TOML'} ({error})") from error
+    rules = content.get("rules") if isinstance(content, dict) else None
+    if not isinstance(rules, list) or not rules:
+        raise ValueError(
+            f"--rules {path}: holds no list named rules; write [[rules]] tables, each with layers = <glob>"
+        )
+    return [_rule(entry, f"--rules {path}: rule {number}") for number, entry in enumerate(rules, 1)]
+
+
+def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
+    if not isinstance(entry, dict) or "layers" not in entry:
+        raise ValueError(f"{where}: needs layers = <glob over layer names>")
+    for key, value in entry.items():
+        if key not in KEYS:
+            raise ValueError(f"{where}: unknown entry {key!r}; known: {', '.join(KEYS)}")
+        if type(value) is not KEYS[key]:
+            raise ValueError(f"{where}: {key} must be {KEYS[key].__name__}, got {value!r}")
+    weight = source = None
+    try:
+        if "weight_bits" in entry:
+            weight = QuantSpec(entry["weight_bits"], signed=True, axis=0 if entry.get("per_channel", True) else None)
+        if "input_bits" in entry:
+            source = QuantSpec(entry["input_bits"], offset=entry.get("offset", False))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return entry["layers"], LayerSpec(weight, source)
+
+
+def before(given: Rules, others: Rules, model: nn.Module) -> list[tuple[str, LayerSpec]]:
+    """`given`, then those of `others` that still decide a layer of `model`: a rule that decides nothing is an error."""
+    names = [name for name, m in model.named_modules() if isinstance(m, WEIGHTED)]
+    rules = list(given)
+    for pattern, spec in others:
+        taken = [known for known, _ in rules]
+        if any(fnmatch.fnmatchcase(n, pattern) and not _matched(n, taken) for n in names):
+            rules.append((pattern, spec))
+    return rules
+
+
+def _matched(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def with_options(rules: Rules, *, weight: dict[str, Any], source: dict[str, Any]) -> list[tuple[str, LayerSpec]]:
+    """`rules` with fields of every weight's and every input's spec replaced."""
+    return [
+        (
+            pattern,
+            LayerSpec(
+                None if spec.weight is None else replace(spec.weight, **weight),
+                None if spec.input is None else replace(spec.input, **source),
+            ),
+        )
+        for pattern, spec in rules
+    ]
