@@ -8,7 +8,7 @@ the checkpoint (DomainBed's training-domain validation), and only that checkpoin
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class _Trainer:
         freezer = self.step.freezer
         window = freezer.rule.window if freezer is not None else 0
         scales = ScaleLog(self.folder.path, freezer.names, window, self.progress.step) if freezer is not None else None
-        with tracker:
+        with tracker, nullcontext() if scales is None else closing(scales):
             if self.progress.step == 0 and not self.quant_start:  # delayed quantizers have no steps yet
                 tracker.log(0, {"steps": mean_steps(self.built.model)})
             self.model.train()
@@ -134,8 +134,6 @@ class _Trainer:
                     self._evaluate(tracker)
             if not recipe.steps:
                 self._evaluate(tracker)
-        if scales is not None:
-            scales.close()
         self._finish(time.perf_counter() - started)
 
     def _train(

@@ -16,7 +16,7 @@ from qat.training.checkpoint import RunFolder, load_run, write_atomically
 from qat.training.compare import compare_runs, mcnemar, write_baseline
 from qat.training.evaluate import accuracy
 from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json, to_json
+from qat.training.recipe import GaqatRecipe, LsqRecipe, Recipe, RecipeError, from_json, to_json
 from qat.training.recipe_checks import check
 from qat.training.start import schedule_of
 
@@ -98,16 +98,14 @@ def test_same_seed_same_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_an_interrupted_run_resumes_to_the_same_result(
-    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = LsqRecipe(**TINY, out=tmp_path / "cut", init_from=runs[0])
+def killed_and_resumed(recipe: Recipe, at: int, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """`recipe` killed before step `at + 1` and resumed from what its folder holds."""
     from qat.training import loop
 
     whole = loop._Trainer._train
 
     def dies(self: loop._Trainer, *args: object) -> None:
-        if self.progress.step == 3:
+        if self.progress.step == at:
             raise KeyboardInterrupt
         whole(self, *args)  # type: ignore[arg-type]
 
@@ -115,11 +113,35 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     with pytest.raises(KeyboardInterrupt):
         run(recipe, DOMAINS)
     monkeypatch.undo()
-    resumed = run(dataclasses.replace(recipe, resume=True), DOMAINS)
-    expected = torch.load(runs[1] / "last.pt", weights_only=True)["model"]
-    found = resumed.load("last.pt")["model"]
-    assert all(torch.equal(v, found[k]) for k, v in expected.items() if isinstance(v, torch.Tensor))
+    return run(dataclasses.replace(recipe, resume=True), DOMAINS)
+
+
+def same_model(first: RunFolder, second: RunFolder) -> bool:
+    expected, found = (folder.load("last.pt")["model"] for folder in (first, second))
+    return all(torch.equal(v, found[k]) for k, v in expected.items() if isinstance(v, torch.Tensor))
+
+
+def test_an_interrupted_run_resumes_to_the_same_result(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = LsqRecipe(**TINY, out=tmp_path / "cut", init_from=runs[0])
+    resumed = killed_and_resumed(recipe, 3, monkeypatch)
+    assert same_model(RunFolder.open(runs[1]), resumed)
     assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4]
+
+
+def test_masks_survive_kill_and_resume(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a window, one step after the last save."""
+    recipe = GaqatRecipe(**TINY | {"steps": 8}, window=3, threshold=0.7, per_channel=True, init_from=runs[0])  # type: ignore[arg-type]
+    whole = run(dataclasses.replace(recipe, out=tmp_path / "whole"), DOMAINS)
+    resumed = killed_and_resumed(dataclasses.replace(recipe, out=tmp_path / "cut"), 5, monkeypatch)
+    assert same_model(whole, resumed)
+    first, second = (folder.load("last.pt")["step"]["freezer"] for folder in (whole, resumed))
+    assert torch.equal(first["frozen"], second["frozen"]) and 0 < int(first["frozen"].sum()) < first["frozen"].numel()
+    assert all(torch.equal(first[k], second[k]) for k in ("last", "flips")) and first["step"] == second["step"] == 8
+    assert (whole / "scales.f16").read_bytes() == (resumed / "scales.f16").read_bytes()
 
 
 def test_folder_faults_are_named(runs: tuple[Path, Path], tmp_path: Path) -> None:
