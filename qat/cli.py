@@ -181,73 +181,81 @@ def guarded(action: Callable[[], int]) -> int:
 
 def execute(command: Export | Certify | Bench | Predict | Compare | Ensemble | Report | Inspect) -> int:
     from qat import deploy
-    from qat.training.checkpoint import write_json, write_text
-    from qat.training.compare import compare_runs, write_baseline
-    from qat.training.inspection import inspect_run
 
     match command:
         case Export(run, target, out):
             print(deploy.export_run(run, target, out))
-            return 0
-        case Certify(paths=(model,)):
+        case Certify():
+            return _certify(command)
+        case Predict(model, images):
+            for found in deploy.predict(model, images):
+                print(f"{found.image}: {found.label} ({found.probability:.1%})")
+        case Bench(runs, target):
+            settings = {"threads": command.threads, "batch": command.batch, "rounds": command.rounds}
+            print(
+                deploy.bench_runs(
+                    runs, target, **settings, calibration=CALIBRATIONS[command.calibration], out=command.out
+                )
+            )
+        case Compare():
+            return _compare(command)
+        case Ensemble():
+            return _ensemble(command)
+        case Report(run, baseline, beside):
+            print(deploy.write_report(run, baseline, beside))
+        case Inspect():
+            return _inspect(command)
+    return 0
+
+
+def _certify(command: Certify) -> int:
+    from qat import deploy
+
+    match command.paths:
+        case (model,):
             check = deploy.verify_file(model)
             print(check)
             return 0 if check.passed else 1
-        case Certify(paths=(run, model)):
+        case (run, model):
             certificate = deploy.certify_run(run, model, command.images, command.data_root)
             print(certificate)
             if command.whole_target:
                 for name, value in deploy.target_accuracy(run, model, command.data_root).items():
                     print(f"  target     {name} {value:.2%} on the whole target domain")
             return 0 if certificate.passed else 1
-        case Certify(paths=(*runs, model)):
+        case (*runs, model):
             certificates, joined = deploy.certify_ensemble(runs, model)
             print(*certificates, joined, sep="\n")
             return 0 if joined.passed and all(c.passed for c in certificates) else 1
-        case Certify():
-            raise ValueError(
-                "qat certify takes model.onnx, or RUN and model.onnx, or the RUNs of an ensemble and its file"
-            )
-        case Predict(model, images):
-            for found in deploy.predict(model, images):
-                print(f"{found.image}: {found.label} ({found.probability:.1%})")
-            return 0
-        case Bench():
-            print(
-                deploy.bench_runs(
-                    command.runs,
-                    command.target,
-                    threads=command.threads,
-                    batch=command.batch,
-                    rounds=command.rounds,
-                    calibration=CALIBRATIONS[command.calibration],
-                    out=command.out,
-                )
-            )
-            return 0
-        case Compare(baseline=baseline, run=run, update_baseline=True):
-            write_baseline(run, baseline)
-            print(baseline)
-            return 0
-        case Compare():
-            comparison = compare_runs(command.baseline, command.run, command.max_drop, command.alpha)
-            print(comparison)
-            if command.markdown is not None:
-                write_text(command.markdown, comparison.markdown() + "\n")
-            if command.json is not None:
-                write_json(command.json, comparison.to_json())
-            return 0 if comparison.passed else 1
-        case Ensemble():
-            return _ensemble(command)
-        case Report(run, baseline, beside):
-            print(deploy.write_report(run, baseline, beside))
-            return 0
-        case Inspect(run, top, json):
-            inspection = inspect_run(run, top)
-            print(inspection)
-            if json is not None:
-                write_json(json, inspection.to_json())
-            return 0
+    raise ValueError("qat certify takes model.onnx, or RUN and model.onnx, or the RUNs of an ensemble and its file")
+
+
+def _compare(command: Compare) -> int:
+    from qat.training.checkpoint import write_json, write_text
+    from qat.training.compare import compare_runs, write_baseline
+
+    if command.update_baseline:
+        write_baseline(command.run, command.baseline)
+        print(command.baseline)
+        return 0
+    comparison = compare_runs(command.baseline, command.run, command.max_drop, command.alpha)
+    print(comparison)
+    if command.markdown is not None:
+        write_text(command.markdown, comparison.markdown() + "\n")
+    if command.json is not None:
+        write_json(command.json, comparison.to_json())
+    return 0 if comparison.passed else 1
+
+
+def _inspect(command: Inspect) -> int:
+    from qat.training.checkpoint import write_json
+    from qat.training.inspection import inspect_run
+
+    inspection = inspect_run(command.run, command.top)
+    print(inspection)
+    if command.json is not None:
+        write_json(command.json, inspection.to_json())
+    return 0
 
 
 def _ensemble(command: Ensemble) -> int:
