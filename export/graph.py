@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack, tables
-from export.passes import LAYOUT_OPS, is_mark, mark_name, weight_layer
+from export.passes import CODE_OPS, is_mark, mark_name, weight_layer
 from export.targets import TARGETS, Target, plan_layer
 from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
 
@@ -64,14 +64,14 @@ class _Emitter:
         layer = weight_layer(node, self.model)
         if layer is not None:
             self._weighted(node, layer)
-        elif node.op_type in LAYOUT_OPS and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
+        elif node.op_type in CODE_OPS and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
             source, grid = self.codes[_name(node.inputs[0])]
-            output = f"{_name(node.outputs[0])}/codes"
+            outputs = [f"{_name(v)}/codes" for v in node.outputs]
             inputs = [self._float(v) for v in node.inputs[1:]]
             if node.op_type == "Pad":  # zeros are the zero point
                 inputs[1:2] = [self._grid(grid)[1]]
-            self._copy(node, [source, *inputs], [output])
-            self.codes[_name(node.outputs[0])] = (output, grid)
+            self._copy(node, [source, *inputs], outputs)
+            self.codes |= {_name(v): (codes, grid) for v, codes in zip(node.outputs, outputs, strict=True)}
         else:
             self._copy(node, [self._float(v) for v in node.inputs], [_name(v) for v in node.outputs])
 

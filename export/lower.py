@@ -9,7 +9,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -23,7 +23,8 @@ from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.quantizers.contract import Quantizer
 from qat.surgery.layers import QuantConv2d, QuantLinear
-from qat.surgery.swap import quantizers
+from qat.surgery.operands import QuantOperands
+from qat.surgery.swap import computed_weights, quantizers
 
 OPSET = 20
 
@@ -46,13 +47,12 @@ def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> 
         raise ExportError(f"quantizer {empty[0]!r} has no step: calibrate or train the model before exporting it")
     if soft := [n for n, q in found.items() if isinstance(q, PeriodicWeight) and q.stage == 1]:
         raise ExportError(f"quantizer {soft[0]!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it")
-    weighted = [(m, m.weight_quantizer) for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
     if not float_weights and (bare := [n for n, m in model.named_modules() if _reads_codes_with_a_float_weight(m)]):
         raise ExportError(
             f"layer {bare[0]!r} has a quantized input and a float weight (activation-only): ONNX Runtime would quantize that "
             "weight by itself, and its codes would not be trained ones; export target fp32 or qonnx, or quantize weights too"
         )
-    layers = {q.name: _layer(m, q) for m, q in weighted if q is not None}
+    layers = {f"{layer.name}.weight": layer for layer in _layers(model, example)}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     _check_finite(model)
     for quantizer in found.values():
@@ -61,7 +61,7 @@ def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> 
 
 
 def _reads_codes_with_a_float_weight(module: nn.Module) -> bool:
-    return isinstance(module, (QuantConv2d, QuantLinear)) and module.weight_quantizer is None
+    return isinstance(module, (QuantConv2d, QuantLinear, QuantOperands)) and module.weight_quantizer is None
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -146,16 +146,46 @@ def _marker(name: str) -> Callable[[Tensor], Tensor]:
     return mark
 
 
-def _layer(module: QuantConv2d | QuantLinear, quantizer: Quantizer) -> LoweredLayer:
-    outputs = module.weight.shape[0]
+def _layers(model: nn.Module, example: Tensor) -> Iterator[LoweredLayer]:
+    """All layers with a quantized weight. A weight that is computed is taken from a forward pass."""
+    for module in model.modules():
+        if isinstance(module, (QuantConv2d, QuantLinear)) and module.weight_quantizer is not None:
+            kind = "conv" if isinstance(module, QuantConv2d) else "linear"
+            yield _layer(module.weight_quantizer, module.weight, module.bias, kind)
+    for operands, weight, bias in _computed(model, example):
+        assert operands.weight_quantizer is not None
+        yield _layer(operands.weight_quantizer, weight, bias, "conv" if operands.kind == "conv2d" else "linear")
+
+
+def _layer(quantizer: Quantizer, weight: Tensor, bias: Tensor | None, kind: str) -> LoweredLayer:
     return LoweredLayer(
         name=quantizer.name.removesuffix(".weight"),
-        kind="conv" if isinstance(module, QuantConv2d) else "linear",
-        codes=quantizer.codes(module.weight).numpy().astype(np.int8),
-        scale=quantizer.step.float().expand(outputs).numpy().copy(),
+        kind=kind,
+        codes=quantizer.codes(weight).numpy().astype(np.int8),
+        scale=quantizer.step.float().expand(len(weight)).numpy().copy(),
         bits=quantizer.spec.bits,
-        bias=None if module.bias is None else module.bias.detach().double().numpy(),
+        bias=None if bias is None else bias.detach().double().numpy(),
     )
+
+
+@torch.no_grad()
+def _computed(model: nn.Module, example: Tensor) -> list[tuple[QuantOperands, Tensor, Tensor | None]]:
+    """Every `QuantOperands` with the weight and bias it is given in a forward pass."""
+    seen: list[tuple[QuantOperands, Tensor, Tensor | None]] = []
+
+    def record(module: nn.Module, args: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        if isinstance(module, QuantOperands) and module.weight_quantizer is not None:
+            seen.append((module, args[1].detach(), args[2]))
+
+    found = computed_weights(model)
+    handles = [module.register_forward_pre_hook(record) for module in found]
+    try:
+        if found:
+            model(example[:1].cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _activation(quantizer: Quantizer) -> LoweredQuantizer:

@@ -29,6 +29,9 @@ LAYOUT_OPS = {
     "DepthToSpace",
     "Pad",
 }
+# These too give codes for codes, but no quantizer is moved in front of them.
+PICK_OPS = {"Split", "Gather", "Expand", "Tile"}
+CODE_OPS = LAYOUT_OPS | PICK_OPS
 WEIGHTED_OPS = {"Conv", "Gemm"}
 LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
 
@@ -264,7 +267,7 @@ def _clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
 def grid_of(value: ir.Value | None) -> str | None:
     """Name of the quantizer whose codes `value` carries, seen through layout operations; None for a float value."""
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type in LAYOUT_OPS and node.domain == "":
+    while node is not None and node.op_type in CODE_OPS and node.domain == "":
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     return mark_name(node) if node is not None and is_mark(node) else None
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.passes import LAYOUT_OPS, constant, is_mark, mark_name, weight_layer
+from export.passes import CODE_OPS, constant, is_mark, mark_name, weight_layer
 from export.thresholds import code_thresholds
 
 FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too
@@ -145,7 +145,7 @@ class WindowMean:
 Value = Tensor | Codes | Accumulator | Sum | Product | Joined | Mean | WindowMean
 
 
-FloatOperator = Callable[[ir.Node, list[NDArray[np.generic] | None]], NDArray[np.generic]]
+FloatOperator = Callable[[ir.Node, list[NDArray[np.generic] | None]], list[NDArray[np.generic]]]
 
 
 class IntegerReference:
@@ -173,7 +173,8 @@ class IntegerReference:
             if is_mark(node):
                 self._mark(node, values, computed, given)
             else:
-                values[node.outputs[0]] = self._apply(node, values)
+                results = self._apply(node, values)
+                values |= zip(node.outputs, results if isinstance(results, list) else [results], strict=True)
         logits = values[graph.outputs[0]]
         return computed, logits if isinstance(logits, Tensor) else logits.real()
 
@@ -195,8 +196,9 @@ class IntegerReference:
             carrier = torch.from_numpy(np.ascontiguousarray(known)).float().reshape(carrier.shape)
         values[node.outputs[0]] = Codes(carrier, quantizer)
 
-    def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value:
-        assert node.inputs[0] is not None
+    def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value | list[Value]:
+        if not node.inputs or node.inputs[0] is None:
+            return self._in_float(node, values)
         x = values.get(node.inputs[0])
         layer = weight_layer(node, self.model)
         if layer is not None and not layer.input_quantizer:
@@ -235,29 +237,29 @@ class IntegerReference:
         assert x is not None
         scale = layer.stored_scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
         weight = layer.codes.astype(np.float32) * layer.carry * scale
-        return self._evaluate(node, [_real(x).contiguous().numpy(), weight, layer.float_bias])
+        return self._evaluate(node, [_real(x).contiguous().numpy(), weight, layer.float_bias])[0]
 
     def _reads_codes_only(self, node: ir.Node, values: dict[ir.Value, Value]) -> bool:
         return all(v is not None and isinstance(values.get(v), Codes) for v in node.inputs)
 
-    def _in_float(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value:
+    def _in_float(self, node: ir.Node, values: dict[ir.Value, Value]) -> list[Value]:
         given = [values.get(v) if v is not None else None for v in node.inputs]
-        if node.op_type in LAYOUT_OPS and isinstance(given[0], Codes):  # on codes, as in the file
-            source, grid = given[0].carrier, given[0].grid
+        source = given[0] if given else None
+        if node.op_type in CODE_OPS and isinstance(source, Codes):  # on codes, as in the file
+            rest = [self._operand(v, x) for v, x in zip(node.inputs[1:], given[1:], strict=True)]
             if node.op_type == "Pad":
-                fill = np.array(grid.zero_point, np.float32)
-                rest = [None if v is None else constant(v) for v in node.inputs[3:]]
-                return Codes(self._evaluate(node, [source.numpy(), constant(node.inputs[1]), fill, *rest]), grid)
-            return Codes(self._evaluate(node, [source.numpy(), *map(constant, node.inputs[1:])]), grid)
-        operands = [
-            constant(v) if x is None else _real(x).contiguous().numpy() for v, x in zip(node.inputs, given, strict=True)
-        ]
-        return self._evaluate(node, operands)
+                rest[1:2] = [np.array(source.grid.zero_point, np.float32)]
+            outputs = self._evaluate(node, [source.carrier.numpy(), *rest])
+            return [Codes(codes, source.grid) for codes in outputs]
+        return list(self._evaluate(node, [self._operand(v, x) for v, x in zip(node.inputs, given, strict=True)]))
 
-    def _evaluate(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> Tensor:
+    def _operand(self, name: ir.Value | None, value: Value | None) -> NDArray[np.generic] | None:
+        return constant(name) if value is None else _real(value).contiguous().numpy()
+
+    def _evaluate(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> list[Tensor]:
         if self.float_operator is None:
             raise ExportError(f"node {node.name!r}: {node.op_type} has no integer definition")
-        return torch.from_numpy(np.array(self.float_operator(node, operands)))
+        return [torch.from_numpy(np.array(result)) for result in self.float_operator(node, operands)]
 
 
 def _resolved(node: ir.Node, x: Value) -> list[int]:

@@ -103,28 +103,35 @@ class FloatOperators:
         self.opset = opset
         self.sessions: dict[str, ort.InferenceSession] = {}
 
-    def __call__(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> NDArray[np.generic]:
-        name = str(node.outputs[0].name)
-        feeds = {f"i{i}": x for i, x in enumerate(operands) if x is not None}
-        if name not in self.sessions:
-            self.sessions[name] = self._session(node, operands, feeds)
-        return self.sessions[name].run(None, feeds)[0]
+    def __call__(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> list[NDArray[np.generic]]:
+        """All results of `node`. Operands of integers (shapes, axes, indices) are constants of its session, as in the file
+        the runtime may need them when it loads."""
+        fixed = {f"i{i}": x for i, x in enumerate(operands) if x is not None and x.dtype == np.int64}
+        feeds = {f"i{i}": x for i, x in enumerate(operands) if x is not None and x.dtype != np.int64}
+        key = f"{node.outputs[0].name} {[x.tolist() for x in fixed.values()]}"
+        if key not in self.sessions:
+            self.sessions[key] = self._session(node, operands, feeds, fixed)
+        return self.sessions[key].run(None, feeds)
 
     def _session(
-        self, node: ir.Node, operands: list[NDArray[np.generic] | None], feeds: dict[str, NDArray[np.generic]]
+        self,
+        node: ir.Node,
+        operands: list[NDArray[np.generic] | None],
+        feeds: dict[str, NDArray[np.generic]],
+        fixed: dict[str, NDArray[np.generic]],
     ) -> ort.InferenceSession:
         inputs = ["" if x is None else f"i{i}" for i, x in enumerate(operands)]
-        made = onnx.helper.make_node(node.op_type, inputs, ["y"], domain=node.domain)
+        outputs = [f"y{i}" for i in range(len(node.outputs))]
+        made = onnx.helper.make_node(node.op_type, inputs, outputs, domain=node.domain)
         made.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
         infos = [
             onnx.helper.make_tensor_value_info(k, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), [None] * v.ndim)
             for k, v in feeds.items()
         ]
-        dtype = node.outputs[0].dtype
-        output = onnx.helper.make_tensor_value_info(
-            "y", int(dtype) if dtype is not None else onnx.TensorProto.FLOAT, None
-        )
-        graph = onnx.helper.make_graph([made], "operator", infos, [output])
+        types = [int(v.dtype) if v.dtype is not None else onnx.TensorProto.FLOAT for v in node.outputs]
+        results = [onnx.helper.make_tensor_value_info(y, t, None) for y, t in zip(outputs, types, strict=True)]
+        constants = [onnx.numpy_helper.from_array(v, k) for k, v in fixed.items()]
+        graph = onnx.helper.make_graph([made], "operator", infos, results, constants)
         proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)], ir_version=10)
         return load(proto).session
 

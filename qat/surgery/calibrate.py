@@ -12,7 +12,7 @@ from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.lsq_plus import LSQPlus, least_squares_range
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.binarize import signs_seen
-from qat.surgery.swap import quantized_weights, quantizers
+from qat.surgery.swap import computed_weights, quantized_weights, quantizers
 
 SAMPLES_PER_BATCH = 16_384
 
@@ -88,7 +88,34 @@ def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> li
             continue
         assert isinstance(quantizer, LSQ)
         quantizer.initialize(starting_step(weight.detach(), quantizer.spec, init))
+    batches = list(batches)
+    _begin_computed(model, batches[:1], init)
     return calibrate(model, batches, init)
+
+
+def _begin_computed(model: nn.Module, batches: Iterable[Tensor], init: Init) -> None:
+    """Steps of the weights that are computed in forward, from one pass."""
+    found = [o.weight_quantizer for o in computed_weights(model) if o.weight_quantizer is not None]
+    if not found:
+        return
+    seen: dict[str, Tensor] = {}
+    with in_full_precision(model):
+        for quantizer in found:
+            quantizer.observer = _keep(seen, quantizer.name)
+        for images in batches:
+            model(images.to(next(model.parameters()).device))
+    for quantizer in found:
+        if isinstance(quantizer, BinaryWeight):
+            quantizer.start(seen[quantizer.name])
+        elif isinstance(quantizer, LSQ):
+            quantizer.initialize(starting_step(seen[quantizer.name], quantizer.spec, init))
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+    def keep(x: Tensor) -> None:
+        seen[name] = x.detach()
+
+    return keep
 
 
 def _ignore(x: Tensor) -> None:

@@ -35,6 +35,14 @@ PADDING_RULES = {"Conv2d": "fixed", "Conv2dSame": "same"}
 LINEAR_NAMES = {"Linear", "NonDynamicallyQuantizableLinear"}  # torch's, and timm's of the same name and arithmetic
 
 
+def wraps(layer: nn.Module) -> bool:
+    """Whether a layer's forward is known, so that it can be wrapped; of another, the operands are quantized where it
+    multiplies them (`qat/surgery/operands.py`)."""
+    if isinstance(layer, nn.Conv2d):
+        return type(layer).__name__ in PADDING_RULES
+    return not isinstance(layer, nn.Linear) or type(layer).__name__ in LINEAR_NAMES
+
+
 class QuantConv2d(nn.Conv2d):
     """Conv2d on fake-quantized input and weight; N_C_H_W float in, N_O_H_W float out.
 

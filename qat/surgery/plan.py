@@ -10,9 +10,8 @@ has one bit compares codes with a threshold, so it reads a weighted layer's sums
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qat.surgery.trace import Call, Trace
+from qat.surgery.trace import MULTIPLIES, Call, Trace
 
-MULTIPLIES = {"conv2d", "linear"}
 PRODUCTS = {"matmul"}  # of two activations: attention's q·kᵀ and attn·v
 JOINS = {"add", "cat", "mul"} | PRODUCTS
 # The runtime's integer kernels of these can write floats, so a floating-point operation may read them unquantized.
@@ -22,20 +21,22 @@ LAYOUTS = {
     "flatten", "reshape", "view", "permute", "transpose", "contiguous", "max_pool2d", "dropout", "getitem", "squeeze",
     "unsqueeze", "chunk", "split", "unbind", "pixel_shuffle", "channel_shuffle", "pad", "clone", "detach",
 }  # fmt: skip
+# Products of two activations, or of a weight, that no quantizer reaches yet. (Times a table: `multiplies_table`.)
 UNSUPPORTED_MULTIPLIES = {
-    "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "conv1d", "conv3d", "conv_transpose2d",
-    "multi_head_attention_forward", "bilinear",
+    "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "multi_head_attention_forward", "bilinear",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
     """sites: addresses whose output is quantized to 8 bits. on_grid: layers whose input comes from such a site.
-    relus: (address, convolution, upper clip) of each ReLU whose result that convolution alone reads."""
+    relus: (address, convolution, upper clip) of each ReLU whose result that convolution alone reads.
+    absorbed: addresses of the batch norms and clips that go into the layer before them."""
 
     sites: tuple[str, ...]
     on_grid: frozenset[str]
     relus: tuple[tuple[str, str, float], ...] = ()
+    absorbed: frozenset[str] = frozenset()
 
 
 def plan_sites(
@@ -47,7 +48,7 @@ def plan_sites(
     Raises ValueError naming a multiply that cannot be quantized, or a layer that would binarize the model's input.
     """
     for call in trace.calls:
-        if call.kind in UNSUPPORTED_MULTIPLIES or (call.kind in PRODUCTS and len(call.inputs) < 2):
+        if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call):
             raise ValueError(f"{call.address}: quantize_ cannot quantize the products of {call.kind} yet")
     flow = _Flow(trace)
     sites: dict[str, None] = {}
@@ -67,11 +68,17 @@ def plan_sites(
     for address in flow.read_by_binary(binary_inputs, in_float):
         sites[address] = None
     on_grid = {
-        call.path
+        call.layer
         for call in trace.calls
         if call.kind in MULTIPLIES and (origin := flow.origin(call.inputs[0])) is not None and origin.address in sites
     }
-    return Plan(tuple(sites), frozenset(on_grid), tuple(flow.relus_of_one_conv(trace)))
+    absorbed = frozenset(part for call in trace.calls if is_integer(call) for part in flow.absorbed(call))
+    return Plan(tuple(sites), frozenset(on_grid), tuple(flow.relus_of_one_conv(trace)), absorbed)
+
+
+def multiplies_table(call: Call) -> bool:
+    """Whether it is a product of one activation with what does not depend on the image, such as a table of positions."""
+    return call.kind in ({"einsum"} | PRODUCTS) and len(call.inputs) == 1
 
 
 def is_join(call: Call) -> bool:
@@ -98,6 +105,14 @@ class _Flow:
             may_normalize = may_normalize and reader.kind != "clip"
             value = reader.outputs[0]
         return value
+
+    def absorbed(self, call: Call) -> Iterator[str]:
+        """Addresses of the operations between `call` and its unit's end."""
+        value, end = call.outputs[0], self.unit_end(call)
+        while value != end:
+            reader = self.readers[value][0]
+            yield reader.address
+            value = reader.outputs[0]
 
     def final_readers(self, value: int) -> list[Call | None]:
         """Who reads `value`, looking through layout operations; None stands for the model's output."""
@@ -127,20 +142,20 @@ class _Flow:
             if call.ceiling is None or value in self.outputs or conv is None or conv.kind != "conv2d":
                 continue
             if conv.inputs[0] == value:
-                yield call.address, conv.path, call.ceiling
+                yield call.address, conv.layer, call.ceiling
 
     def read_by_binary(self, binary_inputs: frozenset[str], in_float: frozenset[str]) -> list[str]:
         """Addresses whose results layers with one-bit inputs read, but for the sums of quantized layers."""
-        weighted = [c for c in self.producer.values() if c.kind in MULTIPLIES and c.path not in in_float]
+        weighted = [c for c in self.producer.values() if c.kind in MULTIPLIES and c.layer not in in_float]
         sums = {self.producer[self.unit_end(call)].address for call in weighted}
         addresses = []
-        for path, value in (
-            (c.path, c.inputs[0]) for c in self.calls if c.path in binary_inputs and c.kind in MULTIPLIES
+        for layer, value in (
+            (c.layer, c.inputs[0]) for c in self.calls if c.layer in binary_inputs and c.kind in MULTIPLIES
         ):
             origin = self.origin(value)
             if origin is None:
                 raise ValueError(
-                    f"layer {path!r} would binarize the model's input; give it a rule with more input bits"
+                    f"layer {layer!r} would binarize the model's input; give it a rule with more input bits"
                 )
             if origin.address not in sums:
                 addresses.append(origin.address)

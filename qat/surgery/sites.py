@@ -1,7 +1,8 @@
 """Quantizers on the results of functional operations, applied while the model's own forward runs.
 
 The quantized model's class is a subclass of its own class, made on the spot, whose forward runs under `SiteMode`; its
-submodules, parameters and state-dict keys stay where they were. The site quantizers live in `stream_quantizers`.
+submodules, parameters and state-dict keys stay where they were. The site quantizers live in `stream_quantizers`, and
+there too the quantizers of convolutions and linears that are called outside a quantized layer (`qat/surgery/operands.py`).
 """
 
 import functools
@@ -14,29 +15,53 @@ from torch.overrides import TorchFunctionMode
 from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
-from qat.surgery.plan import JOINS, MULTIPLIES
-from qat.surgery.trace import Location, kind_of
+from qat.surgery.operands import QuantOperands
+from qat.surgery.plan import JOINS
+from qat.surgery.trace import MULTIPLIES, Location, kind_of
 
 NOTHING: AbstractContextManager[None] = nullcontext()
 KEEPING = {"mul", "matmul"}  # joins that keep their operands for backward
 
 
 class StreamQuantizers(nn.ModuleDict):
-    """Address -> quantizer; dots of the address are written as slashes, which module names allow."""
+    """Address -> quantizer; dots of the address are written as slashes, which module names allow.
 
-    def __init__(self, addresses: dict[str, LSQ], joins: frozenset[str], relus: dict[str, LSQ]) -> None:
+    joins: addresses that were there when the model was quantized, with or without a quantizer.
+    relus: see `run_with_sites`. multiplies: addresses of convolutions and linears that stay in floating point.
+    """
+
+    def __init__(
+        self,
+        addresses: dict[str, LSQ],
+        operands: dict[str, QuantOperands],
+        joins: frozenset[str],
+        relus: dict[str, LSQ],
+        multiplies: frozenset[str],
+    ) -> None:
         super().__init__({_key(address): quantizer for address, quantizer in addresses.items()})
-        self.joins, self.relus = joins, relus
+        if operands:
+            self.operands = nn.ModuleDict({_key(address): module for address, module in operands.items()})
+        self.joins, self.relus, self.multiplies = joins, relus, multiplies
         self.watched = {(address.split("#")[0], _kind(address)) for address in (*addresses, *joins, *relus)}
 
     def at(self, address: str, must_be_known: bool) -> LSQ | None:
         quantizer = self._modules.get(_key(address))
         if quantizer is None and must_be_known and address not in self.joins:
-            raise RuntimeError(
-                f"{address}: this operation was not there when the model was quantized, so nothing quantizes its result; "
-                "quantize the model again with an example that takes this path"
-            )
+            raise _unknown(address, "result")
         return quantizer  # type: ignore[return-value]
+
+    def operands_at(self, address: str) -> QuantOperands | None:
+        found = self.operands._modules.get(_key(address)) if "operands" in self._modules else None
+        if found is None and address not in self.multiplies:
+            raise _unknown(address, "operands")
+        return found  # type: ignore[return-value]
+
+
+def _unknown(address: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{address}: this operation was not there when the model was quantized, so nothing quantizes its {what}; "
+        "quantize the model again with an example that takes this path"
+    )
 
 
 def _key(address: str) -> str:
@@ -60,6 +85,8 @@ class SiteMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kind, path = kind_of(func), self.location.path
+        if kind in MULTIPLIES and path not in self.layers:
+            return self._multiply(func, kind, args, kwargs or {})
         is_join = kind in JOINS and _joins_tensors(args)
         if (path, kind) not in self.quantizers.watched and not is_join:
             return func(*args, **(kwargs or {}))
@@ -78,6 +105,17 @@ class SiteMode(TorchFunctionMode):
             out = func(*args, **(kwargs or {}))
         return out if quantizer is None else quantizer(out)
 
+    def _multiply(self, func: Any, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A convolution or linear that is no quantized layer's own."""
+        address = self.location.address(kind)
+        operands = self.quantizers.operands_at(address)
+        if operands is not None:
+            args, kwargs = operands.quantized(args, kwargs)
+        with recomputed(*args[:2]) if operands is not None else NOTHING:
+            out = func(*args, **kwargs)
+        quantizer = self.quantizers.at(address, must_be_known=False)
+        return out if quantizer is None else quantizer(out)
+
 
 def _joins_tensors(args: tuple[Any, ...]) -> bool:
     operands = args[0] if args and isinstance(args[0], (list, tuple)) else args[:2]
@@ -85,14 +123,22 @@ def _joins_tensors(args: tuple[Any, ...]) -> bool:
 
 
 def run_with_sites(
-    model: nn.Module, quantizers: dict[str, LSQ], joins: frozenset[str], layers: frozenset[str], relus: dict[str, LSQ]
+    model: nn.Module,
+    quantizers: dict[str, LSQ],
+    operands: dict[str, QuantOperands],
+    joins: frozenset[str],
+    layers: frozenset[str],
+    relus: dict[str, LSQ],
+    multiplies: frozenset[str],
 ) -> None:
     """Make `model`'s forward apply `quantizers` at their addresses; `layers` are the quantized layers' paths.
 
+    operands: address of a convolution or linear outside those layers -> its quantizers. multiplies: addresses of those
+    that stay in floating point; any other that comes up later raises.
     relus: addresses of ReLUs in front of a quantizer that clips as they do. In training they are passed over, which saves a
     pass over memory forward and one backward and changes no bit: an unsigned quantizer's own clip at 0 is the ReLU.
     """
-    model.stream_quantizers = StreamQuantizers(quantizers, joins, relus)
+    model.stream_quantizers = StreamQuantizers(quantizers, operands, joins, relus, multiplies)
     location = Location()
     base = type(model)
 

@@ -3,20 +3,21 @@
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.binarize import BIPER, Binarizer, activation_quantizer
-from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear
-from qat.surgery.plan import JOINS, MULTIPLIES, Plan, is_join, plan_sites
+from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear, wraps
+from qat.surgery.operands import QuantOperands
+from qat.surgery.plan import JOINS, Plan, is_join, plan_sites
 from qat.surgery.sites import run_with_sites
-from qat.surgery.trace import Call, Trace, trace_calls
+from qat.surgery.table import LayerRow, OperationRow, QuantizationTable
+from qat.surgery.trace import MULTIPLIES, Call, Trace, trace_calls
 
 Rules = Sequence[tuple[str, LayerSpec]]
 
@@ -25,42 +26,6 @@ WRAPPERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: QuantConv2d.from_float,
     nn.Linear: QuantLinear.from_float,
 }
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One conv or linear: its specs (None: float), multiply-accumulates per sample, and weights."""
-
-    name: str
-    kind: str
-    weight: QuantSpec | None
-    input: QuantSpec | None
-    reads_stream: bool
-    macs: int
-    weights: int
-
-
-@dataclass(frozen=True)
-class QuantizationTable:
-    """What `quantize_` did: a row for every conv and linear, and the addresses of the 8-bit stream quantizers."""
-
-    rows: tuple[LayerRow, ...]
-    sites: tuple[str, ...]
-
-    def __str__(self) -> str:
-        width = max((len(r.name) for r in self.rows), default=5)
-        lines = [f"{'layer':<{width}}  {'kind':<7} {'weight':>9} {'input':>7} {'MACs':>12} {'weights':>10}"]
-        for row in self.rows:
-            source = "stream" if row.reads_stream else str(row.input or "float")
-            weight = str(row.weight or "float")
-            lines.append(
-                f"{row.name:<{width}}  {row.kind:<7} {weight:>9} {source:>7} {row.macs:>12,} {row.weights:>10,}"
-            )
-        low = sum(r.macs for r in self.rows if r.weight is not None) / max(sum(r.macs for r in self.rows), 1)
-        lines.append(
-            f"{len(self.rows)} layers, {low:.1%} of the MACs quantized; {len(self.sites)} stream quantizers of 8 bits"
-        )
-        return "\n".join(lines)
 
 
 def uniform_rules(
@@ -119,37 +84,67 @@ def quantize_(
              for weight-only quantization.
     weight_init: how weight steps start, "lsq" (the paper's) or "mse" (least squared error).
 
-    Raises ValueError, before anything is changed: a rule that decides nothing, a layer no rule reaches, a layer that the
-    example's pass never runs, a weight used outside its layer, an operation that cannot be quantized yet.
+    A weight that is computed or used outside its layer is quantized where it is used, under the name of the layer or the
+    parameter. Layers that the example's pass does not run, or runs on constants alone, are left and listed.
+
+    Raises ValueError, before anything is changed: a rule that decides nothing, a layer no rule reaches, a weight with two
+    users, an operation that cannot be quantized yet. Raises RuntimeError in a later forward pass for a convolution, linear
+    or join that the example's pass did not have.
     """
-    if any(isinstance(m, (QuantConv2d, QuantLinear)) for m in model.modules()):
+    if quantizers(model):
         raise ValueError("quantize_: the model is quantized already")
     layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHTED)}
-    specs = _decide(layers, rules)
     _open_attention(model)
-    trace = trace_calls(model, example)
-    _check_coverage(layers, specs, trace)
+    trace = trace_calls(model, example, frozenset(layers))
+    calls = _calls_by_layer(trace, layers)
+    awake = calls.keys() | {name.removesuffix(".weight") for call in trace.calls for name in call.parameters}
+    asleep = {n: "constant" if n in trace.on_constants else "idle" for n in layers if n not in awake}
+    specs = _decide(list(dict.fromkeys((*layers, *calls))), rules, asleep)
     binary = frozenset(n for n, s in specs.items() if s.input is not None and s.input.bits == 1)
     in_float = frozenset(n for n, s in specs.items() if s == FLOAT)
     plan = plan_sites(trace, binary, in_float) if stream is not None else Plan((), frozenset())
-    quantized = {
-        name: _wrap(
-            layers[name],
-            _input_from_stream(spec, stream) if stream is not None and name in plan.on_grid else spec,
-            name,
-            weight_init,
-        )
-        for name, spec in specs.items()
-        if spec != FLOAT
-    }
-    for name, layer in quantized.items():
+    wrapped: dict[str, nn.Module] = {}
+    operands: dict[str, QuantOperands] = {}
+    for name, asked in specs.items():
+        if asked == FLOAT:
+            continue
+        spec = _input_from_stream(asked, stream) if stream is not None and name in plan.on_grid else asked
+        call = calls.get(name)
+        if call is None or (call.path == name and wraps(layers[name])):
+            wrapped[name] = _wrap(layers[name], spec, name, weight_init)
+        else:
+            operands[call.address] = QuantOperands(name, call.kind, spec, trace.weights[call.address], weight_init)
+    for name, layer in wrapped.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
+    quantized = wrapped | {o.name: o for o in operands.values()}
     sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites}
     joins = frozenset(call.address for call in trace.calls if call.kind in JOINS or is_join(call))
-    run_with_sites(model, sites, joins, frozenset(quantized), _relus_taken_over(plan, quantized))
+    relus = _relus_taken_over(plan, quantized)
+    in_sight = frozenset(trace.weights) - operands.keys()
+    run_with_sites(model, sites, operands, joins, frozenset(wrapped), relus, in_sight)
     _move_like(model)
-    return QuantizationTable(tuple(_rows(specs, layers, quantized, trace)), plan.sites)
+    rows = _rows(specs, layers, quantized, calls, asleep, len(example))
+    return QuantizationTable(tuple(rows), plan.sites, *_operations(trace, plan, len(example)))
+
+
+def _calls_by_layer(trace: Trace, layers: Mapping[str, nn.Module]) -> dict[str, Call]:
+    """Each convolution and linear by its layer's name. Raises ValueError for what one quantizer pair cannot serve."""
+    calls: dict[str, Call] = {}
+    for call in trace.calls:
+        if call.kind not in MULTIPLIES:
+            continue
+        if len(call.inputs) > 1:
+            raise ValueError(
+                f"{call.address}: the weight of this {call.kind} depends on the image; quantize_ cannot quantize it yet"
+            )
+        if call.layer in calls:
+            raise ValueError(
+                f"{call.address}: {call.kind} uses the weight of {call.layer!r}, which {calls[call.layer].address} uses too; "
+                "quantize_ cannot quantize a weight with two users yet, give each a layer of its own"
+            )
+        calls[call.layer] = call
+    return calls
 
 
 def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, LSQ]:
@@ -171,6 +166,11 @@ def quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, Quantizer]]:
     """Latent weight and weight quantizer of every layer that has one, in the model's order."""
     layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
     return [(cast(nn.Parameter, m.weight), m.weight_quantizer) for m in layers if m.weight_quantizer is not None]
+
+
+def computed_weights(model: nn.Module) -> list[QuantOperands]:
+    """The quantizers of weights that no quantized layer holds: they are seen only where they are used."""
+    return [m for m in model.modules() if isinstance(m, QuantOperands)]
 
 
 def parameter_groups(
@@ -215,22 +215,22 @@ def _open_attention(model: nn.Module) -> None:
             module.fused_attn = False  # type: ignore[assignment]
 
 
-def _decide(layers: dict[str, nn.Module], rules: Rules) -> dict[str, LayerSpec]:
+def _decide(names: Sequence[str], rules: Rules, asleep: Mapping[str, str]) -> dict[str, LayerSpec]:
     decided: dict[str, LayerSpec] = {}
     used: set[str] = set()
-    for name in layers:
+    for name in names:
         for pattern, spec in rules:
             if fnmatch.fnmatchcase(name, pattern):
-                decided[name] = spec
+                decided[name] = FLOAT if name in asleep else spec
                 used.add(pattern)
                 break
-    if missed := [name for name in layers if name not in decided]:
+    if missed := [name for name in names if name not in decided]:
         raise ValueError(
             f"quantize_: no rule reaches {', '.join(missed)}; add a rule (FLOAT leaves a layer in floating point)"
         )
     for pattern, _ in rules:
         if pattern not in used:
-            matches = [name for name in layers if fnmatch.fnmatchcase(name, pattern)]
+            matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
             why = (
                 f"earlier rules take all it matches ({', '.join(matches)})"
                 if matches
@@ -238,20 +238,6 @@ def _decide(layers: dict[str, nn.Module], rules: Rules) -> dict[str, LayerSpec]:
             )
             raise ValueError(f"quantize_: rule {pattern!r} decides nothing: {why}")
     return decided
-
-
-def _check_coverage(layers: dict[str, nn.Module], specs: dict[str, LayerSpec], trace: Trace) -> None:
-    run = [call for call in trace.calls if call.kind in MULTIPLIES]
-    for call in run:
-        if call.path not in layers or f"{call.path}.weight" not in call.parameters:
-            weights = ", ".join(call.parameters) or "a tensor that is no parameter"
-            raise ValueError(
-                f"{call.address}: {call.kind} uses {weights} outside the layer that owns it; quantize_ cannot quantize a "
-                "weight it does not see, make the operation a Conv2d or Linear of its own"
-            )
-    for name in layers.keys() - {call.path for call in run}:
-        if specs[name] != FLOAT:
-            raise ValueError(f"layer {name!r} never runs in forward(example): remove it, or give it a FLOAT rule")
 
 
 def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
@@ -269,19 +255,32 @@ def _wrap(layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> nn.Module
 
 
 def _rows(
-    specs: dict[str, LayerSpec], layers: dict[str, nn.Module], quantized: dict[str, nn.Module], trace: Trace
+    specs: dict[str, LayerSpec],
+    layers: dict[str, nn.Module],
+    quantized: dict[str, nn.Module],
+    calls: dict[str, Call],
+    asleep: dict[str, str],
+    samples: int,
 ) -> Iterator[LayerRow]:
-    calls: dict[str, list[Call]] = {}
-    for call in trace.calls:
-        if call.kind in MULTIPLIES:
-            calls.setdefault(call.path, []).append(call)
     for name, spec in specs.items():
-        weight: Tensor = layers[name].weight  # type: ignore[assignment]
-        per_output = weight[0].numel()
-        outputs = sum(torch.Size(c.output_shape[1:]).numel() for c in calls.get(name, []))
+        call = calls.get(name)
+        linear = call.kind == "linear" if call is not None else isinstance(layers[name], nn.Linear)
         reads_stream = name in quantized and getattr(quantized[name], "input_quantizer", None) is None
-        kind = "linear" if isinstance(layers[name], nn.Linear) else "conv"
-        yield LayerRow(name, kind, spec.weight, spec.input, reads_stream, per_output * outputs, weight.numel())
+        weights = math.prod(layers[name].weight.shape) if name in layers else 0  # type: ignore[arg-type]
+        macs = call.multiplications // samples if call is not None else 0
+        kind = asleep.get(name, "linear" if linear else "conv")
+        yield LayerRow(name, kind, spec.weight, spec.input, reads_stream, macs, weights)
+
+
+def _operations(trace: Trace, plan: Plan, samples: int) -> tuple[tuple[OperationRow, ...], tuple[OperationRow, ...]]:
+    """Products of activations that run on integers, and whatever multiplies in floating point."""
+    products: list[OperationRow] = []
+    in_float: list[OperationRow] = []
+    for call in trace.calls:
+        row = OperationRow(call.address, call.kind, call.multiplications // samples)
+        if row.multiplications and call.kind not in MULTIPLIES and call.address not in plan.absorbed:
+            (products if is_join(call) and plan.sites else in_float).append(row)
+    return tuple(products), tuple(in_float)
 
 
 def _move_like(model: nn.Module) -> None:

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qat.surgery.counting import multiplications
+
+MULTIPLIES = {"conv2d", "linear"}  # of an activation and a weight
 ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "multiply": "mul", "matmul": "matmul"}
 ALIASES |= {"rmatmul": "matmul", "bmm": "matmul", "concat": "cat", "concatenate": "cat", "hardtanh": "clip"}
 ALIASES |= {"relu6": "clip", "clamp": "clip", "clamp_min": "clip", "clamp_max": "clip", "relu": "clip"}
@@ -87,7 +90,12 @@ class _Leave:
 
 @dataclass(frozen=True)
 class Call:
-    """One operation: the values it reads and writes are numbered; values outside the data flow are left out."""
+    """One operation: the values it reads and writes are numbered; values outside the data flow are left out.
+
+    layer: of a convolution or linear, its name: that of the module that owns the weight, whoever makes the call; of the
+           parameter, where no layer owns it; else of the module that computes the weight.
+    multiplications: of the whole call, all samples of the example together.
+    """
 
     address: str
     path: str
@@ -98,13 +106,21 @@ class Call:
     pools_space: bool = False
     ceiling: float | None = None  # of a ReLU, its upper clip (inf where it has none); None for anything else
     output_shape: tuple[int, ...] = ()
+    layer: str = ""
+    multiplications: int = 0
 
 
 @dataclass
 class Trace:
-    """The calls of one forward pass in order; `model_inputs` and `model_outputs` are value numbers."""
+    """The calls of one forward pass in order; `model_inputs` and `model_outputs` are value numbers.
+
+    weights: address -> the weight that a convolution or linear was called with.
+    on_constants: names of the layers that were called without anything that depends on the image.
+    """
 
     calls: list[Call] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    on_constants: set[str] = field(default_factory=set)
     model_inputs: tuple[int, ...] = ()
     model_outputs: tuple[int, ...] = ()
 
@@ -120,9 +136,9 @@ class Trace:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, location: Location, parameter_names: dict[int, str]) -> None:
+    def __init__(self, location: Location, parameter_names: dict[int, str], layers: frozenset[str]) -> None:
         super().__init__()
-        self.location, self.parameter_names = location, parameter_names
+        self.location, self.parameter_names, self.layers = location, parameter_names, layers
         self.trace = Trace()
         self.values: dict[int, int] = {}
         self.alive: list[Any] = []  # ids stay unique only while their tensors live
@@ -144,14 +160,36 @@ class _Recorder(TorchFunctionMode):
         produced = [t for t in _tensors(out) if t.is_floating_point()]
         kind = kind_of(func)
         address = self.location.address(kind)
+        layer = ""
+        if kind in MULTIPLIES:
+            weight = weight_operand(args, kwargs or {})
+            layer = self.layer_of(weight, address)
+            self.trace.weights[address] = weight.detach()
+            if not inputs:
+                self.trace.on_constants.add(layer)
         if inputs and produced and kind != "get":
             call = Call(
                 address, self.location.path, kind, inputs,
                 tuple(self.number(t) for t in produced), parameters,
                 _pools_space(kind, args, produced[0]), _ceiling(func, args, kwargs or {}), tuple(produced[0].shape),
+                layer, multiplications(kind, args, kwargs or {}, produced[0]),
             )  # fmt: skip
             self.trace.calls.append(call)
         return out
+
+    def layer_of(self, weight: Tensor, address: str) -> str:
+        name = self.parameter_names.get(id(weight))
+        owner = None if name is None else name.rpartition(".")[0]
+        if owner in self.layers and name == f"{owner}.weight":
+            return owner
+        if self.location.path in self.layers:
+            return self.location.path  # it computes its weight from its parameters
+        return name or address.replace("#", "." if self.location.path else "")
+
+
+def weight_operand(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The weight of a call of `conv2d` or `linear`."""
+    return args[1] if len(args) > 1 else kwargs["weight"]
 
 
 def _ceiling(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -187,11 +225,14 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 
 
 @torch.no_grad()
-def trace_calls(model: nn.Module, example: Tensor) -> Trace:
-    """Run `model` once in eval mode on `example` (N_C_H_W) and return its calls; the model is left as it was."""
+def trace_calls(model: nn.Module, example: Tensor, layers: frozenset[str] = frozenset()) -> Trace:
+    """Run `model` once in eval mode on `example` (N_C_H_W) and return its calls; the model is left as it was.
+
+    layers: names of its convolution and linear modules, which their calls are named after.
+    """
     location, training = Location(), {m: m.training for m in model.modules()}
     handles = location.watch(model)
-    recorder = _Recorder(location, {id(p): name for name, p in model.named_parameters()})
+    recorder = _Recorder(location, {id(p): name for name, p in model.named_parameters()}, layers)
     try:
         model.eval()
         source = recorder.number(example)

@@ -1,0 +1,269 @@
+"""How much of timm goes all the way: the smallest model of every timm model file, or models by name.
+
+    uv run tools/timm_coverage.py --out coverage.jsonl                 # every family; run again to go on where it stopped
+    uv run tools/timm_coverage.py --models vit_tiny_patch16_224 efficientnet_b0 --bits 4 --image-size 224
+
+A model goes through: quantize at W4A4 -> calibrate -> two training steps, after which every quantizer parameter has had a
+finite gradient that is not zero -> export (ort-int8) -> certificate. Weights are random, images are noise: what is checked
+is arithmetic. Each model has a process, a time limit and a memory limit of its own; a row is written as soon as it is known.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+STAGES = ("create", "quantize", "calibrate", "train", "export", "certify")
+CLASSES = 10
+
+
+@dataclass
+class Row:
+    """How far one model came. `reason` is empty when it came through; shares are of all multiplies of one image."""
+
+    family: str
+    model: str
+    parameters: int = 0
+    image_size: int = 0
+    layers: int = 0
+    products: int = 0
+    float_share: float = 0.0
+    float_kinds: list[str] = field(default_factory=list)
+    codes: int = 0
+    stage: str = "create"
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.stage == "certify" and not self.reason
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else f"{self.stage}: {self.reason}"
+        kinds = ", ".join(self.float_kinds)
+        return (
+            f"{self.family:<24} {self.model:<34} {self.parameters / 1e6:6.1f}M {self.image_size:4d} px "
+            f"{self.layers:4d} layers {self.products:3d} products  float {self.float_share:6.2%} ({kinds})  "
+            f"{self.seconds:4.0f} s  {verdict}"
+        )
+
+
+def smallest_models(cache: Path) -> dict[str, str]:
+    """Model file of timm -> its model of fewest parameters, counted without memory on the meta device; kept in `cache`."""
+    if cache.is_file():
+        return json.loads(cache.read_text())
+    import timm
+    import torch
+
+    found: dict[str, tuple[int, str]] = {}
+    for family in timm.list_modules():
+        names = timm.list_models(module=family)
+        for name in [n for n in names if not n.startswith("test_")] or names:  # timm's own test models are nobody's
+            try:
+                with torch.device("meta"):
+                    size = sum(p.numel() for p in timm.create_model(name, num_classes=CLASSES).parameters())
+            except Exception:  # a few constructors compute with values, which meta tensors do not have
+                continue
+            found[family] = min(found.get(family, (size, name)), (size, name))
+        if names:
+            found.setdefault(family, (0, names[0]))
+    smallest = {family: name for family, (_, name) in found.items()}
+    cache.write_text(json.dumps(smallest, indent=1))
+    return smallest
+
+
+def check(family: str, name: str, options: argparse.Namespace) -> Row:
+    """Take one model through all stages; an exception ends in its row."""
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    row, began = Row(family, name), time.perf_counter()
+    try:
+        _go_through(row, options)
+    except Exception as error:
+        row.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        if options.trace:
+            raise
+    row.seconds = time.perf_counter() - began
+    return row
+
+
+def _go_through(row: Row, options: argparse.Namespace) -> None:
+    import torch
+
+    from qat.surgery.backbones import create_backbone, first_and_last
+    from qat.surgery.batchnorm import restore_norm_statistics
+    from qat.surgery.calibrate import calibrate, in_full_precision
+    from qat.surgery.swap import quantize_, uniform_rules
+
+    model, config = create_backbone(row.model, CLASSES)
+    row.parameters = sum(p.numel() for p in model.parameters())
+    row.image_size = _image_size(model, options.image_size, config.image_size)
+    images = torch.randn(options.batch, 3, row.image_size, row.image_size)
+    row.stage = "quantize"
+    table = quantize_(model, uniform_rules(options.bits, options.bits, first_and_last(model)), images[:2])
+    row.layers, row.products = len(table.rows), len(table.products)
+    row.float_share, row.float_kinds = table.float_share, sorted({r.kind for r in table.in_float})
+    row.stage = "calibrate"
+    with in_full_precision(model):  # as in a trained net, statistics are those of the data
+        restore_norm_statistics(model, [images])
+    calibrate(model, [images])
+    row.stage = "train"
+    _train(model, images)
+    row.stage = "export"
+    with tempfile.TemporaryDirectory() as folder:
+        _export_and_certify(row, model, images, Path(folder) / "model.onnx")
+
+
+def _image_size(model: object, wanted: int, own: int) -> int:
+    """`wanted` where the model takes it, else the size it was designed for."""
+    import torch
+    from torch import nn
+
+    assert isinstance(model, nn.Module)
+    if getattr(model, "default_cfg", {}).get("fixed_input_size"):
+        return own
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, wanted, wanted))
+    except Exception:
+        return own
+    return wanted
+
+
+def _train(model: object, images: object) -> None:
+    """Two SGD steps; raises ValueError naming a quantizer parameter that had no, or only zero, or no finite gradient."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    from qat.surgery.swap import parameter_groups, quantizers
+
+    assert isinstance(model, nn.Module) and isinstance(images, Tensor)
+    optimizer = torch.optim.SGD(parameter_groups(model.train(), 1e-4, 1e-4), lr=0.01)
+    steps = {f"{n}.{p}": v for n, q in quantizers(model).items() for p, v in q.named_parameters()}
+    moved = dict.fromkeys(steps, False)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), torch.arange(len(images)) % CLASSES).backward()
+        for name, parameter in steps.items():
+            gradient = parameter.grad
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                raise ValueError(f"the gradient of {name} is not finite")
+            moved[name] |= gradient is not None and bool(gradient.any())
+        optimizer.step()
+    if still := [name for name, has in moved.items() if not has]:
+        raise ValueError(f"{len(still)} of {len(moved)} quantizer parameters had no gradient: {', '.join(still[:3])}")
+
+
+def _export_and_certify(row: Row, model: object, images: object, path: Path) -> None:
+    import numpy as np
+    import onnx
+    import torch
+    from torch import Tensor, nn
+
+    from export.certificate import certify
+    from export.graph import emit_qdq
+    from export.lower import lower, trained_codes
+    from export.metadata import Preprocessing, sign
+    from export.passes import to_integers
+    from export.targets import TARGETS
+
+    assert isinstance(model, nn.Module) and isinstance(images, Tensor)
+    target = TARGETS["ort-int8"]
+    lowered = to_integers(lower(model.eval(), images[:1]), target)
+    seen = Preprocessing(row.image_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), tuple(map(str, range(CLASSES))))
+    onnx.save(sign(emit_qdq(lowered, target), lowered, target, seen, "timm_coverage"), str(path))
+    row.stage = "certify"
+    labels = np.zeros(len(images), np.int64)
+    with torch.no_grad():
+        certificate = certify(lowered, path, images.numpy(), labels, lambda batch: trained_codes(model, batch))
+    row.codes = max(level.codes for level in certificate.levels)
+    if not certificate.passed:
+        failed = [line.strip() for line in str(certificate).splitlines()[1:]]
+        row.reason = " | ".join(line for line in failed if not line.endswith(("[ok]", "mismatches")))[:400]
+
+
+def in_processes(models: dict[str, str], options: argparse.Namespace) -> Iterator[Row]:
+    """Rows of `models` (name -> family) as they come, `--jobs` at a time, each from a bounded process of its own."""
+
+    def run(name: str) -> Row:
+        command = [sys.executable, __file__, "--one", name, "--family", models[name], "--bits", str(options.bits)]
+        command += ["--image-size", str(options.image_size), "--batch", str(options.batch)]
+        began = time.perf_counter()
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=options.timeout,
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: _limit_memory(options.memory),
+            )  # fmt: skip
+            return Row(**json.loads(done.stdout.splitlines()[-1]))
+        except subprocess.TimeoutExpired:
+            reason = f"took longer than {options.timeout} s"
+        except (IndexError, ValueError, TypeError):
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            reason = f"the process ended with code {done.returncode}: {last[0][:300]}"
+        return Row(models[name], name, reason=reason, seconds=time.perf_counter() - began)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for future in as_completed([pool.submit(run, name) for name in models]):
+            yield future.result()
+
+
+def _limit_memory(gigabytes: float) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
+
+
+def summary(rows: Iterable[Row]) -> str:
+    rows = sorted(rows, key=lambda r: (not r.passed, STAGES.index(r.stage), r.family))
+    through = sum(row.passed for row in rows)
+    lines = [str(row) for row in rows]
+    return "\n".join([*lines, f"{through} of {len(rows)} models came through ({through / max(len(rows), 1):.1%})"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[], help="timm names; by default the smallest of every family")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--image-size", type=int, default=96, help="where the model is not bound to a size of its own")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds a model may take")
+    parser.add_argument("--memory", type=float, default=10, help="GiB a model may take")
+    parser.add_argument("--out", type=Path, default=Path("runs/timm_coverage.jsonl"), help="rows; known ones are kept")
+    parser.add_argument("--retry", action="store_true", help="run the models again that did not come through")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--family", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(asdict(check(options.family, options.one, options))))
+        return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.models:
+        models = dict.fromkeys(options.models, "")
+    else:
+        smallest = smallest_models(options.out.with_suffix(".models.json"))
+        models = {name: family for family, name in smallest.items()}
+    known = [Row(**json.loads(line)) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    rows = {row.model: row for row in known if row.model in models and (row.passed or not options.retry)}
+    for row in in_processes({n: f for n, f in models.items() if n not in rows}, options):
+        rows[row.model] = row
+        with options.out.open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+        print(row, flush=True)
+    print(summary(rows.values()))
+
+
+if __name__ == "__main__":
+    main()
