@@ -6,9 +6,11 @@ quantizers themselves.
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -55,9 +57,35 @@ def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> 
     layers = {f"{layer.name}.weight": layer for layer in _layers(model, example)}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     _check_finite(model)
+    passes = _Passes(model)
     for quantizer in found.values():
-        quantizer.forward = _marker(quantizer.name)
-    return LoweredModel(export_onnx(model, example), layers, activations)
+        quantizer.forward = _marker(quantizer, passes)
+    skeleton = export_onnx(model, example)
+    for repeated, first in passes.repeated.items():
+        if first in layers:
+            layers[repeated] = dataclasses.replace(layers[first], name=repeated.removesuffix(".weight"))
+        else:
+            activations[repeated] = dataclasses.replace(activations[first], name=repeated)
+    return LoweredModel(skeleton, layers, activations)
+
+
+class _Passes:
+    """Names of quantizer calls within a forward pass: a module that runs again has marks of its own in the file."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.counts: Counter[str] = Counter()
+        self.repeated: dict[str, str] = {}
+        self.handle = model.register_forward_pre_hook(lambda module, args: self.counts.clear())
+
+    def name(self, quantizer: Quantizer) -> str:
+        """`layer.input` the first time, then `layer.input@1`; `layer@1.weight` for weights."""
+        first, count = quantizer.name, self.counts[quantizer.name]
+        self.counts[first] += 1
+        if not count:
+            return first
+        again = f"{first.removesuffix('.weight')}@{count}.weight" if quantizer.is_weight else f"{first}@{count}"
+        self.repeated[again] = first
+        return again
 
 
 def _reads_codes_with_a_float_weight(module: nn.Module) -> bool:
@@ -89,22 +117,23 @@ def trained_codes(
     """What the trained net itself computes in eval mode for `images` (N_C_H_W): carrier codes of every activation
     quantizer, and logits."""
     codes: dict[str, NDArray[np.uint8]] = {}
-    handles = [
-        q.register_forward_hook(_recorder(name, codes)) for name, q in quantizers(model).items() if not q.is_weight
-    ]
+    passes = _Passes(model)
+    handles = [q.register_forward_hook(_recorder(passes, codes)) for q in quantizers(model).values() if not q.is_weight]
     try:
         logits = model(torch.from_numpy(images)).numpy()
     finally:
-        for handle in handles:
+        for handle in (*handles, passes.handle):
             handle.remove()
     return codes, logits
 
 
-def _recorder(name: str, codes: dict[str, NDArray[np.uint8]]) -> Callable[[Quantizer, tuple[Tensor], Tensor], None]:
+def _recorder(
+    passes: _Passes, codes: dict[str, NDArray[np.uint8]]
+) -> Callable[[Quantizer, tuple[Tensor], Tensor], None]:
     def record(quantizer: Quantizer, inputs: tuple[Tensor], output: Tensor) -> None:
         grid = _activation(quantizer)
         centred = quantizer.codes(inputs[0]) - quantizer.zero_point
-        codes[name] = (centred * grid.gain + grid.zero_point).to(torch.uint8).numpy()
+        codes[passes.name(quantizer)] = (centred * grid.gain + grid.zero_point).to(torch.uint8).numpy()
 
     return record
 
@@ -137,10 +166,10 @@ def _root_cause(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _marker(name: str) -> Callable[[Tensor], Tensor]:
+def _marker(quantizer: Quantizer, passes: _Passes) -> Callable[[Tensor], Tensor]:
     def mark(x: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{MARK}", (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1
+            f"{DOMAIN}::{MARK}", (x,), {"name": passes.name(quantizer)}, dtype=x.dtype, shape=x.shape, version=1
         )
 
     return mark
@@ -154,7 +183,7 @@ def _layers(model: nn.Module, example: Tensor) -> Iterator[LoweredLayer]:
             yield _layer(module.weight_quantizer, module.weight, module.bias, kind)
     for operands, weight, bias in _computed(model, example):
         assert operands.weight_quantizer is not None
-        yield _layer(operands.weight_quantizer, weight, bias, "conv" if operands.kind == "conv2d" else "linear")
+        yield _layer(operands.weight_quantizer, weight, bias, "linear" if operands.kind == "linear" else "conv")
 
 
 def _layer(quantizer: Quantizer, weight: Tensor, bias: Tensor | None, kind: str) -> LoweredLayer:

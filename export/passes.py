@@ -114,6 +114,8 @@ def gemms_from_matmuls(model: LoweredModel) -> bool:
         mark = transpose.inputs[0].producer() if transpose is not None and transpose.inputs[0] is not None else None
         if transpose is None or transpose.op_type != "Transpose" or not is_mark(mark) or mark is None:
             continue
+        if mark_name(mark) not in model.layers:  # a product of two activations
+            continue
         layer = model.layers[mark_name(mark)]
         bias = _added_constant(node, len(layer.scale))
         last = node if bias is None else bias

@@ -343,12 +343,16 @@ def accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
     if node.op_type == "Gemm":
         return Accumulator(F.linear(codes, weight).double() + bias, unit)
     get = node.attributes
-    top, left, bottom, right = get["pads"].as_ints() if "pads" in get else (0, 0, 0, 0)
-    sums = F.conv2d(
-        F.pad(codes, (left, right, top, bottom)), weight, stride=tuple(get["strides"].as_ints()),
+    axes = weight.dim() - 2
+    pads = get["pads"].as_ints() if "pads" in get else [0] * (2 * axes)
+    both_ends = [p for axis in reversed(range(axes)) for p in (pads[axis], pads[axis + axes])]  # F.pad's order
+    convolve = F.conv1d if axes == 1 else F.conv2d
+    sums = convolve(
+        F.pad(codes, both_ends), weight, stride=tuple(get["strides"].as_ints()),
         dilation=tuple(get["dilations"].as_ints()), groups=get["group"].as_int(),
     )  # fmt: skip
-    return Accumulator(sums.double() + bias.view(-1, 1, 1), unit.view(-1, 1, 1))
+    channels = (-1, *[1] * axes)
+    return Accumulator(sums.double() + bias.view(channels), unit.view(channels))
 
 
 def _average_pool(node: ir.Node, source: Codes) -> WindowMean:

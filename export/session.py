@@ -106,8 +106,9 @@ class FloatOperators:
     def __call__(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> list[NDArray[np.generic]]:
         """All results of `node`. Operands of integers (shapes, axes, indices) are constants of its session, as in the file
         the runtime may need them when it loads."""
-        fixed = {f"i{i}": x for i, x in enumerate(operands) if x is not None and x.dtype == np.int64}
-        feeds = {f"i{i}": x for i, x in enumerate(operands) if x is not None and x.dtype != np.int64}
+        given = {f"i{i}": x for i, x in enumerate(operands) if x is not None}
+        fixed = {name: x for name, x in list(given.items())[1:] if x.dtype == np.int64}
+        feeds = {name: x for name, x in given.items() if name not in fixed}
         key = f"{node.outputs[0].name} {[x.tolist() for x in fixed.values()]}"
         if key not in self.sessions:
             self.sessions[key] = self._session(node, operands, feeds, fixed)

@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 STAGES = ("create", "quantize", "calibrate", "train", "export", "certify")
 CLASSES = 10
@@ -76,7 +77,7 @@ def smallest_models(cache: Path) -> dict[str, str]:
             found[family] = min(found.get(family, (size, name)), (size, name))
         if names:
             found.setdefault(family, (0, names[0]))
-    smallest = {family: name for family, (_, name) in found.items()}
+    smallest = {family: name for family, (_, name) in sorted(found.items(), key=lambda entry: entry[1])}
     cache.write_text(json.dumps(smallest, indent=1))
     return smallest
 
@@ -103,21 +104,20 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
     import torch
 
     from qat.surgery.backbones import create_backbone, first_and_last
-    from qat.surgery.batchnorm import restore_norm_statistics
-    from qat.surgery.calibrate import calibrate, in_full_precision
+    from qat.surgery.calibrate import calibrate
     from qat.surgery.swap import quantize_, uniform_rules
 
-    model, config = create_backbone(row.model, CLASSES)
+    model, row.image_size = _create(create_backbone, row.model, options.image_size)
     row.parameters = sum(p.numel() for p in model.parameters())
-    row.image_size = _image_size(model, options.image_size, config.image_size)
     images = torch.randn(options.batch, 3, row.image_size, row.image_size)
     row.stage = "quantize"
-    table = quantize_(model, uniform_rules(options.bits, options.bits, first_and_last(model)), images[:2])
+    table = quantize_(
+        model, uniform_rules(options.bits, options.bits, first_and_last(model)), images[:2], weight_init="mse"
+    )
     row.layers, row.products = len(table.rows), len(table.products)
     row.float_share, row.float_kinds = table.float_share, sorted({r.kind for r in table.in_float})
     row.stage = "calibrate"
-    with in_full_precision(model):  # as in a trained net, statistics are those of the data
-        restore_norm_statistics(model, [images])
+    _as_if_trained(model, images)
     calibrate(model, [images])
     row.stage = "train"
     _train(model, images)
@@ -126,20 +126,36 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
         _export_and_certify(row, model, images, Path(folder) / "model.onnx")
 
 
-def _image_size(model: object, wanted: int, own: int) -> int:
-    """`wanted` where the model takes it, else the size it was designed for."""
+def _as_if_trained(model: Any, images: Any) -> None:
+    """Batch norm statistics of the data, and no branch still multiplied with 0, as zero-initialised norms leave it."""
     import torch
-    from torch import nn
 
-    assert isinstance(model, nn.Module)
-    if getattr(model, "default_cfg", {}).get("fixed_input_size"):
-        return own
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, wanted, wanted))
-    except Exception:
-        return own
-    return wanted
+    from qat.surgery.batchnorm import restore_norm_statistics
+    from qat.surgery.calibrate import in_full_precision
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() <= 1 and name.endswith("weight") and not parameter.any():
+                parameter.fill_(0.5)
+    with in_full_precision(model):
+        restore_norm_statistics(model, [images])
+
+
+def _create(create: Callable[..., Any], name: str, wanted: int) -> tuple[Any, int]:
+    """The model for images of `wanted` pixels, or where it takes no such images, for those it was designed for."""
+    import torch
+
+    for settings in ({"img_size": wanted}, {}):
+        try:
+            model, config = create(name, CLASSES, **settings)
+            if settings or not model.default_cfg.get("fixed_input_size"):
+                with torch.no_grad():
+                    model.eval()(torch.zeros(1, 3, wanted, wanted))
+                return model, wanted
+        except Exception:
+            continue
+    model, config = create(name, CLASSES)
+    return model, config.image_size
 
 
 def _train(model: object, images: object) -> None:
@@ -235,11 +251,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[], help="timm names; by default the smallest of every family")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--image-size", type=int, default=96, help="where the model is not bound to a size of its own")
+    parser.add_argument("--image-size", type=int, default=64, help="where the model takes images of that size")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a model may take")
-    parser.add_argument("--memory", type=float, default=10, help="GiB a model may take")
+    parser.add_argument("--memory", type=float, default=12, help="GiB a model may take")
     parser.add_argument("--out", type=Path, default=Path("runs/timm_coverage.jsonl"), help="rows; known ones are kept")
     parser.add_argument("--retry", action="store_true", help="run the models again that did not come through")
     parser.add_argument("--one", help=argparse.SUPPRESS)

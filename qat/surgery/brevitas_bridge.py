@@ -77,6 +77,7 @@ def in_brevitas_layers(model: nn.Module) -> nn.Module:
         made.same_padding = getattr(layer, "same_padding", False)
         made.register_forward_pre_hook(_prepare_input)
         _put(model, name, made)
+    model.stream_quantizers.guests = True  # type: ignore[union-attr]
     return model
 
 

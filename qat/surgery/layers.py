@@ -40,7 +40,7 @@ def wraps(layer: nn.Module) -> bool:
     multiplies them (`qat/surgery/operands.py`)."""
     if isinstance(layer, nn.Conv2d):
         return type(layer).__name__ in PADDING_RULES
-    return not isinstance(layer, nn.Linear) or type(layer).__name__ in LINEAR_NAMES
+    return isinstance(layer, nn.Linear) and type(layer).__name__ in LINEAR_NAMES
 
 
 class QuantConv2d(nn.Conv2d):

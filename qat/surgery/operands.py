@@ -14,9 +14,9 @@ from qat.surgery.trace import weight_operand
 
 
 class QuantOperands(nn.Module):
-    """Fake-quantizes the operands of one call of `conv2d` or `linear`, whatever they were computed from.
+    """Fake-quantizes the operands of one call of a convolution or linear, whatever they were computed from.
 
-    kind: "conv2d" or "linear". `forward` gives the operands; export reads them there.
+    kind: "conv1d", "conv2d" or "linear". `forward` gives the operands; export reads them there.
     """
 
     weight_quantizer: Quantizer | None
@@ -32,7 +32,7 @@ class QuantOperands(nn.Module):
             self.input_quantizer = input_quantizer(spec.input, f"{name}.input", weight.shape[1], spec.binarizer)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x: the convolution's or linear's input; weight: O_I_kH_kW or O_I; bias: (O,) or None, passed through."""
+        """x: the convolution's or linear's input; weight: O_I_kH_kW, O_I_k or O_I; bias: (O,) or None, passed through."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         if self.weight_quantizer is not None:

@@ -67,13 +67,13 @@ def plan_sites(
                 sites[origin.address] = None
     for address in flow.read_by_binary(binary_inputs, in_float):
         sites[address] = None
-    on_grid = {
-        call.layer
-        for call in trace.calls
-        if call.kind in MULTIPLIES and (origin := flow.origin(call.inputs[0])) is not None and origin.address in sites
-    }
+    on_grid, elsewhere = set[str](), set[str]()
+    for call in trace.calls:
+        if call.kind in MULTIPLIES:
+            origin = flow.origin(call.inputs[0])
+            (on_grid if origin is not None and origin.address in sites else elsewhere).add(call.layer)
     absorbed = frozenset(part for call in trace.calls if is_integer(call) for part in flow.absorbed(call))
-    return Plan(tuple(sites), frozenset(on_grid), tuple(flow.relus_of_one_conv(trace)), absorbed)
+    return Plan(tuple(sites), frozenset(on_grid - elsewhere), tuple(flow.relus_of_one_conv(trace)), absorbed)
 
 
 def multiplies_table(call: Call) -> bool:

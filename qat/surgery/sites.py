@@ -42,6 +42,7 @@ class StreamQuantizers(nn.ModuleDict):
         if operands:
             self.operands = nn.ModuleDict({_key(address): module for address, module in operands.items()})
         self.joins, self.relus, self.multiplies = joins, relus, multiplies
+        self.guests = False  # whether another library's layers stand in for ours and multiply as they please
         self.watched = {(address.split("#")[0], _kind(address)) for address in (*addresses, *joins, *relus)}
 
     def at(self, address: str, must_be_known: bool) -> LSQ | None:
@@ -52,7 +53,7 @@ class StreamQuantizers(nn.ModuleDict):
 
     def operands_at(self, address: str) -> QuantOperands | None:
         found = self.operands._modules.get(_key(address)) if "operands" in self._modules else None
-        if found is None and address not in self.multiplies:
+        if found is None and address not in self.multiplies and not self.guests:
             raise _unknown(address, "operands")
         return found  # type: ignore[return-value]
 

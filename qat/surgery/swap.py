@@ -109,17 +109,18 @@ def quantize_(
         if asked == FLOAT:
             continue
         spec = _input_from_stream(asked, stream) if stream is not None and name in plan.on_grid else asked
-        call = calls.get(name)
-        if call is None or (call.path == name and wraps(layers[name])):
+        its = calls.get(name, [])
+        if all(call.path == name for call in its) and (not its or wraps(layers[name])):
             wrapped[name] = _wrap(layers[name], spec, name, weight_init)
         else:
+            (call,) = its
             operands[call.address] = QuantOperands(name, call.kind, spec, trace.weights[call.address], weight_init)
     for name, layer in wrapped.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
     quantized = wrapped | {o.name: o for o in operands.values()}
     sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites}
-    joins = frozenset(call.address for call in trace.calls if call.kind in JOINS or is_join(call))
+    joins = frozenset(trace.constant | {call.address for call in trace.calls if call.kind in JOINS or is_join(call)})
     relus = _relus_taken_over(plan, quantized)
     in_sight = frozenset(trace.weights) - operands.keys()
     run_with_sites(model, sites, operands, joins, frozenset(wrapped), relus, in_sight)
@@ -128,9 +129,9 @@ def quantize_(
     return QuantizationTable(tuple(rows), plan.sites, *_operations(trace, plan, len(example)))
 
 
-def _calls_by_layer(trace: Trace, layers: Mapping[str, nn.Module]) -> dict[str, Call]:
-    """Each convolution and linear by its layer's name. Raises ValueError for what one quantizer pair cannot serve."""
-    calls: dict[str, Call] = {}
+def _calls_by_layer(trace: Trace, layers: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
+    """The convolution and linear calls of each layer. Raises ValueError for what one pair of quantizers cannot serve."""
+    calls: dict[str, list[Call]] = {}
     for call in trace.calls:
         if call.kind not in MULTIPLIES:
             continue
@@ -138,12 +139,14 @@ def _calls_by_layer(trace: Trace, layers: Mapping[str, nn.Module]) -> dict[str, 
             raise ValueError(
                 f"{call.address}: the weight of this {call.kind} depends on the image; quantize_ cannot quantize it yet"
             )
-        if call.layer in calls:
+        before = calls.setdefault(call.layer, [])
+        shared = call.layer in layers and wraps(layers[call.layer]) and call.path == call.layer
+        if before and not (shared and before[0].path == call.path):  # a module may run several times
             raise ValueError(
-                f"{call.address}: {call.kind} uses the weight of {call.layer!r}, which {calls[call.layer].address} uses too; "
+                f"{call.address}: {call.kind} uses the weight of {call.layer!r}, which {before[0].address} uses too; "
                 "quantize_ cannot quantize a weight with two users yet, give each a layer of its own"
             )
-        calls[call.layer] = call
+        before.append(call)
     return calls
 
 
@@ -258,16 +261,16 @@ def _rows(
     specs: dict[str, LayerSpec],
     layers: dict[str, nn.Module],
     quantized: dict[str, nn.Module],
-    calls: dict[str, Call],
+    calls: dict[str, list[Call]],
     asleep: dict[str, str],
     samples: int,
 ) -> Iterator[LayerRow]:
     for name, spec in specs.items():
-        call = calls.get(name)
-        linear = call.kind == "linear" if call is not None else isinstance(layers[name], nn.Linear)
+        its = calls.get(name, [])
+        linear = its[0].kind == "linear" if its else isinstance(layers[name], nn.Linear)
         reads_stream = name in quantized and getattr(quantized[name], "input_quantizer", None) is None
         weights = math.prod(layers[name].weight.shape) if name in layers else 0  # type: ignore[arg-type]
-        macs = call.multiplications // samples if call is not None else 0
+        macs = sum(call.multiplications for call in its) // samples
         kind = asleep.get(name, "linear" if linear else "conv")
         yield LayerRow(name, kind, spec.weight, spec.input, reads_stream, macs, weights)
 

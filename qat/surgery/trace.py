@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qat.surgery.counting import multiplications
 
-MULTIPLIES = {"conv2d", "linear"}  # of an activation and a weight
+MULTIPLIES = {"conv1d", "conv2d", "linear"}  # of an activation and a weight
 ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "multiply": "mul", "matmul": "matmul"}
 ALIASES |= {"rmatmul": "matmul", "bmm": "matmul", "concat": "cat", "concatenate": "cat", "hardtanh": "clip"}
 ALIASES |= {"relu6": "clip", "clamp": "clip", "clamp_min": "clip", "clamp_max": "clip", "relu": "clip"}
@@ -116,11 +116,13 @@ class Trace:
 
     weights: address -> the weight that a convolution or linear was called with.
     on_constants: names of the layers that were called without anything that depends on the image.
+    constant: addresses of all calls of that kind.
     """
 
     calls: list[Call] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     on_constants: set[str] = field(default_factory=set)
+    constant: set[str] = field(default_factory=set)
     model_inputs: tuple[int, ...] = ()
     model_outputs: tuple[int, ...] = ()
 
@@ -175,6 +177,8 @@ class _Recorder(TorchFunctionMode):
                 layer, multiplications(kind, args, kwargs or {}, produced[0]),
             )  # fmt: skip
             self.trace.calls.append(call)
+        elif produced and not inputs:
+            self.trace.constant.add(address)
         return out
 
     def layer_of(self, weight: Tensor, address: str) -> str:
@@ -235,6 +239,8 @@ def trace_calls(model: nn.Module, example: Tensor, layers: frozenset[str] = froz
     recorder = _Recorder(location, {id(p): name for name, p in model.named_parameters()}, layers)
     try:
         model.eval()
+        model(example)  # some models fill a cache in their first pass, with operations that do not come again
+        location.reset()
         source = recorder.number(example)
         with recorder:
             out = model(example)

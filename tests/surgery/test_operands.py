@@ -1,13 +1,15 @@
 """Weights that are computed, used directly, or used by another module: quantized where they are multiplied, or refused."""
 
 import copy
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.certificate import certify
+from export.certificate import Certificate, certify
 from export.graph import emit_qdq
 from export.lower import lower, trained_codes
 from export.metadata import Preprocessing, sign
@@ -53,6 +55,14 @@ def odd() -> tuple[nn.Module, list[str]]:
     table = quantize_(model, uniform_rules(4, 4), X)
     calibrate(model, [X])
     return model, [row.name for row in table.rows if row.weight is not None]
+
+
+def certified(model: nn.Module, file: Path) -> Certificate:
+    target = TARGETS["ort-packed"]
+    lowered = to_integers(lower(model, X[:1]), target)
+    seen = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), tuple("abcd"))
+    onnx.save(sign(emit_qdq(lowered, target), lowered, target, seen, "test"), str(file))
+    return certify(lowered, file, X.numpy(), torch.zeros(4).long().numpy(), lambda x: trained_codes(model, x))
 
 
 def test_every_weight_is_quantized_under_the_name_of_its_owner() -> None:
@@ -105,13 +115,7 @@ def test_the_file_holds_the_codes_of_the_computed_weights(tmp_path) -> None:
     step = quantizers(model)["conv.weight"].step
     assert (lowered.layers["conv.weight"].codes == (w / step.view(-1, 1, 1, 1)).round().clamp(-8, 7).numpy()).all()
     assert lowered.layers["qkv.weight"].bias == pytest.approx([*model.q_bias.tolist(), *model.v_bias.tolist()])
-    import onnx
-
-    file = tmp_path / "odd.onnx"
-    seen = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), tuple("abcd"))
-    target = TARGETS["ort-packed"]
-    onnx.save(sign(emit_qdq(lowered, target), lowered, target, seen, "test"), str(file))
-    certificate = certify(lowered, file, X.numpy(), torch.zeros(4).long().numpy(), lambda x: trained_codes(model, x))
+    certificate = certified(model, tmp_path / "odd.onnx")
     assert certificate.passed, str(certificate)
     assert certificate.layers == len(names)
 
@@ -148,7 +152,9 @@ def test_a_float_rule_holds_for_functional_weights_too() -> None:
     model = Odd().eval()
     spec = LayerSpec(QuantSpec(4, signed=True, axis=0), QuantSpec(4))
     table = quantize_(model, [("kernel", FLOAT), ("*", spec)], X)
-    assert [row.name for row in table.rows if row.weight is None] == ["kernel"] and "kernel.weight" not in quantizers(model)
+    assert [row.name for row in table.rows if row.weight is None] == ["kernel"] and "kernel.weight" not in quantizers(
+        model
+    )
     calibrate(model, [X])
     model(X)
 
@@ -171,3 +177,28 @@ def test_products_with_a_table_are_listed_in_float() -> None:
     assert costs == {"matmul": 24 * 6 * 5, "softmax": 24 * 5}
     assert table.float_share == pytest.approx((720 + 120) / (24 * 8 * 6 + 24 * 5 * 3 + 720 + 120))
     assert "1 matmul" in str(table) and "1 softmax" in str(table)
+
+
+class Shared(nn.Module):
+    """One convolution that runs twice, once on the stream and once on another layer's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+        self.norm = nn.BatchNorm2d(6)
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(F.relu(self.stem(x))))
+        return self.head(F.relu(self.norm(self.conv(x)) + x).mean((2, 3)))
+
+
+def test_a_layer_that_runs_twice_is_certified_in_both_places(tmp_path) -> None:
+    torch.manual_seed(2)
+    model = Shared().eval()
+    table = quantize_(model, uniform_rules(4, 4), X)
+    assert {row.name: row.macs for row in table.rows}["conv"] == 2 * 6 * 6 * 9 * 36
+    calibrate(model, [X])
+    certificate = certified(model, tmp_path / "shared.onnx")
+    assert certificate.passed, str(certificate)
+    assert certificate.layers == 4 and certificate.fake_quantized_mismatch_rate < 0.01

@@ -173,7 +173,9 @@ class Unused(TinyNet):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        return out + self.positions(torch.ones(1, 2)).mean() + (self.auxiliary(x.new_ones(1, 13)) if self.training else 0)
+        return (
+            out + self.positions(torch.ones(1, 2)).mean() + (self.auxiliary(x.new_ones(1, 13)) if self.training else 0)
+        )
 
 
 def test_layers_that_see_no_image_are_left_and_listed() -> None:
