@@ -79,8 +79,8 @@ def available(x: Tensor, raw_step: Tensor) -> bool:
 
 
 def forward(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
-    """x̂ of x; raw_step float32 () or (channels of `grid.axis`,). The result lies in memory as x does, without x's gaps."""
-    out = torch.empty_like(x)
+    """x̂ of x; raw_step float32 () or (channels of `grid.axis`,). The result lies in memory as `_beside` says."""
+    out = _beside(x)
     x, raw_step = _dense(x, out), raw_step.contiguous()
     if x.is_cuda:
         _gpu(x).forward(x, raw_step, out, _layout(x, grid.axis), grid)
@@ -96,7 +96,7 @@ def forward(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
 
 def backward(x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float) -> tuple[Tensor, Tensor]:
     """(dL/dx, dL/d raw_step) from upstream = dL/dx̂ of x's shape."""
-    gradient = torch.empty_like(x)
+    gradient = _beside(x)
     x, upstream, raw_step = _dense(x, gradient), _dense(upstream, gradient), raw_step.contiguous()
     layout = _layout(x, grid.axis)
     if x.is_cuda:
@@ -114,6 +114,15 @@ def _gpu(x: Tensor) -> Any:
     kernels = _gpu_kernels(x.device)
     assert kernels is not None
     return kernels
+
+
+def _beside(x: Tensor) -> Tensor:
+    """An empty tensor like x: contiguous or channels last if x is that or a part of such, else contiguous. In permuted order
+    (queries, keys and values cut out of one tensor) a batched product would copy it first, and keep the copy."""
+    out = torch.empty_like(x)
+    if out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last):
+        return out
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
