@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SMALLEST_ON_GPU = (
     1 << 14
-)  # elements; below it a kernel's launch is all that counts, and PyTorch's launches are the cheaper
+)  # elements; below it launches are all that counts, and PyTorch's are cheaper (not measured yet)
 
 log = logging.getLogger("edgeqat")
 
