@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SMALLEST_ON_GPU = (
     1 << 14
-)  # elements; below it launches are all that counts, and PyTorch's are cheaper (not measured yet)
+)  # elements; below it only launches count, and PyTorch's are cheaper (not measured yet)
 
 log = logging.getLogger("edgeqat")
 
