@@ -3,8 +3,9 @@
     python tools/bench_training.py --out bench.json     # resnet18, mobilenetv2_100, vit_tiny; eager and compiled
     python tools/bench_training.py --modes eager --backbones resnet18 --image-size 96 --batch 8 --clock cpu
 
-The defaults are sized for about 20 minutes on two quiet cores, half of it compiling (an estimate, not a timing). A row is printed, and `--out` written, as soon as
-it is known: what is stopped has lost nothing. A contestant that cannot be built, compiled or run gets a row with the reason.
+The defaults are sized for about 20 minutes on two quiet cores, half of it compiling (an estimate, not a timing). A row is
+printed, and `--out` written, as soon as it is known: what is stopped has lost nothing. A contestant that cannot be built,
+compiled or run gets a row with the reason.
 
 All contestants of a backbone live in one process and take their steps in a random order, round by round; a ratio is the
 median over rounds of a step's time over full precision's of the same round and mode. Peak memory is what a step allocates
