@@ -1,7 +1,11 @@
 """Step time and peak memory of 4-bit training: full precision, ours, brevitas, and torch's learnable fake-quantize op.
 
-    python tools/bench_training.py                                 # resnet18, mobilenetv2_100, vit_tiny; eager
-    python tools/bench_training.py --modes eager compiled --backbones resnet18 --image-size 96 --batch 8 --clock cpu
+    python tools/bench_training.py --out bench.json     # resnet18, mobilenetv2_100, vit_tiny; eager and compiled
+    python tools/bench_training.py --modes eager --backbones resnet18 --image-size 96 --batch 8 --clock cpu
+
+The defaults are sized for about 20 minutes on two quiet cores, half of it compiling (an estimate, not a timing). A row is
+printed, and `--out` written, as soon as it is known: what is stopped has lost nothing. A contestant that cannot be built,
+compiled or run gets a row with the reason.
 
 All contestants of a backbone live in one process and take their steps in a random order, round by round; a ratio is the
 median over rounds of a step's time over full precision's of the same round and mode. Peak memory is what a step allocates
@@ -10,21 +14,22 @@ at most above what it found, plus parameters and their gradients; from PyTorch's
 
 import argparse
 import copy
-import json
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import WEIGHTED, quantize_, uniform_rules
+from qat.training.checkpoint import write_json
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -116,17 +121,32 @@ class Contestant:
         return (held + peak) / 1e6
 
 
-def bench(options: argparse.Namespace, backbone: str, mode: str) -> list[dict[str, object]]:
-    """A row for every contestant: median milliseconds of a step, ratio to full precision, peak memory and its ratio."""
+Row = dict[str, object]
+COLUMNS = ("backbone", "mode", "contestant", "ms", "time / FP", "peak MB", "memory / FP", "note")
+
+
+def entrants(options: argparse.Namespace, backbone: str, mode: str) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The contestants that can take a step, each having taken one, and why the others cannot."""
+    torch._dynamo.reset()  # the last backbone's compilations must not count against this one's limit
     torch.manual_seed(0)
     kwargs = {"img_size": options.image_size} if "vit" in backbone else {}
     float_model, _ = create_backbone(backbone, 10, **kwargs)
     images = torch.randn(options.batch, 3, options.image_size, options.image_size)
     images, labels = images.contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (options.batch,))
-    contestants = {
-        name: Contestant(CONTESTANTS[name](copy.deepcopy(float_model), images, options.bits), mode, images, labels)
-        for name in dict.fromkeys(["fp", *options.contestants])
-    }
+    able, failed = dict[str, Contestant](), dict[str, str]()
+    for name in dict.fromkeys(["fp", *options.contestants]):
+        try:
+            able[name] = Contestant(
+                CONTESTANTS[name](copy.deepcopy(float_model), images, options.bits), mode, images, labels
+            )
+        except Exception as error:  # whatever a contestant dies of is its result
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return able, failed
+
+
+def bench(options: argparse.Namespace, backbone: str, mode: str) -> Iterator[Row]:
+    """A row for every contestant: median milliseconds of a step, ratio to full precision, peak memory and its ratio."""
+    contestants, failed = entrants(options, backbone, mode)
     clock, times = CLOCKS[options.clock], {name: list[float]() for name in contestants}
     for _ in range(options.rounds):
         for name in random.sample(list(contestants), len(contestants)):
@@ -134,40 +154,40 @@ def bench(options: argparse.Namespace, backbone: str, mode: str) -> list[dict[st
             contestants[name].step()
             times[name].append(clock() - began)
     memory = {name: contestant.peak_mb() for name, contestant in contestants.items()}
-    return [
-        {
-            "backbone": backbone, "mode": mode, "contestant": name, "ms": round(1e3 * statistics.median(taken), 1),
-            "time_ratio": round(statistics.median(a / b for a, b in zip(taken, times["fp"], strict=True)), 2),
-            "peak_mb": round(memory[name], 1), "memory_ratio": round(memory[name] / memory["fp"], 2),
-        }
-        for name, taken in times.items()
-    ]  # fmt: skip
+    for name, taken in times.items():
+        numbers: list[object] = [round(1e3 * statistics.median(taken), 1), "", round(memory[name], 1), ""]
+        if "fp" in times:
+            numbers[1] = round(statistics.median(a / b for a, b in zip(taken, times["fp"], strict=True)), 2)
+            numbers[3] = round(memory[name] / memory["fp"], 2)
+        yield dict(zip(COLUMNS, (backbone, mode, name, *numbers, ""), strict=True))
+    for name, reason in failed.items():
+        yield dict(zip(COLUMNS, (backbone, mode, name, "", "", "", "", reason), strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=["resnet18", "mobilenetv2_100", "vit_tiny_patch16_224"])
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager"])
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--contestants", nargs="+", choices=tuple(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--bits", type=int, default=4, help="bits of weights and activations")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument(
-        "--rounds", type=int, default=10, help="interleaved rounds; the first compiles and is not timed"
-    )
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; a step before them is not timed")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time, on a busy machine")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON, anew after every one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    rows = [row for mode in options.modes for backbone in options.backbones for row in bench(options, backbone, mode)]
-    print("| backbone | mode | contestant | ms | time / FP | peak MB | memory / FP |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=2) + "\n")
+    rows: list[Row] = []
+    print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
+    for mode in options.modes:
+        for backbone in options.backbones:
+            for row in bench(options, backbone, mode):
+                rows.append(row)
+                print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+                if options.out is not None:
+                    write_json(options.out, rows)
 
 
 if __name__ == "__main__":

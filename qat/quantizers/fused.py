@@ -1,14 +1,17 @@
-"""LSQ with one pass over memory forward and one backward, on CPU (kernel: `lsq_kernel.cpp`; equations: `lsq.py`).
+"""LSQ with one pass over memory forward and one backward (equations: `lsq.py`): on CPU by `lsq_kernel.cpp`, on CUDA by
+`lsq_triton.py`.
 
 Only x and the step are kept for backward, and x the layer before has mostly kept already; v = x/s is computed again.
-Forward is the plain formula bit for bit. The step's gradient is summed in float32 over at most 512 elements and in float64
-beyond, in an order that the number of threads does not change.
+Forward is the plain formula bit for bit. The step's gradient is summed in float32 over at most 512 elements (on CUDA a tile
+of 1024) and in float64 beyond, in an order that the number of threads does not change.
 
-Used for float32 and bfloat16 tensors on CPU in eager mode. `torch.compile` and `torch.export` see the plain formula, which
-inductor fuses by itself; other dtypes, other devices and second derivatives take it too.
+Used for float32 and bfloat16 tensors in eager mode, on CUDA from a size on. `torch.compile` and `torch.export` see the plain
+formula, which inductor fuses by itself; other dtypes, other devices and second derivatives take it too.
 """
 
 import ctypes
+import importlib
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ BOUNDS: list[Any] = [_INT, _INT, _FLOAT]
 SOURCE = Path(__file__).with_name("lsq_kernel.cpp")
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+SMALLEST_ON_GPU = 1 << 14  # elements; below it only launches count, and PyTorch's are cheaper (not measured yet)
+
+log = logging.getLogger("edgeqat")
 
 
 @cache
@@ -38,24 +44,47 @@ def _kernels() -> ctypes.CDLL | None:
     return made
 
 
+@cache
+def _gpu_kernels(device: torch.device) -> Any | None:
+    """The module of Triton kernels, tried once on `device`, or None (noted once) where they cannot be had."""
+    if not native.wanted():
+        return None
+    try:
+        kernels = importlib.import_module("qat.quantizers.lsq_triton")
+        x, step = torch.ones(2, device=device), torch.ones((), device=device)
+        kernels.forward(x, step, torch.empty_like(x), (1, 1, 2), Grid(None, -1, 1))
+    except (
+        Exception
+    ) as error:  # Triton's own errors are of many classes: no compiler, an old GPU, a driver that is too new
+        log.warning("LSQ's Triton kernels cannot be used, it runs as plain PyTorch on %s, slower: %s", device, error)
+        return None
+    return kernels
+
+
 def available(x: Tensor, raw_step: Tensor) -> bool:
     """Whether the kernels take these tensors, here and now."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.dtype in DTYPES
-        and raw_step.dtype == torch.float32
-        and x.device == raw_step.device == CPU
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and _kernels() is not None
-    )
+    if (
+        torch.compiler.is_compiling()
+        or x.dtype not in DTYPES
+        or raw_step.dtype != torch.float32
+        or x.device != raw_step.device
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    ):
+        return False
+    if x.is_cuda:
+        return x.numel() >= SMALLEST_ON_GPU and _gpu_kernels(x.device) is not None
+    return x.device == CPU and _kernels() is not None
 
 
 def forward(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
-    """x̂ of x; raw_step float32 () or (channels of `grid.axis`,). The result lies in memory as x does, without x's gaps."""
+    """x̂ of x; raw_step float32 () or (channels of `grid.axis`,). The result lies in memory as `_beside` says."""
+    out = _beside(x)
+    x, raw_step = _dense(x, out), raw_step.contiguous()
+    if x.is_cuda:
+        _gpu(x).forward(x, raw_step, out, _layout(x, grid.axis), grid)
+        return out
     kernels = _kernels()
     assert kernels is not None
-    out = torch.empty_like(x)
-    x = _dense(x, out)
     kernels.lsq_forward(
         x.data_ptr(), raw_step.data_ptr(), out.data_ptr(), *_layout(x, grid.axis), *grid[1:], DTYPES[x.dtype],
         torch.get_num_threads(),
@@ -65,15 +94,33 @@ def forward(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
 
 def backward(x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float) -> tuple[Tensor, Tensor]:
     """(dL/dx, dL/d raw_step) from upstream = dL/dx̂ of x's shape."""
-    kernels = _kernels()
+    gradient = _beside(x)
+    x, upstream, raw_step = _dense(x, gradient), _dense(upstream, gradient), raw_step.contiguous()
+    layout = _layout(x, grid.axis)
+    if x.is_cuda:
+        return gradient, _gpu(x).backward(x, upstream, raw_step, gradient, layout, grid, gradient_scale)
+    kernels, step_gradient = _kernels(), torch.empty_like(raw_step)
     assert kernels is not None
-    gradient, step_gradient = torch.empty_like(x), torch.empty_like(raw_step)
-    x, upstream = _dense(x, gradient), _dense(upstream, gradient)
     kernels.lsq_backward(
         x.data_ptr(), upstream.data_ptr(), raw_step.data_ptr(), gradient.data_ptr(), step_gradient.data_ptr(),
-        *_layout(x, grid.axis), *grid[1:], gradient_scale, DTYPES[x.dtype], torch.get_num_threads(),
+        *layout, *grid[1:], gradient_scale, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return gradient, step_gradient
+
+
+def _gpu(x: Tensor) -> Any:
+    kernels = _gpu_kernels(x.device)
+    assert kernels is not None
+    return kernels
+
+
+def _beside(x: Tensor) -> Tensor:
+    """An empty tensor like x: contiguous or channels last if x is that or a part of such, else contiguous. In permuted order
+    (queries, keys and values cut out of one tensor) a batched product would copy it first, and keep the copy."""
+    out = torch.empty_like(x)
+    if out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last):
+        return out
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:

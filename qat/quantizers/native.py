@@ -23,10 +23,15 @@ OPTIONAL = [["-fopenmp"], []]  # a compiler without OpenMP makes a library of on
 log = logging.getLogger("edgeqat")
 
 
+def wanted() -> bool:
+    """Whether kernels may be built and used at all."""
+    return os.environ.get("EDGEQAT_NATIVE", "1") != "0"
+
+
 @cache
 def library(source: Path) -> ctypes.CDLL | None:
     """The loaded library of `source`, or None (noted once) where it cannot be built."""
-    if os.environ.get("EDGEQAT_NATIVE", "1") == "0":
+    if not wanted():
         return None
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:

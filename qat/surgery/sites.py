@@ -21,6 +21,7 @@ from qat.surgery.trace import MULTIPLIES, Location, kind_of
 
 NOTHING: AbstractContextManager[None] = nullcontext()
 KEEPING = {"mul", "matmul"}  # joins that keep their operands for backward
+NORMS = {"layer_norm"}  # read the quantized residual stream, and keep it
 
 
 class StreamQuantizers(nn.ModuleDict):
@@ -90,7 +91,8 @@ class SiteMode(TorchFunctionMode):
             return self._multiply(func, kind, args, kwargs or {})
         is_join = kind in JOINS and _joins_tensors(args)
         if (path, kind) not in self.quantizers.watched and not is_join:
-            return func(*args, **(kwargs or {}))
+            with recomputed(args[0]) if kind in NORMS else NOTHING:
+                return func(*args, **(kwargs or {}))
         if path in self.layers and kind not in MULTIPLIES:
             return func(*args, **(kwargs or {}))  # a quantizer's own arithmetic
         address = self.location.address(kind)

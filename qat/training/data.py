@@ -36,5 +36,5 @@ def in_steps(recipe: Recipe, split: Split) -> Recipe:
     """The recipe with epochs counted out in steps of this split."""
     if recipe.epochs is None:
         return recipe
-    each = steps_per_epoch(sum(len(s) for s in split.train), recipe.batch_size)
+    each = steps_per_epoch(sum(len(s) for s in split.train), recipe.batch_size * recipe.accumulate)
     return replace(recipe, steps=recipe.epochs * each, warmup=recipe.warmup * each, evaluate_every=each)

@@ -23,13 +23,14 @@ SAMPLES = 128
 
 
 def train_loader(split: Split, recipe: Recipe, built: Built, start_step: int = 0) -> DataLoader[Any]:
-    """Batches start_step .. steps-1 of (images, labels, domains): as many images from every source domain, or epochs."""
+    """Batches start_step .. steps-1 of (images, labels, domains): as many images from every source domain, or epochs. A batch
+    is all that one optimizer step sees, however many microbatches it is cut into."""
     steps: dict[str, Any] = {"start_step": start_step, "steps": recipe.steps}
-    sizes = [len(s) for s in split.train]
+    sizes, images_a_step = [len(s) for s in split.train], recipe.batch_size * recipe.accumulate
     sampler = (
-        EqualDomainBatches(sizes, recipe.batch_size, recipe.seed, **steps)
+        EqualDomainBatches(sizes, images_a_step, recipe.seed, **steps)
         if recipe.epochs is None
-        else EpochBatches(sum(sizes), recipe.batch_size, recipe.seed, **steps)
+        else EpochBatches(sum(sizes), images_a_step, recipe.seed, **steps)
     )
     augmented = AUGMENTATIONS[recipe.augmentation](recipe.image_size, built.mean, built.std)
     images = TrainImages(split.train, augmented)
@@ -41,7 +42,7 @@ def train_loader(split: Split, recipe: Recipe, built: Built, start_step: int = 0
 
 def some_images(split: Split, recipe: Recipe, built: Built, batches: int) -> Iterator[Tensor]:
     """Images N_3_H_W of the first training batches, for calibration and batch norm statistics."""
-    loader = train_loader(split, replace(recipe, workers=0, steps=max(recipe.steps, batches)), built)
+    loader = train_loader(split, replace(recipe, workers=0, accumulate=1, steps=max(recipe.steps, batches)), built)
     return (batch[0] for batch in itertools.islice(loader, batches))
 
 

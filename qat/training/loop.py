@@ -242,7 +242,7 @@ class _Trainer:
             restore_norm_statistics(self.built.model, batches)
             self.folder.save("checkpoint.pt", self._state())
             selection += f"; batch norm statistics then taken again from {self.recipe.norm_batches} batches"
-        images = self.recipe.batch_size * len(self.split.train) * self.recipe.steps
+        images = self.recipe.batch_size * self.recipe.accumulate * len(self.split.train) * self.recipe.steps
         measured = {s.name: self._predictions(s) for s in (*self.split.validation, self.split.target_in)}
         self.folder.write_predictions(measured)
         right = {name: float((predicted == labels).mean()) for name, (predicted, labels) in measured.items()}

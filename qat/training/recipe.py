@@ -50,7 +50,11 @@ class Recipe:
     """Passes over the training images, instead of --steps; every image once a pass, held-out images measured after each. 0:
     measure the starting weights."""
     batch_size: int = 32
-    """Images of each source domain in a step."""
+    """Images of each source domain in a step; with --accumulate, in a microbatch."""
+    accumulate: int = 1
+    """Microbatches of --batch-size that share an optimizer step, for batches that do not fit into memory: the gradient is the
+    mean over all their images, weights are quantized once for all. Batch norms see one microbatch at a time; so do coral and
+    hessian."""
     augmentation: Literal["domainbed", "crop-flip"] = "domainbed"
     """Training augmentation: DomainBed's, or CIFAR's random crop and flip."""
     optimizer: str = "adam"

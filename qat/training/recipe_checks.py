@@ -5,10 +5,14 @@ from qat.training.recipe import BiperRecipe, LsqRecipe, QtdogRecipe, Recipe, Rec
 
 def check(recipe: Recipe) -> None:
     """Raise RecipeError naming the flag of the first impossible value."""
-    positive = ["image_size", "batch_size", "evaluate_every", "lr", "per_class"]
+    positive = ["image_size", "batch_size", "accumulate", "evaluate_every", "lr", "per_class"]
     for name in positive + (["steps"] if recipe.epochs is None else []):
         if getattr(recipe, name) <= 0:
             raise RecipeError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
+    if recipe.accumulate > 1 and recipe.domain_loss == "groupdro":
+        raise RecipeError(
+            "--accumulate: groupdro weighs domains by the losses of a whole batch; raise --batch-size instead"
+        )
     for name in ("holdout", "ema_decay"):
         if not 0 < getattr(recipe, name) < 1:
             raise RecipeError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(recipe, name)}")

@@ -1,13 +1,13 @@
 """One training step, in the order that is the science:
 
-closure   forward, loss (domain-aware, distilled, damped), backward
+closure   forward, loss (domain-aware, distilled, damped), backward; microbatch by microbatch where gradients accumulate
 objective fills `.grad`: ERM in one pass, SAGM and its relatives in two
 freezer   GAQAT: takes a stream out of some scales' gradients, or a control does
 clip, optimizer, schedule, oscillation
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
 from qat.quantizers.biper import periodic_regulariser
 from qat.quantizers.contract import Quantizer
+from qat.quantizers.once import weights_quantized_once
 from qat.surgery.backbones import clip_gradients, first_and_last
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.calibrate import paused
@@ -91,18 +92,20 @@ class TrainingStep:
         self._set_frequency()
         images, seen_logits = images.contiguous(memory_format=self.memory_format), list[Tensor]()
         quantized = not paused(self.own)
-        if isinstance(self.recipe, SagmRecipe) and self.recipe.per_domain:
-            parts = [domains == d for d in range(self.domains)]
-            closures = [self._closure(images[p], labels[p], domains[p], seen_logits) for p in parts]
-            replays = partial(replay_of, self.own, self.device)
-            with shared_norm_momentum(self.own, self.domains):
+        split = isinstance(self.recipe, SagmRecipe) and self.recipe.per_domain
+        passes = self.recipe.accumulate * (self.domains if split else 1)
+        with shared_norm_momentum(self.own, passes) if passes > 1 else nullcontext():
+            if split:
+                parts = [domains == d for d in range(self.domains)]
+                closures = [self._closure(images[p], labels[p], domains[p], seen_logits) for p in parts]
+                replays = partial(replay_of, self.own, self.device)
                 gradients = per_domain(self.objective, replays)(closures, self.parameters)
-            order = torch.cat([p.nonzero().flatten() for p in parts]).argsort()
-            logits = torch.cat(seen_logits[::2])[order]
-        else:
-            closure = self._closure(images, labels, domains, seen_logits)
-            gradients = self.objective(closure, self.parameters, replay_of(self.own, self.device))
-            logits = seen_logits[0]
+                order = torch.cat([p.nonzero().flatten() for p in parts]).argsort()
+                logits = torch.cat(seen_logits[::2])[order]
+            else:
+                closure = self._closure(images, labels, domains, seen_logits)
+                gradients = self.objective(closure, self.parameters, replay_of(self.own, self.device))
+                logits = seen_logits[0]
         seen = self._resolve(gradients)
         l1_norm = sum_of_magnitudes(self.parameters)
         clipped = [p for p in self.parameters if id(p) not in self.unclipped]
@@ -122,22 +125,43 @@ class TrainingStep:
                 quantizer.set_frequency(recipe.frequency_start + reached * (recipe.frequency - recipe.frequency_start))
 
     def _closure(self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]) -> Closure:
+        parts = microbatches(len(labels), self.recipe.accumulate)
+        order = torch.cat([torch.arange(len(labels))[p] for p in parts]).argsort()
+
         def closure() -> Tensor:
-            with self.precision.autocast():
-                logits = self.model(images)
-                features = self.features[0] if self.features else logits
-                loss = self.loss(logits.float(), features.float(), labels, domains)
-                if self.distillation is not None:
-                    loss = self.distillation(images, logits, loss)
-                if self.damping and not paused(self.own):
-                    loss = loss + self.damping * damping(*zip(*quantized_weights(self.own), strict=True))
-                if self.reg_tau:
-                    loss = loss + self.reg_tau * periodic_regulariser(periodic_weights(self.own))
-            self.precision.backward(loss)
-            seen.append(logits.detach())
-            return loss.detach()
+            logits, losses = list[Tensor](), list[Tensor]()
+            with weights_quantized_once(self.own) if len(parts) > 1 else nullcontext():
+                for part in parts:
+                    last = part is parts[-1]
+                    with nullcontext() if last else self._without_exchange():
+                        found, loss = self._forward(images[part], labels[part], domains[part])
+                        loss = loss * (len(found) / len(labels))  # a mean over all, of parts that may differ in size
+                        self.precision.backward(loss)
+                    logits.append(found.detach())
+                    losses.append(loss.detach())
+            seen.append(torch.cat(logits)[order] if len(parts) > 1 else logits[0])
+            return torch.stack(losses).sum()
 
         return closure
+
+    def _forward(self, images: Tensor, labels: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits N_K, loss) of one microbatch."""
+        with self.precision.autocast():
+            logits = self.model(images)
+            features = self.features[0] if self.features else logits
+            loss = self.loss(logits.float(), features.float(), labels, domains)
+            if self.distillation is not None:
+                loss = self.distillation(images, logits, loss)
+            if self.damping and not paused(self.own):
+                loss = loss + self.damping * damping(*zip(*quantized_weights(self.own), strict=True))
+            if self.reg_tau:
+                loss = loss + self.reg_tau * periodic_regulariser(periodic_weights(self.own))
+        return logits, loss
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        """Several processes exchange gradients in the last microbatch of a step, not in the others."""
+        no_sync = getattr(self.model, "no_sync", None)
+        return nullcontext() if no_sync is None else no_sync()
 
     def _resolve(self, gradients: Gradients) -> Seen | None:
         """Settle what the two streams of the scales do to each other."""
@@ -168,6 +192,12 @@ class TrainingStep:
             self.oscillation.load_state_dict(state["oscillation"])
         if isinstance(self.loss, GroupDRO):
             self.loss.weights = state["domain_weights"]
+
+
+def microbatches(images: int, count: int) -> list[slice]:
+    """`count` disjoint parts of a batch, every count-th image each, so that all have as many of every domain; empty parts
+    left out."""
+    return [slice(first, None, count) for first in range(min(count, max(images, 1)))]
 
 
 def objective_of(recipe: Recipe, model: nn.Module, parameters: list[Parameter]) -> Objective:

@@ -179,6 +179,15 @@ def test_backward_keeps_the_input_and_the_step_alone() -> None:
     assert {saved.data_ptr() for saved in kept} == {x.data_ptr(), quantizer.raw_step.data_ptr()}
 
 
+def test_queries_cut_out_of_one_tensor_come_out_ready_for_a_product() -> None:
+    qkv = torch.randn(2, 5, 3, 4, 7).permute(2, 0, 3, 1, 4)  # 3 x batch x heads x tokens x width
+    assert not qkv[0].is_contiguous() and fused.forward(qkv[0], torch.tensor(0.1), Grid(None, -8, 7)).is_contiguous()
+    image = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last)
+    for x in (image, image[:, :3]):  # a convolution wants its order kept
+        out = fused.forward(x, torch.tensor(0.1), Grid(None, -8, 7))
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.slow
 def test_the_whole_graph_compiles_and_agrees() -> None:
     quantizer = LSQ(QuantSpec(4))

@@ -10,6 +10,7 @@ from qat.quantizers import lsq, recompute
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
 from qat.quantizers.spec import QuantSpec
+from qat.surgery import sites
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import QuantConv2d
 from qat.surgery.swap import quantize_, uniform_rules
@@ -33,6 +34,20 @@ class ClipNet(nn.Module):
             x = clip(norm(conv(x)))
         x = torch.relu(self.norms[5](self.convs[5](x)))
         return self.head((x + x.flip(2)).mean((2, 3)))
+
+
+class NormedNet(nn.Module):
+    """A residual stream of tokens, quantized where it adds, that a layer norm reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.norm, self.head = (
+            nn.Linear(3, 24), nn.Linear(24, 24), nn.LayerNorm(24), nn.Linear(24, 5)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(2).transpose(1, 2))
+        return self.head(self.norm(x + self.mix(x)).mean(1))
 
 
 def quantized(net: type[nn.Module]) -> tuple[nn.Module, Tensor]:
@@ -141,6 +156,16 @@ def test_tensors_computed_again_change_no_bit_and_keep_less(
     for name, value in plain.items():
         assert torch.equal(value, again[name]), name
     assert kept_again < 0.85 * kept
+
+
+def test_a_layer_norm_computes_the_quantized_stream_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = quantized(NormedNet)
+    again, kept_again = step(model, images)
+    monkeypatch.setattr(sites, "NORMS", set())
+    plain, kept = step(model, images)
+    for name, value in plain.items():
+        assert torch.equal(value, again[name]), name
+    assert kept - kept_again == 4 * 13 * 11 * 24 * 4  # bytes of the stream
 
 
 def test_a_write_between_forward_and_backward_is_noticed() -> None:

@@ -28,9 +28,9 @@ class Plain:
         loss.backward()
 
 
-def train(rank: int, model: nn.Module, wrapped: nn.Module) -> dict[str, Tensor]:
+def train(rank: int, model: nn.Module, wrapped: nn.Module, accumulate: int = 1) -> dict[str, Tensor]:
     """A few GAQAT steps on this rank's own images -> masks of every step, and the weights in the end."""
-    recipe = GaqatRecipe(window=4, threshold=0.45, per_channel=True, channels_last=False)
+    recipe = GaqatRecipe(window=4, threshold=0.45, per_channel=True, channels_last=False, accumulate=accumulate)
     optimizer = torch.optim.Adam(parameter_groups(model, 0.0, 1e-4), lr=1e-3)
     step = TrainingStep(recipe, wrapped, model, optimizer, Plain(), domains=1)
     draw = torch.Generator().manual_seed(rank)
@@ -56,6 +56,8 @@ def process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = quantized()
     torch.save(train(rank, model, DistributedDataParallel(model)), Path(folder) / f"ddp{rank}.pt")
+    model = quantized()
+    torch.save(train(rank, model, DistributedDataParallel(model), accumulate=2), Path(folder) / f"parts{rank}.pt")
     torch.save(train(rank, *[quantized()] * 2), Path(folder) / f"alone{rank}.pt")
     dist.destroy_process_group()
 
@@ -67,6 +69,8 @@ def test_every_rank_freezes_the_same_scales(tmp_path: Path) -> None:
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("ddp0", "ddp1", "alone0", "alone1")
     )
     assert torch.equal(first["masks"], second["masks"]) and torch.equal(first["weights"], second["weights"])
+    parts, others = (torch.load(tmp_path / f"parts{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(parts["masks"], others["masks"]) and torch.equal(parts["weights"], others["weights"])
     assert first["masks"].any() and not first["masks"].all()
     # Each rank saw other images: on its own it would have frozen other scales.
     assert not torch.equal(alone["masks"], other["masks"])

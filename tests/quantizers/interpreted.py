@@ -1,0 +1,68 @@
+"""Triton's kernels against the plain formula. `python -m tests.quantizers.interpreted` runs them in Triton's interpreter, on
+the CPU; it must be told so before the kernels are first imported, hence a process of its own (see test_triton.py)."""
+
+import itertools
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from qat.quantizers import fused, lsq
+from qat.quantizers.spec import Grid
+from tests.quantizers.test_fused import DTYPES, GRIDS, LAYOUTS, bits, exact_terms, given, steps_for
+
+STEP = 0.0437
+MANY = 10_000  # elements; the interpreter is slow
+
+
+def check(x: Tensor, raw_step: Tensor, grid: Grid, upstream: Tensor) -> None:
+    """Forward and dL/dx bit for bit, dL/d raw step to the rounding of its sums. All on the device of the kernels."""
+    from qat.quantizers import lsq_triton
+
+    out, gradient = torch.empty_like(x), torch.empty_like(x)
+    x_dense, upstream_dense = fused._dense(x, out), fused._dense(upstream, out)
+    layout = fused._layout(x_dense, grid.axis)
+    lsq_triton.forward(x_dense, raw_step, out, layout, grid)
+    by_step = lsq_triton.backward(x_dense, upstream_dense, raw_step, gradient, layout, grid, 0.37)
+    step = lsq.along(lsq.positive_step(raw_step), x, grid.axis)
+    expected = lsq.rounded(x, step, grid).mul_(step).to(x.dtype)
+    by_x, by_step_plain = lsq.gradients(x, upstream, raw_step, grid, 0.37)
+    assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(gradient), bits(by_x))
+    assert by_step.shape == raw_step.shape and by_step.dtype == torch.float32
+    if grid.ceiling == math.inf:
+        terms, size = exact_terms(x.cpu(), raw_step.cpu(), grid.axis, (grid.qmin, grid.qmax), upstream.cpu())
+        # A tile sums at most 1024 float32 terms, however it pairs them, each of them rounded before.
+        assert bool(((by_step.cpu().double() - terms).abs() <= 1026 * 2**-24 * size + 2**-23 * terms.abs()).all())
+    else:
+        assert torch.allclose(by_step, by_step_plain, rtol=1e-4, atol=0)  # signs mixed, some hundred terms
+
+
+def run(device: str) -> int:
+    """Check on "cpu", under the interpreter, or "cuda"; returns how many combinations of layout, type and grid."""
+    from qat.quantizers import lsq_triton
+
+    cases = [c for c in itertools.product(LAYOUTS, DTYPES, GRIDS) if math.prod(c[0][0]) < MANY]
+    cases += [(LAYOUTS[i], torch.float32, (-8, 7)) for i in (5, 6, 7)]
+    for (shape, axis, memory), dtype, (low, high) in cases:
+        x = given(shape, memory, dtype, STEP, (low, high)).to(device)
+        upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+        check(x, steps_for(shape, axis, STEP).to(device), Grid(axis, low, high), upstream)
+    x = torch.tensor([[0.3, -0.3, 0.59, 0.6, 0.61, 7.0, -1.0]], device=device)
+    check(x, torch.tensor(0.1, device=device), Grid(None, 0, 15, 0.6), torch.arange(1.0, 8.0, device=device)[None])
+    for tie in (257 / 256, 259 / 256):  # code 1 times step lies halfway between two bfloat16 numbers
+        ones, upstream = (torch.ones(1, 3, dtype=torch.bfloat16, device=device) for _ in range(2))
+        check(ones, torch.tensor(tie, device=device), Grid(None, -8, 7), upstream)
+    odd = torch.tensor([[math.nan, 1.0], [2.0, math.inf], [-math.inf, 0.3]], device=device)
+    for raw_step in (torch.tensor(0.5), torch.tensor(0.0), torch.tensor(-1e-12)):
+        out = torch.empty_like(odd)
+        lsq_triton.forward(odd, raw_step.to(device), out, (1, 1, 6), Grid(None, -8, 7))
+        step = lsq.positive_step(raw_step.to(device))
+        expected = lsq.rounded(odd, step, Grid(None, -8, 7)).mul_(step)
+        assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.nan_to_num(), expected.nan_to_num())
+    return len(cases)
+
+
+if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    print(run("cpu"), "cases agree")
