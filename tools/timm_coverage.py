@@ -10,16 +10,14 @@ is arithmetic. Each model has a process, a time limit and a memory limit of its 
 
 import argparse
 import json
-import os
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +92,6 @@ def check(family: str, name: str, options: argparse.Namespace) -> Row:
         _go_through(row, options)
     except Exception as error:
         row.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        if options.trace:
-            raise
     row.seconds = time.perf_counter() - began
     return row
 
@@ -135,7 +131,7 @@ def _as_if_trained(model: Any, images: Any) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() <= 1 and name.endswith("weight") and not parameter.any():
+            if parameter.dim() <= 1 and not name.endswith("bias") and not parameter.any():
                 parameter.fill_(0.5)
     with in_full_precision(model):
         restore_norm_statistics(model, [images])
@@ -212,32 +208,51 @@ def _export_and_certify(row: Row, model: object, images: object, path: Path) -> 
 
 
 def in_processes(models: dict[str, str], options: argparse.Namespace) -> Iterator[Row]:
-    """Rows of `models` (name -> family) as they come, `--jobs` at a time, each from a bounded process of its own."""
+    """Rows of `models` (name -> family) as they come, `--jobs` at a time, each from a bounded process of its own.
 
-    def run(name: str) -> Row:
-        command = [sys.executable, __file__, "--one", name, "--family", models[name], "--bits", str(options.bits)]
-        command += ["--image-size", str(options.image_size), "--batch", str(options.batch)]
-        began = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=options.timeout,
-                env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: _limit_memory(options.memory),
-            )  # fmt: skip
-            return Row(**json.loads(done.stdout.splitlines()[-1]))
-        except subprocess.TimeoutExpired:
-            reason = f"took longer than {options.timeout} s"
-        except (IndexError, ValueError, TypeError):
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            reason = f"the process ended with code {done.returncode}: {last[0][:300]}"
-        return Row(models[name], name, reason=reason, seconds=time.perf_counter() - began)
+    The processes are forks of this one, which has loaded what takes longest to load.
+    """
+    import torch
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(run, name) for name in models]):
-            yield future.result()
+    import export.certificate
+    import export.lower  # noqa: F401
+    import qat.surgery.backbones  # noqa: F401
+
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(models.items()), dict[Connection, tuple[Any, str, float]]()
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            name, family = waiting.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_bounded, args=(theirs, family, name, options))
+            process.start()
+            theirs.close()
+            running[ours] = process, name, time.perf_counter()
+        for ours in wait(list(running), timeout=1):
+            assert isinstance(ours, Connection)
+            process, name, began = running.pop(ours)
+            try:
+                row = ours.recv()
+            except EOFError:
+                process.join()
+                row = _lost(models[name], name, f"its process ended with code {process.exitcode}", began)
+            process.join()
+            yield row
+        for ours, (process, name, began) in list(running.items()):
+            if time.perf_counter() - began > options.timeout:
+                process.kill()
+                running.pop(ours)
+                yield _lost(models[name], name, f"took longer than {options.timeout:.0f} s", began)
 
 
-def _limit_memory(gigabytes: float) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
+def _lost(family: str, name: str, reason: str, began: float) -> Row:
+    return Row(family, name, reason=reason, seconds=time.perf_counter() - began)
+
+
+def _bounded(connection: Connection, family: str, name: str, options: argparse.Namespace) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(options.memory * 2**30),) * 2)
+    connection.send(check(family, name, options))
 
 
 def summary(rows: Iterable[Row]) -> str:
@@ -258,13 +273,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=12, help="GiB a model may take")
     parser.add_argument("--out", type=Path, default=Path("runs/timm_coverage.jsonl"), help="rows; known ones are kept")
     parser.add_argument("--retry", action="store_true", help="run the models again that did not come through")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--family", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(asdict(check(options.family, options.one, options))))
-        return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.models:
         models = dict.fromkeys(options.models, "")
