@@ -43,6 +43,7 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
     """
     once: list[Callable[[LoweredModel], bool]] = [
         gemms_from_matmuls,
+        gemms_from_classifiers,
         fold_batch_norms,
         pools_from_means,
         plain_average_pools,
@@ -141,6 +142,42 @@ def gemms_from_matmuls(model: LoweredModel) -> bool:
             graph.remove(node, safe=True)
         changed = True
     return changed
+
+
+def gemms_from_classifiers(model: LoweredModel) -> bool:
+    """A 1x1 convolution on one pixel whose result the graph returns becomes Flatten, Gemm, Reshape: of the integer kernels
+    only the Gemm's can write floats."""
+    changed = False
+    for node in list(model.skeleton.graph):
+        layer = weight_layer(node, model) if node.op_type == "Conv" else None
+        source = node.inputs[0]
+        if layer is None or source is None or source.shape is None or list(source.shape)[2:] != [1, 1]:
+            continue
+        if layer.codes.shape[1:] != (source.shape[1], 1, 1) or not _is_returned(node.outputs[0]):
+            continue
+        name, graph = node.outputs[0].name, model.skeleton.graph
+        mark = node.inputs[1]
+        assert mark is not None
+        shape = _new_constant(graph, f"{name}/shape_out", np.array([-1, len(layer.scale), 1, 1], np.int64))
+        flat = ir.node("Flatten", [source], name=f"{name}/flatten")
+        gemm = ir.node("Gemm", [flat.outputs[0], mark], attributes={"transB": 1}, name=layer.name)
+        restored = ir.node("Reshape", [gemm.outputs[0], shape], name=f"{name}/restore")
+        flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
+        flat.outputs[0].shape = ir.Shape([None, layer.codes.shape[1]])
+        model.layers[f"{layer.name}.weight"] = replace(layer, kind="linear", codes=layer.codes[:, :, 0, 0])
+        _replace(node, [flat, gemm, restored])
+        changed = True
+    return changed
+
+
+def _is_returned(value: ir.Value) -> bool:
+    """Whether the graph returns `value`, seen through layout operations."""
+    while not value.is_graph_output():
+        reader = only_reader(value)
+        if reader is None or reader.op_type not in LAYOUT_OPS:
+            return False
+        value = reader.outputs[0]
+    return True
 
 
 def _added_constant(node: ir.Node, width: int) -> ir.Node | None:
