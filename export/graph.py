@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack, tables
-from export.passes import CODE_OPS, is_mark, mark_name, weight_layer
+from export.passes import is_mark, mark_name, moves_codes, weight_layer
 from export.targets import TARGETS, Target, plan_layer
 from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
 
@@ -64,16 +64,22 @@ class _Emitter:
         layer = weight_layer(node, self.model)
         if layer is not None:
             self._weighted(node, layer)
-        elif node.op_type in CODE_OPS and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
+        elif node.inputs and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes and moves_codes(node):
             source, grid = self.codes[_name(node.inputs[0])]
             outputs = [f"{_name(v)}/codes" for v in node.outputs]
-            inputs = [self._float(v) for v in node.inputs[1:]]
+            rest = node.inputs[1:]
+            joins = node.op_type == "Concat"
+            inputs = [self.codes[_name(v)][0] if joins and v is not None else self._float(v) for v in rest]
             if node.op_type == "Pad":  # zeros are the zero point
                 inputs[1:2] = [self._grid(grid)[1]]
             self._copy(node, [source, *inputs], outputs)
             self.codes |= {_name(v): (codes, grid) for v, codes in zip(node.outputs, outputs, strict=True)}
         else:
-            self._copy(node, [self._float(v) for v in node.inputs], [_name(v) for v in node.outputs])
+            inputs = [self._float(v) for v in node.inputs]
+            if node.op_type == "Softmax" and inputs[0] != _name(node.inputs[0]):  # type: ignore[arg-type]
+                # The runtime would make a QLinearSoftmax of it, which rounds halfway. A LeakyRelu of slope 1 is nothing.
+                inputs[0] = self._add("LeakyRelu", inputs[:1], alpha=1.0)
+            self._copy(node, inputs, [_name(v) for v in node.outputs])
 
     def _quantize(self, node: ir.Node) -> None:
         quantizer = self.model.quantizers[mark_name(node)]

@@ -30,7 +30,7 @@ LAYOUT_OPS = {
     "Pad",
 }
 # These too give codes for codes, but no quantizer is moved in front of them.
-PICK_OPS = {"Split", "Gather", "Expand", "Tile"}
+PICK_OPS = {"Split", "Gather", "Expand", "Tile", "Resize"}  # Resize by nearest neighbour
 CODE_OPS = LAYOUT_OPS | PICK_OPS
 WEIGHTED_OPS = {"Conv", "Gemm"}
 LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
@@ -53,6 +53,7 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
     for apply in (hoist_marks, absorb_clips, hoist_marks):
         while apply(model):
             pass
+    cut_weights_off(model)
     remove_dead_nodes(model)
     resolve_biases(model, target)
     return model
@@ -231,6 +232,16 @@ def plain_average_pools(model: LoweredModel) -> bool:
     return changed
 
 
+def cut_weights_off(model: LoweredModel) -> bool:
+    """A marked weight is known by its codes; what computed it (weight standardization) is not in the file."""
+    changed = False
+    for node in model.skeleton.graph:
+        if is_mark(node) and mark_name(node) in model.layers and node.inputs[0] is not None:
+            node.replace_input_with(0, None)
+            changed = True
+    return changed
+
+
 def remove_dead_nodes(model: LoweredModel) -> bool:
     """Drop what nothing reads, such as the transposes of weights that became Gemms."""
     changed = False
@@ -247,7 +258,7 @@ def hoist_marks(model: LoweredModel) -> bool:
         layout = mark.inputs[0].producer() if is_mark(mark) and mark.inputs[0] is not None else None
         if layout is None or layout.op_type not in LAYOUT_OPS or only_reader(layout.outputs[0]) is not mark:
             continue
-        if not _commutes(layout, model.quantizers.get(mark_name(mark))):
+        if mark_name(mark) not in model.quantizers or not _commutes(layout, model.quantizers.get(mark_name(mark))):
             continue
         source = layout.inputs[0]
         if source is None or source.producer() is None or only_reader(source) is not layout:
@@ -304,11 +315,24 @@ def _clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
 
 
 def grid_of(value: ir.Value | None) -> str | None:
-    """Name of the quantizer whose codes `value` carries, seen through layout operations; None for a float value."""
+    """Name of the quantizer whose codes `value` carries, seen through operations on codes; None for a float value."""
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type in CODE_OPS and node.domain == "":
+    while node is not None and moves_codes(node):
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     return mark_name(node) if node is not None and is_mark(node) else None
+
+
+def moves_codes(node: ir.Node) -> bool:
+    """Whether `node`, on codes, gives codes of the same grid. A Concat does where all its parts have one grid (a roll is
+    two slices put together again) and no quantizer of its own follows."""
+    if node.domain != "" or not node.inputs:
+        return False
+    if node.op_type == "Resize":
+        return "mode" not in node.attributes or node.attributes["mode"].as_string() == "nearest"
+    if node.op_type == "Concat":
+        reader = only_reader(node.outputs[0])
+        return not (reader is not None and is_mark(reader)) and len({grid_of(v) for v in node.inputs}) == 1
+    return node.op_type in CODE_OPS
 
 
 def resolve_biases(model: LoweredModel, target: Target) -> bool:

@@ -11,6 +11,7 @@ acc is the exact integer sum; all multipliers are float32; rint rounds half to e
 kernels compute on the CPU, found by experiment over all pairs of codes; the certificate proves it for each file.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.passes import CODE_OPS, constant, is_mark, mark_name, weight_layer
+from export.passes import constant, is_mark, mark_name, moves_codes, weight_layer
 from export.thresholds import code_thresholds
 
 FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too
@@ -169,12 +170,17 @@ class IntegerReference:
         graph = self.model.skeleton.graph
         values: dict[ir.Value, Value] = {graph.inputs[0]: images.float()}
         computed: dict[str, NDArray[np.uint8]] = {}
+        readers = Counter(v for node in graph for v in node.inputs if v is not None)
         for node in graph:
             if is_mark(node):
                 self._mark(node, values, computed, given)
             else:
                 results = self._apply(node, values)
                 values |= zip(node.outputs, results if isinstance(results, list) else [results], strict=True)
+            for value in filter(None, node.inputs):
+                readers[value] -= 1
+                if not readers[value] and not value.is_graph_output():
+                    values.pop(value, None)
         logits = values[graph.outputs[0]]
         return computed, logits if isinstance(logits, Tensor) else logits.real()
 
@@ -211,7 +217,7 @@ class IntegerReference:
             case "Add" if self._reads_codes_only(node, values):
                 assert node.inputs[1] is not None
                 return Sum(_codes(x, node), _codes(values[node.inputs[1]], node))
-            case "Concat" if self._reads_codes_only(node, values):
+            case "Concat" if self._reads_codes_only(node, values) and not moves_codes(node):
                 parts = tuple(_codes(values[v], node) for v in node.inputs if v is not None)
                 return Joined(parts, node.attributes["axis"].as_int())
             case "GlobalAveragePool" if isinstance(x, Codes):
@@ -245,8 +251,11 @@ class IntegerReference:
     def _in_float(self, node: ir.Node, values: dict[ir.Value, Value]) -> list[Value]:
         given = [values.get(v) if v is not None else None for v in node.inputs]
         source = given[0] if given else None
-        if node.op_type in CODE_OPS and isinstance(source, Codes):  # on codes, as in the file
-            rest = [self._operand(v, x) for v, x in zip(node.inputs[1:], given[1:], strict=True)]
+        if isinstance(source, Codes) and moves_codes(node):  # as in the file
+            rest = [
+                x.carrier.numpy() if isinstance(x, Codes) else self._operand(v, x)
+                for v, x in zip(node.inputs[1:], given[1:], strict=True)
+            ]
             if node.op_type == "Pad":
                 rest[1:2] = [np.array(source.grid.zero_point, np.float32)]
             outputs = self._evaluate(node, [source.carrier.numpy(), *rest])

@@ -4,8 +4,9 @@
     uv run tools/timm_coverage.py --models vit_tiny_patch16_224 efficientnet_b0 --bits 4 --image-size 224
 
 A model goes through: quantize at W4A4 -> calibrate -> two training steps, after which every quantizer parameter has had a
-finite gradient that is not zero -> export (ort-int8) -> certificate. Weights are random, images are noise: what is checked
-is arithmetic. Each model has a process, a time limit and a memory limit of its own; a row is written as soon as it is known.
+finite gradient that is not zero -> export (ort-int8) -> certificate, held to 0 mismatches at the levels EXTENDED and ALL.
+Weights are random, images are noise: what is checked is arithmetic. Each model has a process, a time limit and a memory
+limit of its own; a row is written as soon as it is known.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Row:
     float_share: float = 0.0
     float_kinds: list[str] = field(default_factory=list)
     codes: int = 0
+    float_level_mismatches: int = 0
     stage: str = "create"
     reason: str = ""
     seconds: float = 0.0
@@ -47,7 +49,8 @@ class Row:
         return self.stage == "certify" and not self.reason
 
     def __str__(self) -> str:
-        verdict = "ok" if self.passed else f"{self.stage}: {self.reason}"
+        inexact = f", {self.float_level_mismatches} at DISABLE and BASIC" if self.float_level_mismatches else ""
+        verdict = f"ok, {self.codes:,} codes{inexact}" if self.passed else f"{self.stage}: {self.reason}"
         kinds = ", ".join(self.float_kinds)
         return (
             f"{self.family:<24} {self.model:<34} {self.parameters / 1e6:6.1f}M {self.image_size:4d} px "
@@ -123,7 +126,7 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
 
 
 def _as_if_trained(model: Any, images: Any) -> None:
-    """Batch norm statistics of the data, and no branch still multiplied with 0, as zero-initialised norms leave it."""
+    """Batch norm statistics of the data, and no branch still multiplied with 0, as zero-initialised norms and heads are."""
     import torch
 
     from qat.surgery.batchnorm import restore_norm_statistics
@@ -131,8 +134,12 @@ def _as_if_trained(model: Any, images: Any) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() <= 1 and not name.endswith("bias") and not parameter.any():
+            if name.endswith("bias") or parameter.any():
+                continue
+            if parameter.numel() == max(parameter.shape, default=1):
                 parameter.fill_(0.5)
+            else:
+                parameter.normal_(std=0.02)
     with in_full_precision(model):
         restore_norm_statistics(model, [images])
 
@@ -155,15 +162,16 @@ def _create(create: Callable[..., Any], name: str, wanted: int) -> tuple[Any, in
 
 
 def _train(model: object, images: object) -> None:
-    """Two SGD steps; raises ValueError naming a quantizer parameter that had no, or only zero, or no finite gradient."""
+    """Two AdamW steps; raises ValueError naming a quantizer parameter that had no, or only zero, or no finite gradient."""
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
 
-    from qat.surgery.swap import parameter_groups, quantizers
+    from qat.surgery.swap import parameter_groups, quantizers, sizes_of_steps
 
     assert isinstance(model, nn.Module) and isinstance(images, Tensor)
-    optimizer = torch.optim.SGD(parameter_groups(model.train(), 1e-4, 1e-4), lr=0.01)
+    groups = parameter_groups(model.train(), 1e-4, 1e-4, step_sizes=sizes_of_steps(model))
+    optimizer = torch.optim.AdamW(groups, lr=1e-4)
     steps = {f"{n}.{p}": v for n, q in quantizers(model).items() for p, v in q.named_parameters()}
     moved = dict.fromkeys(steps, False)
     for _ in range(2):
@@ -185,7 +193,7 @@ def _export_and_certify(row: Row, model: object, images: object, path: Path) -> 
     import torch
     from torch import Tensor, nn
 
-    from export.certificate import certify
+    from export.certificate import EXACT_LEVELS, certify
     from export.graph import emit_qdq
     from export.lower import lower, trained_codes
     from export.metadata import Preprocessing, sign
@@ -202,8 +210,10 @@ def _export_and_certify(row: Row, model: object, images: object, path: Path) -> 
     with torch.no_grad():
         certificate = certify(lowered, path, images.numpy(), labels, lambda batch: trained_codes(model, batch))
     row.codes = max(level.codes for level in certificate.levels)
-    if not certificate.passed:
-        failed = [line.strip() for line in str(certificate).splitlines()[1:]]
+    inexact = [level for level in certificate.levels if level.level not in EXACT_LEVELS]
+    row.float_level_mismatches = sum(level.total for level in inexact)
+    if not replace(certificate, levels=tuple(x for x in certificate.levels if x not in inexact)).passed:
+        failed = [line.strip() for line in str(certificate).splitlines()[2:]]
         row.reason = " | ".join(line for line in failed if not line.endswith(("[ok]", "mismatches")))[:400]
 
 

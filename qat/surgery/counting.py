@@ -16,7 +16,8 @@ WITHOUT = {
     "repeat", "where", "index_select", "index_put", "gather", "to", "float", "type", "type_as", "abs", "swapaxes", "movedim",
     "reshape_as", "view_as", "masked_fill", "unflatten", "unfold", "fold", "t", "flip", "avg_pool2d", "adaptive_avg_pool2d",
     "adaptive_max_pool2d", "zeros_like", "ones_like", "setitem", "copy", "narrow", "threshold", "set", "split_with_sizes",
-    "repeat_interleave", "tensor_split", "alias", "fill", "swapdims", "real", "imag", "view_as_real", "view_as_complex",
+    "repeat_interleave", "nearest", "tensor_split", "alias", "fill", "swapdims", "real", "imag", "view_as_real",
+    "view_as_complex",
 }  # fmt: skip
 PER_ELEMENT = {"layer_norm": 2, "group_norm": 2, "rms_norm": 2, "instance_norm": 2, "hardswish": 2, "gelu": 2}
 

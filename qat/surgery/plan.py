@@ -19,7 +19,9 @@ FLOAT_OUTPUT = {"linear"} | PRODUCTS
 # Operations that only move, pick or repeat codes: quantizing before or after them is the same.
 LAYOUTS = {
     "flatten", "reshape", "view", "permute", "transpose", "contiguous", "max_pool2d", "dropout", "getitem", "squeeze",
-    "unsqueeze", "chunk", "split", "unbind", "pixel_shuffle", "channel_shuffle", "pad", "clone", "detach",
+    "unsqueeze", "chunk", "split", "unbind", "pixel_shuffle", "channel_shuffle", "pad", "clone", "detach", "to", "type",
+    "type_as", "float", "expand", "expand_as", "repeat", "roll", "flip", "reshape_as", "view_as", "t", "swapaxes", "movedim",
+    "unflatten", "narrow", "tensor_split", "nearest",
 }  # fmt: skip
 # Products of two activations, or of a weight, that no quantizer reaches yet. (Times a table: `multiplies_table`.)
 UNSUPPORTED_MULTIPLIES = {

@@ -46,6 +46,10 @@ class StreamQuantizers(nn.ModuleDict):
         self.guests = False  # whether another library's layers stand in for ours and multiply as they please
         self.watched = {(address.split("#")[0], _kind(address)) for address in (*addresses, *joins, *relus)}
 
+    def forward(self, x: Any) -> Any:
+        """Identity: an `nn.Sequential` that was quantized runs all its members, this one last."""
+        return x
+
     def at(self, address: str, must_be_known: bool) -> LSQ | None:
         quantizer = self._modules.get(_key(address))
         if quantizer is None and must_be_known and address not in self.joins:

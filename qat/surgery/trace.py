@@ -170,6 +170,8 @@ class _Recorder(TorchFunctionMode):
             if not inputs:
                 self.trace.on_constants.add(layer)
         if inputs and produced and kind != "get":
+            if kind == "interpolate" and "nearest" in str((kwargs or {}).get("mode", "nearest")):
+                kind = "nearest"  # only repeats values
             call = Call(
                 address, self.location.path, kind, inputs,
                 tuple(self.number(t) for t in produced), parameters,
