@@ -1,0 +1,4 @@
+#include "isa.hpp"
+namespace edgeqat {
+const Isa* avx2_isa() { return nullptr; }
+}  // namespace edgeqat

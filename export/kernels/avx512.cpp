@@ -1,0 +1,232 @@
+// AVX-512 with VNNI: products of any width on vpdpbusd (exact: it widens before it adds), one bit on xor and vpopcntd.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "isa.hpp"
+
+namespace edgeqat {
+namespace {
+
+// 32-bit lanes: layer.cpp has shown that bias + Σ |w·x| stays below 2^31 for the layer's own weights.
+template <int kUnits, int kPixels>
+void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
+  __m512i sum[kPixels][kUnits];
+  for (int u = 0; u < kUnits; ++u) {
+    const __m512i bias = _mm512_loadu_si512(p.bias + u * kLanes);
+    for (int m = 0; m < kPixels; ++m) sum[m][u] = bias;
+  }
+  const int8_t* w = p.weights;
+  for (int r = 0; r < p.stretches.runs; ++r) {
+    const ptrdiff_t offset = p.stretches.offsets[r];
+    const uint8_t* x[kPixels];
+    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + offset;
+    for (ptrdiff_t q = 0; q < 4 * ptrdiff_t(p.stretches.quads); q += 4, w += 64 * kUnits) {
+      __m512i weights[kUnits];
+      for (int u = 0; u < kUnits; ++u) weights[u] = _mm512_load_si512(w + 64 * u);
+      for (int m = 0; m < kPixels; ++m) {
+        int32_t four;
+        __builtin_memcpy(&four, x[m] + q, 4);
+        const __m512i codes = _mm512_set1_epi32(four);
+        for (int u = 0; u < kUnits; ++u) sum[m][u] = _mm512_dpbusd_epi32(sum[m][u], codes, weights[u]);
+      }
+    }
+  }
+  for (int m = 0; m < kPixels; ++m)
+    for (int u = 0; u < kUnits; ++u) _mm512_store_si512(sums + m * kBlock + u * kLanes, sum[m][u]);
+}
+
+// A lane counts the differing bits of 32 products a quad; layer.cpp bounds gain · K by 2^31.
+template <int kUnits, int kPixels>
+void binary_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
+  __m512i sum[kPixels][kUnits];
+  for (int u = 0; u < kUnits; ++u)
+    for (int m = 0; m < kPixels; ++m) sum[m][u] = _mm512_setzero_si512();
+  const int8_t* w = p.weights;
+  for (int r = 0; r < p.stretches.runs; ++r) {
+    const ptrdiff_t offset = p.stretches.offsets[r];
+    const uint8_t* x[kPixels];
+    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + offset;
+    for (ptrdiff_t q = 0; q < 4 * ptrdiff_t(p.stretches.quads); q += 4, w += 64 * kUnits) {
+      __m512i weights[kUnits];
+      for (int u = 0; u < kUnits; ++u) weights[u] = _mm512_load_si512(w + 64 * u);
+      for (int m = 0; m < kPixels; ++m) {
+        int32_t bits;
+        __builtin_memcpy(&bits, x[m] + q, 4);
+        const __m512i codes = _mm512_set1_epi32(bits);
+        for (int u = 0; u < kUnits; ++u)
+          sum[m][u] = _mm512_add_epi32(sum[m][u], _mm512_popcnt_epi32(_mm512_xor_si512(codes, weights[u])));
+      }
+    }
+  }
+  const __m512i gain = _mm512_set1_epi32(2 * p.binary_gain);
+  for (int u = 0; u < kUnits; ++u) {
+    const __m512i bias = _mm512_loadu_si512(p.bias + u * kLanes);
+    for (int m = 0; m < kPixels; ++m)
+      _mm512_store_si512(
+          sums + m * kBlock + u * kLanes, _mm512_sub_epi32(bias, _mm512_mullo_epi32(sum[m][u], gain)));
+  }
+}
+
+using Tile = void (*)(const Product&, const uint8_t* const*, int32_t*);
+
+#define ROW(tile, units) \
+  { tile<units, 1>, tile<units, 2>, tile<units, 3>, tile<units, 4>, tile<units, 5>, tile<units, 6>, tile<units, 7>, \
+    tile<units, 8> }
+constexpr Tile kProducts[4][kMaxPixels] = {
+    ROW(product_tile, 1), ROW(product_tile, 2), ROW(product_tile, 3),
+    {product_tile<4, 1>, product_tile<4, 2>, product_tile<4, 3>, product_tile<4, 4>, product_tile<4, 5>,
+     product_tile<4, 6>, nullptr, nullptr}};
+constexpr Tile kBinaries[4][kMaxPixels] = {
+    ROW(binary_tile, 1), ROW(binary_tile, 2), ROW(binary_tile, 3),
+    {binary_tile<4, 1>, binary_tile<4, 2>, binary_tile<4, 3>, binary_tile<4, 4>, binary_tile<4, 5>,
+     binary_tile<4, 6>, nullptr, nullptr}};
+#undef ROW
+
+void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
+  kProducts[p.units - 1][count - 1](p, pixels, sums);
+}
+
+void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
+  kBinaries[p.units - 1][count - 1](p, pixels, sums);
+}
+
+// Exchanges lane l of part j with lane j of part l (lanes of 128 bits).
+void transpose_lanes(const __m512i* v, __m512i* to) {
+  const __m512i p = _mm512_shuffle_i32x4(v[0], v[1], 0x88), q = _mm512_shuffle_i32x4(v[0], v[1], 0xdd);
+  const __m512i r = _mm512_shuffle_i32x4(v[2], v[3], 0x88), s = _mm512_shuffle_i32x4(v[2], v[3], 0xdd);
+  to[0] = _mm512_shuffle_i32x4(p, r, 0x88);
+  to[1] = _mm512_shuffle_i32x4(q, s, 0x88);
+  to[2] = _mm512_shuffle_i32x4(p, r, 0xdd);
+  to[3] = _mm512_shuffle_i32x4(q, s, 0xdd);
+}
+
+// Four taps of 64 channels, interleaved to quads. The shuffles work within 128-bit lanes, so that part j of the result has
+// channels 16·l + 4·j + i in dword 4·l + i (`shuffled_depthwise`: the weights were packed in that order).
+void depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int32_t* sums) {
+  for (int m = 0; m < count; ++m) {
+    __m512i sum[4] = {}, ordered[4];
+    const uint8_t* x = pixels[m];
+    for (int g = 0; g < d.groups; ++g) {
+      const ptrdiff_t* at = d.offsets + 4 * g;
+      const __m512i a = _mm512_loadu_si512(x + at[0]), b = _mm512_loadu_si512(x + at[1]);
+      const __m512i c = _mm512_loadu_si512(x + at[2]), e = _mm512_loadu_si512(x + at[3]);
+      const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+      const __m512i ce_low = _mm512_unpacklo_epi8(c, e), ce_high = _mm512_unpackhi_epi8(c, e);
+      const int8_t* w = d.weights + g * kBlock * 4;
+      sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_unpacklo_epi16(ab_low, ce_low), _mm512_load_si512(w));
+      sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_unpackhi_epi16(ab_low, ce_low), _mm512_load_si512(w + 64));
+      sum[2] = _mm512_dpbusd_epi32(sum[2], _mm512_unpacklo_epi16(ab_high, ce_high), _mm512_load_si512(w + 128));
+      sum[3] = _mm512_dpbusd_epi32(sum[3], _mm512_unpackhi_epi16(ab_high, ce_high), _mm512_load_si512(w + 192));
+    }
+    transpose_lanes(sum, ordered);
+    for (int u = 0; u < 4; ++u) {
+      const __m512i bias = _mm512_loadu_si512(d.bias + u * kLanes);
+      _mm512_store_si512(sums + m * kBlock + u * kLanes, _mm512_add_epi32(ordered[u], bias));
+    }
+  }
+}
+
+struct Table {
+  __m512i part[4];
+  explicit Table(const uint8_t* table) {
+    for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
+  }
+  __m512i operator()(__m512i index) const {  // vpermi2b looks at 7 bits, the eighth chooses
+    const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
+    const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+  }
+};
+
+void translate(const uint8_t* table, const uint8_t* from, size_t count, uint8_t* to) {
+  const Table look(table);
+  for (size_t i = 0; i < count; i += 64) {
+    const __mmask64 mask = count - i >= 64 ? ~__mmask64(0) : (__mmask64(1) << (count - i)) - 1;
+    _mm512_mask_storeu_epi8(to + i, mask, look(_mm512_maskz_loadu_epi8(mask, from + i)));
+  }
+}
+
+// Four vectors of 16 integers -> 64 saturated bytes in order.
+__m512i to_bytes(const __m512i* v) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
+__m512 widened(const uint8_t* bytes, __mmask16 mask) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes)));
+}
+
+// Bounds are integers, so clipping before rounding is clipping after it, and no conversion overflows.
+void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
+  const int units = (width + kLanes - 1) / kLanes;
+  const __mmask64 bytes = width >= 64 ? ~__mmask64(0) : (__mmask64(1) << width) - 1;
+  const __m512 lowest = _mm512_set1_ps(float(e.low - e.zero)), highest = _mm512_set1_ps(float(e.high - e.zero));
+  const __m512 zero = _mm512_set1_ps(float(e.zero));
+  const __m512i zeros = _mm512_set1_epi32(e.zero);
+  const __m512 sum_lowest = _mm512_set1_ps(float(e.sum_low)), sum_highest = _mm512_set1_ps(float(e.sum_high));
+  const __m512 ratio_own = _mm512_set1_ps(e.other_first ? e.ratio_second : e.ratio_first);
+  const __m512 ratio_other = _mm512_set1_ps(e.other_first ? e.ratio_first : e.ratio_second);
+  const __m512 offset = _mm512_set1_ps(e.offset);
+  __m512 multiplier[4];
+  for (int u = 0; u < units; ++u) multiplier[u] = _mm512_loadu_ps(e.multiplier + u * kLanes);
+  for (int m = 0; m < count; ++m) {
+    const ptrdiff_t at = m * e.stride;
+    __m512i codes[4] = {}, added[4] = {};
+    for (int u = 0; u < units; ++u) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + m * kBlock + u * kLanes));
+      const __m512 value = _mm512_mul_ps(sum, multiplier[u]);
+      const __mmask16 mask = __mmask16(bytes >> (u * kLanes));
+      if (e.real) {
+        _mm512_mask_storeu_ps(e.real + at + u * kLanes, mask, value);
+        continue;
+      }
+      const __m512 clipped = _mm512_max_ps(_mm512_min_ps(value, highest), lowest);
+      if (!e.other) {
+        codes[u] = _mm512_add_epi32(_mm512_cvtps_epi32(clipped), zeros);
+        continue;
+      }
+      const __m512 own = _mm512_add_ps(_mm512_roundscale_ps(clipped, _MM_FROUND_TO_NEAREST_INT), zero);
+      if (e.own) codes[u] = _mm512_cvtps_epi32(own);
+      const __m512 other = widened(e.other + at + u * kLanes, mask);
+      const __m512 total = e.other_first ? _mm512_fmadd_ps(other, ratio_other, _mm512_fmadd_ps(own, ratio_own, offset))
+                                         : _mm512_fmadd_ps(own, ratio_own, _mm512_fmadd_ps(other, ratio_other, offset));
+      added[u] = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(total, sum_highest), sum_lowest));
+    }
+    if (e.real) continue;
+    const __m512i own = to_bytes(codes), last = e.other ? to_bytes(added) : own;
+    if (e.own) _mm512_mask_storeu_epi8(e.own + at, bytes, own);
+    if (e.other && e.sum) _mm512_mask_storeu_epi8(e.sum + at, bytes, last);
+    for (int t = 0; t < e.tables; ++t)
+      if (e.copy[t]) _mm512_mask_storeu_epi8(e.copy[t] + at, bytes, Table(e.table[t])(last));
+  }
+}
+
+void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
+  for (size_t i = 0; i < count; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+    const uint32_t word = _mm256_movemask_epi8(bytes);
+    __builtin_memcpy(bits + i / 8, &word, 4);
+  }
+}
+
+const Isa kAvx512 = {
+    "avx512", {0, 8, 8, 8, 6}, product, binary, depthwise, finish, pack_bits, translate, 1, 1};
+
+}  // namespace
+
+const Isa* avx512_isa() {
+  const bool able = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                    __builtin_cpu_supports("avx512vpopcntdq");
+  return able ? &kAvx512 : nullptr;
+}
+
+}  // namespace edgeqat
+#else
+#include "isa.hpp"
+namespace edgeqat {
+const Isa* avx512_isa() { return nullptr; }
+}  // namespace edgeqat
+#endif
