@@ -126,6 +126,8 @@ void depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int3
   }
 }
 
+__mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
+
 struct Table {
   __m512i part[4];
   explicit Table(const uint8_t* table) {
@@ -141,8 +143,79 @@ struct Table {
 void translate(const uint8_t* table, const uint8_t* from, size_t count, uint8_t* to) {
   const Table look(table);
   for (size_t i = 0; i < count; i += 64) {
-    const __mmask64 mask = count - i >= 64 ? ~__mmask64(0) : (__mmask64(1) << (count - i)) - 1;
+    const __mmask64 mask = first_bytes(count - i);
     _mm512_mask_storeu_epi8(to + i, mask, look(_mm512_maskz_loadu_epi8(mask, from + i)));
+  }
+}
+
+void largest(const uint8_t* const* from, size_t vectors, size_t count, uint8_t* to) {
+  for (size_t i = 0; i < count; i += 64) {
+    const __mmask64 mask = first_bytes(count - i);
+    __m512i best = _mm512_setzero_si512();
+    for (size_t v = 0; v < vectors; ++v) best = _mm512_max_epu8(best, _mm512_maskz_loadu_epi8(mask, from[v] + i));
+    _mm512_mask_storeu_epi8(to + i, mask, best);
+  }
+}
+
+void quantize(const float* x, size_t count, float scale, int zero, int low, int high, uint8_t* to) {
+  const __m512 lowest = _mm512_set1_ps(float(low - zero)), highest = _mm512_set1_ps(float(high - zero));
+  const __m512 step = _mm512_set1_ps(scale);
+  for (size_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = __mmask16(first_bytes(count - i));
+    const __m512 code = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), step);
+    const __m512 clipped = _mm512_min_ps(_mm512_max_ps(code, lowest), highest);  // NaN takes the second operand
+    const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(clipped), _mm512_set1_epi32(zero));
+    _mm_mask_storeu_epi8(to + i, mask, _mm512_cvtepi32_epi8(whole));
+  }
+}
+
+// Bytes modulo 256 throughout: the results are known to lie within 0 to 255.
+void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane) {
+  const __m512i shift = _mm512_set1_epi8(char(offset));
+  for (size_t c = 0; c < channels; c += 64) {
+    const __mmask64 mask = first_bytes(channels - c);
+    __m512i row[4][4];
+    for (int x = 0; x < 4; ++x) {
+      __m512i d[4];
+      for (int y = 0; y < 4; ++y) d[y] = _mm512_maskz_loadu_epi8(mask, tile[4 * y + x] + c);
+      row[0][x] = _mm512_sub_epi8(d[0], d[2]);
+      row[1][x] = _mm512_add_epi8(d[1], d[2]);
+      row[2][x] = _mm512_sub_epi8(d[2], d[1]);
+      row[3][x] = _mm512_sub_epi8(d[1], d[3]);
+    }
+    for (int y = 0; y < 4; ++y) {
+      const __m512i* d = row[y];
+      const __m512i v[4] = {_mm512_sub_epi8(d[0], d[2]), _mm512_add_epi8(d[1], d[2]), _mm512_sub_epi8(d[2], d[1]),
+                            _mm512_sub_epi8(d[1], d[3])};
+      for (int x = 0; x < 4; ++x) {
+        const __m512i moved = 4 * y + x == 5 ? v[x] : _mm512_add_epi8(v[x], shift);
+        _mm512_mask_storeu_epi8(to + (4 * y + x) * plane + c, mask, moved);
+      }
+    }
+  }
+}
+
+void winograd_output(
+    const int32_t* sums, ptrdiff_t plane, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels) {
+  const __m128i up = _mm_cvtsi32_si128(carry_shift);
+  for (int u = 0; u < units; ++u) {
+    const __m512i b = _mm512_loadu_si512(bias + u * kLanes);
+    __m512i row[2][4];
+    for (int x = 0; x < 4; ++x) {
+      const int32_t* m = sums + x * plane + u * kLanes;
+      const __m512i m1 = _mm512_load_si512(m + 4 * plane), m2 = _mm512_load_si512(m + 8 * plane);
+      row[0][x] = _mm512_add_epi32(_mm512_add_epi32(m1, m2), _mm512_load_si512(m));
+      row[1][x] = _mm512_sub_epi32(_mm512_sub_epi32(m1, m2), _mm512_load_si512(m + 12 * plane));
+    }
+    for (int y = 0; y < 2; ++y) {
+      const __m512i* r = row[y];
+      const __m512i left = _mm512_add_epi32(_mm512_add_epi32(r[1], r[2]), r[0]);
+      const __m512i right = _mm512_sub_epi32(_mm512_sub_epi32(r[1], r[2]), r[3]);
+      const __m512i first = _mm512_sll_epi32(_mm512_srai_epi32(left, 2), up);
+      const __m512i second = _mm512_sll_epi32(_mm512_srai_epi32(right, 2), up);
+      _mm512_store_si512(pixels[2 * y] + u * kLanes, _mm512_add_epi32(first, b));
+      _mm512_store_si512(pixels[2 * y + 1] + u * kLanes, _mm512_add_epi32(second, b));
+    }
   }
 }
 
@@ -160,7 +233,7 @@ __m512 widened(const uint8_t* bytes, __mmask16 mask) {
 // Bounds are integers, so clipping before rounding is clipping after it, and no conversion overflows.
 void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
   const int units = (width + kLanes - 1) / kLanes;
-  const __mmask64 bytes = width >= 64 ? ~__mmask64(0) : (__mmask64(1) << width) - 1;
+  const __mmask64 bytes = first_bytes(size_t(width));
   const __m512 lowest = _mm512_set1_ps(float(e.low - e.zero)), highest = _mm512_set1_ps(float(e.high - e.zero));
   const __m512 zero = _mm512_set1_ps(float(e.zero));
   const __m512i zeros = _mm512_set1_epi32(e.zero);
@@ -211,7 +284,8 @@ void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
 }
 
 const Isa kAvx512 = {
-    "avx512", {0, 8, 8, 8, 6}, product, binary, depthwise, finish, pack_bits, translate, 1, 1};
+    "avx512", {0, 8, 8, 8, 6}, product, binary, depthwise, finish, pack_bits, translate, largest, quantize,
+    winograd_input, winograd_output, 1, 1};
 
 }  // namespace
 

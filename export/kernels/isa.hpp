@@ -66,6 +66,14 @@ struct Epilogue {
 };
 using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int count, int width);
 
+// Winograd's F(2×2, 3×3) in integers; winograd.cpp has the equations.
+//   input   16 pixels of a 4×4 tile -> its 16 transforms, `plane` bytes apart, each in bytes modulo 256 plus offset
+//           (the one of positions 1,1 without, it is never negative)
+//   output  16 sums, `plane` elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · carry + bias
+using WinogradInput = void (*)(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane);
+using WinogradOutput = void (*)(
+    const int32_t* sums, ptrdiff_t plane, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels);
+
 struct Isa {
   const char* name;
   int max_pixels[5];  // per units
@@ -75,6 +83,11 @@ struct Isa {
   EpilogueFunction finish;
   void (*pack_bits)(const uint8_t* codes, size_t count, uint8_t* bits);  // bit = code >= 128; count is a multiple of 32
   void (*translate)(const uint8_t* table, const uint8_t* from, size_t count, uint8_t* to);
+  void (*largest)(const uint8_t* const* from, size_t vectors, size_t count, uint8_t* to);  // 0 of no vectors
+  // clip(rint(x / scale) + zero, low, high); NaN becomes the lowest code
+  void (*quantize)(const float* x, size_t count, float scale, int zero, int low, int high, uint8_t* to);
+  WinogradInput winograd_input;
+  WinogradOutput winograd_output;
   int prescales;           // whether `product` wants weights multiplied with their carry
   int shuffled_depthwise;  // whether `depthwise` wants channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
 };

@@ -67,7 +67,7 @@ class Layer {
  private:
   struct Image;
   struct Place;
-  enum class Kind { kProduct, kBinary, kDepthwise };
+  enum class Kind { kProduct, kBinary, kDepthwise, kWinograd };
 
   void check() const;
   Kind choose_kind() const;
@@ -75,11 +75,17 @@ class Layer {
   void pack_products();
   void pack_depthwise();
   void prove_narrow_sums();
+  bool pack_winograd();
+  void run_winograd(const LayerTensors& t, const Pool& pool) const;
+  void transform_tiles(const LayerTensors& t, const uint8_t* border, uint8_t* to, int64_t first, int64_t last) const;
+  void winograd_strip(
+      const LayerTensors& t, const uint8_t* transformed, int64_t block, int64_t first, int64_t last) const;
   Image image_of(const LayerTensors& t) const;
   void copy_row(const LayerTensors& t, const Image& image, int64_t row) const;
   void fill(const LayerTensors& t, const Image& image, const Pool& pool) const;
   std::vector<ptrdiff_t> offsets(const Image& image) const;
   void run_part(const LayerTensors& t, const Image& image, const ptrdiff_t* offsets, const Place& place) const;
+  void allot_weights(int64_t bytes);
   void add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t channel, int width, int32_t* sums) const;
   void finish(const LayerTensors& t, const int32_t* sums, int64_t pixel, int count, int64_t channel, int width) const;
 
@@ -94,9 +100,13 @@ class Layer {
   int narrow_steps_ = 0;
   std::vector<int32_t> bias_;        // [groups][blocks][64]
   std::vector<float> multiplier_;    // likewise
+  std::vector<int32_t> winograd_bias_;  // [blocks][16][64]
   std::vector<int32_t> border_;      // one bit: [kH · kW][groups · blocks · 64], gain · Σ of a tap's weights
   std::vector<int8_t> weights_;      // [groups][blocks][block_bytes], from aligned_weights_ on
   int8_t* aligned_weights_ = nullptr;
 };
+
+// `size` bytes that stay until the calling thread asks again; at most two places at a time.
+uint8_t* scratch_bytes(int place, size_t size);
 
 }  // namespace edgeqat

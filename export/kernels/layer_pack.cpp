@@ -22,6 +22,8 @@ Layer::Layer(LayerSpec spec, const Isa& isa) : spec_(std::move(spec)), isa_(isa)
   prepare_bias();
   if (kind_ == Kind::kDepthwise) {
     pack_depthwise();
+  } else if (kind_ == Kind::kProduct && pack_winograd()) {
+    kind_ = Kind::kWinograd;
   } else {
     pack_products();
     prove_narrow_sums();
@@ -62,6 +64,11 @@ Layer::Kind Layer::choose_kind() const {
   return Kind::kProduct;
 }
 
+void Layer::allot_weights(int64_t bytes) {
+  weights_.assign(size_t(bytes) + 63, 0);
+  aligned_weights_ = weights_.data() + (64 - reinterpret_cast<uintptr_t>(weights_.data()) % 64) % 64;
+}
+
 // Channels in the order of the blocks, zeros where a group's last block is padded. The zero point leaves the sum:
 // Σ w (x - z) = Σ w x - z Σ w. One-bit sums are K - 2 · differing bits instead.
 void Layer::prepare_bias() {
@@ -92,8 +99,7 @@ void Layer::pack_products() {
   length_ = taps_per_run * inputs / per_byte;
   quads_ = rounded_up(length_, 4) / 4;
   block_bytes_ = runs_ * quads_ * kBlock * 4;
-  weights_.assign(s.groups * blocks_ * block_bytes_ + 63, 0);
-  aligned_weights_ = weights_.data() + (64 - reinterpret_cast<uintptr_t>(weights_.data()) % 64) % 64;
+  allot_weights(s.groups * blocks_ * block_bytes_);
   if (binary) border_.assign(rows * columns * blocks_ * kBlock, 0);
   const int scale = !binary && isa_.prescales ? int(s.carry) : 1;
   for (int64_t o = 0; o < s.outputs; ++o) {
@@ -124,8 +130,7 @@ void Layer::pack_depthwise() {
   quads_ = groups;
   blocks_ = blocks;
   block_bytes_ = groups * kBlock * 4;
-  weights_.assign(blocks * block_bytes_ + 63, 0);
-  aligned_weights_ = weights_.data() + (64 - reinterpret_cast<uintptr_t>(weights_.data()) % 64) % 64;
+  allot_weights(blocks * block_bytes_);
   for (int64_t o = 0; o < s.outputs; ++o)
     for (int64_t tap = 0; tap < taps; ++tap) {
       int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + tap / 4 * kBlock * 4;

@@ -7,14 +7,18 @@
 namespace edgeqat {
 namespace {
 
-constexpr size_t kSlack = 128;             // inner loops read up to 63 bytes behind the last pixel
-constexpr int64_t kPartWork = 150'000;     // multiply-adds that are worth a task of their own
+constexpr size_t kSlack = 128;          // inner loops read up to 63 bytes behind the last pixel
+constexpr int64_t kPartWork = 150'000;  // multiply-adds that are worth a task of their own
 constexpr int64_t kMostParts = 16;
 
-// One per thread that calls `run`; the pool's threads only read and write what it points to.
-thread_local std::vector<uint8_t> scratch;
-
 }  // namespace
+
+uint8_t* scratch_bytes(int place, size_t size) {
+  thread_local std::vector<uint8_t> places[2];
+  if (places[place].size() < size + 64) places[place].assign(size + 64, 0);
+  uint8_t* data = places[place].data();
+  return data + (64 - reinterpret_cast<uintptr_t>(data) % 64) % 64;
+}
 
 // Where pixel (n, y, x) of the (padded, or bit-packed) input begins.
 struct Layer::Image {
@@ -30,6 +34,7 @@ struct Layer::Place {
 };
 
 void Layer::run(const LayerTensors& t, const Pool& pool) const {
+  if (kind_ == Kind::kWinograd) return run_winograd(t, pool);
   const Image image = image_of(t);
   if (image.copied) fill(t, image, pool);
   const std::vector<ptrdiff_t> where = offsets(image);
@@ -54,8 +59,7 @@ Layer::Image Layer::image_of(const LayerTensors& t) const {
   const int64_t pixel = kind_ == Kind::kBinary ? spec_.inputs / 8 : spec_.inputs;
   Image image{nullptr, nullptr, t.height + w.pads[0] + w.pads[2], t.width + w.pads[1] + w.pads[3], pixel};
   const size_t needed = size_t(t.batch * image.height * image.width * pixel) + kSlack;
-  if (scratch.size() < needed) scratch.assign(needed, 0);
-  image.data = image.copied = scratch.data();
+  image.data = image.copied = scratch_bytes(0, needed);
   return image;
 }
 

@@ -63,15 +63,15 @@ int64_t counted(const PoolShape& s, const Window& w, int64_t out_y, int64_t out_
 
 void max_pool(const uint8_t* x, const PoolShape& s, const Window& w, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels;
+  const Isa& isa = chosen_isa();
   in_parts(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
     const uint8_t* image = x + row / s.out_height * s.height * s.width * c;
+    std::vector<const uint8_t*> taps;
     for (int64_t out_x = 0; out_x < s.out_width; ++out_x) {
-      uint8_t* to = y + (row * s.out_width + out_x) * c;
-      std::memset(to, 0, size_t(c));
-      each_tap(s, w, row % s.out_height, out_x, [&](int64_t in_y, int64_t in_x) {
-        const uint8_t* from = image + (in_y * s.width + in_x) * c;
-        for (int64_t i = 0; i < c; ++i) to[i] = std::max(to[i], from[i]);
-      });
+      taps.clear();
+      each_tap(s, w, row % s.out_height, out_x,
+               [&](int64_t in_y, int64_t in_x) { taps.push_back(image + (in_y * s.width + in_x) * c); });
+      isa.largest(taps.data(), taps.size(), size_t(c), y + (row * s.out_width + out_x) * c);
     }
   });
 }
@@ -130,14 +130,15 @@ void add_codes(
 
 void quantize_images(const float* x, const PoolShape& s, const Grid& to, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels, w = s.width;
-  const float low = float(to.low - to.zero), high = float(to.high - to.zero);
+  const Isa& isa = chosen_isa();
   in_parts(s.batch * s.height, c * w, pool, [&](int64_t row) {
     const int64_t n = row / s.height, h = row % s.height;
     std::vector<uint8_t> plane(static_cast<size_t>(w));
     for (int64_t k = 0; k < c; ++k) {
-      const float* from = x + ((n * c + k) * s.height + h) * w;
-      for (int64_t i = 0; i < w; ++i) plane[i] = uint8_t(int(rounded(clamp(from[i] / to.scale, low, high))) + to.zero);
-      for (int64_t i = 0; i < w; ++i) y[(row * w + i) * c + k] = plane[i];
+      isa.quantize(x + ((n * c + k) * s.height + h) * w, size_t(w), to.scale, to.zero, to.low, to.high, plane.data());
+      const uint8_t* from = plane.data();
+      uint8_t* codes = y + row * w * c + k;
+      for (int64_t i = 0; i < w; ++i) codes[i * c] = from[i];
     }
   });
 }

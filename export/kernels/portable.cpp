@@ -78,6 +78,56 @@ void translate(const uint8_t* table, const uint8_t* from, size_t count, uint8_t*
   for (size_t i = 0; i < count; ++i) to[i] = table[from[i]];
 }
 
+void largest(const uint8_t* const* from, size_t vectors, size_t count, uint8_t* to) {
+  for (size_t i = 0; i < count; ++i) {
+    to[i] = 0;
+    for (size_t v = 0; v < vectors; ++v) to[i] = to[i] > from[v][i] ? to[i] : from[v][i];
+  }
+}
+
+void quantize(const float* x, size_t count, float scale, int zero, int low, int high, uint8_t* to) {
+  const float lowest = float(low - zero), highest = float(high - zero);
+  for (size_t i = 0; i < count; ++i) {
+    float code = x[i] / scale;
+    code = code > lowest ? code : lowest;  // false for NaN
+    to[i] = uint8_t(int(rintf(code < highest ? code : highest)) + zero);
+  }
+}
+
+void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane) {
+  for (size_t c = 0; c < channels; ++c) {
+    int rows[4][4];
+    for (int x = 0; x < 4; ++x) {
+      const int d0 = tile[x][c], d1 = tile[4 + x][c], d2 = tile[8 + x][c], d3 = tile[12 + x][c];
+      rows[0][x] = d0 - d2;
+      rows[1][x] = d1 + d2;
+      rows[2][x] = d2 - d1;
+      rows[3][x] = d1 - d3;
+    }
+    for (int y = 0; y < 4; ++y) {
+      const int* d = rows[y];
+      const int v[4] = {d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]};
+      for (int x = 0; x < 4; ++x) to[(4 * y + x) * plane + ptrdiff_t(c)] = uint8_t(v[x] + (4 * y + x == 5 ? 0 : offset));
+    }
+  }
+}
+
+void winograd_output(
+    const int32_t* sums, ptrdiff_t plane, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels) {
+  for (int o = 0; o < units * kLanes; ++o) {
+    int32_t rows[2][4];
+    for (int x = 0; x < 4; ++x) {
+      const int32_t* m = sums + x * plane + o;
+      rows[0][x] = m[0] + m[4 * plane] + m[8 * plane];
+      rows[1][x] = m[4 * plane] - m[8 * plane] - m[12 * plane];
+    }
+    for (int y = 0; y < 2; ++y) {  // both are multiples of 4, so the division is exact
+      pixels[2 * y][o] = (rows[y][0] + rows[y][1] + rows[y][2]) / 4 * (1 << carry_shift) + bias[o];
+      pixels[2 * y + 1][o] = (rows[y][1] - rows[y][2] - rows[y][3]) / 4 * (1 << carry_shift) + bias[o];
+    }
+  }
+}
+
 // Stretches of bits, 32 to a quad: x and w agree in a bit where both are +1 or both are -1, and with d bits different
 // Σ x·w = K - 2d. `bias` holds gain · K already.
 void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
@@ -96,7 +146,8 @@ void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* 
   }
 }
 
-const Isa kPortable = {"portable", {0, 4, 4, 4, 4}, product, binary, depthwise, finish, pack_bits, translate, 0, 0};
+const Isa kPortable = {"portable", {0, 4, 4, 4, 4}, product, binary, depthwise, finish, pack_bits, translate, largest, quantize,
+                       winograd_input, winograd_output, 0, 0};
 
 }  // namespace
 
