@@ -11,27 +11,35 @@ namespace {
 template <int kUnits, int kPixels>
 void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
   __m512i sum[kPixels][kUnits];
+#pragma GCC unroll 8
   for (int u = 0; u < kUnits; ++u) {
     const __m512i bias = _mm512_loadu_si512(p.bias + u * kLanes);
+#pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m) sum[m][u] = bias;
   }
   const int8_t* w = p.weights;
   for (int r = 0; r < p.stretches.runs; ++r) {
     const ptrdiff_t offset = p.stretches.offsets[r];
     const uint8_t* x[kPixels];
+#pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + offset;
     for (ptrdiff_t q = 0; q < 4 * ptrdiff_t(p.stretches.quads); q += 4, w += 64 * kUnits) {
       __m512i weights[kUnits];
+#pragma GCC unroll 8
       for (int u = 0; u < kUnits; ++u) weights[u] = _mm512_load_si512(w + 64 * u);
+#pragma GCC unroll 8
       for (int m = 0; m < kPixels; ++m) {
         int32_t four;
         __builtin_memcpy(&four, x[m] + q, 4);
         const __m512i codes = _mm512_set1_epi32(four);
+#pragma GCC unroll 8
         for (int u = 0; u < kUnits; ++u) sum[m][u] = _mm512_dpbusd_epi32(sum[m][u], codes, weights[u]);
       }
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m)
+#pragma GCC unroll 8
     for (int u = 0; u < kUnits; ++u) _mm512_store_si512(sums + m * kBlock + u * kLanes, sum[m][u]);
 }
 
@@ -39,28 +47,36 @@ void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums)
 template <int kUnits, int kPixels>
 void binary_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
   __m512i sum[kPixels][kUnits];
+#pragma GCC unroll 8
   for (int u = 0; u < kUnits; ++u)
+#pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m) sum[m][u] = _mm512_setzero_si512();
   const int8_t* w = p.weights;
   for (int r = 0; r < p.stretches.runs; ++r) {
     const ptrdiff_t offset = p.stretches.offsets[r];
     const uint8_t* x[kPixels];
+#pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + offset;
     for (ptrdiff_t q = 0; q < 4 * ptrdiff_t(p.stretches.quads); q += 4, w += 64 * kUnits) {
       __m512i weights[kUnits];
+#pragma GCC unroll 8
       for (int u = 0; u < kUnits; ++u) weights[u] = _mm512_load_si512(w + 64 * u);
+#pragma GCC unroll 8
       for (int m = 0; m < kPixels; ++m) {
         int32_t bits;
         __builtin_memcpy(&bits, x[m] + q, 4);
         const __m512i codes = _mm512_set1_epi32(bits);
+#pragma GCC unroll 8
         for (int u = 0; u < kUnits; ++u)
           sum[m][u] = _mm512_add_epi32(sum[m][u], _mm512_popcnt_epi32(_mm512_xor_si512(codes, weights[u])));
       }
     }
   }
   const __m512i gain = _mm512_set1_epi32(2 * p.binary_gain);
+#pragma GCC unroll 8
   for (int u = 0; u < kUnits; ++u) {
     const __m512i bias = _mm512_loadu_si512(p.bias + u * kLanes);
+#pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m)
       _mm512_store_si512(
           sums + m * kBlock + u * kLanes, _mm512_sub_epi32(bias, _mm512_mullo_epi32(sum[m][u], gain)));
@@ -175,19 +191,23 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
   for (size_t c = 0; c < channels; c += 64) {
     const __mmask64 mask = first_bytes(channels - c);
     __m512i row[4][4];
+#pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) {
       __m512i d[4];
+#pragma GCC unroll 4
       for (int y = 0; y < 4; ++y) d[y] = _mm512_maskz_loadu_epi8(mask, tile[4 * y + x] + c);
       row[0][x] = _mm512_sub_epi8(d[0], d[2]);
       row[1][x] = _mm512_add_epi8(d[1], d[2]);
       row[2][x] = _mm512_sub_epi8(d[2], d[1]);
       row[3][x] = _mm512_sub_epi8(d[1], d[3]);
     }
+#pragma GCC unroll 4
     for (int y = 0; y < 4; ++y) {
       const __m512i* d = row[y];
       const __m512i v[4] = {_mm512_sub_epi8(d[0], d[2]), _mm512_add_epi8(d[1], d[2]), _mm512_sub_epi8(d[2], d[1]),
                             _mm512_sub_epi8(d[1], d[3])};
-      for (int x = 0; x < 4; ++x) {
+  #pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
         const __m512i moved = 4 * y + x == 5 ? v[x] : _mm512_add_epi8(v[x], shift);
         _mm512_mask_storeu_epi8(to + (4 * y + x) * plane + c, mask, moved);
       }
@@ -196,17 +216,20 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
 }
 
 void winograd_output(
-    const int32_t* sums, ptrdiff_t plane, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels) {
+    const int32_t* sums, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels) {
+  constexpr ptrdiff_t plane = kWinogradTiles * kBlock;
   const __m128i up = _mm_cvtsi32_si128(carry_shift);
   for (int u = 0; u < units; ++u) {
     const __m512i b = _mm512_loadu_si512(bias + u * kLanes);
     __m512i row[2][4];
+#pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) {
       const int32_t* m = sums + x * plane + u * kLanes;
       const __m512i m1 = _mm512_load_si512(m + 4 * plane), m2 = _mm512_load_si512(m + 8 * plane);
       row[0][x] = _mm512_add_epi32(_mm512_add_epi32(m1, m2), _mm512_load_si512(m));
       row[1][x] = _mm512_sub_epi32(_mm512_sub_epi32(m1, m2), _mm512_load_si512(m + 12 * plane));
     }
+#pragma GCC unroll 2
     for (int y = 0; y < 2; ++y) {
       const __m512i* r = row[y];
       const __m512i left = _mm512_add_epi32(_mm512_add_epi32(r[1], r[2]), r[0]);
@@ -230,49 +253,84 @@ __m512 widened(const uint8_t* bytes, __mmask16 mask) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes)));
 }
 
+// An epilogue's scalars in vectors.
+struct Constants {
+  explicit Constants(const Epilogue& e)
+      : lowest(_mm512_set1_ps(float(e.low - e.zero))), highest(_mm512_set1_ps(float(e.high - e.zero))),
+        zero(_mm512_set1_ps(float(e.zero))), sum_lowest(_mm512_set1_ps(float(e.sum_low))),
+        sum_highest(_mm512_set1_ps(float(e.sum_high))), ratio_first(_mm512_set1_ps(e.ratio_first)),
+        ratio_second(_mm512_set1_ps(e.ratio_second)), offset(_mm512_set1_ps(e.offset)),
+        zeros(_mm512_set1_epi32(e.zero)) {}
+  __m512 lowest, highest, zero, sum_lowest, sum_highest, ratio_first, ratio_second, offset;
+  __m512i zeros;
+};
+
 // Bounds are integers, so clipping before rounding is clipping after it, and no conversion overflows.
-void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
-  const int units = (width + kLanes - 1) / kLanes;
-  const __mmask64 bytes = first_bytes(size_t(width));
-  const __m512 lowest = _mm512_set1_ps(float(e.low - e.zero)), highest = _mm512_set1_ps(float(e.high - e.zero));
-  const __m512 zero = _mm512_set1_ps(float(e.zero));
-  const __m512i zeros = _mm512_set1_epi32(e.zero);
-  const __m512 sum_lowest = _mm512_set1_ps(float(e.sum_low)), sum_highest = _mm512_set1_ps(float(e.sum_high));
-  const __m512 ratio_own = _mm512_set1_ps(e.other_first ? e.ratio_second : e.ratio_first);
-  const __m512 ratio_other = _mm512_set1_ps(e.other_first ? e.ratio_first : e.ratio_second);
-  const __m512 offset = _mm512_set1_ps(e.offset);
-  __m512 multiplier[4];
-  for (int u = 0; u < units; ++u) multiplier[u] = _mm512_loadu_ps(e.multiplier + u * kLanes);
-  for (int m = 0; m < count; ++m) {
+__m512 clipped(const int32_t* sums, const float* multiplier, const Constants& k) {
+  const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)), _mm512_loadu_ps(multiplier));
+  return _mm512_max_ps(_mm512_min_ps(value, k.highest), k.lowest);
+}
+
+template <int kUnits, bool kOtherFirst>
+void finish_sum(const Epilogue& e, const int32_t* sums, int count, __mmask64 bytes) {
+  const Constants k(e);
+  for (int m = 0; m < count; ++m, sums += kBlock) {
     const ptrdiff_t at = m * e.stride;
     __m512i codes[4] = {}, added[4] = {};
-    for (int u = 0; u < units; ++u) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + m * kBlock + u * kLanes));
-      const __m512 value = _mm512_mul_ps(sum, multiplier[u]);
-      const __mmask16 mask = __mmask16(bytes >> (u * kLanes));
-      if (e.real) {
-        _mm512_mask_storeu_ps(e.real + at + u * kLanes, mask, value);
-        continue;
-      }
-      const __m512 clipped = _mm512_max_ps(_mm512_min_ps(value, highest), lowest);
-      if (!e.other) {
-        codes[u] = _mm512_add_epi32(_mm512_cvtps_epi32(clipped), zeros);
-        continue;
-      }
-      const __m512 own = _mm512_add_ps(_mm512_roundscale_ps(clipped, _MM_FROUND_TO_NEAREST_INT), zero);
-      if (e.own) codes[u] = _mm512_cvtps_epi32(own);
-      const __m512 other = widened(e.other + at + u * kLanes, mask);
-      const __m512 total = e.other_first ? _mm512_fmadd_ps(other, ratio_other, _mm512_fmadd_ps(own, ratio_own, offset))
-                                         : _mm512_fmadd_ps(own, ratio_own, _mm512_fmadd_ps(other, ratio_other, offset));
-      added[u] = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(total, sum_highest), sum_lowest));
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnits; ++u) {
+      const __m512 rounded = _mm512_roundscale_ps(
+          clipped(sums + u * kLanes, e.multiplier + u * kLanes, k), _MM_FROUND_TO_NEAREST_INT);
+      const __m512 own = _mm512_add_ps(rounded, k.zero);
+      codes[u] = _mm512_cvtps_epi32(own);
+      const __m512 other = widened(e.other + at + u * kLanes, __mmask16(bytes >> (u * kLanes)));
+      const __m512 first = kOtherFirst ? other : own, second = kOtherFirst ? own : other;
+      const __m512 sum = _mm512_fmadd_ps(first, k.ratio_first, _mm512_fmadd_ps(second, k.ratio_second, k.offset));
+      added[u] = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(sum, k.sum_highest), k.sum_lowest));
     }
-    if (e.real) continue;
-    const __m512i own = to_bytes(codes), last = e.other ? to_bytes(added) : own;
-    if (e.own) _mm512_mask_storeu_epi8(e.own + at, bytes, own);
-    if (e.other && e.sum) _mm512_mask_storeu_epi8(e.sum + at, bytes, last);
+    if (e.own) _mm512_mask_storeu_epi8(e.own + at, bytes, to_bytes(codes));
+    const __m512i last = to_bytes(added);
+    if (e.sum) _mm512_mask_storeu_epi8(e.sum + at, bytes, last);
     for (int t = 0; t < e.tables; ++t)
       if (e.copy[t]) _mm512_mask_storeu_epi8(e.copy[t] + at, bytes, Table(e.table[t])(last));
   }
+}
+
+template <int kUnits>
+void finish_own(const Epilogue& e, const int32_t* sums, int count, __mmask64 bytes) {
+  const Constants k(e);
+  for (int m = 0; m < count; ++m, sums += kBlock) {
+    const ptrdiff_t at = m * e.stride;
+    __m512i codes[4] = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnits; ++u)
+      codes[u] = _mm512_add_epi32(
+          _mm512_cvtps_epi32(clipped(sums + u * kLanes, e.multiplier + u * kLanes, k)), k.zeros);
+    const __m512i last = to_bytes(codes);
+    if (e.own) _mm512_mask_storeu_epi8(e.own + at, bytes, last);
+    for (int t = 0; t < e.tables; ++t)
+      if (e.copy[t]) _mm512_mask_storeu_epi8(e.copy[t] + at, bytes, Table(e.table[t])(last));
+  }
+}
+
+void finish_real(const Epilogue& e, const int32_t* sums, int count, int width) {
+  for (int m = 0; m < count; ++m)
+    for (int c = 0; c < width; c += kLanes) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + m * kBlock + c));
+      _mm512_mask_storeu_ps(e.real + m * e.stride + c, __mmask16(first_bytes(size_t(width - c))),
+                            _mm512_mul_ps(sum, _mm512_loadu_ps(e.multiplier + c)));
+    }
+}
+
+void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
+  using Finish = void (*)(const Epilogue&, const int32_t*, int, __mmask64);
+  constexpr Finish kOwn[4] = {finish_own<1>, finish_own<2>, finish_own<3>, finish_own<4>};
+  constexpr Finish kFirst[4] = {finish_sum<1, true>, finish_sum<2, true>, finish_sum<3, true>, finish_sum<4, true>};
+  constexpr Finish kSecond[4] = {
+      finish_sum<1, false>, finish_sum<2, false>, finish_sum<3, false>, finish_sum<4, false>};
+  if (e.real) return finish_real(e, sums, count, width);
+  const int units = (width + kLanes - 1) / kLanes;
+  (e.other ? e.other_first ? kFirst : kSecond : kOwn)[units - 1](e, sums, count, first_bytes(size_t(width)));
 }
 
 void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {

@@ -11,6 +11,7 @@ namespace edgeqat {
 constexpr int kBlock = 64;      // output channels that one call of an inner loop computes
 constexpr int kLanes = 16;      // channels of the unit in which a block's width is counted
 constexpr int kMaxPixels = 8;   // pixels of one call
+constexpr int kWinogradTiles = 24;  // whose sums are kept at a time
 constexpr int kMaxTables = 4;   // requantized copies of one output
 
 // A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel begins `offsets[r]` bytes behind its pointer.
@@ -69,10 +70,10 @@ using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int coun
 // Winograd's F(2×2, 3×3) in integers; winograd.cpp has the equations.
 //   input   16 pixels of a 4×4 tile -> its 16 transforms, `plane` bytes apart, each in bytes modulo 256 plus offset
 //           (the one of positions 1,1 without, it is never negative)
-//   output  16 sums, `plane` elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · carry + bias
+//   output  16 sums, kWinogradTiles · 64 elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · carry + bias
 using WinogradInput = void (*)(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane);
 using WinogradOutput = void (*)(
-    const int32_t* sums, ptrdiff_t plane, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels);
+    const int32_t* sums, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels);
 
 struct Isa {
   const char* name;

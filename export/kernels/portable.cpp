@@ -113,7 +113,8 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
 }
 
 void winograd_output(
-    const int32_t* sums, ptrdiff_t plane, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels) {
+    const int32_t* sums, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels) {
+  constexpr ptrdiff_t plane = kWinogradTiles * kBlock;
   for (int o = 0; o < units * kLanes; ++o) {
     int32_t rows[2][4];
     for (int x = 0; x < 4; ++x) {

@@ -17,7 +17,6 @@ namespace edgeqat {
 namespace {
 
 constexpr int kPositions = 16;
-constexpr int64_t kMostTiles = 24;          // whose sums lie in the cache at a time
 constexpr int64_t kPartWork = 150'000;
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kLargestSum = 2147483647;
@@ -87,7 +86,7 @@ void Layer::run_winograd(const LayerTensors& t, const Pool& pool) const {
   pool.each(size_t(input_parts), [&](size_t i) {
     transform_tiles(t, border, transformed, int64_t(i) * tiles / input_parts, (int64_t(i) + 1) * tiles / input_parts);
   });
-  const int64_t strips = (tiles + kMostTiles - 1) / kMostTiles, units = blocks_ * strips;
+  const int64_t strips = (tiles + kWinogradTiles - 1) / kWinogradTiles, units = blocks_ * strips;
   const int64_t work = tiles * kPositions * depth * spec_.outputs;
   const int64_t parts = std::clamp<int64_t>(work / kPartWork, 1, std::min(kMostParts, units));
   pool.each(size_t(parts), [&](size_t i) {
@@ -126,8 +125,8 @@ void Layer::winograd_strip(
   const int8_t* weights = aligned_weights_ + block * block_bytes_;
   const int step = isa_.max_pixels[units], shift = __builtin_ctz(unsigned(spec_.carry));
   const ptrdiff_t nowhere = 0;
-  alignas(64) int32_t sums[kPositions * kMostTiles * kBlock];
-  alignas(64) int32_t lines[2][2 * kMostTiles * kBlock];
+  alignas(64) int32_t sums[kPositions * kWinogradTiles * kBlock];
+  alignas(64) int32_t lines[2][2 * kWinogradTiles * kBlock];
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
     const Product product{{&nowhere, 1, int(quads_)}, weights + p * quads_ * units * kLanes * 4, bias, units, 0, 0, 0};
@@ -135,7 +134,7 @@ void Layer::winograd_strip(
       const int count = int(std::min<int64_t>(step, tiles - tile));
       const uint8_t* pixels[kMaxPixels];
       for (int m = 0; m < count; ++m) pixels[m] = transformed + p * plane + (first + tile + m) * depth;
-      isa_.product(product, pixels, count, sums + (p * kMostTiles + tile) * kBlock);
+      isa_.product(product, pixels, count, sums + (p * kWinogradTiles + tile) * kBlock);
     }
   }
   for (int64_t tile = first; tile < last;) {  // as many tiles at a time as lie in one row of tiles
@@ -145,7 +144,7 @@ void Layer::winograd_strip(
           lines[0] + 2 * i * kBlock, lines[0] + (2 * i + 1) * kBlock, lines[1] + 2 * i * kBlock,
           lines[1] + (2 * i + 1) * kBlock};
       isa_.winograd_output(
-          sums + (tile - first + i) * kBlock, kMostTiles * kBlock, units, shift, bias_.data() + block * kBlock, pixels);
+          sums + (tile - first + i) * kBlock, units, shift, bias_.data() + block * kBlock, pixels);
     }
     const int64_t n = tile / (rows * columns), y = 2 * (tile / columns % rows), x = 2 * column;
     const int count = int(std::min(2 * run, out_w - x));
