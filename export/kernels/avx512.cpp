@@ -117,7 +117,7 @@ void transpose_lanes(const __m512i* v, __m512i* to) {
 }
 
 // Four taps of 64 channels, interleaved to quads. The shuffles work within 128-bit lanes, so that part j of the result has
-// channels 16·l + 4·j + i in dword 4·l + i (`shuffled_depthwise`: the weights were packed in that order).
+// channels 16·l + 4·j + i in dword 4·l + i (`quads_depthwise`: the weights were packed in that order).
 void depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int32_t* sums) {
   for (int m = 0; m < count; ++m) {
     __m512i sum[4] = {}, ordered[4];

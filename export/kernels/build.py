@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,8 +66,7 @@ def build(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / library_name()
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            objects = list(pool.map(lambda source: _compile(command, source, Path(place)), sources()))
+        objects = compile_all(command, sources(), Path(place), machine(), LIBRARY_FLAGS)
         made = Path(place) / path.name
         # The runtime's process has libgcc's two or three helpers in a library of its own; ours carries them along.
         _run([*command.split(), "-shared", "-static-libgcc", *map(str, objects), "-o", str(made)])
@@ -74,11 +74,19 @@ def build(folder: Path) -> Path:
     return path
 
 
-def _compile(command: str, source: Path, folder: Path) -> Path:
-    made = folder / f"{source.stem}.o"
-    flags = [*FLAGS, *LIBRARY_FLAGS, *ISA_FLAGS.get(machine(), {}).get(source.name, ())]
-    _run([*command.split(), *flags, "-c", str(source), "-o", str(made)])
-    return made
+def compile_all(
+    command: str, files: Sequence[Path], folder: Path, architecture: str, extra: Sequence[str] = ()
+) -> list[Path]:
+    """Object files of `files` for `architecture` (x86_64, aarch64, ...), each with its instruction set's flags."""
+
+    def one(source: Path) -> Path:
+        made = folder / f"{source.stem}.o"
+        isa = ISA_FLAGS.get(architecture, {}).get(source.name, ())
+        _run([*command.split(), *FLAGS, *extra, *isa, f"-I{HERE}", "-c", str(source), "-o", str(made)])
+        return made
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        return list(pool.map(one, files))
 
 
 def _run(command: list[str]) -> None:

@@ -35,7 +35,7 @@ struct Product {
 using ProductFunction = void (*)(const Product&, const uint8_t* const* pixels, int count, int32_t* sums);
 
 // Depthwise: `taps` stretches of one byte; 64 channels of one pixel.
-//   weights  s8 [groups of 4 taps][64][4]
+//   weights  s8 [groups of 4 taps][4][64], or [groups][64][4] for an instruction set with `quads_depthwise`
 struct Depthwise {
   const ptrdiff_t* offsets;  // of 4 · groups taps; weights of those that pad are 0 and their offsets valid
   int groups;
@@ -89,8 +89,8 @@ struct Isa {
   void (*quantize)(const float* x, size_t count, float scale, int zero, int low, int high, uint8_t* to);
   WinogradInput winograd_input;
   WinogradOutput winograd_output;
-  int prescales;           // whether `product` wants weights multiplied with their carry
-  int shuffled_depthwise;  // whether `depthwise` wants channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
+  int prescales;        // whether `product` wants weights multiplied with their carry
+  int quads_depthwise;  // `depthwise` wants quads of taps, channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
 };
 
 const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod

@@ -28,7 +28,8 @@ struct Window {
   int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, dilation[2] = {1, 1}, pads[4] = {0, 0, 0, 0};
 
   int64_t outputs(int axis, int64_t size) const {
-    return (size + pads[axis] + pads[axis + 2] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+    const int64_t free = size + pads[axis] + pads[axis + 2] - dilation[axis] * (kernel[axis] - 1) - 1;
+    return free < 0 ? 0 : free / stride[axis] + 1;  // none where the kernel is larger than the padded image
   }
   bool padded() const { return pads[0] || pads[1] || pads[2] || pads[3]; }
 };

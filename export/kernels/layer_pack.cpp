@@ -135,7 +135,8 @@ void Layer::pack_depthwise() {
     for (int64_t tap = 0; tap < taps; ++tap) {
       int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + tap / 4 * kBlock * 4;
       const int64_t c = o % kBlock, shuffled = c / 4 % 4 * 16 + c / 16 * 4 + c % 4;
-      group[(isa_.shuffled_depthwise ? shuffled : c) * 4 + tap % 4] = int8_t(s.codes[o * taps + tap] * s.carry);
+      const int64_t place = isa_.quads_depthwise ? shuffled * 4 + tap % 4 : tap % 4 * kBlock + c;
+      group[place] = int8_t(s.codes[o * taps + tap] * s.carry);
     }
 }
 

@@ -96,7 +96,7 @@ class LayerKernel : public Kernel {
     t.height = conv_ ? x.shape[1] : 1;
     t.width = conv_ ? x.shape[2] : 1;
     const int64_t height = spec.window.outputs(0, t.height), width = spec.window.outputs(1, t.width);
-    if (height < 0 || width < 0) throw std::invalid_argument("has a kernel larger than its padded image");
+    if (height < 1 || width < 1) throw std::invalid_argument("has a kernel larger than its padded image");
     const std::vector<int64_t> shape = conv_ ? std::vector<int64_t>{t.batch, height, width, spec.outputs}
                                              : std::vector<int64_t>{t.batch, spec.outputs};
     if (real_) {

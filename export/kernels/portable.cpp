@@ -30,8 +30,8 @@ void depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int3
     for (int c = 0; c < kBlock; ++c) row[c] = d.bias[c];
     for (int t = 0; t < 4 * d.groups; ++t) {
       const uint8_t* x = pixels[m] + d.offsets[t];
-      const int8_t* w = d.weights + (t / 4) * 4 * kBlock + t % 4;
-      for (int c = 0; c < kBlock; ++c) row[c] += int32_t(x[c]) * w[4 * c];
+      const int8_t* w = d.weights + t * kBlock;
+      for (int c = 0; c < kBlock; ++c) row[c] += int32_t(x[c]) * w[c];
     }
   }
 }
