@@ -64,6 +64,15 @@ struct Epilogue {
   uint8_t* copy[kMaxTables];
   float* real;
   ptrdiff_t stride;
+
+  void advance(ptrdiff_t elements) {
+    if (other) other += elements;
+    if (own) own += elements;
+    if (sum) sum += elements;
+    if (real) real += elements;
+    for (int t = 0; t < tables; ++t)
+      if (copy[t]) copy[t] += elements;
+  }
 };
 using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int count, int width);
 

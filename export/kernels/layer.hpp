@@ -68,6 +68,7 @@ class Layer {
  private:
   struct Image;
   struct Place;
+  struct Walk;
   enum class Kind { kProduct, kBinary, kDepthwise, kWinograd };
 
   void check() const;
@@ -88,7 +89,7 @@ class Layer {
   void run_part(const LayerTensors& t, const Image& image, const ptrdiff_t* offsets, const Place& place) const;
   void allot_weights(int64_t bytes);
   void add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t channel, int width, int32_t* sums) const;
-  void finish(const LayerTensors& t, const int32_t* sums, int64_t pixel, int count, int64_t channel, int width) const;
+  Epilogue epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channel) const;
 
   int64_t group_inputs() const { return spec_.inputs / spec_.groups; }
   int64_t group_outputs() const { return spec_.outputs / spec_.groups; }

@@ -29,6 +29,29 @@ struct Layer::Image {
   const uint8_t* at(int64_t n, int64_t y, int64_t x) const { return data + ((n * height + y) * width + x) * pixel; }
 };
 
+// Walks over the output pixels in order; a division for each would cost as much as a small layer's sums.
+struct Layer::Walk {
+  const Image& image;
+  const Window& window;
+  int64_t out_h, out_w, n, y, x;
+
+  Walk(const Image& image, const Window& window, int64_t out_h, int64_t out_w, int64_t pixel)
+      : image(image), window(window), out_h(out_h), out_w(out_w), n(pixel / (out_h * out_w)), y(pixel / out_w % out_h),
+        x(pixel % out_w) {}
+
+  // Pointers of the next `count` pixels.
+  void take(int count, int64_t channel, const uint8_t** pixels) {
+    const int64_t step = window.stride[1] * image.pixel;
+    for (int m = 0; m < count;) {
+      const uint8_t* at = image.at(n, y * window.stride[0], x * window.stride[1]) + channel;
+      for (; m < count && x < out_w; ++m, ++x, at += step) pixels[m] = at;
+      if (x < out_w) return;
+      x = 0;
+      if (++y == out_h) y = 0, ++n;
+    }
+  }
+};
+
 struct Layer::Place {
   int64_t first_pixel, last_pixel, first_block, last_block;  // blocks counted over all groups
 };
@@ -123,12 +146,11 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
     const Depthwise single{offsets, int(quads_), weights, bias};
     const int64_t first_channel = depthwise ? channel : group * group_inputs() / (binary ? 8 : 1);
     const int step = isa_.max_pixels[depthwise ? 4 : units];
+    Walk walk(image, w, out_h, out_w, place.first_pixel);
+    Epilogue epilogue = epilogue_of(t, place.first_pixel, channel);
     for (int64_t p = place.first_pixel; p < place.last_pixel; p += step) {
       const int count = int(std::min<int64_t>(step, place.last_pixel - p));
-      for (int m = 0; m < count; ++m) {
-        const int64_t y = (p + m) / out_w % out_h, x = (p + m) % out_w, n = (p + m) / (out_w * out_h);
-        pixels[m] = image.at(n, y * w.stride[0], x * w.stride[1]) + first_channel;
-      }
+      walk.take(count, first_channel, pixels);
       if (depthwise)
         isa_.depthwise(single, pixels, count, sums);
       else
@@ -136,7 +158,8 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
       if (binary && w.padded())
         for (int m = 0; m < count; ++m)
           add_border(t, (p + m) / out_w % out_h, (p + m) % out_w, block * kBlock, width, sums + m * kBlock);
-      finish(t, sums, p, count, channel, width);
+      isa_.finish(epilogue, sums, count, width);
+      epilogue.advance(count * spec_.outputs);
     }
   }
 }
@@ -156,24 +179,22 @@ void Layer::add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t chan
     }
 }
 
-void Layer::finish(
-    const LayerTensors& t, const int32_t* sums, int64_t pixel, int count, int64_t channel, int width) const {
+Epilogue Layer::epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channel) const {
   Epilogue e = spec_.epilogue;
-  const int64_t at = pixel * spec_.outputs + channel;
-  const auto moved = [at](auto* pointer) { return pointer ? pointer + at : nullptr; };
   const int64_t block_of_group = channel % group_outputs() / kBlock, padded = blocks_ * kBlock;
   const bool depthwise = kind_ == Kind::kDepthwise;
   e.multiplier = multiplier_.data() + (depthwise ? channel : channel / group_outputs() * padded + block_of_group * kBlock);
   e.stride = spec_.outputs;
-  e.other = moved(t.other);
-  e.own = moved(t.own);
-  e.sum = moved(t.sum);
-  e.real = moved(t.real);
+  e.other = t.other;
+  e.own = t.own;
+  e.sum = t.sum;
+  e.real = t.real;
   for (int i = 0; i < e.tables; ++i) {
     e.table[i] = spec_.tables.data() + 256 * i;
-    e.copy[i] = moved(t.copy[i]);
+    e.copy[i] = t.copy[i];
   }
-  isa_.finish(e, sums, count, width);
+  e.advance(pixel * spec_.outputs + channel);
+  return e;
 }
 
 }  // namespace edgeqat

@@ -133,12 +133,20 @@ void quantize_images(const float* x, const PoolShape& s, const Grid& to, uint8_t
   const Isa& isa = chosen_isa();
   in_parts(s.batch * s.height, c * w, pool, [&](int64_t row) {
     const int64_t n = row / s.height, h = row % s.height;
-    std::vector<uint8_t> plane(static_cast<size_t>(w));
-    for (int64_t k = 0; k < c; ++k) {
-      isa.quantize(x + ((n * c + k) * s.height + h) * w, size_t(w), to.scale, to.zero, to.low, to.high, plane.data());
-      const uint8_t* from = plane.data();
-      uint8_t* codes = y + row * w * c + k;
-      for (int64_t i = 0; i < w; ++i) codes[i * c] = from[i];
+    std::vector<uint8_t> planes(static_cast<size_t>(w * c));
+    for (int64_t k = 0; k < c; ++k)
+      isa.quantize(x + ((n * c + k) * s.height + h) * w, size_t(w), to.scale, to.zero, to.low, to.high, &planes[k * w]);
+    uint8_t* codes = y + row * w * c;
+    if (c == 3) {
+      const uint8_t *red = planes.data(), *green = red + w, *blue = green + w;
+      for (int64_t i = 0; i < w; ++i, codes += 3) {
+        codes[0] = red[i];
+        codes[1] = green[i];
+        codes[2] = blue[i];
+      }
+    } else {
+      for (int64_t i = 0; i < w; ++i)
+        for (int64_t k = 0; k < c; ++k) codes[i * c + k] = planes[k * w + i];
     }
   });
 }

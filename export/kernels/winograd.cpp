@@ -149,7 +149,7 @@ void Layer::winograd_strip(
     const int64_t n = tile / (rows * columns), y = 2 * (tile / columns % rows), x = 2 * column;
     const int count = int(std::min(2 * run, out_w - x));
     for (int64_t line = 0; line < std::min<int64_t>(2, out_h - y); ++line)
-      finish(t, lines[line], (n * out_h + y + line) * out_w + x, count, block * kBlock, width);
+      isa_.finish(epilogue_of(t, (n * out_h + y + line) * out_w + x, block * kBlock), lines[line], count, width);
     tile += run;
   }
 }
