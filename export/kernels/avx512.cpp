@@ -118,27 +118,63 @@ void transpose_lanes(const __m512i* v, __m512i* to) {
 
 // Four taps of 64 channels, interleaved to quads. The shuffles work within 128-bit lanes, so that part j of the result has
 // channels 16·l + 4·j + i in dword 4·l + i (`quads_depthwise`: the weights were packed in that order).
-void depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int32_t* sums) {
+void interleave(const uint8_t* x, const ptrdiff_t* at, __m512i* quads) {
+  const __m512i a = _mm512_loadu_si512(x + at[0]), b = _mm512_loadu_si512(x + at[1]);
+  const __m512i c = _mm512_loadu_si512(x + at[2]), d = _mm512_loadu_si512(x + at[3]);
+  const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+  const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+  quads[0] = _mm512_unpacklo_epi16(ab_low, cd_low);
+  quads[1] = _mm512_unpackhi_epi16(ab_low, cd_low);
+  quads[2] = _mm512_unpacklo_epi16(ab_high, cd_high);
+  quads[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
+}
+
+void multiply_group(const __m512i* quads, const int8_t* w, __m512i* sum) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], quads[j], _mm512_load_si512(w + 64 * j));
+}
+
+void store_ordered(const __m512i* sum, const int32_t* bias, int32_t* to) {
+  __m512i ordered[4];
+  transpose_lanes(sum, ordered);
+#pragma GCC unroll 4
+  for (int u = 0; u < 4; ++u)
+    _mm512_store_si512(to + u * kLanes, _mm512_add_epi32(ordered[u], _mm512_loadu_si512(bias + u * kLanes)));
+}
+
+// Three groups, each shared by three pixels: one column of taps is interleaved once.
+void shared_depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int32_t* sums) {
+  constexpr ptrdiff_t group = kBlock * 4;
+  __m512i first[4] = {}, second[4] = {}, quads[4];
+  interleave(pixels[0], d.offsets, quads);
+  multiply_group(quads, d.weights, first);
+  interleave(pixels[0], d.offsets + 4, quads);
+  multiply_group(quads, d.weights + group, first);
+  multiply_group(quads, d.weights, second);
   for (int m = 0; m < count; ++m) {
-    __m512i sum[4] = {}, ordered[4];
-    const uint8_t* x = pixels[m];
+    __m512i third[4] = {};
+    interleave(pixels[m], d.offsets + 8, quads);
+    multiply_group(quads, d.weights + 2 * group, first);
+    multiply_group(quads, d.weights + group, second);
+    multiply_group(quads, d.weights, third);
+    store_ordered(first, d.bias, sums + m * kBlock);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      first[j] = second[j];
+      second[j] = third[j];
+    }
+  }
+}
+
+void depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int32_t* sums) {
+  if (d.shares && d.groups == 3) return shared_depthwise(d, pixels, count, sums);
+  for (int m = 0; m < count; ++m) {
+    __m512i sum[4] = {}, quads[4];
     for (int g = 0; g < d.groups; ++g) {
-      const ptrdiff_t* at = d.offsets + 4 * g;
-      const __m512i a = _mm512_loadu_si512(x + at[0]), b = _mm512_loadu_si512(x + at[1]);
-      const __m512i c = _mm512_loadu_si512(x + at[2]), e = _mm512_loadu_si512(x + at[3]);
-      const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
-      const __m512i ce_low = _mm512_unpacklo_epi8(c, e), ce_high = _mm512_unpackhi_epi8(c, e);
-      const int8_t* w = d.weights + g * kBlock * 4;
-      sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_unpacklo_epi16(ab_low, ce_low), _mm512_load_si512(w));
-      sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_unpackhi_epi16(ab_low, ce_low), _mm512_load_si512(w + 64));
-      sum[2] = _mm512_dpbusd_epi32(sum[2], _mm512_unpacklo_epi16(ab_high, ce_high), _mm512_load_si512(w + 128));
-      sum[3] = _mm512_dpbusd_epi32(sum[3], _mm512_unpackhi_epi16(ab_high, ce_high), _mm512_load_si512(w + 192));
+      interleave(pixels[m], d.offsets + 4 * g, quads);
+      multiply_group(quads, d.weights + g * kBlock * 4, sum);
     }
-    transpose_lanes(sum, ordered);
-    for (int u = 0; u < 4; ++u) {
-      const __m512i bias = _mm512_loadu_si512(d.bias + u * kLanes);
-      _mm512_store_si512(sums + m * kBlock + u * kLanes, _mm512_add_epi32(ordered[u], bias));
-    }
+    store_ordered(sum, d.bias, sums + m * kBlock);
   }
 }
 

@@ -41,6 +41,7 @@ struct Depthwise {
   int groups;
   const int8_t* weights;
   const int32_t* bias;  // s32 [64]
+  bool shares;          // group g of a pixel lies where group g - 1 of the next pixel does
 };
 using DepthwiseFunction = void (*)(const Depthwise&, const uint8_t* const* pixels, int count, int32_t* sums);
 

@@ -76,6 +76,7 @@ class Layer {
   void prepare_bias();
   void pack_products();
   void pack_depthwise();
+  std::vector<int64_t> tap_order() const;
   void prove_narrow_sums();
   bool pack_winograd();
   void run_winograd(const LayerTensors& t, const Pool& pool) const;
@@ -86,6 +87,8 @@ class Layer {
   void copy_row(const LayerTensors& t, const Image& image, int64_t row) const;
   void fill(const LayerTensors& t, const Image& image, const Pool& pool) const;
   std::vector<ptrdiff_t> offsets(const Image& image) const;
+  void run_depthwise(const LayerTensors& t, const Pool& pool) const;
+  void depthwise_row(const LayerTensors& t, int64_t row, int64_t block, const ptrdiff_t* offsets) const;
   void run_part(const LayerTensors& t, const Image& image, const ptrdiff_t* offsets, const Place& place) const;
   void allot_weights(int64_t bytes);
   void add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t channel, int width, int32_t* sums) const;

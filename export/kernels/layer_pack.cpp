@@ -122,21 +122,33 @@ void Layer::pack_products() {
   }
 }
 
+// Taps in groups of four. Up to four rows: a column of the kernel is a group, so that neighbouring pixels share groups.
+std::vector<int64_t> Layer::tap_order() const {
+  const int64_t rows = spec_.window.kernel[0], columns = spec_.window.kernel[1];
+  std::vector<int64_t> order;  // row-major tap at each place, -1: none, its weights are 0
+  for (int64_t x = 0; x < columns; ++x) {
+    for (int64_t y = 0; y < rows; ++y) order.push_back(y * columns + x);
+    while (rows <= 4 && order.size() % 4) order.push_back(-1);
+  }
+  while (order.size() % 4) order.push_back(-1);
+  return order;
+}
+
 void Layer::pack_depthwise() {
   const auto& s = spec_;
-  const int64_t taps = s.window.kernel[0] * s.window.kernel[1], groups = rounded_up(taps, 4) / 4;
-  const int64_t blocks = rounded_up(s.outputs, kBlock) / kBlock;
-  runs_ = taps;
-  quads_ = groups;
-  blocks_ = blocks;
-  block_bytes_ = groups * kBlock * 4;
-  allot_weights(blocks * block_bytes_);
+  const std::vector<int64_t> order = tap_order();
+  const int64_t taps = s.window.kernel[0] * s.window.kernel[1];
+  blocks_ = rounded_up(s.outputs, kBlock) / kBlock;
+  quads_ = int64_t(order.size()) / 4;
+  block_bytes_ = quads_ * kBlock * 4;
+  allot_weights(blocks_ * block_bytes_);
   for (int64_t o = 0; o < s.outputs; ++o)
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + tap / 4 * kBlock * 4;
+    for (int64_t i = 0; i < int64_t(order.size()); ++i) {
+      if (order[i] < 0) continue;
+      int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + i / 4 * kBlock * 4;
       const int64_t c = o % kBlock, shuffled = c / 4 % 4 * 16 + c / 16 * 4 + c % 4;
-      const int64_t place = isa_.quads_depthwise ? shuffled * 4 + tap % 4 : tap % 4 * kBlock + c;
-      group[place] = int8_t(s.codes[o * taps + tap] * s.carry);
+      const int64_t place = isa_.quads_depthwise ? shuffled * 4 + i % 4 : i % 4 * kBlock + c;
+      group[place] = int8_t(s.codes[o * taps + order[i]] * s.carry);
     }
 }
 

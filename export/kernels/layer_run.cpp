@@ -58,12 +58,13 @@ struct Layer::Place {
 
 void Layer::run(const LayerTensors& t, const Pool& pool) const {
   if (kind_ == Kind::kWinograd) return run_winograd(t, pool);
+  if (kind_ == Kind::kDepthwise) return run_depthwise(t, pool);
   const Image image = image_of(t);
   if (image.copied) fill(t, image, pool);
   const std::vector<ptrdiff_t> where = offsets(image);
   const auto& w = spec_.window;
   const int64_t pixels = t.batch * w.outputs(0, t.height) * w.outputs(1, t.width);
-  const int64_t blocks = kind_ == Kind::kDepthwise ? blocks_ : spec_.groups * blocks_;
+  const int64_t blocks = spec_.groups * blocks_;
   const int64_t work = pixels * int64_t(spec_.codes.size());
   const int64_t wanted = std::clamp<int64_t>(work / kPartWork, 1, kMostParts);
   const int64_t by_block = std::min(blocks, wanted);
@@ -77,8 +78,7 @@ void Layer::run(const LayerTensors& t, const Pool& pool) const {
 
 Layer::Image Layer::image_of(const LayerTensors& t) const {
   const auto& w = spec_.window;
-  const bool exact_reads = kind_ == Kind::kDepthwise ? spec_.inputs % kBlock == 0 : length_ % 4 == 0;
-  if (kind_ != Kind::kBinary && !w.padded() && exact_reads) return {t.x, nullptr, t.height, t.width, spec_.inputs};
+  if (kind_ != Kind::kBinary && !w.padded() && length_ % 4 == 0) return {t.x, nullptr, t.height, t.width, spec_.inputs};
   const int64_t pixel = kind_ == Kind::kBinary ? spec_.inputs / 8 : spec_.inputs;
   Image image{nullptr, nullptr, t.height + w.pads[0] + w.pads[2], t.width + w.pads[1] + w.pads[3], pixel};
   const size_t needed = size_t(t.batch * image.height * image.width * pixel) + kSlack;
@@ -116,26 +116,24 @@ void Layer::copy_row(const LayerTensors& t, const Image& image, int64_t row) con
 
 std::vector<ptrdiff_t> Layer::offsets(const Image& image) const {
   const auto& w = spec_.window;
-  const int64_t columns = kind_ != Kind::kDepthwise && merges_columns() ? 1 : w.kernel[1];
+  const int64_t columns = merges_columns() ? 1 : w.kernel[1];
   std::vector<ptrdiff_t> found;
   for (int64_t y = 0; y < w.kernel[0]; ++y)
     for (int64_t x = 0; x < columns; ++x)
       found.push_back((y * w.dilation[0] * image.width + x * w.dilation[1]) * image.pixel);
-  while (found.size() % 4) found.push_back(0);  // taps that pad a depthwise group
   return found;
 }
 
 void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t* offsets, const Place& place) const {
   const auto& w = spec_.window;
   const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width);
-  const bool depthwise = kind_ == Kind::kDepthwise, binary = kind_ == Kind::kBinary;
+  const bool binary = kind_ == Kind::kBinary;
   const ProductFunction multiply = binary ? isa_.binary : isa_.product;
   alignas(64) int32_t sums[kMaxPixels * kBlock];
   const uint8_t* pixels[kMaxPixels];
   for (int64_t block = place.first_block; block < place.last_block; ++block) {
-    const int64_t group = depthwise ? 0 : block / blocks_, within = depthwise ? block : block % blocks_;
-    const int64_t channels = depthwise ? spec_.outputs : group_outputs();
-    const int width = int(std::min<int64_t>(kBlock, channels - within * kBlock));
+    const int64_t group = block / blocks_, within = block % blocks_;
+    const int width = int(std::min<int64_t>(kBlock, group_outputs() - within * kBlock));
     const int units = (width + kLanes - 1) / kLanes;
     const int64_t channel = group * group_outputs() + within * kBlock;
     const int8_t* weights = aligned_weights_ + block * block_bytes_;
@@ -143,18 +141,14 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
     const int shift = isa_.prescales || binary ? 0 : __builtin_ctz(unsigned(spec_.carry));
     const Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, shift, narrow_steps_,
                           int32_t(spec_.carry * spec_.input_zero)};
-    const Depthwise single{offsets, int(quads_), weights, bias};
-    const int64_t first_channel = depthwise ? channel : group * group_inputs() / (binary ? 8 : 1);
-    const int step = isa_.max_pixels[depthwise ? 4 : units];
+    const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
+    const int step = isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);
     Epilogue epilogue = epilogue_of(t, place.first_pixel, channel);
     for (int64_t p = place.first_pixel; p < place.last_pixel; p += step) {
       const int count = int(std::min<int64_t>(step, place.last_pixel - p));
       walk.take(count, first_channel, pixels);
-      if (depthwise)
-        isa_.depthwise(single, pixels, count, sums);
-      else
-        multiply(product, pixels, count, sums);
+      multiply(product, pixels, count, sums);
       if (binary && w.padded())
         for (int m = 0; m < count; ++m)
           add_border(t, (p + m) / out_w % out_h, (p + m) % out_w, block * kBlock, width, sums + m * kBlock);
