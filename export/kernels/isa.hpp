@@ -31,6 +31,7 @@ struct Product {
   int carry_shift;     // carry = 1 << carry_shift; 0 where the weights were multiplied with it beforehand
   int narrow_steps;    // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
   int32_t binary_gain; // one-bit product only: real value of one agreeing bit
+  bool codes_below_128;
 };
 using ProductFunction = void (*)(const Product&, const uint8_t* const* pixels, int count, int32_t* sums);
 

@@ -140,7 +140,7 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
     const int32_t* bias = bias_.data() + block * kBlock;
     const int shift = isa_.prescales || binary ? 0 : __builtin_ctz(unsigned(spec_.carry));
     const Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, shift, narrow_steps_,
-                          int32_t(spec_.carry * spec_.input_zero)};
+                          int32_t(spec_.carry * spec_.input_zero), spec_.input_high < 128};
     const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
     const int step = isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);

@@ -129,7 +129,7 @@ void Layer::winograd_strip(
   alignas(64) int32_t lines[2][2 * kWinogradTiles * kBlock];
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
-    const Product product{{&nowhere, 1, int(quads_)}, weights + p * quads_ * units * kLanes * 4, bias, units, 0, 0, 0};
+    const Product product{{&nowhere, 1, int(quads_)}, weights + p * quads_ * units * kLanes * 4, bias, units, 0, 0, 0, false};
     for (int64_t tile = 0; tile < tiles; tile += step) {
       const int count = int(std::min<int64_t>(step, tiles - tile));
       const uint8_t* pixels[kMaxPixels];
