@@ -33,8 +33,8 @@ class KernelsHook(BuildHookInterface):
             path = kernels.build(folder)
         except kernels.BuildError as error:
             self.app.display_warning(
-                f"edgeqat: installed without kernels of its own, so target ort-native is compiled at first use or not at all, "
-                f"and everything else works: {error}"
+                "edgeqat: installed without kernels of its own; they are compiled when a file of target ort-native is first "
+                f"loaded, or not at all, and everything else works: {error}"
             )
             return
         build_data["artifacts"].append(f"export/kernels/{path.name}")

@@ -155,7 +155,10 @@ class NativeEmitter(Emitter):
     def _parameters(self, layer: LoweredLayer) -> list[str]:
         assert layer.bias_codes is not None
         weight = f"{layer.name}.weight"
-        inputs = [self._constant(f"{weight}/s", layer.stored_scale), self._constant(f"{layer.name}.bias", layer.bias_codes)]
+        inputs = [
+            self._constant(f"{weight}/s", layer.stored_scale),
+            self._constant(f"{layer.name}.bias", layer.bias_codes),
+        ]
         if layer.bits == 8:
             return [*inputs, self._constant(weight, layer.codes)]
         planes = pack(layer.codes, layer.bits)
@@ -248,7 +251,9 @@ class NativeEmitter(Emitter):
         operands = [self._codes(v) for v in node.inputs]
         if None in operands or not self._ends_in_codes(reader) or reader is None:
             return False
-        if _sizes(node.inputs[0]) != _sizes(node.inputs[1]) or any(grid.is_binary for _, grid in filter(None, operands)):
+        if _sizes(node.inputs[0]) != _sizes(node.inputs[1]) or any(
+            grid.is_binary for _, grid in filter(None, operands)
+        ):
             return False
         grid = self.model.quantizers[mark_name(reader)]
         attributes = _written(grid) | self._sum_attributes(node, grid) | {"rank": len(_sizes(node.inputs[0]))}
@@ -262,7 +267,13 @@ class NativeEmitter(Emitter):
         reader = only_reader(node.outputs[0])
         parts = [self._codes(v) for v in node.inputs]
         axis = node.attributes["axis"].as_int()
-        if None in parts or not self._ends_in_codes(reader) or reader is None or len(_sizes(node.inputs[0])) != 4 or axis != 1:
+        if (
+            None in parts
+            or not self._ends_in_codes(reader)
+            or reader is None
+            or len(_sizes(node.inputs[0])) != 4
+            or axis != 1
+        ):
             return False
         grid = self.model.quantizers[mark_name(reader)]
         joined = []
