@@ -101,7 +101,7 @@ def main(flags: Flags) -> None:
     print(f"kernels {isa}, {peak:.0f} G 8-bit multiply-adds a second a core at most, {flags.threads} thread(s)")
     print(f"{'':<34} {'native ms':>9} {'x fp32':>7} {'x int8':>7} {'G mul-add/s':>12} {'of peak':>8}")
     for shape in (*RESNET18, *MOBILENETV2) if flags.layers and flags.bits > 1 else ():
-        side, inputs, outputs, kernel, stride, groups = shape
+        side, inputs, outputs, kernel, _, groups = shape
         torch.manual_seed(0)
         images = torch.rand(2, inputs, side, side)
         files = variants(Chain(shape).eval(), images, flags.bits, binary=False)
@@ -113,8 +113,9 @@ def main(flags: Flags) -> None:
         model, _ = create_backbone(name, 1000)
         images = torch.randn(2, 3, 224, 224)
         settle_norms(model, images)
+        macs = _macs(model, images)
         files = variants(model, images, flags.bits, binary=flags.bits == 1)
-        report(f"{name} W{flags.bits}A{flags.bits}", files, images, _macs(model, images), peak, flags)
+        report(f"{name} W{flags.bits}A{flags.bits}", files, images, macs, peak, flags)
 
 
 def variants(model: nn.Module, images: Tensor, bits: int, binary: bool) -> dict[str, onnx.ModelProto]:

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 LIBRARY_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
 AVX512 = ("f", "bw", "vl", "dq", "vnni", "vbmi", "vpopcntdq")
-ISA_FLAGS = {
+ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx2.cpp": ("-mavx2", "-mfma"),
         "avx512.cpp": ("-mavx2", "-mfma", *(f"-mavx512{x}" for x in AVX512)),
