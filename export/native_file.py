@@ -32,14 +32,11 @@ def reveal(proto: onnx.ModelProto, names: Sequence[str]) -> None:
     joined = {node.output[0][1:]: node.output[0] for node in proto.graph.node if node.op_type == "Concat"}
     for name in wanted & set(joined):
         if joined[name] == f"@{name}":
-            proto.graph.node.append(helper.make_node("Transpose", [joined[name]], [name], perm=TO_NCHW))
+            proto.graph.node.append(_in_nchw(joined[name], name, True))
     for name, (node, index) in found.items():
         node.output.extend([""] * (index + 1 - len(node.output)))
         node.output[index] = node.output[index] or f"@{name}"
-        if _rank(node) == 4:
-            proto.graph.node.append(helper.make_node("Transpose", [node.output[index]], [name], perm=TO_NCHW))
-        else:
-            proto.graph.node.append(helper.make_node("Identity", [node.output[index]], [name]))
+        proto.graph.node.append(_in_nchw(node.output[index], name, _rank(node) == 4))
 
 
 def quantizer_names(proto: onnx.ModelProto) -> set[str]:
@@ -63,8 +60,7 @@ def layer_part(proto: onnx.ModelProto, node: onnx.NodeProto, output: str, shape:
         nodes = [helper.make_node("Transpose", ["codes"], ["moved"], perm=TO_NHWC), alone]
     else:
         alone.input[0] = "codes"
-    last = ("Transpose", {"perm": TO_NCHW}) if image else ("Identity", {})
-    nodes.append(helper.make_node(last[0], ["own"], [output], **last[1]))
+    nodes.append(_in_nchw("own", output, image))
     used = set(alone.input)
     graph = helper.make_graph(
         nodes, node.name,
@@ -73,6 +69,12 @@ def layer_part(proto: onnx.ModelProto, node: onnx.NodeProto, output: str, shape:
         [t for t in proto.graph.initializer if t.name in used],
     )  # fmt: skip
     return helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)
+
+
+def _in_nchw(tensor: str, name: str, image: bool) -> onnx.NodeProto:
+    if image:
+        return helper.make_node("Transpose", [tensor], [name], perm=TO_NCHW)
+    return helper.make_node("Identity", [tensor], [name])
 
 
 def _rank(node: onnx.NodeProto) -> int:

@@ -328,7 +328,9 @@ class NativeEmitter(Emitter):
     def _custom(
         self, kind: str, inputs: Iterable[str], outputs: Sequence[str], attributes: dict[str, Attribute], name: str = ""
     ) -> None:
-        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=DOMAIN, **attributes))
+        made = helper.make_node(kind, list(inputs), list(outputs), name=name, domain=DOMAIN)
+        made.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(made)
 
 
 def _written(grid: LoweredQuantizer) -> dict[str, Attribute]:

@@ -98,8 +98,7 @@ void average_pool(
   });
 }
 
-// At most 2^24 pixels of centred codes up to 255 fit 32 bits only below 2^31 / 255 pixels; an image of 8 million is refused
-// by no one earlier, so the sum is 64 bits wide.
+// 32 bits would hold the sums of 8.4 million pixels; nothing limits an image to that, so they are 64 bits wide.
 void global_pool(const uint8_t* x, const PoolShape& s, int zero, float multiplier, const Grid& to, uint8_t* y) {
   const int64_t c = s.channels, pixels = s.height * s.width;
   std::vector<int64_t> total(static_cast<size_t>(c));
