@@ -67,6 +67,7 @@ enum Slot : int {
   kGetTensorTypeAndShape = 65,
   kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
+  kKernelInfoGetAttributeString = 87,
   kKernelContextGetInputCount = 88,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
@@ -120,6 +121,10 @@ struct Api {
   }
   Status* attribute(const KernelInfo* info, const char* name, int64_t* out) const {
     return at<Status* (*)(const KernelInfo*, const char*, int64_t*)>(kKernelInfoGetAttributeInt64)(info, name, out);
+  }
+  Status* attribute(const KernelInfo* info, const char* name, char* out, size_t* size) const {
+    using Function = Status* (*)(const KernelInfo*, const char*, char*, size_t*);
+    return at<Function>(kKernelInfoGetAttributeString)(info, name, out, size);
   }
   Status* constant_input(const KernelInfo* info, size_t index, int* is_constant, const Value** out) const {
     using Function = Status* (*)(const KernelInfo*, size_t, int*, const Value**);

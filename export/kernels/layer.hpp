@@ -35,7 +35,6 @@ struct Window {
 };
 
 struct LayerSpec {
-  std::string name;  // for messages
   int64_t inputs = 0, outputs = 0, groups = 1;
   Window window;
   std::vector<int8_t> codes;  // [O][I / groups][kH][kW]
@@ -60,7 +59,7 @@ struct LayerTensors {
 
 class Layer {
  public:
-  // Throws std::invalid_argument, naming the layer and what is wrong with it.
+  // Throws std::invalid_argument that says what is wrong; the caller knows the layer's name.
   Layer(LayerSpec spec, const Isa& isa);
   void run(const LayerTensors& t, const Pool& pool) const;
   const LayerSpec& spec() const { return spec_; }

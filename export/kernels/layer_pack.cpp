@@ -32,7 +32,7 @@ Layer::Layer(LayerSpec spec, const Isa& isa) : spec_(std::move(spec)), isa_(isa)
 
 void Layer::check() const {
   const auto& s = spec_;
-  const auto refuse = [&](const std::string& what) { throw std::invalid_argument("layer '" + s.name + "': " + what); };
+  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(what); };
   if (s.groups < 1 || s.inputs % s.groups || s.outputs % s.groups) refuse("channels do not divide into its groups");
   if (s.window.stride[0] < 1 || s.window.stride[1] < 1 || s.window.dilation[0] < 1 || s.window.dilation[1] < 1)
     refuse("strides and dilations are at least 1");

@@ -120,7 +120,11 @@ class LayerKernel : public Kernel {
 
 template <bool kConv, bool kReal>
 Kernel* make(const Info& info) {
-  return new LayerKernel(info, kConv, kReal);
+  try {
+    return new LayerKernel(info, kConv, kReal);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("layer " + info.text("layer") + ": " + error.what());
+  }
 }
 
 const Operator kConvOp("QConv", kInputs, 4, 2 + kMaxTables, abi::kUint8, make<true, false>);

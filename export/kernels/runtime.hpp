@@ -62,6 +62,15 @@ struct Info {
     check(api, api.attribute(info, name, &value), (std::string("has no float attribute ") + name).c_str());
     return value;
   }
+  std::string text(const char* name) const {  // empty where there is none; it serves messages alone
+    char place[256] = {};
+    size_t size = sizeof place;
+    if (abi::Status* status = api.attribute(info, name, place, &size)) {
+      api.release(status);
+      return {};
+    }
+    return std::string(place);
+  }
   Tensor constant(size_t index) const {
     size_t count = 0;
     check(api, api.input_count(info, &count), "has no inputs");

@@ -171,7 +171,7 @@ def test_a_damaged_native_file_is_refused_with_its_layer() -> None:
     proto = emit(lowered(build_wide(4), "ort-native"), TARGETS["ort-native"])
     plane = next(t for t in proto.graph.initializer if t.name == "conv1.weight/p0")
     plane.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(plane)[:-3], plane.name))
-    with pytest.raises(ExportError, match=r"conv1: has a weight plane of wrong size"):
+    with pytest.raises(ExportError, match=r"layer conv1: has a weight plane of wrong size"):
         session.load(proto)
 
 
