@@ -23,11 +23,12 @@ from onnx import numpy_helper
 from export import session
 from export.lowered import ExportError, LoweredModel
 from export.metadata import codes_of, missing_options
+from export.native_file import KERNELS, quantizer_names
 from export.passes import is_mark, mark_name
 from export.reference import IntegerReference, same_order
 from export.stress import adversarial, culprit, settings_that_differ
 
-INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
+INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", *KERNELS}
 EXACT_LEVELS = ("EXTENDED", "ALL")
 FLOAT_LEVEL_LIMIT = 1e-5  # at DISABLE and BASIC the runtime adds floats: about 3 codes in a million, specs/lowering.md
 BATCH = 32
@@ -137,7 +138,8 @@ def certify(
     """
     proto = read(file)
     names = list(model.quantizers)
-    missing = [n for n in names if n not in {o for node in proto.graph.node for o in node.output}]
+    tensors = {o for node in proto.graph.node for o in node.output} | quantizer_names(proto)
+    missing = [n for n in names if n not in tensors]
     if missing:
         raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
     stored = compare_stored(model, proto)
@@ -220,7 +222,7 @@ def layer_kernels(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]
     kernels: dict[str, str] = {}
     readers = {i: node for node in session.optimized(proto).graph.node for i in node.input}
     for layer in model.layers.values():
-        node = readers.get(f"{layer.name}.weight")
+        node = readers.get(f"{layer.name}.weight") or readers.get(f"{layer.name}.weight/p0")
         kernels[layer.name] = "none" if node is None else node.op_type
     return kernels
 

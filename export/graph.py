@@ -29,10 +29,12 @@ def emit_qdq(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> onnx.
 
     Raises ExportError naming a layer the target cannot run.
     """
-    return _Emitter(model, target).emit()
+    return Emitter(model, target).emit()
 
 
-class _Emitter:
+class Emitter:
+    """Walks the skeleton and appends nodes; `export/native_graph.py` builds on it."""
+
     def __init__(self, model: LoweredModel, target: Target) -> None:
         self.model, self.target = model, target
         self.nodes: list[onnx.NodeProto] = []
@@ -40,6 +42,7 @@ class _Emitter:
         self.codes: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (tensor of codes, its grid)
         self.scales = {name: f"s{i}" for i, name in enumerate(model.quantizers)}  # read often, looked up by nobody
         self.intermediates = 0
+        self.opsets = [helper.make_opsetid("", target.opset)]
 
     def emit(self) -> onnx.ModelProto:
         graph = self.model.skeleton.graph
@@ -53,8 +56,7 @@ class _Emitter:
             outputs,
             list(self.initializers.values()),
         )
-        opset = [helper.make_opsetid("", self.target.opset)]
-        return helper.make_model(made, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgeqat")
+        return helper.make_model(made, opset_imports=self.opsets, ir_version=IR_VERSION, producer_name="edgeqat")
 
     def _emit(self, node: ir.Node) -> None:
         if is_mark(node):
@@ -64,22 +66,27 @@ class _Emitter:
         layer = weight_layer(node, self.model)
         if layer is not None:
             self._weighted(node, layer)
-        elif node.inputs and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes and moves_codes(node):
-            source, grid = self.codes[_name(node.inputs[0])]
-            outputs = [f"{_name(v)}/codes" for v in node.outputs]
+        elif (
+            node.inputs
+            and node.inputs[0] is not None
+            and value_name(node.inputs[0]) in self.codes
+            and moves_codes(node)
+        ):
+            source, grid = self.codes[value_name(node.inputs[0])]
+            outputs = [f"{value_name(v)}/codes" for v in node.outputs]
             rest = node.inputs[1:]
             joins = node.op_type == "Concat"
-            inputs = [self.codes[_name(v)][0] if joins and v is not None else self._float(v) for v in rest]
+            inputs = [self.codes[value_name(v)][0] if joins and v is not None else self._float(v) for v in rest]
             if node.op_type == "Pad":  # zeros are the zero point
                 inputs[1:2] = [self._grid(grid)[1]]
             self._copy(node, [source, *inputs], outputs)
-            self.codes |= {_name(v): (codes, grid) for v, codes in zip(node.outputs, outputs, strict=True)}
+            self.codes |= {value_name(v): (codes, grid) for v, codes in zip(node.outputs, outputs, strict=True)}
         else:
             inputs = [self._float(v) for v in node.inputs]
-            if node.op_type == "Softmax" and inputs[0] != _name(node.inputs[0]):  # type: ignore[arg-type]
+            if node.op_type == "Softmax" and inputs[0] != value_name(node.inputs[0]):  # type: ignore[arg-type]
                 # The runtime would make a QLinearSoftmax of it, which rounds halfway. A LeakyRelu of slope 1 is nothing.
                 inputs[0] = self._add("LeakyRelu", inputs[:1], alpha=1.0)
-            self._copy(node, inputs, [_name(v) for v in node.outputs])
+            self._copy(node, inputs, [value_name(v) for v in node.outputs])
 
     def _quantize(self, node: ir.Node) -> None:
         quantizer = self.model.quantizers[mark_name(node)]
@@ -88,7 +95,7 @@ class _Emitter:
             return
         x = self._float(node.inputs[0])
         needs_clip = (quantizer.low, quantizer.high) != (0, 255)
-        if not needs_clip and node.inputs[0] is not None and _name(node.inputs[0]) in self.codes:
+        if not needs_clip and node.inputs[0] is not None and value_name(node.inputs[0]) in self.codes:
             # The runtime takes two 8-bit quantizers in a row for one too many and drops one (DoubleQDQPairsRemover). A
             # LeakyRelu of slope 1 changes nothing and keeps them apart. Elsewhere it costs more than it saves.
             x = self._add("LeakyRelu", [x], alpha=1.0)
@@ -96,21 +103,21 @@ class _Emitter:
         if needs_clip:
             bounds = [self._constant(f"clip{b}", np.uint8(b)) for b in (quantizer.low, quantizer.high)]
             self._add("Clip", [first, *bounds], quantizer.name)
-        self.codes[_name(node.outputs[0])] = (quantizer.name, quantizer)
+        self.codes[value_name(node.outputs[0])] = (quantizer.name, quantizer)
 
     def _binarize(self, node: ir.Node, quantizer: LoweredQuantizer) -> None:
         """Carrier 254 from the threshold on, 0 below it (`export/thresholds.py`)."""
         source = node.inputs[0]
         assert source is not None
-        if _name(source) in self.codes:
-            codes, grid = self.codes[_name(source)]
+        if value_name(source) in self.codes:
+            codes, grid = self.codes[value_name(source)]
             first = code_thresholds(grid, quantizer)
             zero = self._constant(f"zero{first}" if first.ndim == 0 else f"{quantizer.name}/t", first)
             ones = self._constant(f"ones{first.size}", np.ones(first.shape, np.float32))
             x = self._add("DequantizeLinear", [codes, ones, zero])
             scale = self._constant("1/256", np.float32(1 / CODES))
         elif quantizer.write_scale is not None:
-            x, scale = _name(source), self._constant(f"{self.scales[quantizer.name]}w", quantizer.write_scale)
+            x, scale = value_name(source), self._constant(f"{self.scales[quantizer.name]}w", quantizer.write_scale)
         else:
             raise ExportError(
                 f"quantizer {quantizer.name!r}: one bit is decided from a layer's sums or from codes, and it reads neither"
@@ -119,12 +126,12 @@ class _Emitter:
         wide = self._add("QuantizeLinear", [x, scale, zero_point])
         bounds = [self._constant(f"clip{b}", np.uint8(b)) for b in (quantizer.low, quantizer.high)]
         self._add("Clip", [wide, *bounds], quantizer.name)
-        self.codes[_name(node.outputs[0])] = (quantizer.name, quantizer)
+        self.codes[value_name(node.outputs[0])] = (quantizer.name, quantizer)
 
     def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:
         source = self.model.quantizers.get(layer.input_quantizer)
         inputs = [self._float(node.inputs[0]), self._weight(layer, source), self._bias(layer, source)]
-        self._copy(node, inputs, [_name(v) for v in node.outputs], name=layer.name)
+        self._copy(node, inputs, [value_name(v) for v in node.outputs], name=layer.name)
 
     def _weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
         """DequantizeLinear of the layer's codes · carry, which the runtime finds as one int8 tensor `<layer>.weight`."""
@@ -188,7 +195,7 @@ class _Emitter:
         """Name of a float tensor holding `value`; codes are dequantized anew for every reader."""
         if value is None:
             return ""
-        name = _name(value)
+        name = value_name(value)
         if name in self.codes:
             codes, quantizer = self.codes[name]
             return self._add("DequantizeLinear", [codes, *self._grid(quantizer)])
@@ -209,11 +216,13 @@ class _Emitter:
 
     def _add(self, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
         """Append a node; what nobody needs to find by name gets a short one, for names are bytes too."""
-        if output is None:
-            self.intermediates += 1
-            output = f"~{self.intermediates}"
+        output = output or self._fresh()
         self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
+
+    def _fresh(self) -> str:
+        self.intermediates += 1
+        return f"~{self.intermediates}"
 
     def _copy(self, node: ir.Node, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None) -> None:
         made = helper.make_node(node.op_type, inputs, outputs, name=name or "", domain=node.domain)
@@ -221,7 +230,7 @@ class _Emitter:
         self.nodes.append(made)
 
     def _graph_output(self, value: ir.Value) -> onnx.ValueInfoProto:
-        name = _name(value)
+        name = value_name(value)
         if name in self.codes:
             codes, quantizer = self.codes[name]
             self._add("DequantizeLinear", [codes, *self._grid(quantizer)], name)
@@ -245,11 +254,11 @@ def _is_default(node: ir.Node, attribute: ir.Attr) -> bool:
             return False
 
 
-def _name(value: ir.Value) -> str:
+def value_name(value: ir.Value) -> str:
     assert value.name is not None
     return value.name
 
 
 def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
     shape = [d if isinstance(d, int) else str(d) for d in value.shape or []]
-    return helper.make_tensor_value_info(_name(value), TensorProto.FLOAT, shape)
+    return helper.make_tensor_value_info(value_name(value), TensorProto.FLOAT, shape)

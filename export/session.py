@@ -13,7 +13,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.kernels.library import library
 from export.lowered import ExportError
+from export.native_file import is_native, reveal
 
 LEVELS = {
     "DISABLE": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -46,7 +48,8 @@ def load(
     """Load a file or a model on the CPU provider. Raises ExportError when ONNX Runtime refuses it.
 
     level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph. without: names of
-    optimisers to switch off. Session options that the file's metadata asks for are applied.
+    optimisers to switch off. Session options that the file's metadata asks for are applied, and edgeqat's kernels are
+    registered for a file that needs them.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
@@ -55,8 +58,11 @@ def load(
     options.log_severity_level = 3
     if dump is not None:
         options.optimized_model_filepath = str(dump)
-    for key, value in _wanted_options(model).items():
+    header = _header(model)
+    for key, value in _wanted_options(header).items():
         options.add_session_config_entry(key, str(value))
+    if is_native(header):
+        _register_kernels(options)
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     if isinstance(source, str) and not Path(source).is_file():
         raise ExportError(f"{source}: no such file")
@@ -69,12 +75,25 @@ def load(
         raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {name}: {error}") from error
 
 
-def _wanted_options(model: str | Path | onnx.ModelProto) -> dict[str, str]:
+def _header(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """The model itself, or what its file says without external data (nothing, where there is no readable file)."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    return onnx.load(str(model), load_external_data=False) if Path(model).is_file() else onnx.ModelProto()
+
+
+def _wanted_options(model: onnx.ModelProto) -> dict[str, str]:
     """Session options recorded in the file's metadata."""
-    if not isinstance(model, onnx.ModelProto):
-        model = onnx.load(str(model), load_external_data=False) if Path(model).is_file() else onnx.ModelProto()
     found = next((p.value for p in model.metadata_props if p.key == "edgeqat"), None)
     return json.loads(found).get("session_options", {}) if found else {}
+
+
+def _register_kernels(options: ort.SessionOptions) -> None:
+    path = library()
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime {ort.__version__} refused {path}: {error}") from error
 
 
 def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
@@ -180,9 +199,10 @@ def _quiet() -> Iterator[None]:
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of `model` that also returns the uint8 tensors `names`."""
+    """A copy of `model` that also returns the uint8 tensors `names`, N_C_H_W."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    reveal(copy, names)
     copy.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UINT8, None) for n in names)
     return copy
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from export import session
-from export.lowered import LoweredModel, LoweredQuantizer
+from export.lowered import DOMAIN, LoweredModel, LoweredQuantizer
+from export.native_file import KERNELS, code_outputs, layer_part
 from export.passes import is_mark, mark_name, only_reader, weight_layer
 from export.reference import Codes, accumulate, quantize
 
@@ -67,7 +68,7 @@ def quantizer_tensors(proto: onnx.ModelProto) -> list[str]:
     """Names of the uint8 tensors that quantizers write: what comes out of QuantizeLinear, behind its clip if it has one."""
     clipped = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "Clip"}
     written = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
-    return [clipped.get(name, name) for name in written]
+    return [clipped.get(name, name) for name in written] + [name for name, _, _ in code_outputs(proto)]
 
 
 def _one_by_one(loaded: session.Session, images: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
@@ -122,6 +123,8 @@ def layer_model(proto: onnx.ModelProto, layer: str, output: str, shape: tuple[in
     """The part of `proto` from the codes that `layer` reads to the codes `output`, as a model with uint8 input `codes`."""
     producers = {o: node for node in proto.graph.node for o in node.output}
     node = next(n for n in proto.graph.node if n.name == layer)
+    if node.op_type in KERNELS and node.domain == DOMAIN:
+        return layer_part(proto, node, output, shape)
     dequantize = producers[node.input[0]]
     entry = dequantize.input[0]
     kept: dict[str, onnx.NodeProto] = {}

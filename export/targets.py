@@ -29,6 +29,7 @@ class Target:
     power_of_two:       whether every scale must be a power of two.
     opset:              of the file, and the oldest ONNX Runtime that reads it.
     why:                the reason for the floor.
+    native:             whether layers run on the operators of export/kernels where those can.
     session_options:    configuration entries that a session needs for the file's codes to be right wherever it may land.
     """
 
@@ -41,6 +42,7 @@ class Target:
     opset: int = 20
     runtime: str = "1.18"
     why: str = "opset 20 is what torch.onnx writes; every operator used here is older"
+    native: bool = False
     session_options: tuple[tuple[str, str], ...] = ()
 
 
@@ -52,6 +54,10 @@ TARGETS: dict[str, Target] = {
         Target(
             "ort-packed-int4", storage="onnx-int4", opset=21, runtime="1.23",
             why="INT4 tensors are opset 21; casting them to INT8 needs ONNX Runtime 1.23",
+        ),
+        Target(
+            "ort-native", storage="packed", pair_sums_saturate=False, native=True, session_options=PRECISE_X64,
+            runtime="1.23", why="edgeqat's kernels are tested from ONNX Runtime 1.23 on",
         ),
         Target("ort-int8-vnni", pair_sums_saturate=False, session_options=PRECISE_X64),
         Target("ort-packed-vnni", storage="packed", pair_sums_saturate=False, session_options=PRECISE_X64),

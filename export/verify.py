@@ -53,7 +53,8 @@ def verify_file(file: Path) -> FileCheck:
     metadata = read_metadata(proto, str(file))
     names = [entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"]
     readers = {i: node.op_type for node in session.optimized(proto).graph.node for i in node.input}
-    kernels = sum(readers.get(f"{name}.weight") in INTEGER_KERNELS for name in names)
+    runs = [readers.get(f"{name}.weight") or readers.get(f"{name}.weight/p0") for name in names]
+    kernels = sum(kernel in INTEGER_KERNELS for kernel in runs)
     side = metadata["input"]["size"]
     images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
     return FileCheck(

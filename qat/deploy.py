@@ -42,9 +42,9 @@ def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> 
 def exported(run: Path, target: str) -> onnx.ModelProto:
     """The ONNX model of `run` for `target`: "fp32", or one of export/targets.py, signed and with its preprocessing."""
     from export import session
-    from export.graph import emit_qdq
     from export.lower import lower, lower_float
     from export.metadata import Preprocessing, sign
+    from export.native_graph import emit
     from export.passes import to_integers
     from export.targets import target_named
 
@@ -64,7 +64,7 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
         )
     lowered = to_integers(lower(built.model, example), chosen)
     preprocessing = Preprocessing(recipe.image_size, built.mean, built.std, tuple(folder.results()["classes"]))
-    return sign(emit_qdq(lowered, chosen), lowered, chosen, preprocessing, f"edgeqat {__version__}")
+    return sign(emit(lowered, chosen), lowered, chosen, preprocessing, f"edgeqat {__version__}")
 
 
 def certify_run(run: Path, model: Path, images: int | None = None, data_root: Path | None = None) -> Certificate:

@@ -17,9 +17,9 @@ from torch import nn
 
 from export.bench import bench
 from export.certificate import certify
-from export.graph import emit_qdq
 from export.lower import lower, lower_float, trained_codes
 from export.lowered import LoweredModel
+from export.native_graph import emit
 from export.passes import to_integers
 from export.targets import target_named
 from qat.surgery.backbones import create_backbone, first_and_last
@@ -70,7 +70,7 @@ def main(flags: Flags) -> None:
         if flags.bits == 1:
             make_binary(lowered)
         lowered = to_integers(lowered, target)
-        proto = emit_qdq(lowered, target)
+        proto = emit(lowered, target)
         with TemporaryDirectory() as folder:
             file = Path(folder) / f"{name}.onnx"
             onnx.save(proto, str(file))

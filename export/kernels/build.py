@@ -1,0 +1,105 @@
+"""Compiles the kernels beside this file into one shared library; by itself, so that an installer can run it.
+
+    python export/kernels/build.py [FOLDER]
+
+Every instruction set is a translation unit of its own, chosen at run time, so the library runs on any processor of its
+architecture. Its name carries a hash of sources and flags: a library of other sources is never taken for this one's.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Contraction would round differently from the definition; the other two change no result but let loops be vectorised.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+LIBRARY_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+AVX512 = ("f", "bw", "vl", "dq", "vnni", "vbmi", "vpopcntdq")
+ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "avx2.cpp": ("-mavx2", "-mfma"),
+        "avx512.cpp": ("-mavx2", "-mfma", *(f"-mavx512{x}" for x in AVX512)),
+    },
+    "aarch64": {"neon_dotprod.cpp": ("-march=armv8.2-a+dotprod",)},
+}
+MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
+PARALLEL = 2
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it refused the sources; the message says which."""
+
+
+def sources() -> list[Path]:
+    return sorted(HERE.glob("*.cpp"))
+
+
+def library_name() -> str:
+    """File name of the library made of the present sources."""
+    digest = hashlib.sha256(repr((FLAGS, LIBRARY_FLAGS, ISA_FLAGS, machine())).encode())
+    for path in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.hpp")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"edgeqat_kernels-{digest.hexdigest()[:16]}.so"
+
+
+def machine() -> str:
+    return MACHINES.get(platform.machine(), platform.machine())
+
+
+def compiler() -> str | None:
+    """The C++ compiler: CXX, or the first of c++, g++, clang++ there is."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def build(folder: Path) -> Path:
+    """Compile into `folder`; returns the library's path. Raises BuildError."""
+    command = compiler()
+    if command is None:
+        raise BuildError("no C++ compiler found (install g++ or clang++, or set CXX)")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / library_name()
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        objects = compile_all(command, sources(), Path(place), machine(), LIBRARY_FLAGS)
+        made = Path(place) / path.name
+        # The runtime's process has libgcc's two or three helpers in a library of its own; ours carries them along.
+        _run([*command.split(), "-shared", "-static-libgcc", *map(str, objects), "-o", str(made)])
+        made.replace(path)  # another process may have been faster; both files are the same
+    return path
+
+
+def compile_all(
+    command: str, files: Sequence[Path], folder: Path, architecture: str, extra: Sequence[str] = ()
+) -> list[Path]:
+    """Object files of `files` for `architecture` (x86_64, aarch64, ...), each with its instruction set's flags."""
+
+    def one(source: Path) -> Path:
+        made = folder / f"{source.stem}.o"
+        isa = ISA_FLAGS.get(architecture, {}).get(source.name, ())
+        _run([*command.split(), *FLAGS, *extra, *isa, f"-I{HERE}", "-c", str(source), "-o", str(made)])
+        return made
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        return list(pool.map(one, files))
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+
+
+if __name__ == "__main__":
+    try:
+        print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE))
+    except BuildError as error:
+        sys.exit(f"edgeqat kernels: {error}")

@@ -1,0 +1,116 @@
+// What an instruction set implements: the inner loops. Everything else is written once, in portable C++.
+//
+// Translation units of an instruction set include only this header and <*intrin.h>: an inline function of the standard
+// library compiled there with wider instructions could be the copy that the linker keeps for everybody.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace edgeqat {
+
+constexpr int kBlock = 64;      // output channels that one call of an inner loop computes
+constexpr int kLanes = 16;      // channels of the unit in which a block's width is counted
+constexpr int kMaxPixels = 8;   // pixels of one call
+constexpr int kWinogradTiles = 24;  // whose sums are kept at a time
+constexpr int kMaxTables = 4;   // requantized copies of one output
+
+// A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel begins `offsets[r]` bytes behind its pointer.
+//   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded
+//   bias     s32 [16 · units]
+// The inner loop writes sums s32 [pixels][64] = bias + carry · Σ w·x, exactly.
+struct Stretches {
+  const ptrdiff_t* offsets;
+  int runs;
+  int quads;
+};
+struct Product {
+  Stretches stretches;
+  const int8_t* weights;
+  const int32_t* bias;
+  int units;           // 1 to 4
+  int carry_shift;     // carry = 1 << carry_shift; 0 where the weights were multiplied with it beforehand
+  int narrow_steps;    // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
+  int32_t binary_gain; // one-bit product only: real value of one agreeing bit
+  bool codes_below_128;
+};
+using ProductFunction = void (*)(const Product&, const uint8_t* const* pixels, int count, int32_t* sums);
+
+// Depthwise: `taps` stretches of one byte; 64 channels of one pixel.
+//   weights  s8 [groups of 4 taps][4][64], or [groups][64][4] for an instruction set with `quads_depthwise`
+struct Depthwise {
+  const ptrdiff_t* offsets;  // of 4 · groups taps; weights of those that pad are 0 and their offsets valid
+  int groups;
+  const int8_t* weights;
+  const int32_t* bias;  // s32 [64]
+  bool shares;          // group g of a pixel lies where group g - 1 of the next pixel does
+};
+using DepthwiseFunction = void (*)(const Depthwise&, const uint8_t* const* pixels, int count, int32_t* sums);
+
+// From sums to codes, for `count` pixels of `width` <= 64 channels. Pointers are at the first pixel and channel of the
+// call; the distance between pixels is `stride` bytes. Outputs that nobody reads are null.
+//   own    q = clip(rint(float(sum) · m) + zero, low, high)
+//   sum    clip(rint(fma(q_first, ratio_first, fma(q_second, ratio_second, offset))), sum_low, sum_high)
+//   copies table[sum, or own where nothing is added]
+//   real   float(sum) · m, instead of all codes
+struct Epilogue {
+  const float* multiplier;  // [64]
+  int zero, low, high;
+  const uint8_t* other;  // second summand, or null
+  float ratio_first, ratio_second, offset;
+  int other_first;  // whether `other` is the first summand
+  int sum_low, sum_high;
+  uint8_t* own;
+  uint8_t* sum;
+  int tables;
+  const uint8_t* table[kMaxTables];  // 256 bytes each
+  uint8_t* copy[kMaxTables];
+  float* real;
+  ptrdiff_t stride;
+
+  void advance(ptrdiff_t elements) {
+    if (other) other += elements;
+    if (own) own += elements;
+    if (sum) sum += elements;
+    if (real) real += elements;
+    for (int t = 0; t < tables; ++t)
+      if (copy[t]) copy[t] += elements;
+  }
+};
+using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int count, int width);
+
+// Winograd's F(2×2, 3×3) in integers; winograd.cpp has the equations.
+//   input   16 pixels of a 4×4 tile -> its 16 transforms, `plane` bytes apart, each in bytes modulo 256 plus offset
+//           (the one of positions 1,1 without, it is never negative)
+//   output  16 sums, kWinogradTiles · 64 elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · carry + bias
+using WinogradInput = void (*)(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane);
+using WinogradOutput = void (*)(
+    const int32_t* sums, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels);
+
+struct Isa {
+  const char* name;
+  int max_pixels[5];  // per units
+  ProductFunction product;
+  ProductFunction binary;  // null: one-bit layers are computed as 8-bit ones
+  DepthwiseFunction depthwise;
+  EpilogueFunction finish;
+  void (*pack_bits)(const uint8_t* codes, size_t count, uint8_t* bits);  // bit = code >= 128; count is a multiple of 32
+  void (*translate)(const uint8_t* table, const uint8_t* from, size_t count, uint8_t* to);
+  void (*largest)(const uint8_t* const* from, size_t vectors, size_t count, uint8_t* to);  // 0 of no vectors
+  // clip(rint(x / scale) + zero, low, high); NaN becomes the lowest code
+  void (*quantize)(const float* x, size_t count, float scale, int zero, int low, int high, uint8_t* to);
+  WinogradInput winograd_input;
+  WinogradOutput winograd_output;
+  int prescales;        // whether `product` wants weights multiplied with their carry
+  int quads_depthwise;  // `depthwise` wants quads of taps, channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
+};
+
+const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod
+const Isa* isa_named(const char* name);  // null: unknown, or the processor cannot run it
+
+const Isa* portable_isa();
+const Isa* avx2_isa();
+const Isa* avx512_isa();
+const Isa* neon_isa();
+const Isa* neon_dotprod_isa();
+
+}  // namespace edgeqat

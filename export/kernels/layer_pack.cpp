@@ -1,0 +1,163 @@
+// Prepacking: what happens to a layer's weights once, when its session is created.
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "layer.hpp"
+
+namespace edgeqat {
+namespace {
+
+constexpr int64_t kLargestSum = 2147483647;
+constexpr int64_t kNarrow = 32767;
+
+int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace
+
+Layer::Layer(LayerSpec spec, const Isa& isa) : spec_(std::move(spec)), isa_(isa), kind_(Kind::kProduct) {
+  check();
+  kind_ = choose_kind();
+  blocks_ = rounded_up(group_outputs(), kBlock) / kBlock;
+  prepare_bias();
+  if (kind_ == Kind::kDepthwise) {
+    pack_depthwise();
+  } else if (kind_ == Kind::kProduct && pack_winograd()) {
+    kind_ = Kind::kWinograd;
+  } else {
+    pack_products();
+    prove_narrow_sums();
+  }
+}
+
+void Layer::check() const {
+  const auto& s = spec_;
+  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(what); };
+  if (s.groups < 1 || s.inputs % s.groups || s.outputs % s.groups) refuse("channels do not divide into its groups");
+  if (s.window.stride[0] < 1 || s.window.stride[1] < 1 || s.window.dilation[0] < 1 || s.window.dilation[1] < 1)
+    refuse("strides and dilations are at least 1");
+  const int64_t taps = s.window.kernel[0] * s.window.kernel[1], depth = group_inputs() * taps;
+  if (int64_t(s.codes.size()) != s.outputs * depth) refuse("has another number of weight codes than its shape says");
+  if (int64_t(s.bias.size()) != s.outputs || int64_t(s.multiplier.size()) != s.outputs)
+    refuse("needs one bias and one scale per output channel");
+  if (s.carry < 1 || s.carry > 128 || (s.carry & (s.carry - 1))) refuse("its carry is no power of two up to 128");
+  if (s.input_zero < 0 || s.input_high > 255 || s.input_zero > s.input_high) refuse("its input grid is not within a byte");
+  for (const int8_t code : s.codes)
+    if (code * s.carry < -128 || code * s.carry > 127) refuse("weight code " + std::to_string(code) + " times its carry is no byte");
+  for (int64_t o = 0; o < s.outputs; ++o) {
+    int64_t magnitude = 0, total = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      magnitude += std::abs(int(s.codes[o * depth + k]));
+      total += s.codes[o * depth + k];
+    }
+    // |Σ w·x| <= high · Σ|w| for codes 0 <= x <= high; the zero point's share sits in the bias.
+    const int64_t bias = std::abs(int64_t(s.bias[o]) - s.carry * s.input_zero * total);
+    if (s.carry * s.input_high * magnitude + bias > kLargestSum)
+      refuse("sums of output channel " + std::to_string(o) + " may exceed 32 bits");
+  }
+}
+
+Layer::Kind Layer::choose_kind() const {
+  const auto& s = spec_;
+  if (s.groups == s.inputs && s.inputs == s.outputs && s.groups > 1) return Kind::kDepthwise;
+  if (s.one_bit && s.groups == 1 && s.inputs % 32 == 0 && isa_.binary != nullptr) return Kind::kBinary;
+  return Kind::kProduct;
+}
+
+void Layer::allot_weights(int64_t bytes) {
+  weights_.assign(size_t(bytes) + 63, 0);
+  aligned_weights_ = weights_.data() + (64 - reinterpret_cast<uintptr_t>(weights_.data()) % 64) % 64;
+}
+
+// Channels in the order of the blocks, zeros where a group's last block is padded. The zero point leaves the sum:
+// Σ w (x - z) = Σ w x - z Σ w. One-bit sums are K - 2 · differing bits instead.
+void Layer::prepare_bias() {
+  const auto& s = spec_;
+  const int64_t depth = group_inputs() * s.window.kernel[0] * s.window.kernel[1], padded = blocks_ * kBlock;
+  const int64_t channels = kind_ == Kind::kDepthwise ? rounded_up(s.outputs, kBlock) : s.groups * padded;
+  bias_.assign(channels, 0);
+  multiplier_.assign(channels, 0.0f);
+  for (int64_t o = 0; o < s.outputs; ++o) {
+    const int64_t at = kind_ == Kind::kDepthwise ? o : o / group_outputs() * padded + o % group_outputs();
+    int64_t total = 0;
+    for (int64_t k = 0; k < depth; ++k) total += s.codes[o * depth + k];
+    const int64_t shift = kind_ == Kind::kBinary ? -s.carry * s.input_zero * depth : s.carry * s.input_zero * total;
+    bias_[at] = int32_t(s.bias[o] - shift);
+    multiplier_[at] = s.multiplier[o];
+  }
+}
+
+// A product's weights: for each block of 64 channels (the last one narrower, in units of 16) stretches, quads, channels,
+// four codes. One bit: 32 codes take the place of four, a byte eight.
+void Layer::pack_products() {
+  const auto& s = spec_;
+  const int64_t rows = s.window.kernel[0], columns = s.window.kernel[1], inputs = group_inputs();
+  const int64_t taps_per_run = merges_columns() ? columns : 1;
+  const bool binary = kind_ == Kind::kBinary;
+  const int64_t per_byte = binary ? 8 : 1;
+  runs_ = rows * columns / taps_per_run;
+  length_ = taps_per_run * inputs / per_byte;
+  quads_ = rounded_up(length_, 4) / 4;
+  block_bytes_ = runs_ * quads_ * kBlock * 4;
+  allot_weights(s.groups * blocks_ * block_bytes_);
+  if (binary) border_.assign(rows * columns * blocks_ * kBlock, 0);
+  const int scale = !binary && isa_.prescales ? int(s.carry) : 1;
+  for (int64_t o = 0; o < s.outputs; ++o) {
+    const int64_t in_group = o % group_outputs(), block = in_group / kBlock, lane = in_group % kBlock;
+    const int64_t width = rounded_up(std::min<int64_t>(kBlock, group_outputs() - block * kBlock), kLanes);
+    int8_t* packed = aligned_weights_ + (o / group_outputs() * blocks_ + block) * block_bytes_;
+    for (int64_t tap = 0; tap < rows * columns; ++tap)
+      for (int64_t c = 0; c < inputs; ++c) {
+        const int8_t code = s.codes[(o * inputs + c) * rows * columns + tap];
+        const int64_t element = tap % taps_per_run * inputs + c, byte = element / per_byte;
+        const int64_t quad = tap / taps_per_run * quads_ + byte / 4;
+        int8_t& target = packed[(quad * width + lane) * 4 + byte % 4];
+        if (!binary) {
+          target = int8_t(code * scale);
+          continue;
+        }
+        if (code > 0) target = int8_t(uint8_t(target) | 1u << element % 8);
+        border_[tap * blocks_ * kBlock + in_group] += int32_t(code * s.carry * s.input_zero);
+      }
+  }
+}
+
+// Taps in groups of four. Up to four rows: a column of the kernel is a group, so that neighbouring pixels share groups.
+std::vector<int64_t> Layer::tap_order() const {
+  const int64_t rows = spec_.window.kernel[0], columns = spec_.window.kernel[1];
+  std::vector<int64_t> order;  // row-major tap at each place, -1: none, its weights are 0
+  for (int64_t x = 0; x < columns; ++x) {
+    for (int64_t y = 0; y < rows; ++y) order.push_back(y * columns + x);
+    while (rows <= 4 && order.size() % 4) order.push_back(-1);
+  }
+  while (order.size() % 4) order.push_back(-1);
+  return order;
+}
+
+void Layer::pack_depthwise() {
+  const auto& s = spec_;
+  const std::vector<int64_t> order = tap_order();
+  const int64_t taps = s.window.kernel[0] * s.window.kernel[1];
+  blocks_ = rounded_up(s.outputs, kBlock) / kBlock;
+  quads_ = int64_t(order.size()) / 4;
+  block_bytes_ = quads_ * kBlock * 4;
+  allot_weights(blocks_ * block_bytes_);
+  for (int64_t o = 0; o < s.outputs; ++o)
+    for (int64_t i = 0; i < int64_t(order.size()); ++i) {
+      if (order[i] < 0) continue;
+      int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + i / 4 * kBlock * 4;
+      const int64_t c = o % kBlock, shuffled = c / 4 % 4 * 16 + c / 16 * 4 + c % 4;
+      const int64_t place = isa_.quads_depthwise ? shuffled * 4 + i % 4 : i % 4 * kBlock + c;
+      group[place] = int8_t(s.codes[o * taps + order[i]] * s.carry);
+    }
+}
+
+// 16-bit sums: one step adds two products, |x0·w0 + x1·w1| <= 2 · high · max|w| =: pair. `narrow_steps_` steps therefore
+// stay within narrow_steps_ · pair <= 32 767, whatever the codes; 0 where one pair alone could be beyond it.
+void Layer::prove_narrow_sums() {
+  int64_t largest = 1;
+  for (const int8_t code : spec_.codes) largest = std::max<int64_t>(largest, std::abs(int(code)));
+  narrow_steps_ = int(std::min<int64_t>(kNarrow / (2 * spec_.input_high * largest), 1 << 20));
+}
+
+}  // namespace edgeqat

@@ -1,0 +1,153 @@
+#include "pointwise.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace edgeqat {
+namespace {
+
+constexpr int64_t kPart = 32'768;  // codes that are worth a task of their own
+
+// Adding 1.5 · 2^23 leaves no fraction bits, so the addition itself rounds half to even; |x| must stay below 2^22. Unlike
+// rintf it needs no instruction beyond SSE2.
+inline float rounded(float x) {
+  constexpr float shift = 12582912.0f;
+  return (x + shift) - shift;
+}
+
+inline float clamp(float x, float low, float high) {
+  x = x > low ? x : low;
+  return x < high ? x : high;
+}
+
+template <typename Body>
+void in_parts(int64_t rows, int64_t row_size, const Pool& pool, Body body) {
+  const int64_t parts = std::clamp<int64_t>(rows * row_size / kPart, 1, std::min<int64_t>(16, std::max<int64_t>(rows, 1)));
+  pool.each(size_t(parts), [&](size_t i) {
+    for (int64_t r = int64_t(i) * rows / parts; r < (int64_t(i) + 1) * rows / parts; ++r) body(r);
+  });
+}
+
+// Calls body(y, x) for every input pixel under the window of output pixel (out_y, out_x), row by row.
+template <typename Body>
+void each_tap(const PoolShape& s, const Window& w, int64_t out_y, int64_t out_x, Body body) {
+  for (int64_t ky = 0; ky < w.kernel[0]; ++ky) {
+    const int64_t y = out_y * w.stride[0] - w.pads[0] + ky * w.dilation[0];
+    if (y < 0 || y >= s.height) continue;
+    for (int64_t kx = 0; kx < w.kernel[1]; ++kx) {
+      const int64_t x = out_x * w.stride[1] - w.pads[1] + kx * w.dilation[1];
+      if (x >= 0 && x < s.width) body(y, x);
+    }
+  }
+}
+
+// Window positions that count: inside the image, or also inside its padding.
+int64_t counted(const PoolShape& s, const Window& w, int64_t out_y, int64_t out_x, bool padding) {
+  const int64_t size[2] = {s.height, s.width}, at[2] = {out_y, out_x};
+  int64_t product = 1;
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t low = padding ? -w.pads[axis] : 0, high = size[axis] + (padding ? w.pads[axis + 2] : 0);
+    int64_t inside = 0;
+    for (int64_t k = 0; k < w.kernel[axis]; ++k) {
+      const int64_t place = at[axis] * w.stride[axis] - w.pads[axis] + k;
+      inside += place >= low && place < high;
+    }
+    product *= inside;
+  }
+  return product;
+}
+
+}  // namespace
+
+void max_pool(const uint8_t* x, const PoolShape& s, const Window& w, uint8_t* y, const Pool& pool) {
+  const int64_t c = s.channels;
+  const Isa& isa = chosen_isa();
+  in_parts(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
+    const uint8_t* image = x + row / s.out_height * s.height * s.width * c;
+    std::vector<const uint8_t*> taps;
+    for (int64_t out_x = 0; out_x < s.out_width; ++out_x) {
+      taps.clear();
+      each_tap(s, w, row % s.out_height, out_x,
+               [&](int64_t in_y, int64_t in_x) { taps.push_back(image + (in_y * s.width + in_x) * c); });
+      isa.largest(taps.data(), taps.size(), size_t(c), y + (row * s.out_width + out_x) * c);
+    }
+  });
+}
+
+void average_pool(
+    const uint8_t* x, const PoolShape& s, const Window& w, bool counts_padding, const Grid& from, const Grid& to,
+    uint8_t* y, const Pool& pool) {
+  const int64_t c = s.channels;
+  const float zero = float(to.zero), low = float(to.low), high = float(to.high);
+  in_parts(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
+    const uint8_t* image = x + row / s.out_height * s.height * s.width * c;
+    std::vector<float> total(static_cast<size_t>(c));
+    for (int64_t out_x = 0; out_x < s.out_width; ++out_x) {
+      std::fill(total.begin(), total.end(), 0.0f);
+      each_tap(s, w, row % s.out_height, out_x, [&](int64_t in_y, int64_t in_x) {
+        const uint8_t* codes = image + (in_y * s.width + in_x) * c;
+        for (int64_t i = 0; i < c; ++i) total[i] += float(int(codes[i]) - from.zero) * from.scale;
+      });
+      const float count = float(counted(s, w, row % s.out_height, out_x, counts_padding));
+      uint8_t* codes = y + (row * s.out_width + out_x) * c;
+      for (int64_t i = 0; i < c; ++i)
+        codes[i] = uint8_t(int(rounded(clamp(total[i] / count / to.scale + zero, low, high))));
+    }
+  });
+}
+
+// 32 bits would hold the sums of 8.4 million pixels; nothing limits an image to that, so they are 64 bits wide.
+void global_pool(const uint8_t* x, const PoolShape& s, int zero, float multiplier, const Grid& to, uint8_t* y) {
+  const int64_t c = s.channels, pixels = s.height * s.width;
+  std::vector<int64_t> total(static_cast<size_t>(c));
+  for (int64_t n = 0; n < s.batch; ++n, y += c) {
+    std::fill(total.begin(), total.end(), 0);
+    for (int64_t p = 0; p < pixels; ++p, x += c)
+      for (int64_t i = 0; i < c; ++i) total[i] += x[i];
+    for (int64_t i = 0; i < c; ++i) {
+      const float mean = float(total[i] - pixels * zero) * multiplier;
+      y[i] = uint8_t(int(rounded(clamp(mean, float(to.low - to.zero), float(to.high - to.zero)))) + to.zero);
+    }
+  }
+}
+
+void add_codes(
+    const uint8_t* a, const uint8_t* b, int64_t count, float ratio_a, float ratio_b, float offset, const Grid& to,
+    uint8_t* y, const Pool& pool) {
+  // Both summands have 256 values: the inner multiply-add is a table, the outer one needs std::fma.
+  float inner[256];
+  for (int code = 0; code < 256; ++code) inner[code] = std::fma(float(code), ratio_b, offset);
+  in_parts((count + 4095) / 4096, 4096, pool, [&](int64_t part) {
+    for (int64_t i = part * 4096; i < std::min(count, (part + 1) * 4096); ++i) {
+      const float sum = std::fma(float(a[i]), ratio_a, inner[b[i]]);
+      y[i] = uint8_t(int(rounded(clamp(sum, float(to.low), float(to.high)))));
+    }
+  });
+}
+
+void quantize_images(const float* x, const PoolShape& s, const Grid& to, uint8_t* y, const Pool& pool) {
+  const int64_t c = s.channels, w = s.width;
+  const Isa& isa = chosen_isa();
+  in_parts(s.batch * s.height, c * w, pool, [&](int64_t row) {
+    const int64_t n = row / s.height, h = row % s.height;
+    std::vector<uint8_t> planes(static_cast<size_t>(w * c));
+    for (int64_t k = 0; k < c; ++k)
+      isa.quantize(x + ((n * c + k) * s.height + h) * w, size_t(w), to.scale, to.zero, to.low, to.high, &planes[k * w]);
+    uint8_t* codes = y + row * w * c;
+    if (c == 3) {
+      const uint8_t *red = planes.data(), *green = red + w, *blue = green + w;
+      for (int64_t i = 0; i < w; ++i, codes += 3) {
+        codes[0] = red[i];
+        codes[1] = green[i];
+        codes[2] = blue[i];
+      }
+    } else {
+      for (int64_t i = 0; i < w; ++i)
+        for (int64_t k = 0; k < c; ++k) codes[i * c + k] = planes[k * w + i];
+    }
+  });
+}
+
+}  // namespace edgeqat

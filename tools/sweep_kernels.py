@@ -1,0 +1,72 @@
+"""Random and extreme layers through the C++ kernels against their definition, without ONNX Runtime.
+
+    uv run tools/sweep_kernels.py --count 3000
+    uv run tools/sweep_kernels.py --count 1000 --sanitize
+    uv run tools/sweep_kernels.py --count 300 --compiler aarch64-linux-gnu-g++ --architecture aarch64 \\
+        --runner "qemu-aarch64 -L /usr/aarch64-linux-gnu" --isas portable neon neon-dotprod
+"""
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from export.kernels.build import BuildError, compile_all, compiler, machine, sources
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+NEED_THE_RUNTIME = {"library.cpp", "op_layer.cpp", "op_pointwise.cpp"}
+
+
+@dataclass(frozen=True)
+class Flags:
+    count: int = 1000
+    """Layers per instruction set."""
+    isas: tuple[str, ...] = ()
+    """Instruction sets; by default all that are built for the architecture."""
+    seed: int = 0
+    """Of the layers."""
+    sanitize: bool = False
+    """Build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    compiler: str = ""
+    """C++ compiler, by default the system's."""
+    architecture: str = ""
+    """Of the code the compiler makes, by default this machine's."""
+    runner: str = ""
+    """Command that runs such code, for instance an emulator."""
+
+
+def build_sweep(folder: Path, command: str, architecture: str, sanitize: bool = False) -> Path:
+    """The sweep's program in `folder`. Raises BuildError."""
+    files = [f for f in sources() if f.name not in NEED_THE_RUNTIME]
+    files.append(Path(__file__).with_suffix(".cpp"))
+    extra = SANITIZERS if sanitize else ()
+    objects = compile_all(command, files, folder, architecture, (*extra, "-Wno-psabi"))
+    program = folder / "sweep"
+    linked = [*command.split(), *extra, *map(str, objects), "-o", str(program)]
+    done = subprocess.run(linked, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(linked)} failed:\n{done.stderr.strip()}")
+    return program
+
+
+def main(flags: Flags) -> int:
+    architecture = flags.architecture or machine()
+    defaults = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod")}
+    command = flags.compiler or compiler()
+    if command is None:
+        sys.exit("no C++ compiler found (install g++ or clang++, or set CXX)")
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        program = build_sweep(Path(folder), command, architecture, flags.sanitize)
+        for isa in flags.isas or defaults.get(architecture, ("portable",)):
+            run = [*shlex.split(flags.runner), str(program), str(flags.count), isa, str(flags.seed)]
+            failed += subprocess.run(run).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Flags, description=__doc__)))
