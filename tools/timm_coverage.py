@@ -266,10 +266,19 @@ def _bounded(connection: Connection, family: str, name: str, options: argparse.N
 
 
 def summary(rows: Iterable[Row]) -> str:
-    rows = sorted(rows, key=lambda r: (not r.passed, STAGES.index(r.stage), r.family))
+    """A Markdown table, models that did not come through first, and the total."""
+    rows = sorted(rows, key=lambda r: (r.passed, STAGES.index(r.stage), r.family))
+    lines = [
+        "| family | model | px | layers | products | in floating point | codes compared | |",
+        "|---|---|" + "---|" * 6,
+    ]
+    for row in rows:
+        share = f"{row.float_share:.2%} {', '.join(row.float_kinds)}"
+        reason = "ok" if row.passed else f"{row.stage}: {row.reason}".replace("|", "/")[:160]
+        cells = (row.family, row.model, row.image_size, row.layers, row.products, share, f"{row.codes:,}", reason)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     through = sum(row.passed for row in rows)
-    lines = [str(row) for row in rows]
-    return "\n".join([*lines, f"{through} of {len(rows)} models came through ({through / max(len(rows), 1):.1%})"])
+    return "\n".join([*lines, "", f"{through} of {len(rows)} models came through ({through / max(len(rows), 1):.1%})"])
 
 
 def main() -> None:
