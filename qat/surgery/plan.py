@@ -26,6 +26,7 @@ LAYOUTS = {
 # Products of two activations, or of a weight, that no quantizer reaches yet. (Times a table: `multiplies_table`.)
 UNSUPPORTED_MULTIPLIES = {
     "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "multi_head_attention_forward", "bilinear",
+    "lstm", "gru", "rnn_tanh", "rnn_relu",
 }  # fmt: skip
 
 

@@ -202,3 +202,17 @@ def test_a_layer_that_runs_twice_is_certified_in_both_places(tmp_path) -> None:
     certificate = certified(model, tmp_path / "shared.onnx")
     assert certificate.passed, str(certificate)
     assert certificate.layers == 4 and certificate.fake_quantized_mismatch_rate < 0.01
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.head = nn.Conv2d(3, 4, 1), nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.conv(x).flatten(2).transpose(1, 2))[0].mean(1))
+
+
+def test_an_lstm_is_refused_not_skipped() -> None:
+    with pytest.raises(ValueError, match=r"lstm#lstm0: quantize_ cannot quantize the products of lstm yet"):
+        quantize_(Recurrent(), uniform_rules(4, 4), X)
