@@ -95,7 +95,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class WindowMean:
-    """Average pooling over windows: float32 sums in the kernel's order, as the runtime's kernel adds them."""
+    """Average pooling over windows: float32 sums in the kernel's order, as the runtime's kernel adds them.
+
+    Over one axis, as a sequence (N, C, L) is pooled, it is that of an image of one row.
+    """
 
     source: Codes
     kernel: tuple[int, int]
@@ -106,18 +109,20 @@ class WindowMean:
 
     def real(self) -> Tensor:
         x = self.source.real()
+        if is_sequence := x.dim() == 3:
+            x = x.unsqueeze(2)
         height, width = (self._outputs(x.shape[2 + axis], axis) for axis in (0, 1))
-        padded = self._padded(x, height, width)
-        inside = torch.ones_like(x[:1, :1])
-        counted = self._padded(
-            F.pad(inside, self._edges(), value=1.0) if self.counts_padding else inside, height, width
-        )
+        top, left, bottom, right = self.pads
+        edges = [left, right, top, bottom]
+        padded = self._extended(F.pad(x, edges), height, width)
+        counted = F.pad(torch.ones_like(x[:1, :1]), edges, value=float(self.counts_padding))
+        counted = self._extended(counted, height, width)
         total, count = torch.zeros(()), torch.zeros(())
         for row in range(self.kernel[0]):
             for column in range(self.kernel[1]):
                 total = total + self._tap(padded, row, column, height, width)
                 count = count + self._tap(counted, row, column, height, width)
-        return total / count
+        return (total / count).squeeze(2) if is_sequence else total / count
 
     def _outputs(self, size: int, axis: int) -> int:
         free = size + self.pads[axis] + self.pads[axis + 2] - self.kernel[axis]
@@ -125,17 +130,10 @@ class WindowMean:
         starts_inside = (count - 1) * self.stride[axis] < size + self.pads[axis]
         return count if starts_inside else count - 1
 
-    def _edges(self) -> list[int]:
-        top, left, bottom, right = self.pads
-        return [left, right, top, bottom]
-
-    def _padded(self, x: Tensor, height: int, width: int) -> Tensor:
-        rows, columns = (
-            (height - 1) * self.stride[0] + self.kernel[0],
-            (width - 1) * self.stride[1] + self.kernel[1],
-        )
-        if x.shape[2] == self.source.carrier.shape[2]:
-            x = F.pad(x, self._edges())
+    def _extended(self, x: Tensor, height: int, width: int) -> Tensor:
+        """With zeros at the end as far as the last window reaches, which ceil mode lets hang over."""
+        rows = (height - 1) * self.stride[0] + self.kernel[0]
+        columns = (width - 1) * self.stride[1] + self.kernel[1]
         return F.pad(x, [0, max(columns - x.shape[3], 0), 0, max(rows - x.shape[2], 0)])
 
     def _tap(self, x: Tensor, row: int, column: int, height: int, width: int) -> Tensor:
@@ -366,12 +364,14 @@ def accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
 
 def _average_pool(node: ir.Node, source: Codes) -> WindowMean:
     get = node.attributes
-    pads = tuple(get["pads"].as_ints()) if "pads" in get else (0, 0, 0, 0)
     ceil, counts_padding = (name in get and get[name].as_int() == 1 for name in ("ceil_mode", "count_include_pad"))
     if "dilations" in get and set(get["dilations"].as_ints()) != {1}:
         raise ExportError(f"node {node.name!r}: a dilated AveragePool has no integer definition")
-    kernel, stride = get["kernel_shape"].as_ints(), get["strides"].as_ints()
-    return WindowMean(source, (kernel[0], kernel[1]), (stride[0], stride[1]), pads, ceil, counts_padding)  # type: ignore[arg-type]
+    kernel, stride = list(get["kernel_shape"].as_ints()), list(get["strides"].as_ints())
+    pads = list(get["pads"].as_ints()) if "pads" in get else [0] * (2 * len(kernel))
+    if len(kernel) == 1:
+        kernel, stride, pads = [1, *kernel], [1, *stride], [0, pads[0], 0, pads[1]]
+    return WindowMean(source, (kernel[0], kernel[1]), (stride[0], stride[1]), tuple(pads), ceil, counts_padding)  # type: ignore[arg-type]
 
 
 def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:

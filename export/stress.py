@@ -27,7 +27,7 @@ def settings_that_differ(proto: onnx.ModelProto, images: NDArray[np.float32]) ->
     others: dict[str, Mapping[str, NDArray[np.generic]]] = {
         "EXTENDED": session.load(instrumented, level="EXTENDED").run(images),
         "2 threads": session.load(instrumented, threads=2).run(images),
-        "batches of 1": _one_by_one(session.load(instrumented), images),
+        "batches of 1": _one_by_one(session.load(instrumented), images, default),
     }
     counts = {setting: sum(int((found[n] != default[n]).sum()) for n in names) for setting, found in others.items()}
     return {setting: count for setting, count in counts.items() if count}
@@ -71,9 +71,18 @@ def quantizer_tensors(proto: onnx.ModelProto) -> list[str]:
     return [clipped.get(name, name) for name in written] + [name for name, _, _ in code_outputs(proto)]
 
 
-def _one_by_one(loaded: session.Session, images: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
+def _one_by_one(
+    loaded: session.Session, images: NDArray[np.float32], whole: Mapping[str, NDArray[np.generic]]
+) -> dict[str, NDArray[np.generic]]:
+    """The outputs of `loaded` for one image at a time, put together as they lie in `whole`, those of all images at once."""
     runs = [loaded.run(images[i : i + 1]) for i in range(len(images))]
-    return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+    return {name: _joined([run[name] for run in runs], whole[name].shape) for name in whole}
+
+
+def _joined(parts: list[NDArray[np.generic]], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """`parts` side by side along the axis that grew to `shape`: the batch is not first everywhere (pooled q, k, v of MViT)."""
+    grown = [axis for axis, (part, all_) in enumerate(zip(parts[0].shape, shape, strict=True)) if part != all_]
+    return np.concatenate(parts, axis=grown[0]) if grown else parts[0]
 
 
 PATTERNS: dict[str, Callable[[tuple[int, ...], LoweredQuantizer], Uint8]] = {

@@ -126,7 +126,11 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
 
 
 def _as_if_trained(model: Any, images: Any) -> None:
-    """Batch norm statistics of the data, and no branch still multiplied with 0, as zero-initialised norms and heads are."""
+    """Batch norm statistics of the data, and nothing left at the zeros it was initialised with.
+
+    A branch multiplied with a gain of 0 has no gradient, nor has a class token of one value behind a LayerNorm, nor
+    anything behind a LayerNorm of one channel without its bias.
+    """
     import torch
 
     from qat.surgery.batchnorm import restore_norm_statistics
@@ -134,10 +138,12 @@ def _as_if_trained(model: Any, images: Any) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or parameter.any():
+            if parameter.dim() == 3 and parameter.numel() == parameter.shape[-1]:
+                parameter.normal_()  # a class token is no larger than 0.02 at first: less than a step of the image's tokens
+            if parameter.any():
                 continue
-            if parameter.numel() == max(parameter.shape, default=1):
-                parameter.fill_(0.5)
+            if parameter.numel() == max(parameter.shape, default=1) and not name.endswith("bias"):
+                parameter.uniform_(0.25, 0.75)
             else:
                 parameter.normal_(std=0.02)
     with in_full_precision(model):
