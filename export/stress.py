@@ -80,7 +80,7 @@ def _one_by_one(
 
 
 def _joined(parts: list[NDArray[np.generic]], shape: tuple[int, ...]) -> NDArray[np.generic]:
-    """`parts` side by side along the axis that grew to `shape`: the batch is not first everywhere (pooled q, k, v of MViT)."""
+    """`parts` side by side along the axis that grew to `shape`: the batch is not first everywhere, as in MViT's attention."""
     grown = [axis for axis, (part, all_) in enumerate(zip(parts[0].shape, shape, strict=True)) if part != all_]
     return np.concatenate(parts, axis=grown[0]) if grown else parts[0]
 
