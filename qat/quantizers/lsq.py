@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qat.quantizers import fused
 from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step
 from qat.quantizers.power_of_two import power_of_two
-from qat.quantizers.recompute import Origin, origin_of, remember
+from qat.quantizers.recompute import Origin, origin_of, remember, under_compile
 from qat.quantizers.spec import Grid, QuantSpec
 
 Init = Literal["lsq", "mse"]
@@ -137,7 +137,7 @@ class LSQ(Quantizer):
         self._require_step()
         raw_step, grid, scale = self._own_step(), self.grid, self.gradient_scale(x)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return FakeQuantizeLSQ.apply(x, raw_step, grid, scale)
+            return under_compile(lambda x, step: FakeQuantizeLSQ.apply(x, step, grid, scale), x, raw_step)
         with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
             out = FakeQuantizeLSQ.apply(x, raw_step, grid, scale, origin_of(x))
             remember(out, x, raw_step, grid, quantize)

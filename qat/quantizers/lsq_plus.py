@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.quantizers import fused
 from qat.quantizers.lsq import LSQ, gradients, positive_step, quantize, widened
-from qat.quantizers.recompute import origin_of, remember
+from qat.quantizers.recompute import origin_of, remember, under_compile
 from qat.quantizers.spec import Grid, QuantSpec
 
 
@@ -90,11 +90,11 @@ class LSQPlus(LSQ):
             self.observer(x.detach())
             return x
         self._require_step()
-        arguments = x, self.raw_step, self.offset, self.spec.qmax, self.gradient_scale(x)
+        tensors, settings = (x, self.raw_step, self.offset), (self.spec.qmax, self.gradient_scale(x))
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return FakeQuantizeLSQPlus.apply(*arguments)
+            return under_compile(lambda *tensors: FakeQuantizeLSQPlus.apply(*tensors, *settings), *tensors)
         with torch._C.DisableTorchFunction():
-            out = FakeQuantizeLSQPlus.apply(*arguments)
+            out = FakeQuantizeLSQPlus.apply(*tensors, *settings)
             if origin_of(x) is None:
                 remember(out, x, self.raw_step, self.grid, quantize)
         return out

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qat.quantizers.spec import Grid
 
@@ -69,10 +70,21 @@ def remember(out: Tensor, x: Tensor, raw_step: Tensor, grid: Grid, quantize: Qua
     out._origin = origin, out._version  # type: ignore[attr-defined]
 
 
+def under_compile(fake_quantize: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`fake_quantize(*tensors)` inside `torch.compile`, whose backward shall make x̂ again from `tensors`.
+
+    Inductor decides by itself what it keeps, except that it never makes again what a convolution or a product reads in
+    backward, since it cannot fuse into those: it would keep x and x̂ of every layer.
+    """
+    if not (torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()):
+        return fake_quantize(*tensors)
+    return checkpoint(fake_quantize, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
 def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
     """While it is open, autograd keeps the origins of those `operands` that have one, whatever view of them it saves."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return nullcontext()  # inductor decides by itself what to compute again
+        return nullcontext()  # `under_compile` has seen to it
     found = {x.data_ptr(): (x.numel(), origin) for x in operands if (origin := origin_of(x)) is not None}
     if not found:
         return nullcontext()
