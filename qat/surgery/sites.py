@@ -9,7 +9,7 @@ import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qat.quantizers.contract import Quantizer
@@ -126,7 +126,7 @@ class SiteMode(TorchFunctionMode):
 
 def _joins_tensors(args: tuple[Any, ...]) -> bool:
     operands = args[0] if args and isinstance(args[0], (list, tuple)) else args[:2]
-    return sum(hasattr(a, "dim") and a.dim() > 1 for a in operands) > 1
+    return sum(isinstance(a, Tensor) and a.dim() > 1 and a.is_floating_point() for a in operands) > 1
 
 
 def run_with_sites(

@@ -214,6 +214,21 @@ def test_an_operation_that_appears_later_raises_with_its_address() -> None:
         model(X)
 
 
+class Counted(TinyNet):
+    """Computes positions in integers, as token pools do: two integer tensors that meet are no join of the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = torch.arange(x.shape[3])[None, :]
+        return super().forward(x[..., (row * torch.ones_like(row))[0]])
+
+
+def test_integers_that_meet_are_no_join() -> None:
+    model = Counted().eval()
+    quantize_(model, uniform_rules(4, 4, EDGES), X)
+    calibrate(model, [X])
+    assert torch.isfinite(model(X)).all()
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_same_padding_matches_timm(stride: int, dilation: int) -> None:
