@@ -106,7 +106,7 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
     from qat.surgery.calibrate import calibrate
     from qat.surgery.swap import quantize_, uniform_rules
 
-    model, row.image_size = _create(create_backbone, row.model, options.image_size)
+    model, row.image_size = _with_logits(*_create(create_backbone, row.model, options.image_size))
     row.parameters = sum(p.numel() for p in model.parameters())
     images = torch.randn(options.batch, 3, row.image_size, row.image_size)
     row.stage = "quantize"
@@ -123,6 +123,23 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
     row.stage = "export"
     with tempfile.TemporaryDirectory() as folder:
         _export_and_certify(row, model, images, Path(folder) / "model.onnx")
+
+
+def _with_logits(model: Any, size: int) -> tuple[Any, int]:
+    """The model, or where it is an encoder without a head, which returns tokens, the mean of its tokens."""
+    import torch
+
+    class MeanOfTokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.encoder(x).mean(1)
+
+    with torch.no_grad():
+        returns_tokens = model.eval()(torch.zeros(1, 3, size, size)).dim() == 3
+    return (MeanOfTokens() if returns_tokens else model), size
 
 
 def _as_if_trained(model: Any, images: Any) -> None:
