@@ -20,8 +20,9 @@ from qat.surgery.plan import JOINS
 from qat.surgery.trace import MULTIPLIES, Location, kind_of
 
 NOTHING: AbstractContextManager[None] = nullcontext()
-KEEPING = {"mul", "matmul"}  # joins that keep their operands for backward
-NORMS = {"layer_norm"}  # read the quantized residual stream, and keep it
+# What may read a quantized tensor outside a quantized layer, and keeps its operands for backward. The pools keep the whole
+# input though only its shape or their indices are used: behind a stem that is the largest tensor of the net.
+KEEPING = {"mul", "matmul", "layer_norm", "max_pool2d", "avg_pool2d"}
 
 
 class StreamQuantizers(nn.ModuleDict):
@@ -95,7 +96,7 @@ class SiteMode(TorchFunctionMode):
             return self._multiply(func, kind, args, kwargs or {})
         is_join = kind in JOINS and _joins_tensors(args)
         if (path, kind) not in self.quantizers.watched and not is_join:
-            with recomputed(args[0]) if kind in NORMS else NOTHING:
+            with recomputed(*args[:2]) if kind in KEEPING else NOTHING:
                 return func(*args, **(kwargs or {}))
         if path in self.layers and kind not in MULTIPLIES:
             return func(*args, **(kwargs or {}))  # a quantizer's own arithmetic
@@ -108,7 +109,7 @@ class SiteMode(TorchFunctionMode):
             and clips.clips_as_relu()
         ):
             return args[0] if quantizer is None else quantizer(args[0])
-        with recomputed(*args[:2]) if is_join and kind in KEEPING else NOTHING:
+        with recomputed(*args[:2]) if kind in KEEPING else NOTHING:
             out = func(*args, **(kwargs or {}))
         return out if quantizer is None else quantizer(out)
 

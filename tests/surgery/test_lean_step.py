@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.quantizers import lsq, recompute
@@ -48,6 +49,18 @@ class NormedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x.flatten(2).transpose(1, 2))
         return self.head(self.norm(x + self.mix(x)).mean(1))
+
+
+class PooledNet(nn.Module):
+    """A stem whose quantized result both kinds of pools read, one of them as in ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head((F.max_pool2d(x, 3, 2) + F.avg_pool2d(x, 3, 2)).mean((2, 3)))
 
 
 def quantized(net: type[nn.Module]) -> tuple[nn.Module, Tensor]:
@@ -158,14 +171,17 @@ def test_tensors_computed_again_change_no_bit_and_keep_less(
     assert kept_again < 0.85 * kept
 
 
-def test_a_layer_norm_computes_the_quantized_stream_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = quantized(NormedNet)
+@pytest.mark.parametrize(("net", "bytes_of_it"), [(NormedNet, 4 * 13 * 11 * 24 * 4), (PooledNet, 4 * 24 * 13 * 11 * 4)])
+def test_norms_and_pools_compute_what_they_read_again(
+    net: type[nn.Module], bytes_of_it: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = quantized(net)
     again, kept_again = step(model, images)
-    monkeypatch.setattr(sites, "NORMS", set())
+    monkeypatch.setattr(sites, "KEEPING", set())
     plain, kept = step(model, images)
     for name, value in plain.items():
         assert torch.equal(value, again[name]), name
-    assert kept - kept_again == 4 * 13 * 11 * 24 * 4  # bytes of the stream
+    assert kept - kept_again == bytes_of_it
 
 
 def test_a_write_between_forward_and_backward_is_noticed() -> None:
