@@ -57,9 +57,9 @@ int main() {
 }
 """
 STEPS = {
-    "avx512": ('-DSTEP(k)="vpdpbusd %zmm30,%zmm31,%zmm" #k', "-DMACS=64", "-mavx512f", "-mavx512vnni"),
+    "avx512": ('-DSTEP(k)="vpdpbusd %%zmm30,%%zmm31,%%zmm" #k', "-DMACS=64", "-mavx512f", "-mavx512vnni"),
     "avx2": (
-        '-DSTEP(k)="vpmaddubsw %ymm14,%ymm15,%ymm13\\n vpaddw %ymm13,%ymm" #k ",%ymm" #k',
+        '-DSTEP(k)="vpmaddubsw %%ymm14,%%ymm15,%%ymm13\\n vpaddw %%ymm13,%%ymm" #k ",%%ymm" #k',
         "-DMACS=32",
         "-mavx2",
     ),
