@@ -30,15 +30,17 @@ def compare(
     models: Mapping[str, onnx.ModelProto],
     images: NDArray[np.float32],
     *,
-    threads: int = 1,
+    threads: int | Mapping[str, int] = 1,
     rounds: int = 50,
     warmup: int = 5,
 ) -> list[Latency]:
     """Interleaved latencies of `models` on `images` (one batch); the first model is the baseline of the ratios.
 
-    The speed-up is the median of the per-round ratios: both terms of a ratio are measured milliseconds apart.
+    threads: of every file, or by name. The speed-up is the median of the per-round ratios: both terms of a ratio are
+    measured milliseconds apart.
     """
-    loaded = {name: session.load(model, threads=threads) for name, model in models.items()}
+    counts = dict.fromkeys(models, threads) if isinstance(threads, int) else threads
+    loaded = {name: session.load(model, threads=counts[name]) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in loaded}
     order = np.random.default_rng(0)
     for turn in range(warmup + rounds):

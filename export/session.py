@@ -55,6 +55,8 @@ def load(
     options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Between runs the threads of several sessions in one process would keep each other from the cores by waiting actively.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     if dump is not None:
         options.optimized_model_filepath = str(dump)

@@ -18,6 +18,7 @@ import onnx
 import torch
 import tyro
 from bench_backbones import settle_norms
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import latency, session
@@ -145,6 +146,18 @@ def report(name: str, files: dict[str, onnx.ModelProto], images: Tensor, macs: i
         f"{name:<34} {best:>9.3f} {over['fp32'].speedup:>7.2f} {over['int8'].speedup:>7.2f} {rate:>12.0f} "
         f"{rate / peak / flags.threads:>8.0%}"
     )
+    if flags.threads > 1:
+        print(f"{'':<34} over one thread: {', '.join(scaling(files, feed, flags))}")
+
+
+def scaling(files: dict[str, onnx.ModelProto], feed: NDArray[np.float32], flags: Flags) -> list[str]:
+    """How much faster each file is on `threads` threads than on one."""
+    found = []
+    for name, file in files.items():
+        counts = {"one": 1, "several": flags.threads}
+        rows = latency.compare(dict.fromkeys(counts, file), feed, threads=counts, rounds=flags.rounds)
+        found.append(f"{name} x {rows[-1].speedup:.2f}")
+    return found
 
 
 def measured_peak(isa: str) -> float:
