@@ -221,6 +221,36 @@ void quantize(const float* x, size_t count, float scale, int zero, int low, int 
   }
 }
 
+// Where byte 3·i + k of three vectors comes from: byte i of plane k.
+struct Threes {
+  alignas(64) uint8_t two[3][64] = {}, third[3][64] = {};
+  uint64_t is_third[3] = {};
+  constexpr Threes() {
+    for (int i = 0; i < 192; ++i) {
+      two[i / 64][i % 64] = uint8_t(i % 3 == 1 ? 64 + i / 3 : i / 3);
+      third[i / 64][i % 64] = uint8_t(i / 3);
+      is_third[i / 64] |= uint64_t(i % 3 == 2) << i % 64;
+    }
+  }
+};
+constexpr Threes kThrees;
+
+void interleave_three(const uint8_t* planes, size_t count, uint8_t* to) {
+  for (size_t i = 0; i < count; i += 64, to += 192) {
+    const size_t left = count - i;
+    const __mmask64 mask = first_bytes(left);
+    const __m512i a = _mm512_maskz_loadu_epi8(mask, planes + i);
+    const __m512i b = _mm512_maskz_loadu_epi8(mask, planes + count + i);
+    const __m512i c = _mm512_maskz_loadu_epi8(mask, planes + 2 * count + i);
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+      const __m512i two = _mm512_permutex2var_epi8(a, _mm512_load_si512(kThrees.two[k]), b);
+      const __m512i all = _mm512_mask_permutexvar_epi8(two, kThrees.is_third[k], _mm512_load_si512(kThrees.third[k]), c);
+      _mm512_mask_storeu_epi8(to + 64 * k, 3 * left > size_t(64 * k) ? first_bytes(3 * left - 64 * k) : 0, all);
+    }
+  }
+}
+
 // Bytes modulo 256 throughout: the results are known to lie within 0 to 255.
 void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane) {
   const __m512i shift = _mm512_set1_epi8(char(offset));
@@ -332,17 +362,40 @@ void finish_sum(const Epilogue& e, const int32_t* sums, int count, __mmask64 byt
   }
 }
 
+// Rounded integers of any size -> codes: saturation to 16 bits, with the zero point too, and to bytes clips nothing that the
+// bounds, which are bytes, would not.
+__m512i to_codes(const __m512i* v, __m512i zeros, __m512i lowest, __m512i highest) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zeros);
+  const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), zeros);
+  const __m512i bytes = _mm512_min_epu8(_mm512_max_epu8(_mm512_packus_epi16(low, high), lowest), highest);
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
 template <int kUnits>
 void finish_own(const Epilogue& e, const int32_t* sums, int count, __mmask64 bytes) {
   const Constants k(e);
+  const __m512i zeros = _mm512_set1_epi16(short(e.zero));
+  const __m512i lowest = _mm512_set1_epi8(char(e.low)), highest = _mm512_set1_epi8(char(e.high));
+  __m512 multiplier[kUnits];
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnits; ++u) multiplier[u] = _mm512_loadu_ps(e.multiplier + u * kLanes);
   for (int m = 0; m < count; ++m, sums += kBlock) {
     const ptrdiff_t at = m * e.stride;
-    __m512i codes[4] = {};
+    __m512i codes[4] = {}, last;
+    if (e.in_32_bits) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnits; ++u)
-      codes[u] = _mm512_add_epi32(
-          _mm512_cvtps_epi32(clipped(sums + u * kLanes, e.multiplier + u * kLanes, k)), k.zeros);
-    const __m512i last = to_bytes(codes);
+      for (int u = 0; u < kUnits; ++u)
+        codes[u] = _mm512_cvtps_epi32(
+            _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + u * kLanes)), multiplier[u]));
+      last = to_codes(codes, zeros, lowest, highest);
+    } else {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnits; ++u)
+        codes[u] = _mm512_add_epi32(
+            _mm512_cvtps_epi32(clipped(sums + u * kLanes, e.multiplier + u * kLanes, k)), k.zeros);
+      last = to_bytes(codes);
+    }
     if (e.own) _mm512_mask_storeu_epi8(e.own + at, bytes, last);
     for (int t = 0; t < e.tables; ++t)
       if (e.copy[t]) _mm512_mask_storeu_epi8(e.copy[t] + at, bytes, Table(e.table[t])(last));
@@ -379,7 +432,7 @@ void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
 
 const Isa kAvx512 = {
     "avx512", {0, 8, 8, 8, 6}, product, binary, depthwise, finish, pack_bits, translate, largest, quantize,
-    winograd_input, winograd_output, 1, 1};
+    interleave_three, winograd_input, winograd_output, 1, 1};
 
 }  // namespace
 

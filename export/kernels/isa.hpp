@@ -66,6 +66,7 @@ struct Epilogue {
   uint8_t* copy[kMaxTables];
   float* real;
   ptrdiff_t stride;
+  bool in_32_bits;  // whether |sum · m| stays below 2^31, so that rounding may come before clipping
 
   void advance(ptrdiff_t elements) {
     if (other) other += elements;
@@ -98,6 +99,7 @@ struct Isa {
   void (*largest)(const uint8_t* const* from, size_t vectors, size_t count, uint8_t* to);  // 0 of no vectors
   // clip(rint(x / scale) + zero, low, high); NaN becomes the lowest code
   void (*quantize)(const float* x, size_t count, float scale, int zero, int low, int high, uint8_t* to);
+  void (*interleave_three)(const uint8_t* planes, size_t count, uint8_t* to);  // [3][count] -> [count][3], or null
   WinogradInput winograd_input;
   WinogradOutput winograd_output;
   int prescales;        // whether `product` wants weights multiplied with their carry

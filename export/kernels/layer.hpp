@@ -87,7 +87,7 @@ class Layer {
   void fill(const LayerTensors& t, const Image& image, const Pool& pool) const;
   std::vector<ptrdiff_t> offsets(const Image& image) const;
   void run_depthwise(const LayerTensors& t, const Pool& pool) const;
-  void depthwise_row(const LayerTensors& t, int64_t row, int64_t block, const ptrdiff_t* offsets) const;
+  void depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) const;
   void run_part(const LayerTensors& t, const Image& image, const ptrdiff_t* offsets, const Place& place) const;
   void allot_weights(int64_t bytes);
   void add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t channel, int width, int32_t* sums) const;
@@ -104,6 +104,7 @@ class Layer {
   int narrow_steps_ = 0;
   std::vector<int32_t> bias_;        // [groups][blocks][64]
   std::vector<float> multiplier_;    // likewise
+  bool in_32_bits_ = true;
   std::vector<int32_t> winograd_bias_;  // [blocks][16][64]
   std::vector<int32_t> border_;      // one bit: [kH · kW][groups · blocks · 64], gain · Σ of a tap's weights
   std::vector<int8_t> weights_;      // [groups][blocks][block_bytes], from aligned_weights_ on

@@ -84,6 +84,7 @@ void Layer::prepare_bias() {
     const int64_t shift = kind_ == Kind::kBinary ? -s.carry * s.input_zero * depth : s.carry * s.input_zero * total;
     bias_[at] = int32_t(s.bias[o] - shift);
     multiplier_[at] = s.multiplier[o];
+    in_32_bits_ &= std::abs(s.multiplier[o]) <= 0.5f;  // a sum has 31 bits and a sign
   }
 }
 

@@ -179,6 +179,7 @@ Epilogue Layer::epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channe
   const bool depthwise = kind_ == Kind::kDepthwise;
   e.multiplier = multiplier_.data() + (depthwise ? channel : channel / group_outputs() * padded + block_of_group * kBlock);
   e.stride = spec_.outputs;
+  e.in_32_bits = in_32_bits_;
   e.other = t.other;
   e.own = t.own;
   e.sum = t.sum;

@@ -61,17 +61,24 @@ int64_t counted(const PoolShape& s, const Window& w, int64_t out_y, int64_t out_
 
 }  // namespace
 
+// The largest of a window is the largest of its columns' largest, which neighbouring windows share.
 void max_pool(const uint8_t* x, const PoolShape& s, const Window& w, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels;
   const Isa& isa = chosen_isa();
   in_parts(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
     const uint8_t* image = x + row / s.out_height * s.height * s.width * c;
-    std::vector<const uint8_t*> taps;
-    for (int64_t out_x = 0; out_x < s.out_width; ++out_x) {
-      taps.clear();
-      each_tap(s, w, row % s.out_height, out_x,
-               [&](int64_t in_y, int64_t in_x) { taps.push_back(image + (in_y * s.width + in_x) * c); });
-      isa.largest(taps.data(), taps.size(), size_t(c), y + (row * s.out_width + out_x) * c);
+    std::vector<const uint8_t*> rows, taps(static_cast<size_t>(w.kernel[1]));
+    const int64_t top = row % s.out_height * w.stride[0] - w.pads[0];
+    for (int64_t in_y = top, k = 0; k < w.kernel[0]; ++k, in_y += w.dilation[0])
+      if (in_y >= 0 && in_y < s.height) rows.push_back(image + in_y * s.width * c);
+    std::vector<uint8_t> columns(static_cast<size_t>(s.width * c));
+    isa.largest(rows.data(), rows.size(), columns.size(), columns.data());
+    uint8_t* to = y + row * s.out_width * c;
+    for (int64_t out_x = 0; out_x < s.out_width; ++out_x, to += c) {
+      size_t count = 0;
+      for (int64_t in_x = out_x * w.stride[1] - w.pads[1], k = 0; k < w.kernel[1]; ++k, in_x += w.dilation[1])
+        if (in_x >= 0 && in_x < s.width) taps[count++] = columns.data() + in_x * c;
+      isa.largest(taps.data(), count, size_t(c), to);
     }
   });
 }
@@ -136,7 +143,9 @@ void quantize_images(const float* x, const PoolShape& s, const Grid& to, uint8_t
     for (int64_t k = 0; k < c; ++k)
       isa.quantize(x + ((n * c + k) * s.height + h) * w, size_t(w), to.scale, to.zero, to.low, to.high, &planes[k * w]);
     uint8_t* codes = y + row * w * c;
-    if (c == 3) {
+    if (c == 3 && isa.interleave_three) {
+      isa.interleave_three(planes.data(), size_t(w), codes);
+    } else if (c == 3) {
       const uint8_t *red = planes.data(), *green = red + w, *blue = green + w;
       for (int64_t i = 0; i < w; ++i, codes += 3) {
         codes[0] = red[i];
