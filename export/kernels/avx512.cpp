@@ -18,12 +18,19 @@ void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums)
     for (int m = 0; m < kPixels; ++m) sum[m][u] = bias;
   }
   const int8_t* w = p.weights;
+  const char* ahead = reinterpret_cast<const char*>(p.ahead);
   for (int r = 0; r < p.stretches.runs; ++r) {
     const ptrdiff_t offset = p.stretches.offsets[r];
     const uint8_t* x[kPixels];
 #pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + offset;
     for (ptrdiff_t q = 0; q < 4 * ptrdiff_t(p.stretches.quads); q += 4, w += 64 * kUnits) {
+      // A layer's weights may be larger than the caches next to the processor: its own prefetcher waits until they are read.
+      if (kUnits == 4) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead + 64, _MM_HINT_T1);
+        ahead += 128;
+      }
       __m512i weights[kUnits];
 #pragma GCC unroll 8
       for (int u = 0; u < kUnits; ++u) weights[u] = _mm512_load_si512(w + 64 * u);

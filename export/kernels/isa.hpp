@@ -32,6 +32,7 @@ struct Product {
   int narrow_steps;    // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
   int32_t binary_gain; // one-bit product only: real value of one agreeing bit
   bool codes_below_128;
+  const int8_t* ahead;  // weights that are wanted next, worth fetching where they come from memory
 };
 using ProductFunction = void (*)(const Product&, const uint8_t* const* pixels, int count, int32_t* sums);
 

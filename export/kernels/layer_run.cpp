@@ -139,8 +139,8 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
     const int8_t* weights = aligned_weights_ + block * block_bytes_;
     const int32_t* bias = bias_.data() + block * kBlock;
     const int shift = isa_.prescales || binary ? 0 : __builtin_ctz(unsigned(spec_.carry));
-    const Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, shift, narrow_steps_,
-                          int32_t(spec_.carry * spec_.input_zero), spec_.input_high < 128};
+    Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, shift, narrow_steps_,
+                    int32_t(spec_.carry * spec_.input_zero), spec_.input_high < 128, weights + block_bytes_};
     const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
     const int step = isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);
@@ -149,6 +149,7 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
       const int count = int(std::min<int64_t>(step, place.last_pixel - p));
       walk.take(count, first_channel, pixels);
       multiply(product, pixels, count, sums);
+      product.ahead = weights + block_bytes_ + block_bytes_ / 2;  // a call fetches half as much as it reads
       if (binary && w.padded())
         for (int m = 0; m < count; ++m)
           add_border(t, (p + m) / out_w % out_h, (p + m) % out_w, block * kBlock, width, sums + m * kBlock);

@@ -129,12 +129,14 @@ void Layer::winograd_strip(
   alignas(64) int32_t lines[2][2 * kWinogradTiles * kBlock];
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
-    const Product product{{&nowhere, 1, int(quads_)}, weights + p * quads_ * units * kLanes * 4, bias, units, 0, 0, 0, false};
+    const int64_t bytes = quads_ * units * kLanes * 4;
+    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes, bias, units, 0, 0, 0, false, weights + (p + 1) * bytes};
     for (int64_t tile = 0; tile < tiles; tile += step) {
       const int count = int(std::min<int64_t>(step, tiles - tile));
       const uint8_t* pixels[kMaxPixels];
       for (int m = 0; m < count; ++m) pixels[m] = transformed + p * plane + (first + tile + m) * depth;
       isa_.product(product, pixels, count, sums + (p * kWinogradTiles + tile) * kBlock);
+      product.ahead = weights + (p + 1) * bytes + bytes / 2;  // a call fetches half as much as it reads
     }
   }
   for (int64_t tile = first; tile < last;) {  // as many tiles at a time as lie in one row of tiles
