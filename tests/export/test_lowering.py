@@ -110,6 +110,23 @@ def test_model_without_quantizers_or_calibration_is_refused() -> None:
         lower(model, IMAGES)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("stem.weight", float("inf")), ("bn.running_var", float("inf")), ("floor", float("nan"))]
+)
+def test_what_is_not_finite_after_training_is_refused_by_name(name: str, value: float) -> None:
+    model = build_tiny(4, IMAGES)
+    model.register_buffer("floor", torch.tensor(0.0))
+    model.state_dict()[name].fill_(value)
+    with pytest.raises(ExportError, match=f"^{name}: holds NaN or infinity"):
+        lower(model, IMAGES[:1])
+
+
+def test_a_bound_at_infinity_clips_nothing() -> None:
+    model = build_tiny(4, IMAGES)
+    model.register_buffer("floor", torch.tensor(float("-inf")))
+    assert lower(model, IMAGES[:1]).layers
+
+
 def test_the_model_itself_is_untouched_by_export(tiny: Exported) -> None:
     before = tiny.model(IMAGES).detach()
     emit_qdq(to_integers(lower(tiny.model, IMAGES)))
