@@ -247,7 +247,7 @@ void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
   }
 }
 
-const Isa kAvx2 = {"avx2",    {0, 6, 6, 6, 6}, product,  nullptr, depthwise, finish, pack_bits,
+const Isa kAvx2 = {"avx2",    {0, 6, 6, 6, 6}, product,  nullptr, nullptr, nullptr, depthwise, finish, pack_bits,
                    translate, largest,         quantize, nullptr, nullptr, nullptr, 0,      0};
 
 }  // namespace

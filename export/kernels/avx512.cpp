@@ -90,6 +90,64 @@ void binary_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) 
   }
 }
 
+// Entry [a][w]: three products of the codes in a with the weights in w, lifted by 18 so that none is negative.
+struct Triples {
+  alignas(64) uint8_t sum[64][64] = {};
+  constexpr Triples() {
+    for (int a = 0; a < 64; ++a)
+      for (int w = 0; w < 64; ++w) {
+        int total = 18;
+        for (int i = 0; i < 6; i += 2) total += (a >> i & 3) * ((w >> i & 3) - 2);
+        sum[a][w] = uint8_t(total);
+      }
+  }
+};
+constexpr Triples kTriples;
+
+// Nine entries, each at most 27, stay below 256; Layer::pack_lookup keeps the whole sum below 65,536.
+template <int kPixels>
+void lookup_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
+  const uint8_t* table = kTriples.sum[0];
+  const __m512i low_bytes = _mm512_set1_epi16(0xff);
+  __m512i even[kPixels] = {}, odd[kPixels] = {};
+  const int8_t* w = p.weights;
+  for (int r = 0; r < p.stretches.runs; ++r) {
+    const uint8_t* x[kPixels];
+#pragma GCC unroll 8
+    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + p.stretches.offsets[r];
+    for (ptrdiff_t q = 0; q < p.stretches.quads;) {
+      const ptrdiff_t end = p.stretches.quads - q < 9 ? p.stretches.quads : q + 9;
+      __m512i narrow[kPixels] = {};
+      for (; q < end; ++q, w += 64) {
+        const __m512i weights = _mm512_load_si512(w);
+#pragma GCC unroll 8
+        for (int m = 0; m < kPixels; ++m) {
+          uint16_t row;
+          __builtin_memcpy(&row, x[m] + 2 * q, 2);
+          narrow[m] = _mm512_add_epi8(narrow[m], _mm512_permutexvar_epi8(weights, _mm512_load_si512(table + row)));
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < kPixels; ++m) {
+        even[m] = _mm512_add_epi16(even[m], _mm512_and_si512(narrow[m], low_bytes));
+        odd[m] = _mm512_add_epi16(odd[m], _mm512_srli_epi16(narrow[m], 8));
+      }
+    }
+  }
+  const __m512i lift = _mm512_set1_epi32(18 * p.stretches.runs * p.stretches.quads);
+  const __m128i shift = _mm_cvtsi32_si128(p.carry_shift);
+#pragma GCC unroll 8
+  for (int m = 0; m < kPixels; ++m) {
+    const __m256i parts[4] = {_mm512_castsi512_si256(even[m]), _mm512_extracti64x4_epi64(even[m], 1),
+                              _mm512_castsi512_si256(odd[m]), _mm512_extracti64x4_epi64(odd[m], 1)};
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const __m512i sum = _mm512_sll_epi32(_mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[u]), lift), shift);
+      _mm512_store_si512(sums + m * kBlock + u * kLanes, _mm512_add_epi32(sum, _mm512_loadu_si512(p.bias + u * kLanes)));
+    }
+  }
+}
+
 using Tile = void (*)(const Product&, const uint8_t* const*, int32_t*);
 
 #define ROW(tile, units) \
@@ -111,6 +169,12 @@ void product(const Product& p, const uint8_t* const* pixels, int count, int32_t*
 
 void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
   kBinaries[p.units - 1][count - 1](p, pixels, sums);
+}
+
+void lookup(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
+  constexpr Tile kTiles[kMaxPixels] = {lookup_tile<1>, lookup_tile<2>, lookup_tile<3>, lookup_tile<4>,
+                                       lookup_tile<5>, lookup_tile<6>, lookup_tile<7>, lookup_tile<8>};
+  kTiles[count - 1](p, pixels, sums);
 }
 
 // Exchanges lane l of part j with lane j of part l (lanes of 128 bits).
@@ -186,6 +250,26 @@ void depthwise(const Depthwise& d, const uint8_t* const* pixels, int count, int3
 }
 
 __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
+
+void pack_triples(const uint8_t* codes, size_t pixels, size_t channels, uint8_t* to) {
+  alignas(64) uint16_t place[3][32];  // of channel 3·j + i, for i = 0, 1, 2, in word j; the high byte is masked
+  for (int j = 0; j < 32; ++j)
+    for (int i = 0; i < 3; ++i) place[i][j] = uint16_t(3 * j + i);
+  constexpr __mmask64 low = 0x5555555555555555;
+  for (size_t p = 0; p < pixels; ++p, codes += channels)
+    for (size_t c = 0; c < channels; c += 96) {
+      const size_t left = channels - c < 96 ? channels - c : 96, words = (left + 2) / 3;
+      const __m512i a = _mm512_maskz_loadu_epi8(first_bytes(left), codes + c);
+      const __m512i b = left > 64 ? _mm512_maskz_loadu_epi8(first_bytes(left - 64), codes + c + 64) : __m512i{};
+      __m512i part[3];
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) part[i] = _mm512_maskz_permutex2var_epi8(low, a, _mm512_load_si512(place[i]), b);
+      const __m512i triple = _mm512_or_si512(
+          _mm512_slli_epi16(part[0], 6), _mm512_or_si512(_mm512_slli_epi16(part[1], 8), _mm512_slli_epi16(part[2], 10)));
+      _mm512_mask_storeu_epi8(to, first_bytes(2 * words), triple);
+      to += 2 * words;
+    }
+}
 
 struct Table {
   __m512i part[4];
@@ -438,7 +522,7 @@ void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
 }
 
 const Isa kAvx512 = {
-    "avx512", {0, 8, 8, 8, 6}, product, binary, depthwise, finish, pack_bits, translate, largest, quantize,
+    "avx512", {0, 8, 8, 8, 6}, product, binary, lookup, pack_triples, depthwise, finish, pack_bits, translate, largest, quantize,
     interleave_three, winograd_input, winograd_output, 1, 1};
 
 }  // namespace

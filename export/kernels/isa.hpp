@@ -34,6 +34,10 @@ struct Product {
   bool codes_below_128;
   const int8_t* ahead;  // weights that are wanted next, worth fetching where they come from memory
 };
+// Two-bit products by table. Weights -2 to 1 and codes 0 to 3 of three channels at a time:
+//   pixels   u16 [steps] of 64 · (c0 | c1 << 2 | c2 << 4), from `pack_triples`
+//   weights  u8 [runs][steps][64], (w0 + 2) | (w1 + 2) << 2 | (w2 + 2) << 4; channel o at place 2·o, 2·(o - 32) + 1 from 32 on
+// `quads` counts steps, `units` says nothing.
 using ProductFunction = void (*)(const Product&, const uint8_t* const* pixels, int count, int32_t* sums);
 
 // Depthwise: `taps` stretches of one byte; 64 channels of one pixel.
@@ -93,6 +97,9 @@ struct Isa {
   int max_pixels[5];  // per units
   ProductFunction product;
   ProductFunction binary;  // null: one-bit layers are computed as 8-bit ones
+  ProductFunction lookup;  // null: two-bit layers are computed as 8-bit ones
+  // u8 [pixels][channels] -> u16 [pixels][ceil(channels / 3)], as `lookup` reads them
+  void (*pack_triples)(const uint8_t* codes, size_t pixels, size_t channels, uint8_t* to);
   DepthwiseFunction depthwise;
   EpilogueFunction finish;
   void (*pack_bits)(const uint8_t* codes, size_t count, uint8_t* bits);  // bit = code >= 128; count is a multiple of 32

@@ -68,12 +68,13 @@ class Layer {
   struct Image;
   struct Place;
   struct Walk;
-  enum class Kind { kProduct, kBinary, kDepthwise, kWinograd };
+  enum class Kind { kProduct, kBinary, kLookup, kDepthwise, kWinograd };
 
   void check() const;
   Kind choose_kind() const;
   void prepare_bias();
   void pack_products();
+  bool pack_lookup();
   void pack_depthwise();
   std::vector<int64_t> tap_order() const;
   void prove_narrow_sums();
@@ -93,6 +94,7 @@ class Layer {
   void add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t channel, int width, int32_t* sums) const;
   Epilogue epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channel) const;
 
+  int64_t packed_pixel() const;
   int64_t group_inputs() const { return spec_.inputs / spec_.groups; }
   int64_t group_outputs() const { return spec_.outputs / spec_.groups; }
   bool merges_columns() const { return spec_.groups == 1 && spec_.window.dilation[1] == 1; }

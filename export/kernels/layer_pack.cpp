@@ -24,6 +24,8 @@ Layer::Layer(LayerSpec spec, const Isa& isa) : spec_(std::move(spec)), isa_(isa)
     pack_depthwise();
   } else if (kind_ == Kind::kProduct && pack_winograd()) {
     kind_ = Kind::kWinograd;
+  } else if (kind_ == Kind::kProduct && pack_lookup()) {
+    kind_ = Kind::kLookup;
   } else {
     pack_products();
     prove_narrow_sums();
@@ -124,6 +126,33 @@ void Layer::pack_products() {
 }
 
 // Taps in groups of four. Up to four rows: a column of the kernel is a group, so that neighbouring pixels share groups.
+// Two-bit weights in the order of `lookup`. Whether that is possible: a table's entry is at most 27 (three products from -6 to
+// 3, lifted by 18), nine of them fit a byte, and all of a sum must fit 16 bits. Kernels of one pixel would take longer: the
+// image is packed for all, and they use a packed pixel only once.
+bool Layer::pack_lookup() {
+  const auto& s = spec_;
+  const auto [low, high] = std::minmax_element(s.codes.begin(), s.codes.end());
+  const int64_t rows = s.window.kernel[0], columns = s.window.kernel[1], triples = (s.inputs + 2) / 3;
+  if (!isa_.lookup || s.groups > 1 || s.input_high > 3 || *low < -2 || *high > 1) return false;
+  if (rows * columns == 1 || 27 * rows * columns * triples > 65535) return false;
+  const int64_t taps_per_run = merges_columns() ? columns : 1;
+  runs_ = rows * columns / taps_per_run;
+  quads_ = taps_per_run * triples;
+  block_bytes_ = runs_ * quads_ * kBlock;
+  allot_weights(blocks_ * block_bytes_);
+  std::fill_n(aligned_weights_, blocks_ * block_bytes_, int8_t(2 | 2 << 2 | 2 << 4));  // no weight: 0
+  for (int64_t o = 0; o < s.outputs; ++o) {
+    const int64_t lane = o % kBlock, place = lane < 32 ? 2 * lane : 2 * (lane - 32) + 1;
+    for (int64_t tap = 0; tap < rows * columns; ++tap)
+      for (int64_t c = 0; c < s.inputs; ++c) {
+        int8_t& target = aligned_weights_[o / kBlock * block_bytes_ + (tap * triples + c / 3) * kBlock + place];
+        const int shift = 2 * int(c % 3), code = s.codes[(o * s.inputs + c) * rows * columns + tap] + 2;
+        target = int8_t((target & ~(3 << shift)) | code << shift);
+      }
+  }
+  return true;
+}
+
 std::vector<int64_t> Layer::tap_order() const {
   const int64_t rows = spec_.window.kernel[0], columns = spec_.window.kernel[1];
   std::vector<int64_t> order;  // row-major tap at each place, -1: none, its weights are 0

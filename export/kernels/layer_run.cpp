@@ -76,10 +76,15 @@ void Layer::run(const LayerTensors& t, const Pool& pool) const {
   });
 }
 
+// Bytes of a pixel as the inner loop reads it.
+int64_t Layer::packed_pixel() const {
+  return kind_ == Kind::kBinary ? spec_.inputs / 8 : kind_ == Kind::kLookup ? (spec_.inputs + 2) / 3 * 2 : spec_.inputs;
+}
+
 Layer::Image Layer::image_of(const LayerTensors& t) const {
   const auto& w = spec_.window;
-  if (kind_ != Kind::kBinary && !w.padded() && length_ % 4 == 0) return {t.x, nullptr, t.height, t.width, spec_.inputs};
-  const int64_t pixel = kind_ == Kind::kBinary ? spec_.inputs / 8 : spec_.inputs;
+  if (kind_ == Kind::kProduct && !w.padded() && length_ % 4 == 0) return {t.x, nullptr, t.height, t.width, spec_.inputs};
+  const int64_t pixel = packed_pixel();
   Image image{nullptr, nullptr, t.height + w.pads[0] + w.pads[2], t.width + w.pads[1] + w.pads[3], pixel};
   const size_t needed = size_t(t.batch * image.height * image.width * pixel) + kSlack;
   image.data = image.copied = scratch_bytes(0, needed);
@@ -97,19 +102,23 @@ void Layer::fill(const LayerTensors& t, const Image& image, const Pool& pool) co
 // Padding holds the zero point; of one-bit images it holds bits 0, which `add_border` makes up for.
 void Layer::copy_row(const LayerTensors& t, const Image& image, int64_t row) const {
   const auto& w = spec_.window;
-  const int64_t n = row / image.height, y = row % image.height - w.pads[0], bytes = image.width * image.pixel;
-  uint8_t* to = image.copied + row * bytes;
-  const int border = kind_ == Kind::kBinary ? 0 : int(spec_.input_zero);
-  if (y < 0 || y >= t.height) {
-    std::memset(to, border, size_t(bytes));
-    return;
-  }
+  const int64_t n = row / image.height, y = row % image.height - w.pads[0];
+  uint8_t* to = image.copied + row * image.width * image.pixel;
+  const auto border = [&](uint8_t* at, int64_t pixels) {
+    const int zero = kind_ == Kind::kBinary ? 0 : int(spec_.input_zero);
+    if (kind_ != Kind::kLookup) return void(std::memset(at, zero, size_t(pixels * image.pixel)));
+    const auto triple = uint16_t(64 * (zero | zero << 2 | zero << 4));
+    std::fill_n(reinterpret_cast<uint16_t*>(at), pixels * image.pixel / 2, triple);
+  };
+  if (y < 0 || y >= t.height) return border(to, image.width);
   const uint8_t* from = t.x + (n * t.height + y) * t.width * spec_.inputs;
-  std::memset(to, border, size_t(w.pads[1] * image.pixel));
-  std::memset(to + (w.pads[1] + t.width) * image.pixel, border, size_t(w.pads[3] * image.pixel));
+  border(to, w.pads[1]);
+  border(to + (w.pads[1] + t.width) * image.pixel, w.pads[3]);
   to += w.pads[1] * image.pixel;
   if (kind_ == Kind::kBinary)
     isa_.pack_bits(from, size_t(t.width * spec_.inputs), to);
+  else if (kind_ == Kind::kLookup)
+    isa_.pack_triples(from, size_t(t.width), size_t(spec_.inputs), to);
   else
     std::memcpy(to, from, size_t(t.width * spec_.inputs));
 }
@@ -127,8 +136,8 @@ std::vector<ptrdiff_t> Layer::offsets(const Image& image) const {
 void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t* offsets, const Place& place) const {
   const auto& w = spec_.window;
   const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width);
-  const bool binary = kind_ == Kind::kBinary;
-  const ProductFunction multiply = binary ? isa_.binary : isa_.product;
+  const bool binary = kind_ == Kind::kBinary, lookup = kind_ == Kind::kLookup;
+  const ProductFunction multiply = binary ? isa_.binary : lookup ? isa_.lookup : isa_.product;
   alignas(64) int32_t sums[kMaxPixels * kBlock];
   const uint8_t* pixels[kMaxPixels];
   for (int64_t block = place.first_block; block < place.last_block; ++block) {
@@ -138,11 +147,11 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
     const int64_t channel = group * group_outputs() + within * kBlock;
     const int8_t* weights = aligned_weights_ + block * block_bytes_;
     const int32_t* bias = bias_.data() + block * kBlock;
-    const int shift = isa_.prescales || binary ? 0 : __builtin_ctz(unsigned(spec_.carry));
+    const int shift = (isa_.prescales && !lookup) || binary ? 0 : __builtin_ctz(unsigned(spec_.carry));
     Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, shift, narrow_steps_,
                     int32_t(spec_.carry * spec_.input_zero), spec_.input_high < 128, weights + block_bytes_};
     const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
-    const int step = isa_.max_pixels[units];
+    const int step = lookup ? kMaxPixels : isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);
     Epilogue epilogue = epilogue_of(t, place.first_pixel, channel);
     for (int64_t p = place.first_pixel; p < place.last_pixel; p += step) {

@@ -147,7 +147,7 @@ void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* 
   }
 }
 
-const Isa kPortable = {"portable", {0, 4, 4, 4, 4}, product, binary, depthwise, finish, pack_bits, translate, largest, quantize,
+const Isa kPortable = {"portable", {0, 4, 4, 4, 4}, product, binary, nullptr, nullptr, depthwise, finish, pack_bits, translate, largest, quantize,
                        nullptr, winograd_input, winograd_output, 0, 0};
 
 }  // namespace
