@@ -118,6 +118,7 @@ void lookup_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) 
     for (ptrdiff_t q = 0; q < p.stretches.quads;) {
       const ptrdiff_t end = p.stretches.quads - q < 9 ? p.stretches.quads : q + 9;
       __m512i narrow[kPixels] = {};
+#pragma GCC unroll 3
       for (; q < end; ++q, w += 64) {
         const __m512i weights = _mm512_load_si512(w);
 #pragma GCC unroll 8
