@@ -102,16 +102,26 @@ void Layer::transform_tiles(
   const auto& w = spec_.window;
   const int64_t rows = half_up(w.outputs(0, t.height)), columns = half_up(w.outputs(1, t.width));
   const int64_t depth = 4 * quads_, plane = t.batch * rows * columns * depth;
+  const int64_t pixel = spec_.inputs, line = t.width * pixel;
+  int64_t n = first / (rows * columns), row = first / columns % rows, column = first % columns;
   for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t n = tile / (rows * columns);
-    const int64_t top = 2 * (tile / columns % rows) - w.pads[0], left = 2 * (tile % columns) - w.pads[1];
+    const int64_t top = 2 * row - w.pads[0], left = 2 * column - w.pads[1];
     const uint8_t* pixels[kPositions];
-    for (int64_t p = 0; p < kPositions; ++p) {
-      const int64_t y = top + p / 4, x = left + p % 4;
-      const bool inside = y >= 0 && y < t.height && x >= 0 && x < t.width;
-      pixels[p] = inside ? t.x + ((n * t.height + y) * t.width + x) * spec_.inputs : border;
+    if (top >= 0 && left >= 0 && top + 4 <= t.height && left + 4 <= t.width) {
+      const uint8_t* corner = t.x + ((n * t.height + top) * t.width + left) * pixel;
+      for (int64_t p = 0; p < kPositions; ++p) pixels[p] = corner + p / 4 * line + p % 4 * pixel;
+    } else {
+      for (int64_t p = 0; p < kPositions; ++p) {
+        const int64_t y = top + p / 4, x = left + p % 4;
+        const bool inside = y >= 0 && y < t.height && x >= 0 && x < t.width;
+        pixels[p] = inside ? t.x + ((n * t.height + y) * t.width + x) * pixel : border;
+      }
     }
-    isa_.winograd_input(pixels, size_t(spec_.inputs), int(2 * spec_.input_high), to + tile * depth, plane);
+    isa_.winograd_input(pixels, size_t(pixel), int(2 * spec_.input_high), to + tile * depth, plane);
+    if (++column == columns) {
+      column = 0;
+      if (++row == rows) row = 0, ++n;
+    }
   }
 }
 
