@@ -121,7 +121,7 @@ def test_what_is_not_finite_after_training_is_refused_by_name(name: str, value: 
         lower(model, IMAGES[:1])
 
 
-def test_a_bound_at_infinity_clips_nothing() -> None:
+def test_an_infinite_bound_in_a_buffer_is_not_refused() -> None:
     model = build_tiny(4, IMAGES)
     model.register_buffer("floor", torch.tensor(float("-inf")))
     assert lower(model, IMAGES[:1]).layers
