@@ -24,8 +24,8 @@ from export import session
 from export.lowered import ExportError, LoweredModel
 from export.metadata import codes_of, missing_options
 from export.native_file import KERNELS, quantizer_names
-from export.passes import is_mark, mark_name
 from export.reference import IntegerReference, same_order
+from export.skeleton import is_mark, mark_name
 from export.stress import adversarial, culprit, settings_that_differ
 
 INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", *KERNELS}

@@ -1,7 +1,7 @@
 """Other processors than this one: ONNX Runtime's arm64 build under QEMU, and its WebAssembly build in Node.
 
-A machine runs a *bundle* (`export/bundle.py`): a folder with a file, images and what is expected. What comes back is the codes
-it computed. `tools/arm64/make_root.py` and `tools/wasm/install.sh` set the machines up.
+A machine runs a *bundle* (`export/bundle.py`): a folder with a file, images and what is expected. What comes back is the
+codes it computed. `tools/arm64/make_root.py` and `tools/wasm/install.sh` set the machines up.
 """
 
 import os

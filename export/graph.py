@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack, tables
-from export.passes import is_mark, mark_name, moves_codes, weight_layer
+from export.skeleton import is_mark, mark_name, moves_codes, weight_layer
 from export.targets import TARGETS, Target, plan_layer
 from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
 
@@ -42,6 +42,7 @@ class Emitter:
         self.codes: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (tensor of codes, its grid)
         self.scales = {name: f"s{i}" for i, name in enumerate(model.quantizers)}  # read often, looked up by nobody
         self.intermediates = 0
+        self.widened: set[str] = set()  # tables that a Cast has made int32
         self.opsets = [helper.make_opsetid("", target.opset)]
 
     def emit(self) -> onnx.ModelProto:
@@ -159,14 +160,17 @@ class Emitter:
         return self._add("DequantizeLinear", inputs, axis=0)
 
     def _unpack(self, layer: LoweredLayer, bits: int) -> None:
-        """Planes -> int8 codes · carry by table look-ups; constants all, so the runtime folds them when it loads the file."""
+        """Planes -> int8 codes · carry by table look-ups; constants all, so the runtime folds them when it loads the file.
+
+        What several planes contribute is added in int32: the runtime adds no smaller integers.
+        """
         name, count = f"{layer.name}.weight", layer.codes.size
         planes = list(zip(pack(layer.codes, bits), tables(bits, layer.carry), strict=True))
         padded = any(plane.size * table.shape[1] != count for plane, table in planes)
         columns = planes[0][1].shape[1]
         parts = []
         for index, (plane, table) in enumerate(planes):
-            lookup = self._constant(f"{bits}bit/x{layer.carry}/{index}", table)
+            lookup = self._table(f"{bits}bit/x{layer.carry}/{index}", table, wide=len(planes) > 1)
             numbers = self._add("Cast", [self._constant(f"{name}/p{index}", plane)], to=TensorProto.INT32)
             rows = self._add("Gather", [lookup, numbers], axis=0)
             if padded:
@@ -176,10 +180,21 @@ class Emitter:
                 rows = self._add("Reshape", [rows, self._constant(f"rows{columns}", np.array([-1, columns]))])
             parts.append(rows)
         while len(parts) > 1:
-            parts[:2] = [self._add("BitwiseOr", parts[:2])]
-        codes = self._add("Cast", parts, to=TensorProto.INT8)
+            parts[:2] = [self._add("Add", parts[:2])]
+        codes = self._add("Cast", parts, to=TensorProto.INT8) if len(planes) > 1 else parts[0]
         shape = self._constant("x".join(map(str, layer.codes.shape)), np.array(layer.codes.shape))
         self._add("Reshape", [codes, shape], name)
+
+    def _table(self, name: str, table: NDArray[np.int8], wide: bool) -> str:
+        """The look-up table of a plane, made int32 by the runtime where `wide`; written once per file."""
+        constant = self._constant(name, table)
+        if not wide:
+            return constant
+        widened = f"{name}/wide"
+        if widened not in self.widened:
+            self.widened.add(widened)
+            self._add("Cast", [constant], widened, to=TensorProto.INT32)
+        return widened
 
     def _bias(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
         """DequantizeLinear of the int32 bias; its scale, input times weight scale, is multiplied at load. A layer that

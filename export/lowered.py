@@ -31,7 +31,7 @@ class LoweredLayer:
     bias_codes: int32 (O,) in units of input scale times `stored_scale`; set by `passes.to_integers`.
     input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`. Empty in a weight-only
              net, whose layers multiply floats with dequantized codes.
-    carry:   power of two the codes are multiplied with in the file, so that the integer bias has a finer unit.
+    carry:   integer the codes are multiplied with in the file, so that the integer bias has a finer unit.
     dead_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
     """
 
@@ -63,6 +63,7 @@ class LoweredQuantizer:
 
     thresholds:  one bit only, one number or one per channel: carrier 254 where the value reaches it, else 0.
     write_scale: one bit only, behind a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
+    moved_ppm:   how far the scale was moved from the trained one, in parts per million (`export/ties.py`).
     """
 
     name: str
@@ -73,6 +74,7 @@ class LoweredQuantizer:
     high: int
     thresholds: tuple[float, ...] = ()
     write_scale: np.float32 | None = None
+    moved_ppm: int = 0
 
     @property
     def is_binary(self) -> bool:
@@ -111,11 +113,27 @@ class LoweredQuantizer:
         return int(np.clip(code, 0, 255))
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One operation on codes, all of whose inputs were tried under every known arithmetic (`export/ties.py`).
+
+    quantizer: whose codes it ends in. kind: what it does. inputs: how many were tried. ppm: how far the scale was moved.
+    remaining: inputs on which arithmetics still differ; not 0 only where no scale near by avoids all ties.
+    """
+
+    quantizer: str
+    kind: str
+    inputs: int
+    ppm: int
+    remaining: int
+
+
 @dataclass
 class LoweredModel:
-    """Skeleton, layers and quantizers by name, and notes on what lowering had to decide."""
+    """Skeleton, layers and quantizers by name, notes on what lowering decided, and the operations that were tried."""
 
     skeleton: ir.Model
     layers: dict[str, LoweredLayer]
     quantizers: dict[str, LoweredQuantizer]
     notes: list[str] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list)

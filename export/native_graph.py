@@ -20,7 +20,7 @@ from onnx import helper
 from export.graph import Emitter, emit_qdq, value_name
 from export.lowered import DOMAIN, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack
-from export.passes import grid_of, is_mark, mark_name, only_reader, weight_layer
+from export.skeleton import grid_of, is_mark, mark_name, only_reader, weight_layer
 from export.targets import Target
 from export.thresholds import WRITE_ZERO_POINT, code_thresholds
 

@@ -42,24 +42,26 @@ def unpack(planes: list[Plane], bits: int, shape: tuple[int, ...]) -> Codes:
 
 
 def unpack_scaled(planes: list[Plane], bits: int, shape: tuple[int, ...], factor: int) -> NDArray[np.int8]:
-    """codes · factor (a power of two), decoded byte by byte through the same tables as in the file."""
+    """codes · factor, decoded byte by byte through the same tables as in the file."""
     count = int(np.prod(shape))
-    total = np.zeros(count, np.uint8)
+    total = np.zeros(count, np.int8)
     for plane, table in zip(planes, tables(bits, factor), strict=True):
-        total |= table[plane].ravel()[:count]
-    return total.view(np.int8).reshape(shape)
+        total += table[plane].ravel()[:count]
+    return total.reshape(shape)
 
 
-def tables(bits: int, factor: int) -> list[Plane]:
-    """Per plane: uint8 (256, codes per byte), row v = the contributions of byte v to codes · factor, in two's complement.
+def tables(bits: int, factor: int) -> list[Codes]:
+    """Per plane: int8 (256, codes per byte), row v = the contributions of byte v to codes · factor, which their sum is.
 
-    Contributions of different planes have no bit in common, so they are joined with a bitwise or.
+    Raises ValueError where codes · factor do not fit int8.
     """
+    if factor << max(bits - 1, 0) > 128:
+        raise ValueError(f"codes of {bits} bits times {factor} do not fit int8")
     widths = plane_widths(bits)
     return [_table(width, sum(widths[:i]), i == len(widths) - 1, bits, factor) for i, width in enumerate(widths)]
 
 
-def _table(width: int, shift: int, is_top: bool, bits: int, factor: int) -> Plane:
+def _table(width: int, shift: int, is_top: bool, bits: int, factor: int) -> Codes:
     per_byte = 8 // width
     values = (np.arange(256)[:, None] >> (width * np.arange(per_byte))) & ((1 << width) - 1)
     if bits == 1:
@@ -67,7 +69,7 @@ def _table(width: int, shift: int, is_top: bool, bits: int, factor: int) -> Plan
     else:
         signed = values - ((values >> (width - 1)) << width) if is_top else values
         contributions = signed << shift
-    return (contributions * factor).astype(np.int64).astype(np.uint8)
+    return (contributions * factor).astype(np.int8)
 
 
 def _to_bytes(values: Plane, width: int) -> Plane:

@@ -1,8 +1,8 @@
 """Passes over the skeleton: each does one thing and returns whether it changed anything.
 
 After `to_integers` the skeleton is *canonical*: every quantized Conv or Gemm reads codes and a marked weight, every value
-that is quantized is marked right where an integer kernel ends, and batch norms and clip activations live in the layers'
-scale and bias and in the quantizers' bounds.
+that is quantized is marked right where an integer kernel ends, batch norms and clip activations live in the layers'
+scale and bias and in the quantizers' bounds, and no scale leaves a result to the runtime's way of rounding.
 """
 
 from collections.abc import Callable
@@ -12,27 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.targets import TARGETS, Target, carry_of
+from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.skeleton import LAYOUT_OPS, constant, grid_of, is_mark, mark_name, only_reader, weight_layer
+from export.targets import SUM_LIMIT, TARGETS, Target, carry_of
 from export.thresholds import with_threshold_bias
+from export.ties import avoid_ties
 
-# Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
-LAYOUT_OPS = {
-    "MaxPool",
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Slice",
-    "Identity",
-    "DepthToSpace",
-    "Pad",
-}
-# These too give codes for codes, but no quantizer is moved in front of them.
-PICK_OPS = {"Split", "Gather", "Expand", "Tile", "Resize"}  # Resize by nearest neighbour
-CODE_OPS = LAYOUT_OPS | PICK_OPS
-WEIGHTED_OPS = {"Conv", "Gemm"}
 LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
 
 
@@ -55,34 +40,9 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
             pass
     cut_weights_off(model)
     remove_dead_nodes(model)
+    avoid_ties(model)
     resolve_biases(model, target)
     return model
-
-
-def is_mark(node: ir.Node | None) -> bool:
-    return node is not None and node.domain == DOMAIN and node.op_type == MARK
-
-
-def mark_name(node: ir.Node) -> str:
-    return node.attributes["name"].as_string()
-
-
-def only_reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads `value`, or None where there are more, fewer, or the graph returns it."""
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
-    """The lowered layer whose marked weight `node` reads, if it is a quantized Conv or Gemm."""
-    if node.op_type not in WEIGHTED_OPS or len(node.inputs) < 2 or node.inputs[1] is None:
-        return None
-    producer = node.inputs[1].producer()
-    return model.layers.get(mark_name(producer)) if producer is not None and is_mark(producer) else None
 
 
 def fold_batch_norms(model: LoweredModel) -> bool:
@@ -314,27 +274,6 @@ def _clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
     return bounds[0], bounds[1]
 
 
-def grid_of(value: ir.Value | None) -> str | None:
-    """Name of the quantizer whose codes `value` carries, seen through operations on codes; None for a float value."""
-    node = value.producer() if value is not None else None
-    while node is not None and moves_codes(node):
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return mark_name(node) if node is not None and is_mark(node) else None
-
-
-def moves_codes(node: ir.Node) -> bool:
-    """Whether `node`, on codes, gives codes of the same grid. A Concat does where all its parts have one grid (a roll is
-    two slices put together again) and no quantizer of its own follows."""
-    if node.domain != "" or not node.inputs:
-        return False
-    if node.op_type == "Resize":
-        return "mode" not in node.attributes or node.attributes["mode"].as_string() == "nearest"
-    if node.op_type == "Concat":
-        reader = only_reader(node.outputs[0])
-        return not (reader is not None and is_mark(reader)) and len({grid_of(v) for v in node.inputs}) == 1
-    return node.op_type in CODE_OPS
-
-
 def resolve_biases(model: LoweredModel, target: Target) -> bool:
     """Biases as int32 in units of input scale times weight scale, as integer kernels add them. A net without activation
     quantizers (weight-only) computes in floating point on its weight codes; its biases stay."""
@@ -360,12 +299,27 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             model.layers[f"{layer.name}.weight"] = layer
         else:
             model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model, target)
+        check_sums(model.layers[f"{layer.name}.weight"], model.quantizers[grid])
     missing = [name for name in model.layers if name not in reached]
     if missing:
         raise ExportError(
             f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export"
         )
     return True
+
+
+def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
+    """Raises ExportError when a sum of the layer, bias included, may exceed the 32 bits that every kernel adds it in."""
+    assert layer.bias_codes is not None
+    largest_input = max(source.high - source.zero_point, source.zero_point - source.low)
+    magnitudes = np.abs(layer.codes.astype(np.int64)).reshape(len(layer.codes), -1).sum(1)
+    largest = magnitudes * layer.carry * largest_input + np.abs(layer.bias_codes.astype(np.int64))
+    if (largest > SUM_LIMIT).any():
+        channel = int(largest.argmax())
+        raise ExportError(
+            f"layer {layer.name!r}: sums of output channel {channel} may reach {largest[channel]:,}, which 32 bits cannot "
+            "hold; use fewer bits or fewer input channels"
+        )
 
 
 def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:

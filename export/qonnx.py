@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from export.lowered import DOMAIN as MARKS
 from export.lowered import LoweredModel
-from export.passes import constant, is_mark, mark_name
+from export.skeleton import constant, is_mark, mark_name
 
 DOMAIN = "qonnx.custom_op.general"
 

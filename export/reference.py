@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.passes import constant, is_mark, mark_name, moves_codes, weight_layer
+from export.skeleton import constant, is_mark, mark_name, moves_codes, weight_layer
 from export.thresholds import code_thresholds
 
 FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from export import session
 from export.lowered import DOMAIN, LoweredModel, LoweredQuantizer
 from export.native_file import KERNELS, code_outputs, layer_part
-from export.passes import is_mark, mark_name, only_reader, weight_layer
 from export.reference import Codes, accumulate, quantize
+from export.skeleton import is_mark, mark_name, only_reader, weight_layer
 
 Uint8 = NDArray[np.uint8]
 

@@ -14,7 +14,10 @@ Storage = Literal["int8", "packed", "onnx-int4"]
 
 # On x86 without VNNI the runtime then widens before it adds; elsewhere the entry does nothing.
 PRECISE_X64 = (("session.x64quantprecision", "1"),)
+# What runtimes add in fewer than 32 bits; docs/arithmetic.md has the table of kernels.
 PAIR_LIMIT = 32_767  # two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
+LOWEST_BYTE = -127  # ARM adds two products with (input - 128) in 16 bits, where (-128)·(-128) twice overflows
+SUM_LIMIT = (1 << 31) - 1  # every kernel's sum over all products, bias included
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,21 @@ def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer | N
         raise ExportError(f"{where} computes on integers only; this is a weight-only net")
     if target.power_of_two and not is_power_of_two(np.append(np.abs(layer.scale), source.scale)):  # type: ignore[union-attr]
         raise ExportError(f"{where} needs steps that are powers of two")
-    if target.pair_sums_saturate and source is not None and saturates(layer, source):
+    if source is not None and needs_uint8(target, layer, source):
         return LayerPlan(8, uint8=True)
     return LayerPlan(layer.bits if target.storage != "int8" else 8, uint8=False)
+
+
+def needs_uint8(target: Target, layer: LoweredLayer, source: LoweredQuantizer) -> bool:
+    """Whether int8 weights would be computed wrongly on some processor of `target`."""
+    if holds_lowest_byte(layer):
+        return True
+    return target.pair_sums_saturate and saturates(layer, source)
+
+
+def holds_lowest_byte(layer: LoweredLayer) -> bool:
+    """Whether a weight, as stored, is the byte -128, with which ARM's int8 kernels overflow."""
+    return int(layer.codes.min(initial=0)) * layer.carry < LOWEST_BYTE
 
 
 def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
@@ -116,18 +131,17 @@ def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
 
 
 def carry_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
-    """The power of two that weights are carried with: the bias, an integer in the same unit, gains as many bits.
+    """The integer that weights are multiplied with in the file: the bias, an integer in the same unit, is as much finer.
 
-    It is the largest that keeps codes within int8 and pairs of products within 16 bits whatever the weights; 1-bit codes
-    are +1 and -1. INT4 initialisers cannot be scaled on the way to INT8, so they have none.
+    It is the largest that keeps codes within [-127, 127] and pairs of products within 16 bits whatever the weights; 1-bit
+    codes are +1 and -1. INT4 initialisers cannot be multiplied on the way to INT8, so theirs is 1.
     """
     largest = 1 << max(bits - 1, 0)
     if target.storage == "onnx-int4" and bits <= 4:
         return 1
-    carry = 128 // largest if bits > 1 else 64
-    while carry > 1 and 2 * source.high * largest * carry > PAIR_LIMIT:
-        carry //= 2
-    return carry
+    within_a_byte = -LOWEST_BYTE // largest
+    within_pairs = PAIR_LIMIT // (2 * source.high * largest)
+    return max(min(within_a_byte, within_pairs), 1)
 
 
 def is_power_of_two(values: np.ndarray) -> bool:

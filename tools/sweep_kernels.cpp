@@ -66,7 +66,8 @@ void choose_values(Case& c) {
   s.input_high = s.one_bit ? 254 : (1 << input_bits) - 1;
   s.input_zero = s.one_bit ? 127 : pick({0, int(s.input_high), (int(s.input_high) + 1) / 2});
   const int highest = weight_bits == 1 ? 1 : (1 << (weight_bits - 1)) - 1, lowest = weight_bits == 1 ? -1 : -highest - 1;
-  s.carry = s.one_bit ? 64 : 1 << uniform(0, 8 - weight_bits);
+  const int most = weight_bits == 8 ? 1 : 127 >> (weight_bits - 1);
+  s.carry = s.one_bit ? 64 : uniform(1, most);
   if (weight_bits == 1) s.carry = std::min<int64_t>(s.carry, 64);
   const int64_t depth = s.inputs / s.groups * s.window.kernel[0] * s.window.kernel[1];
   for (int64_t i = 0; i < s.outputs * depth; ++i) {

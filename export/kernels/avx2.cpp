@@ -123,12 +123,12 @@ void unit(const Product& p, const uint8_t* const* pixels, int u, int32_t* sums) 
     const int8_t* w = p.weights + ptrdiff_t(r) * p.stretches.quads * 64 * p.units + 64 * u;
     stretch<kPixels>(p, x, w, sums);
   }
-  const __m128i shift = _mm_cvtsi32_si128(p.carry_shift);
+  const __m256i carry = _mm256_set1_epi32(p.carry);
   for (int half = 0; half < 16; half += 8) {
     const __m256i bias = load(p.bias + u * kLanes + half);
     for (int m = 0; m < kPixels; ++m) {
       int32_t* to = sums + m * kBlock + half;
-      store(to, _mm256_add_epi32(_mm256_sll_epi32(load(to), shift), bias));
+      store(to, _mm256_add_epi32(_mm256_mullo_epi32(load(to), carry), bias));
     }
   }
 }

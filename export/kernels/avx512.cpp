@@ -136,14 +136,14 @@ void lookup_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) 
     }
   }
   const __m512i lift = _mm512_set1_epi32(18 * p.stretches.runs * p.stretches.quads);
-  const __m128i shift = _mm_cvtsi32_si128(p.carry_shift);
+  const __m512i carry = _mm512_set1_epi32(p.carry);
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m) {
     const __m256i parts[4] = {_mm512_castsi512_si256(even[m]), _mm512_extracti64x4_epi64(even[m], 1),
                               _mm512_castsi512_si256(odd[m]), _mm512_extracti64x4_epi64(odd[m], 1)};
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
-      const __m512i sum = _mm512_sll_epi32(_mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[u]), lift), shift);
+      const __m512i sum = _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[u]), lift), carry);
       _mm512_store_si512(sums + m * kBlock + u * kLanes, _mm512_add_epi32(sum, _mm512_loadu_si512(p.bias + u * kLanes)));
     }
   }
@@ -374,9 +374,9 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
 }
 
 void winograd_output(
-    const int32_t* sums, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels) {
+    const int32_t* sums, int units, int carry, const int32_t* bias, int32_t* const* pixels) {
   constexpr ptrdiff_t plane = kWinogradTiles * kBlock;
-  const __m128i up = _mm_cvtsi32_si128(carry_shift);
+  const __m512i up = _mm512_set1_epi32(carry);
   for (int u = 0; u < units; ++u) {
     const __m512i b = _mm512_loadu_si512(bias + u * kLanes);
     __m512i row[2][4];
@@ -392,8 +392,8 @@ void winograd_output(
       const __m512i* r = row[y];
       const __m512i left = _mm512_add_epi32(_mm512_add_epi32(r[1], r[2]), r[0]);
       const __m512i right = _mm512_sub_epi32(_mm512_sub_epi32(r[1], r[2]), r[3]);
-      const __m512i first = _mm512_sll_epi32(_mm512_srai_epi32(left, 2), up);
-      const __m512i second = _mm512_sll_epi32(_mm512_srai_epi32(right, 2), up);
+      const __m512i first = _mm512_mullo_epi32(_mm512_srai_epi32(left, 2), up);
+      const __m512i second = _mm512_mullo_epi32(_mm512_srai_epi32(right, 2), up);
       _mm512_store_si512(pixels[2 * y] + u * kLanes, _mm512_add_epi32(first, b));
       _mm512_store_si512(pixels[2 * y + 1] + u * kLanes, _mm512_add_epi32(second, b));
     }

@@ -28,7 +28,7 @@ struct Product {
   const int8_t* weights;
   const int32_t* bias;
   int units;           // 1 to 4
-  int carry_shift;     // carry = 1 << carry_shift; 0 where the weights were multiplied with it beforehand
+  int carry;           // what sums are multiplied with; 1 where the weights were multiplied with it beforehand
   int narrow_steps;    // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
   int32_t binary_gain; // one-bit product only: real value of one agreeing bit
   bool codes_below_128;
@@ -90,7 +90,7 @@ using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int coun
 //   output  16 sums, kWinogradTiles · 64 elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · carry + bias
 using WinogradInput = void (*)(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane);
 using WinogradOutput = void (*)(
-    const int32_t* sums, int units, int carry_shift, const int32_t* bias, int32_t* const* pixels);
+    const int32_t* sums, int units, int carry, const int32_t* bias, int32_t* const* pixels);
 
 struct Isa {
   const char* name;

@@ -133,14 +133,14 @@ void Layer::winograd_strip(
   const int64_t depth = 4 * quads_, plane = t.batch * rows * columns * depth, tiles = last - first;
   const int width = int(std::min<int64_t>(kBlock, spec_.outputs - block * kBlock)), units = (width + kLanes - 1) / kLanes;
   const int8_t* weights = aligned_weights_ + block * block_bytes_;
-  const int step = isa_.max_pixels[units], shift = __builtin_ctz(unsigned(spec_.carry));
+  const int step = isa_.max_pixels[units], carry = int(spec_.carry);
   const ptrdiff_t nowhere = 0;
   alignas(64) int32_t sums[kPositions * kWinogradTiles * kBlock];
   alignas(64) int32_t lines[2][2 * kWinogradTiles * kBlock];
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
     const int64_t bytes = quads_ * units * kLanes * 4;
-    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes, bias, units, 0, 0, 0, false, weights + (p + 1) * bytes};
+    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes, bias, units, 1, 0, 0, false, weights + (p + 1) * bytes};
     for (int64_t tile = 0; tile < tiles; tile += step) {
       const int count = int(std::min<int64_t>(step, tiles - tile));
       const uint8_t* pixels[kMaxPixels];
@@ -156,7 +156,7 @@ void Layer::winograd_strip(
           lines[0] + 2 * i * kBlock, lines[0] + (2 * i + 1) * kBlock, lines[1] + 2 * i * kBlock,
           lines[1] + (2 * i + 1) * kBlock};
       isa_.winograd_output(
-          sums + (tile - first + i) * kBlock, units, shift, bias_.data() + block * kBlock, pixels);
+          sums + (tile - first + i) * kBlock, units, carry, bias_.data() + block * kBlock, pixels);
     }
     const int64_t n = tile / (rows * columns), y = 2 * (tile / columns % rows), x = 2 * column;
     const int count = int(std::min(2 * run, out_w - x));

@@ -25,6 +25,7 @@ class QuantSpec:
     axis:   None for one step per tensor, or the axis whose slices each have their own step.
     offset: LSQ+, codes around a learned zero point (activations).
     power_of_two: steps are powers of two.
+    symmetric: the smallest code is left out, so that codes are ±(2^(b-1)-1).
     gradient_count: N of the step's gradient scale, what shares the step in one sample, or the whole tensor (as many
             published codes count).
     """
@@ -34,20 +35,35 @@ class QuantSpec:
     axis: int | None = None
     offset: bool = False
     power_of_two: bool = False
+    symmetric: bool = False
     gradient_count: GradientCount = "per_sample"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"QuantSpec: bits must be 1 to 8, got {self.bits}")
+        if self.symmetric and not (self.bits > 1 and self.signed):
+            raise ValueError("QuantSpec: symmetric codes are signed and have at least 2 bits")
         if self.bits == 1:
             if self.signed is False:
                 raise ValueError("QuantSpec: one-bit codes are -1 and +1, so signed must not be False")
             object.__setattr__(self, "signed", True)
 
+    @classmethod
+    def of_weight(cls, bits: int, *, per_channel: bool = True) -> "QuantSpec":
+        """The usual grid of weights: signed, a scale per output channel, and no code -128.
+
+        ARM kernels flip inputs to [-128, 127] and add two products in 16 bits, where (-128)·(-128) twice overflows; runtimes
+        and other toolkits leave that byte out for the same reason (docs/arithmetic.md). Grids of fewer bits keep all their
+        codes, since a file holds them multiplied with less than what would reach -128.
+        """
+        return cls(bits, signed=True, axis=0 if per_channel else None, symmetric=bits == 8)
+
     @property
     def qmin(self) -> int:
         """Smallest code. Raises ValueError while the sign is undecided."""
-        return -(1 << (self.bits - 1)) if self._decided_sign() else 0
+        if not self._decided_sign():
+            return 0
+        return -(1 << (self.bits - 1)) + self.symmetric
 
     @property
     def qmax(self) -> int:

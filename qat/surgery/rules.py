@@ -55,7 +55,7 @@ def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
     weight = source = None
     try:
         if "weight_bits" in entry:
-            weight = QuantSpec(entry["weight_bits"], signed=True, axis=0 if entry.get("per_channel", True) else None)
+            weight = QuantSpec.of_weight(entry["weight_bits"], per_channel=entry.get("per_channel", True))
         if "input_bits" in entry:
             source = QuantSpec(entry["input_bits"], offset=entry.get("offset", False))
     except ValueError as error:

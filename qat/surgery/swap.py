@@ -37,7 +37,7 @@ def uniform_rules(
     """
 
     def spec(weights: int, inputs: int) -> LayerSpec:
-        return LayerSpec(QuantSpec(weights, signed=True, axis=0), QuantSpec(inputs))
+        return LayerSpec(QuantSpec.of_weight(weights), QuantSpec(inputs))
 
     return [(name, spec(edge_bits, edge_bits)) for name in first_and_last] + [("*", spec(weight_bits, input_bits))]
 
@@ -60,11 +60,11 @@ def binary_rules(
     edge: what those get, FLOAT as published or (default) 8 bits, at which the file stays in integers.
     keep: globs of further layers that get `edge`; those that match no layer of the model are left out.
     """
-    edge = edge or LayerSpec(QuantSpec(8, signed=True, axis=0), QuantSpec(8))
+    edge = edge or LayerSpec(QuantSpec.of_weight(8), QuantSpec(8))
     spared = list(first_and_last)
     left = [name for name, m in model.named_modules() if isinstance(m, WEIGHTED) and name not in spared]
     found = [glob for glob in keep if any(fnmatch.fnmatchcase(name, glob) for name in left)]
-    binary = LayerSpec(QuantSpec(weight_bits, signed=True, axis=0), QuantSpec(input_bits), binarizer)
+    binary = LayerSpec(QuantSpec.of_weight(weight_bits), QuantSpec(input_bits), binarizer)
     return [(name, edge) for name in (*spared, *found)] + [("*", binary)]
 
 

@@ -215,7 +215,7 @@ def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]
     """The recipe's rules: those of its file first, then its flags'. Its options hold for all of them."""
     if isinstance(recipe, BiperRecipe):
         bits = recipe.edge_bits
-        edge = FLOAT if bits == 32 else LayerSpec(QuantSpec(bits, signed=True, axis=0), QuantSpec(bits))
+        edge = FLOAT if bits == 32 else LayerSpec(QuantSpec.of_weight(bits), QuantSpec(bits))
         binarizer = Binarizer(
             recipe.binarizer, recipe.stage, recipe.frequency, recipe.learn_frequency, recipe.alpha_init,
             standardize=recipe.standardize, learn_thresholds=recipe.learn_thresholds,

@@ -3,8 +3,8 @@
     uv run tools/arm64/run.py neoverse-n1 script.py arguments...
     uv run tools/arm64/run.py --count cortex-a72 script.py arguments...
 
-With --count, "instructions N" goes to standard error at the end: all that the whole process executed. The difference between runs
-of 11 and of 1 inferences, over 10, is one inference; starting up differs by tens of millions from run to run.
+With --count, "instructions N" goes to standard error at the end: all that the whole process executed. The difference
+between runs of 11 and of 1 inferences, over 10, is one inference; starting up differs by tens of millions from run to run.
 """
 
 import argparse

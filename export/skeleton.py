@@ -1,0 +1,72 @@
+"""Reading a skeleton: marks, layers, and which codes a value carries."""
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.lowered import DOMAIN, MARK, LoweredLayer, LoweredModel
+
+# Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
+LAYOUT_OPS = {
+    "MaxPool",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Identity",
+    "DepthToSpace",
+    "Pad",
+}
+# These too give codes for codes, but no quantizer is moved in front of them.
+PICK_OPS = {"Split", "Gather", "Expand", "Tile", "Resize"}  # Resize by nearest neighbour
+CODE_OPS = LAYOUT_OPS | PICK_OPS
+WEIGHTED_OPS = {"Conv", "Gemm"}
+
+
+def is_mark(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type == MARK
+
+
+def mark_name(node: ir.Node) -> str:
+    return node.attributes["name"].as_string()
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads `value`, or None where there are more, fewer, or the graph returns it."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
+    """The lowered layer whose marked weight `node` reads, if it is a quantized Conv or Gemm."""
+    if node.op_type not in WEIGHTED_OPS or len(node.inputs) < 2 or node.inputs[1] is None:
+        return None
+    producer = node.inputs[1].producer()
+    return model.layers.get(mark_name(producer)) if producer is not None and is_mark(producer) else None
+
+
+def grid_of(value: ir.Value | None) -> str | None:
+    """Name of the quantizer whose codes `value` carries, seen through operations on codes; None for a float value."""
+    node = value.producer() if value is not None else None
+    while node is not None and moves_codes(node):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return mark_name(node) if node is not None and is_mark(node) else None
+
+
+def moves_codes(node: ir.Node) -> bool:
+    """Whether `node`, on codes, gives codes of the same grid. A Concat does where all its parts have one grid (a roll is
+    two slices put together again) and no quantizer of its own follows."""
+    if node.domain != "" or not node.inputs:
+        return False
+    if node.op_type == "Resize":
+        return "mode" not in node.attributes or node.attributes["mode"].as_string() == "nearest"
+    if node.op_type == "Concat":
+        reader = only_reader(node.outputs[0])
+        return not (reader is not None and is_mark(reader)) and len({grid_of(v) for v in node.inputs}) == 1
+    return node.op_type in CODE_OPS
