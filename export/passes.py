@@ -40,7 +40,7 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
             pass
     cut_weights_off(model)
     remove_dead_nodes(model)
-    avoid_ties(model)
+    avoid_ties(model, may_move=not target.keeps_scales)
     resolve_biases(model, target)
     return model
 

@@ -27,9 +27,8 @@ class Target:
     storage:            "int8": a byte a code; "packed": uint8 planes unpacked by standard operators that the runtime folds
                         at load (any bits, ORT >= 1.18); "onnx-int4": INT4 initialisers behind a Cast (ORT >= 1.23).
     pair_sums_saturate: u8·s8 kernels add pairs of products in 16 bits (x86 AVX2 without VNNI).
-    per_channel:        whether weights may have one scale per output channel.
-    negative_scales:    whether a weight scale may carry the sign of a folded batch norm.
-    power_of_two:       whether every scale must be a power of two.
+    keeps_scales:       whether activations' scales stay exactly as trained (powers of two, for hardware that shifts), at the
+                        price that results at a tie are rounded as each runtime likes (`export/ties.py`).
     opset:              of the file, and the oldest ONNX Runtime that reads it.
     why:                the reason for the floor.
     native:             whether layers run on the operators of export/kernels where those can.
@@ -39,9 +38,7 @@ class Target:
     name: str
     storage: Storage = "int8"
     pair_sums_saturate: bool = True
-    per_channel: bool = True
-    negative_scales: bool = True
-    power_of_two: bool = False
+    keeps_scales: bool = False
     opset: int = 20
     runtime: str = "1.18"
     why: str = "opset 20 is what torch.onnx writes; every operator used here is older"
@@ -64,10 +61,6 @@ TARGETS: dict[str, Target] = {
         ),
         Target("ort-int8-vnni", pair_sums_saturate=False, session_options=PRECISE_X64),
         Target("ort-packed-vnni", storage="packed", pair_sums_saturate=False, session_options=PRECISE_X64),
-        Target("ort-int8-arm", pair_sums_saturate=False),
-        Target("ort-int8-arm-dotprod", pair_sums_saturate=False),
-        Target("xnnpack", pair_sums_saturate=False, negative_scales=False),
-        Target("qnn", pair_sums_saturate=False, per_channel=False, negative_scales=False, power_of_two=True),
     )
 }  # fmt: skip
 
@@ -89,24 +82,7 @@ def target_named(name: str) -> Target:
 
 
 def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer | None) -> LayerPlan:
-    """Decide how `layer` is stored for `target`; `source` is the quantizer it reads, None where it reads floats.
-
-    Raises ExportError naming the layer the target cannot run.
-    """
-    where = f"layer {layer.name!r}: target {target.name}"
-    if not target.per_channel and len(np.unique(layer.scale)) > 1:
-        raise ExportError(
-            f"{where} needs one weight scale per layer; train with per-tensor weight steps and no batch norm"
-        )
-    if not target.negative_scales and (layer.scale < 0).any():
-        channels = np.flatnonzero(layer.scale < 0)
-        raise ExportError(
-            f"{where} cannot run negative weight scales (channels {channels[:4].tolist()}: batch norm gamma < 0)"
-        )
-    if target.power_of_two and source is None:
-        raise ExportError(f"{where} computes on integers only; this is a weight-only net")
-    if target.power_of_two and not is_power_of_two(np.append(np.abs(layer.scale), source.scale)):  # type: ignore[union-attr]
-        raise ExportError(f"{where} needs steps that are powers of two")
+    """Decide how `layer` is stored for `target`; `source` is the quantizer it reads, None where it reads floats."""
     if source is not None and needs_uint8(target, layer, source):
         return LayerPlan(8, uint8=True)
     return LayerPlan(layer.bits if target.storage != "int8" else 8, uint8=False)
@@ -142,8 +118,3 @@ def carry_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
     within_a_byte = -LOWEST_BYTE // largest
     within_pairs = PAIR_LIMIT // (2 * source.high * largest)
     return max(min(within_a_byte, within_pairs), 1)
-
-
-def is_power_of_two(values: np.ndarray) -> bool:
-    mantissa, _ = np.frexp(values)
-    return bool((mantissa == 0.5).all())

@@ -55,8 +55,11 @@ class Operation:
     disagreements: Disagreements
 
 
-def avoid_ties(model: LoweredModel) -> bool:
-    """Move scales in place, in graph order: an operation reads grids that are final already."""
+def avoid_ties(model: LoweredModel, *, may_move: bool = True) -> bool:
+    """Move scales in place, in graph order: an operation reads grids that are final already.
+
+    may_move: False for a target that must keep the trained scales; ties are then only counted.
+    """
     model.tried.clear()
     for node in model.skeleton.graph:
         name = mark_name(node) if is_mark(node) else ""
@@ -65,9 +68,13 @@ def avoid_ties(model: LoweredModel) -> bool:
         operation = operation_before(node, model)
         if operation is None:
             continue
-        moved, remaining = nearest_without_ties(model.quantizers[name], operation.disagreements)
-        model.quantizers[name] = moved
-        model.tried.append(Tried(name, operation.kind, operation.inputs, moved.moved_ppm, remaining))
+        grid = model.quantizers[name]
+        if may_move:
+            grid, remaining = nearest_without_ties(grid, operation.disagreements)
+        else:
+            remaining = operation.disagreements(grid).count
+        model.quantizers[name] = grid
+        model.tried.append(Tried(name, operation.kind, operation.inputs, grid.moved_ppm, remaining))
     return any(tried.ppm for tried in model.tried)
 
 

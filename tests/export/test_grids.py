@@ -13,6 +13,7 @@ from export.graph import emit_qdq
 from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredModel
 from export.passes import to_integers
+from export.targets import TARGETS, Target
 from qat.quantizers.lsq_plus import LSQPlus
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
@@ -23,12 +24,14 @@ from tests.surgery.nets import TinyNet, with_random_norms
 IMAGES = torch.randn(6, 3, 33, 29, generator=torch.Generator().manual_seed(3))
 
 
-def exported(layer: LayerSpec, stream: QuantSpec, tmp_path: Path) -> tuple[torch.nn.Module, LoweredModel, Path]:
+def exported(
+    layer: LayerSpec, stream: QuantSpec, tmp_path: Path, target: Target = TARGETS["ort-int8"]
+) -> tuple[torch.nn.Module, LoweredModel, Path]:
     torch.manual_seed(0)
     model = with_random_norms(TinyNet()).eval()
     quantize_(model, [("*", layer)], IMAGES[:1], stream=stream, weight_init="mse")
     calibrate(model, [IMAGES])
-    lowered = to_integers(lower(model, IMAGES))
+    lowered = to_integers(lower(model, IMAGES), target)
     file = tmp_path / "tiny.onnx"
     onnx.save(emit_qdq(lowered), str(file))
     return model, lowered, file
@@ -57,9 +60,21 @@ def test_lsq_plus_exports_its_zero_points(tmp_path: Path) -> None:
 
 def test_power_of_two_steps_export(tmp_path: Path) -> None:
     layer = LayerSpec(QuantSpec(4, signed=True, axis=0, power_of_two=True), QuantSpec(4, power_of_two=True))
-    model, lowered, file = exported(layer, QuantSpec(8, power_of_two=True), tmp_path)
+    keeping = dataclasses.replace(TARGETS["ort-int8"], keeps_scales=True)
+    model, lowered, file = exported(layer, QuantSpec(8, power_of_two=True), tmp_path, keeping)
     scales = np.array([q.scale for q in lowered.quantizers.values()])
     assert np.array_equal(np.log2(scales), np.rint(np.log2(scales)))
+    assert proof(model, lowered, file).mismatches == 0
+    assert any(tried.remaining for tried in lowered.tried)  # ties that runtimes round differently
+
+
+def test_power_of_two_steps_are_moved_off_their_ties_where_the_target_lets_them(tmp_path: Path) -> None:
+    layer = LayerSpec(QuantSpec(4, signed=True, axis=0, power_of_two=True), QuantSpec(4, power_of_two=True))
+    model, lowered, file = exported(layer, QuantSpec(8, power_of_two=True), tmp_path)
+    steps = {name: float(q.step) for name, q in quantizers(model).items() if not q.is_weight}
+    moves = {name: float(grid.scale) / steps[name] - 1 for name, grid in lowered.quantizers.items()}
+    assert all(abs(move) < 1e-4 for move in moves.values()) and any(abs(move) > 1e-6 for move in moves.values())
+    assert not any(tried.remaining for tried in lowered.tried)
     assert proof(model, lowered, file).mismatches == 0
 
 

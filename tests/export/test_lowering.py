@@ -57,9 +57,9 @@ def test_folding_reports_whether_it_changed_anything(tiny: Exported) -> None:
 
 def test_bias_codes_are_rounded_in_units_of_both_scales(tiny: Exported) -> None:
     layer = tiny.lowered.layers["block.conv1.weight"]
-    assert layer.carry == 16
+    assert layer.carry == 15
     step = quantizers(tiny.model)["block.conv1.input"].step.item()
-    expected = np.rint(layer.bias / (np.float64(np.float32(step)) * layer.scale.astype(np.float64) / 16))
+    expected = np.rint(layer.bias / (np.float64(np.float32(step)) * layer.scale.astype(np.float64) / 15))
     assert np.abs(layer.bias_codes - expected).max() <= 1  # the unit itself is rounded to float32
     assert (layer.bias_codes == expected).mean() > 0.8
 

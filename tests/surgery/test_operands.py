@@ -201,7 +201,13 @@ def test_a_layer_that_runs_twice_is_certified_in_both_places(tmp_path) -> None:
     calibrate(model, [X])
     certificate = certified(model, tmp_path / "shared.onnx")
     assert certificate.passed, str(certificate)
-    assert certificate.layers == 4 and certificate.fake_quantized_mismatch_rate < 0.01
+    assert certificate.layers == 4
+    # Only the integer biases are rounded: by at most half a unit, which for this net's second pass is a tenth of a code.
+    lowered = to_integers(lower(model, X[:1]), TARGETS["ort-packed"])
+    layer = lowered.layers["conv@1.weight"]
+    unit = layer.stored_scale * lowered.quantizers["conv.input@1"].scale
+    largest_shift = float((unit / 2 / lowered.quantizers["norm#batch_norm0"].scale).max())
+    assert certificate.fake_quantized_mismatch_rate < largest_shift < 0.2
 
 
 class Recurrent(nn.Module):
