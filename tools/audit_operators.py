@@ -1,11 +1,11 @@
 """Which arithmetic each integer operator of ONNX Runtime uses, on each processor: the tables of docs/arithmetic.md.
 
-    uv run tools/audit_operators.py                                  # everything, about ten minutes
+    uv run tools/audit_operators.py                                  # everything, three minutes
     uv run tools/audit_operators.py --rows QLinearAdd Sums --on x86 neoverse-n1
 
-Small models are run on all their inputs (all 256 codes, all 65,536 pairs, all sums of a pool, all pairs of a weight byte and an
-input code) here, on other x86 processors and 64-bit ARM processors under QEMU, and on WebAssembly, and their results compared
-with arithmetics that are written out below in NumPy. They are written from experiment and share no code with
+Small models are run on all their inputs (all 256 codes, all 65,536 pairs, all sums of a pool, all pairs of a weight byte and
+an input code) here, on other x86 processors and on 64-bit ARM processors under QEMU, and on WebAssembly. Their results are
+compared with arithmetics that are written out below in NumPy. Those are written from experiment and share no code with
 `export/arithmetic.py`: each checks the other.
 """
 
@@ -16,9 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from export.packing import pack, tables
 HERE = Path(__file__).parent
 INFER_PYTHON, INFER_NODE = HERE / "arm64" / "infer.py", HERE / "wasm" / "infer.mjs"
 CONTRIB = "com.microsoft"
+LEVEL_NAMES = {"disabled": "DISABLE", "basic": "BASIC", "extended": "EXTENDED"}
 OPSET, IR_VERSION = 20, 10
 
 # x86 processors that QEMU stands in for. It knows no AVX-512 and no VNNI.
@@ -80,8 +81,8 @@ def half_away(values: Array) -> Array:
 def fused(a: Array | np.float32, b: Array | np.float32, c: Array | np.float32) -> Array:
     """float32 a · b + c, rounded once.
 
-    The product is exact in float64. Where its sum with c is not, it is moved to the odd neighbour in the error's direction, so
-    that the second rounding, to float32, finds no tie that is none.
+    The product is exact in float64. Where its sum with c is not, it is moved to the odd neighbour in the error's direction,
+    so that the second rounding, to float32, finds no tie that is none.
     """
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.asarray(c, np.float64)
@@ -129,9 +130,9 @@ def add_arithmetics(a: Array, b: Array, grids: tuple[Grid, Grid, Grid]) -> Arith
     divided = saturated(np.rint((real_a + real_b) / out.scale + zero))
     fixed = add_fixed_point(a, b, grids)
     fallbacks = {
-        "": divided,
-        ", b's product fused": saturated(np.rint(fused(y.scale, float_b - zero_b, real_a) / out.scale + zero)),
-        ", a's product fused": saturated(np.rint(fused(x.scale, float_a - zero_a, real_b) / out.scale + zero)),
+        "divided": divided,
+        "divided, b's product fused": saturated(np.rint(fused(y.scale, float_b - zero_b, real_a) / out.scale + zero)),
+        "divided, a's product fused": saturated(np.rint(fused(x.scale, float_a - zero_a, real_b) / out.scale + zero)),
     }
     constant_b = (offset + float_b * ratio_b).astype(np.float32)
     constant_a = (offset + float_a * ratio_a).astype(np.float32)
@@ -146,7 +147,7 @@ def add_arithmetics(a: Array, b: Array, grids: tuple[Grid, Grid, Grid]) -> Arith
         "a plain, b fused": saturated(np.rint(fused(float_b, ratio_b, constant_a))),
         "unfused": saturated(np.rint((offset + float_a * ratio_a) + float_b * ratio_b)),
         "unfused, swapped": saturated(np.rint((offset + float_b * ratio_b) + float_a * ratio_a)),
-        **{f"fixed point{name}": kept if fixed is None else fixed for name, kept in fallbacks.items()},
+        **{f"fixed point (else {name})": kept if fixed is None else fixed for name, kept in fallbacks.items()},
         "divided": divided,
         "real sum, zero point after": saturated(np.rint((real_a + real_b) / out.scale) + zero),
     }
@@ -162,8 +163,8 @@ def multiply_arithmetics(a: Array, b: Array, grids: tuple[Grid, Grid, Grid]) -> 
         "unfused": saturated(np.rint(product * ratio + zero)),
         "fused": saturated(np.rint(fused(product, ratio, zero))),
         "divided": saturated(np.rint(real / out.scale + zero)),
-        "zero point after": saturated(np.rint(product * ratio) + zero),
         "real product, zero point after": saturated(np.rint(real / out.scale) + zero),
+        "zero point after": saturated(np.rint(product * ratio) + zero),
         "half away": saturated(half_away(product * ratio) + zero),
     }
 
@@ -283,7 +284,7 @@ def extreme(rng: np.random.Generator) -> Grid:
     return Grid(one(np.exp2(rng.uniform(-16, 5))), int(rng.choice(ZERO_POINTS)))
 
 
-KINDS = {"ordinary scales": ordinary, "powers of two": power_of_two, "extreme ratios": extreme}
+KINDS = {"ordinary": ordinary, "powers of two": power_of_two, "extreme": extreme}
 
 
 def telling(
@@ -309,7 +310,7 @@ def scale_sets(
         for _ in range(count):
             yield kind, tuple(draw(rng) for _ in range(grids))
     for found in telling(arithmetics, grids, rng, draws=120):
-        yield "scales that tell arithmetics apart", found
+        yield "telling", found
 
 
 def pairs(op: str, arithmetics: Callable[[Array, Array, Any], Arithmetics]) -> Iterator[Case]:
@@ -344,7 +345,7 @@ def float_path(op: str, level: str, options: dict[str, str] | None = None) -> It
             x, y, out = (case.grid(grid) for grid in grids)
             left, right = case.add("DequantizeLinear", ["a", *x]), case.add("DequantizeLinear", ["b", *y])
             quantized = case.add("QuantizeLinear", [case.add(op, [left, right]), *out])
-            case.returns(quantized, f"{op} at {level.upper()}", arithmetics(ALL_A, ALL_B, grids), kind)
+            case.returns(quantized, f"{op} at {LEVEL_NAMES[level]}", arithmetics(ALL_A, ALL_B, grids), kind)
             yield case
 
 
@@ -538,7 +539,7 @@ def float_pools(level: str) -> Iterator[Case]:
                 pooled = case.add(op, [case.add("DequantizeLinear", ["x", *case.grid(grid)])], **attributes)
                 node = case.add("QuantizeLinear", [pooled, *case.grid(out)])
                 expected = window_arithmetics(codes, integers, window, grid, out)
-                case.returns(node, f"{op}, {window.name}, at {level.upper()}", expected, kind)
+                case.returns(node, f"{op}, {window.name}, at {LEVEL_NAMES[level]}", expected, kind)
             yield case
 
 
@@ -590,6 +591,15 @@ SHAPES = (
     Shape("sequence, dense 3", 24, 24, (3,), (12,), pad=1),
     Shape("sequence, depthwise 9", 32, 32, (9,), (20,), pad=4, group=32),
 )
+
+
+def family(shape: Shape) -> str:
+    """What decides which kernel a layer is given to."""
+    if shape.group == 1:
+        return "dense 1x1" if set(shape.kernel) == {1} else "dense"
+    if shape.group != shape.inputs or shape.outputs != shape.inputs:
+        return "grouped"
+    return "depthwise, channels a multiple of 8" if shape.inputs % 8 == 0 else "depthwise, other numbers of channels"
 
 
 def exact_sums(x: Array, weight: Array, shape: Shape) -> Array:
@@ -684,9 +694,13 @@ def convolution(
         **shape.attributes(),
     )  # fmt: skip
     factors = (step * scales / out.scale).astype(np.float32).reshape(-1, *[1] * len(shape.kernel))
-    kind = "int8" if signed else "uint8"
+    row = f"{family(shape)}, int8 {limits}"
+    if bounds[1] == 64:
+        row = f"every layer, int8 {limits}"
+    if not signed:
+        row = "every layer, uint8 of any bytes"
     expected = requantize_arithmetics(sums + middle, factors, out.zero)
-    case.returns(node, f"Layer: {shape.name}; {kind} {limits}", {"exact": expected["float32, half to even"]})
+    case.returns(node, f"Layer: {row}", {"exact": expected["float32, half to even"]})
 
 
 def requantizations() -> Iterator[Case]:
@@ -702,7 +716,7 @@ def requantizations() -> Iterator[Case]:
         for _ in range(12):
             x, out = draw(rng), draw(rng)
             scales = np.array([draw(rng).scale for _ in range(columns)], np.float32)
-            large = kind == "extreme ratios"
+            large = kind == "extreme"
             bias = rng.integers(-(1 << 28), 1 << 28, columns) if large else rng.integers(-9000, 9000, columns)
             bias = bias.astype(np.int32)
             zeros = np.zeros(columns, np.int8)
@@ -838,19 +852,18 @@ def grids_of_sums(options: dict[str, str] | None = None, note: str = "") -> Iter
             depth = weights[0].size
             sums = depth * (byte - 128)[None, :] * ALL_CODES.astype(np.int64)[:, None]
             output_size = [s - k + 1 for s, k in zip(shape.size, shape.kernel, strict=True)]
-            expected = shown_sums(sums, depth).reshape(256, shape.outputs, *[1] * len(shape.size))
+            expected = visible_sums(sums, depth).reshape(256, shape.outputs, *[1] * len(shape.size))
             stored = weights.astype(np.int8) if signed else (weights + 128).astype(np.uint8)
             zero = np.zeros(shape.outputs, np.int8) if signed else np.full(shape.outputs, 128, np.uint8)
             node = case.add(
                 "QLinearConv",
                 ["x", *case.grid(Grid(one(1), 0)), case.constant(stored),
-                 case.constant(np.full(shape.outputs, shown_scale(depth), np.float32)), case.constant(zero),
+                 case.constant(np.full(shape.outputs, visible_scale(depth), np.float32)), case.constant(zero),
                  *case.grid(Grid(one(1), 128))],
                 **shape.attributes(),
             )  # fmt: skip
-            kind = "int8" if signed else "uint8"
             full = np.ascontiguousarray(np.broadcast_to(expected, (256, shape.outputs, *output_size)))
-            case.returns(node, f"Sums{note}: QLinearConv, {shape.name}, {kind}", {"exact": full})
+            case.returns(node, row_of_sums(shape.name, signed, note), {"exact": full})
         yield case
     yield from matrix_grids(options, note)
 
@@ -885,12 +898,12 @@ def partners() -> Iterator[Case]:
         taps = weight.reshape(shape.outputs, *shape.kernel, -1).transpose(0, 3, 1, 2)
         sums = np.stack([0 * weight.sum(1), 255 * weight.astype(np.int64).sum(1)])
         size = [s - k + 1 for s, k in zip(shape.size, shape.kernel, strict=True)]
-        expected = np.broadcast_to(shown_sums(sums, 2)[:, :, None, None], (2, shape.outputs, *size))
+        expected = np.broadcast_to(visible_sums(sums, 2)[:, :, None, None], (2, shape.outputs, *size))
         attributes = shape.attributes() | ({"group": shape.outputs} if is_depthwise else {})
         node = case.add(
             "QLinearConv",
             ["x", *case.grid(Grid(one(1), 0)), case.constant(np.ascontiguousarray(taps)),
-             case.constant(np.full(shape.outputs, shown_scale(2), np.float32)),
+             case.constant(np.full(shape.outputs, visible_scale(2), np.float32)),
              case.constant(np.zeros(shape.outputs, np.int8)), *case.grid(Grid(one(1), 128))],
             **attributes,
         )  # fmt: skip
@@ -898,13 +911,17 @@ def partners() -> Iterator[Case]:
         yield case
 
 
-def shown_scale(depth: int) -> np.float32:
+def row_of_sums(kernel: str, signed: bool, note: str) -> str:
+    return f"Sums: {kernel}{note}" if signed else f"Sums: every kernel, uint8{note}"
+
+
+def visible_scale(depth: int) -> np.float32:
     """What makes the largest sum 127 steps."""
     return one(127 / (depth * 255 * 128))
 
 
-def shown_sums(sums: Array, depth: int) -> Array:
-    return saturated(np.rint(sums.astype(np.float32) * shown_scale(depth)) + 128)
+def visible_sums(sums: Array, depth: int) -> Array:
+    return saturated(np.rint(sums.astype(np.float32) * visible_scale(depth)) + 128)
 
 
 def matrix_grids(options: dict[str, str] | None, note: str) -> Iterator[Case]:
@@ -914,33 +931,34 @@ def matrix_grids(options: dict[str, str] | None, note: str) -> Iterator[Case]:
     sums = depth * (byte - 128)[None, :] * ALL_CODES.astype(np.int64)[:, None]
     case = Case({"a": a}, options=options or {})
     for signed in (True, False):
-        kind = "int8" if signed else "uint8"
         weights = np.broadcast_to((byte - 128)[None, :], (depth, 256))
         stored = np.ascontiguousarray(weights.astype(np.int8) if signed else (weights + 128).astype(np.uint8))
         zeros = np.zeros(256, np.int8) if signed else np.full(256, 128, np.uint8)
-        scales = np.full(256, shown_scale(depth), np.float32)
+        scales = np.full(256, visible_scale(depth), np.float32)
         given, out = case.grid(Grid(one(1), 0)), case.grid(Grid(one(1), 128))
-        expected = {"exact": shown_sums(sums, depth)}
+        expected = {"exact": visible_sums(sums, depth)}
         node = case.add(
             "QGemm",
             ["a", *given, case.constant(np.ascontiguousarray(stored.T)), case.constant(scales), case.constant(zeros), "",
              *out],
             CONTRIB, transB=1,
         )  # fmt: skip
-        case.returns(node, f"Sums{note}: QGemm, {kind}", expected)
+        case.returns(node, row_of_sums("QGemm", signed, note), expected)
         weight = [case.constant(stored), case.constant(scales), case.constant(zeros)]
         case.returns(
-            case.add("QLinearMatMul", ["a", *given, *weight, *out]), f"Sums{note}: QLinearMatMul, {kind}", expected
+            case.add("QLinearMatMul", ["a", *given, *weight, *out]),
+            row_of_sums("QLinearMatMul", signed, note),
+            expected,
         )
         # With x64quantprecision the runtime refuses a file in which two of these operators share a weight.
         weight = [case.constant(stored), case.constant(scales), case.constant(zeros)]
         node = case.add("MatMulIntegerToFloat", ["a", weight[0], given[0], weight[1], given[1], weight[2]], CONTRIB)
-        real = sums.astype(np.float32) * shown_scale(depth)
-        case.returns(node, f"Sums{note}: MatMulIntegerToFloat, {kind}", {"exact": real})
+        real = sums.astype(np.float32) * visible_scale(depth)
+        case.returns(node, row_of_sums("MatMulIntegerToFloat", signed, note), {"exact": real})
     yield case
 
 
-SHOWN_LOSS = 1200  # what two products, or more, must lose to be seen: a little over two steps of `shown_scale`
+SEEN_LOSS = 1200  # what products must lose together to be seen: a little over two steps of `visible_scale`
 
 PRECISE = {"session.x64quantprecision": "1"}
 
@@ -962,7 +980,7 @@ def cases() -> Iterator[Case]:
     yield from convolutions()
     yield from partners()
     yield from grids_of_sums()
-    yield from grids_of_sums(PRECISE, " with x64quantprecision")
+    yield from grids_of_sums(PRECISE, ", x64quantprecision")
 
 
 # ---- machines -------------------------------------------------------------------------------------------------------
@@ -1032,7 +1050,9 @@ class Cell:
     results: int = 0
     differing: dict[str, int] = field(default_factory=dict)  # from the first machine, by kind of scales
     mistaken: dict[str, int] = field(default_factory=dict)  # arithmetic: results it does not explain
-    failed: list[Array] = field(default_factory=list)  # of rows of sums: which pairs of input and weight were wrong
+    errors: list[Array] = field(
+        default_factory=list
+    )  # of rows of sums: by input code and channel, in steps of the output
 
     def found(self) -> str:
         """The first arithmetic that explains all results, or the best one and how many it does not explain."""
@@ -1063,94 +1083,88 @@ def summarize(given: Sequence[Case], outputs: dict[str, list[dict[str, Array]]])
                     wrong = differs(got, np.ascontiguousarray(expected))
                     cell.mistaken[name] = cell.mistaken.get(name, 0) + int(wrong.sum())
                     if result.row.startswith(("Sums", "Partners")):
-                        cell.failed.append(wrong.reshape(wrong.shape[0], wrong.shape[1], -1).any(-1))
+                        error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+                        cell.errors.append(error.reshape(error.shape[0], error.shape[1], -1).max(-1))
     return rows
 
 
-def print_arithmetics(rows: dict[str, dict[str, Cell]], machines: Sequence[str]) -> None:
-    shown = {row: cells for row, cells in rows.items() if not row.startswith(("Sums", "Layer", "Partners"))}
-    if not shown:
-        return
-    print("| operator | results | " + " | ".join(ABOUT[m] for m in machines) + " |")
-    print("|---|---|" + "---|" * len(machines))
-    for row, cells in shown.items():
-        first = cells[machines[0]]
-        parts = []
-        for machine in machines:
-            cell = cells[machine]
-            by_kind = [f"{kind} {count:,}".strip() for kind, count in cell.differing.items() if count]
-            parts.append("; ".join([cell.found(), *by_kind]))
-        print(f"| {row} | {first.results:,} | " + " | ".join(parts) + " |")
+def shown_arithmetic(cell: Cell) -> str:
+    by_kind = [f"{kind} {count:,}".strip() for kind, count in cell.differing.items() if count]
+    return cell.found() + (f" (differ: {', '.join(by_kind)})" if by_kind else "")
 
 
-def print_layers(rows: dict[str, dict[str, Cell]], machines: Sequence[str]) -> None:
-    shown = {row: cells for row, cells in rows.items() if row.startswith("Layer")}
-    if not shown:
-        return
-    print("| layer and weights | results | " + " | ".join(ABOUT[m] for m in machines) + " |")
-    print("|---|---|" + "---|" * len(machines))
-    for row, cells in shown.items():
-        wrong = [cells[m].mistaken["exact"] for m in machines]
-        if any(wrong):
-            print(
-                f"| {row.removeprefix('Layer: ')} | {cells[machines[0]].results:,} | "
-                + " | ".join(f"{w:,}" if w else "0" for w in wrong)
-                + " |"
-            )
-    clean = [row for row, cells in shown.items() if not any(cells[m].mistaken["exact"] for m in machines)]
-    results = sum(shown[row][machines[0]].results for row in clean)
-    print(f"\nNone wrong on any processor in the other {len(clean)} rows ({results:,} results).")
+def shown_mistakes(cell: Cell) -> str:
+    return f"{cell.mistaken['exact']:,}"
 
 
-def explained(failed: Array) -> str:
+def shown_sums(cell: Cell) -> str:
     """Which (input code, weight byte) pairs were wrong, as a rule, with the largest safe weight."""
-    if not failed.any():
+    if not any(errors.any() for errors in cell.errors):
         return "exact"
+    (errors,) = cell.errors
+    failed = errors > 0
     codes, bytes_ = np.arange(256)[:, None], (np.arange(failed.shape[1]) % 256 - 128)[None, :]
     for offset in (0, 128):
         for terms in range(2, 10):
             total = terms * (codes - offset) * bytes_
             lost = np.abs(total - np.clip(total, -32768, 32767))
-            # What saturation loses is shown from a step of the output on; a sum that wraps around is far off.
-            if not (failed & (lost == 0)).any() and failed[lost > SHOWN_LOSS].all():
-                wraps = bool((failed & (0 < lost) & (lost < SHOWN_LOSS // 8)).any())
-                safe = min(abs(int(b)) for b in np.broadcast_to(bytes_, lost.shape)[lost > 0]) - 1
-                shown = "x·w" if offset == 0 else f"(x − {offset})·w"
-                return f"{terms} products {shown} in {'wrapping' if wraps else 'saturating'} 16 bits: |w| ≤ {safe}"
+            # Saturation loses what is over the limit, which is seen from a step of the output on; a sum that wraps around is
+            # far off at once.
+            wraps = bool((errors[(lost > 0) & (lost <= SEEN_LOSS)] > 10).any())
+            seen = lost > 0 if wraps else lost > SEEN_LOSS
+            if not failed[lost == 0].any() and failed[seen].all():
+                safe = min(abs(int(byte)) for byte in np.broadcast_to(bytes_, lost.shape)[lost > 0]) - 1
+                product = "x·w" if offset == 0 else f"(x − {offset})·w"
+                return f"{terms} products {product} in 16 bits that {'wrap' if wraps else 'saturate'}: to ±{safe}"
     return f"{int(failed.sum()):,} pairs, by no rule known here"
 
 
-def print_sums(rows: dict[str, dict[str, Cell]], machines: Sequence[str]) -> None:
-    shown = {row: cells for row, cells in rows.items() if row.startswith("Sums")}
-    if not shown:
-        return
-    print("| kernel | " + " | ".join(ABOUT[m] for m in machines) + " |")
-    print("|---|" + "---|" * len(machines))
-    for row, cells in shown.items():
-        kernel = row.removeprefix("Sums: ").removeprefix("Sums ")
-        print(f"| {kernel} | " + " | ".join(explained(cells[m].failed[0]) for m in machines) + " |")
-
-
-def print_partners(rows: dict[str, dict[str, Cell]], machines: Sequence[str]) -> None:
-    shown = {row: cells for row, cells in rows.items() if row.startswith("Partners")}
-    if not shown:
-        return
-    print("| kernel | " + " | ".join(ABOUT[m] for m in machines) + " |")
-    print("|---|" + "---|" * len(machines))
-    for row, cells in shown.items():
-        parts = [pairs_named(cells[m].failed[0].any(0)) for m in machines]
-        print(f"| {row.removeprefix('Partners: ')} | " + " | ".join(parts) + " |")
-
-
-def pairs_named(failed: Array) -> str:
-    """The positions k, l of the weights that are added in 16 bits, by their distance."""
-    positions = [pair for pair, wrong in zip(all_partners(failed.size), failed, strict=False) if wrong]
-    if not positions:
-        return "none"
+def shown_partners(cell: Cell) -> str:
+    """The positions of weights that are added in 16 bits, by their distance."""
+    wrong = cell.errors[0].max(0) > 0
     by_distance: dict[int, list[int]] = {}
-    for first, second in positions:
-        by_distance.setdefault(second - first, []).append(first)
-    return "; ".join(f"k and k + {d} for k = {', '.join(map(str, ks))}" for d, ks in sorted(by_distance.items()))
+    for (first, second), is_wrong in zip(all_partners(wrong.size), wrong, strict=False):
+        if is_wrong:
+            by_distance.setdefault(second - first, []).append(first)
+    shown = [f"k and k + {d} for k = {', '.join(map(str, ks))}" for d, ks in sorted(by_distance.items())]
+    return "; ".join(shown) or "none"
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: how they begin; without any, the table takes what no other does."""
+
+    title: str
+    rows: str
+    show: Callable[[Cell], str]
+
+
+TABLES = (
+    Table("operator", "", shown_arithmetic),
+    Table("layer and weights: wrong results", "Layer: ", shown_mistakes),
+    Table(
+        "kernel, int8 where not said: how it adds, and which weights are safe with 8-bit inputs", "Sums: ", shown_sums
+    ),
+    Table("kernel: positions k of weights that are added in 16 bits", "Partners: ", shown_partners),
+)
+
+
+def print_table(table: Table, rows: dict[str, dict[str, Cell]], machines: Sequence[str]) -> None:
+    """Rows whose cells are alike are one; "same" is as in the cell before."""
+    others = tuple(other.rows for other in TABLES if other.rows)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row, cells in rows.items():
+        if row.startswith(table.rows) if table.rows else not row.startswith(others):
+            alike.setdefault(tuple(table.show(cells[machine]) for machine in machines), []).append(row)
+    if not alike:
+        return
+    print(f"\n| {table.title} | results | " + " | ".join(ABOUT[machine] for machine in machines) + " |")
+    print("|---|---|" + "---|" * len(machines))
+    for shown, names in alike.items():
+        results = sum(rows[name][machines[0]].results for name in names)
+        name = "; ".join(name.removeprefix(table.rows) for name in names)
+        cells_shown = [shown[0], *("same" if cell == before else cell for before, cell in pairwise(shown))]
+        print(f"| {name} | {results:,} | " + " | ".join(cells_shown) + " |")
 
 
 def main() -> None:
@@ -1170,9 +1184,8 @@ def main() -> None:
         version, outputs[machine] = run_cases(machine, chosen)
         print(f"* {ABOUT[machine]}: ONNX Runtime {version}", flush=True)
     rows = summarize(chosen, outputs)
-    for show in (print_arithmetics, print_layers, print_sums, print_partners):
-        print()
-        show(rows, given.on)
+    for table in TABLES:
+        print_table(table, rows, given.on)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Many small models in one process: `infer.py FOLDER` runs all that FOLDER/manifest.json names, on whatever processor this is.
+"""Many small models in one process: `infer.py FOLDER` runs all that FOLDER/manifest.json names, on whatever processor.
 
 The manifest is a list of {model, level, options, inputs: {name: {type, shape, file}}, outputs: {name: file}}; tensors are raw
 bytes. `tools/audit_operators.py` writes it and reads the outputs; `tools/wasm/infer.mjs` does the same in Node.
