@@ -29,6 +29,7 @@ one = np.float32
 MANTISSA_BITS = 24
 FIXED_POINT_BITS = 21  # of the larger multiplier of ARM's sums
 FIXED_POINT_RATIOS = (2.0**-14, 2.0**8)  # outside of which ARM computes sums in float32 too
+FIXED_POINT_SHIFTS = range(13, 32)
 
 
 def half_even(x: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -41,7 +42,7 @@ def half_away(x: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.copysign(np.floor(np.abs(wide) + 0.5), wide)
 
 
-def fused(x: NDArray[np.generic], y: np.float32 | Floats, z: np.float32 | Floats) -> Floats:
+def fused(x: NDArray[np.generic] | int, y: np.float32 | Floats, z: np.float32 | Floats) -> Floats:
     """x · y + z, rounded once. A product of an integer of few bits and a float32 is exact in float64."""
     return (np.asarray(x, np.float64) * np.asarray(y, np.float64) + np.asarray(z, np.float64)).astype(one)
 
@@ -60,7 +61,7 @@ def sums(a: Integers, b: Integers, first: LoweredQuantizer, second: LoweredQuant
     ratio_a, ratio_b = one(first.scale / out.scale), one(second.scale / out.scale)
     codes_a, codes_b = a + first.zero_point, b + second.zero_point
     for kind, constant in _constants_of_sums(ratio_a, ratio_b, first, second, out):
-        # AVX2 and edgeqat's kernels: codes with their zero points, all that is constant added first.
+        # x86 with FMA, edgeqat's kernels: codes with their zero points, all that is constant added first.
         b_first = fused(codes_a, ratio_a, fused(codes_b, ratio_b, constant))
         a_first = fused(codes_b, ratio_b, fused(codes_a, ratio_a, constant))
         yield f"fused, b first, {kind}", half_even(b_first).astype(np.int64)
@@ -68,9 +69,8 @@ def sums(a: Integers, b: Integers, first: LoweredQuantizer, second: LoweredQuant
         products = (codes_a.astype(one) * ratio_a, codes_b.astype(one) * ratio_b)
         for name, (x, y) in {"a first": products, "b first": products[::-1]}.items():  # SSE2: a first
             yield f"unfused, {name}, {kind}", half_even((constant + x) + y).astype(np.int64)
-    smallest, largest = FIXED_POINT_RATIOS
-    if smallest <= min(ratio_a, ratio_b) and max(ratio_a, ratio_b) < largest:
-        yield "fixed point", _fixed_point_sum(a, b, ratio_a, ratio_b, out)
+    if (in_fixed_point := _fixed_point_sum(a, b, ratio_a, ratio_b, out)) is not None:
+        yield "fixed point", in_fixed_point
     real_a, real_b = a.astype(one) * first.scale, b.astype(one) * second.scale
     reals = {
         "unfused": real_a + real_b,
@@ -92,23 +92,33 @@ def _constants_of_sums(
 ) -> Iterator[tuple[str, np.float32]]:
     """z_y - (ratio_a · z_a + ratio_b · z_b), as compilers with and without contraction may compute it."""
     z_a, z_b, z_y = one(first.zero_point), one(second.zero_point), one(out.zero_point)
-    yield "constant unfused", one(z_y - one(ratio_a * z_a + ratio_b * z_b))
+    yield "constant fused", constant_of_sum(ratio_a, ratio_b, first, second, out)
     if not (first.zero_point or second.zero_point):
         return
-    contracted = one(float(ratio_a) * float(z_a) + float(one(ratio_b * z_b)))
-    yield "constant contracted", one(z_y - contracted)
-    other = one(float(ratio_b) * float(z_b) + float(one(ratio_a * z_a)))
-    yield "constant contracted otherwise", one(z_y - other)
-    steps = one(z_y - one(ratio_a * z_a))
-    yield "constant in steps", one(float(steps) - float(ratio_b) * float(z_b))
+    yield "constant unfused", one(z_y - one(ratio_a * z_a + ratio_b * z_b))
+    yield "constant fused otherwise", one(z_y - one(fused(second.zero_point, ratio_b, one(ratio_a * z_a))))
+
+
+def constant_of_sum(
+    ratio_a: np.float32, ratio_b: np.float32, first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer
+) -> np.float32:
+    """The definition's: z_y - fma(ratio_a, z_a, ratio_b · z_b), as the runtime's x86 build has it."""
+    product = one(ratio_b * one(second.zero_point))
+    return one(one(out.zero_point) - one(fused(first.zero_point, ratio_a, product)))
 
 
 def _fixed_point_sum(
     a: Integers, b: Integers, ratio_a: np.float32, ratio_b: np.float32, out: LoweredQuantizer
-) -> Integers:
-    """ARM: multipliers of 22 bits, the zero point added after a shift that rounds half away from zero."""
+) -> Integers | None:
+    """ARM: multipliers of 22 bits, the zero point added after a shift that rounds half away from zero.
+
+    None where ARM computes in float32 too.
+    """
+    smallest, largest = FIXED_POINT_RATIOS
     exponent = int(np.frexp(max(ratio_a, ratio_b))[1]) - 1
     shift = FIXED_POINT_BITS - exponent
+    if min(ratio_a, ratio_b) < smallest or max(ratio_a, ratio_b) >= largest or shift not in FIXED_POINT_SHIFTS:
+        return None
     multiplier_a, multiplier_b = (int(np.rint(one(ratio) * one(2.0**shift))) for ratio in (ratio_a, ratio_b))
     return _shifted(a * multiplier_a + b * multiplier_b, shift) + out.zero_point
 
@@ -148,7 +158,8 @@ def global_means(total: Integers, count: int, first: LoweredQuantizer, out: Lowe
     yield from _roundings("multiplier", scaled, out)
     mantissa, exponent = np.frexp(multiplier)
     shift = MANTISSA_BITS - int(exponent)
-    yield "fixed point", _shifted(total * int(mantissa * (1 << MANTISSA_BITS)), shift) + out.zero_point  # ARM
+    # In ARM's sources, though no version that was tried computes so.
+    yield "fixed point", _shifted(total * int(mantissa * (1 << MANTISSA_BITS)), shift) + out.zero_point
     yield from _quotients("mean", (total.astype(one) * first.scale) / one(count), out)
 
 

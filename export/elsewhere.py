@@ -1,12 +1,14 @@
-"""Other processors than this one: ONNX Runtime's arm64 build under QEMU, and its WebAssembly build in Node.
+"""Other processors than this one: under QEMU, ONNX Runtime's own builds for x86-64 and 64-bit ARM; in Node, for WebAssembly.
 
 A machine runs a *bundle* (`export/bundle.py`): a folder with a file, images and what is expected. What comes back is the
 codes it computed. `tools/arm64/make_root.py` and `tools/wasm/install.sh` set the machines up.
 """
 
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +17,23 @@ from export.lowered import ExportError
 ARM64_VARIABLE, WASM_VARIABLE = "EDGEQAT_ARM64", "EDGEQAT_WASM"
 BASE_FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
 DOT_FEATURES = f"{BASE_FEATURES} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
+UNKNOWN_TO_QEMU = "-x2apic,-tsc-deadline,-invpcid,-spec-ctrl"
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """An emulated 64-bit ARM processor.
+    """An emulated processor.
 
-    qemu: its name for QEMU. part, features: how /proc/cpuinfo describes it. stands_for: devices of its kind.
+    architecture: "aarch64" or "x86_64". qemu: its name for QEMU. stands_for: devices of its kind.
+    part, features: of an ARM processor, how /proc/cpuinfo describes it.
     """
 
     name: str
+    architecture: str
     qemu: str
-    part: str
-    features: str
     stands_for: str
+    part: str = ""
+    features: str = ""
 
     def cpuinfo(self) -> str:
         return (
@@ -40,19 +45,27 @@ class Cpu:
 CPUS: dict[str, Cpu] = {
     cpu.name: cpu
     for cpu in (
-        Cpu("cortex-a72", "cortex-a72", "0xd08", BASE_FEATURES, "no dot product, as Raspberry Pi 4"),
-        Cpu("neoverse-n1", "neoverse-n1", "0xd0c", DOT_FEATURES, "dot product, as Raspberry Pi 5 and most phones"),
-        Cpu("max", "max,sve=off,pauth-impdef=on", "0xd40", f"{DOT_FEATURES} i8mm bf16", "dot product and i8mm"),
+        Cpu("cortex-a72", "aarch64", "cortex-a72", "no dot product, as Raspberry Pi 4", "0xd08", BASE_FEATURES),
+        Cpu("neoverse-n1", "aarch64", "neoverse-n1", "dot product, as Raspberry Pi 5", "0xd0c", DOT_FEATURES),
+        Cpu(
+            "max", "aarch64", "max,sve=off,pauth-impdef=on", "i8mm, as new phones", "0xd40", f"{DOT_FEATURES} i8mm bf16"
+        ),
+        Cpu("haswell", "x86_64", f"Haswell-v4,{UNKNOWN_TO_QEMU}", "AVX2 and FMA, no VNNI"),
+        Cpu("sandybridge", "x86_64", f"SandyBridge,{UNKNOWN_TO_QEMU}", "AVX, neither AVX2 nor FMA"),
     )
 }
 WASM = "wasm"
-# What `--on` takes, and the machines it stands for.
-PLATFORMS: dict[str, tuple[str, ...]] = {"arm64": tuple(CPUS), "wasm": (WASM,)}
+# What `--on` takes, and the machines it stands for. This machine itself always runs the certificate.
+PLATFORMS: dict[str, tuple[str, ...]] = {
+    "arm64": tuple(name for name, cpu in CPUS.items() if cpu.architecture == "aarch64"),
+    "x86": tuple(name for name, cpu in CPUS.items() if cpu.architecture == "x86_64"),
+    "wasm": (WASM,),
+}
 
 
 def machines_of(names: str) -> tuple[str, ...]:
     """The machines that a comma-separated list of platforms or machines names. Raises ExportError for an unknown word."""
-    known = PLATFORMS | {cpu: (cpu,) for cpu in CPUS} | {"x86": ()}
+    known = PLATFORMS | {cpu: (cpu,) for cpu in CPUS}
     found: list[str] = []
     for name in filter(None, (word.strip() for word in names.split(","))):
         if name not in known:
@@ -74,16 +87,19 @@ def wasm_modules() -> Path:
 
 
 def unavailable(machine: str, version: str) -> str | None:
-    """Why `machine` cannot be used here, with the command that helps, or None if it can."""
+    """Why `machine` with ONNX Runtime `version` cannot be used here, with the command that helps, or None if it can."""
     if machine == WASM:
         if shutil.which("node") is None:
             return "node is not installed: apt-get install nodejs"
         if not (wasm_modules() / "onnxruntime-web").is_dir():
             return "onnxruntime-web is not installed: bash tools/wasm/install.sh (in the source repository)"
         return None
-    if shutil.which("qemu-aarch64") is None:
-        return "qemu-aarch64 is not installed: apt-get install qemu-user"
-    if not arm64_root(version).is_dir():
+    cpu = CPUS[machine]
+    if cpu.architecture == "x86_64" and platform.machine() not in ("x86_64", "AMD64"):
+        return "its Python is this machine's, which is not an x86-64 one"
+    if shutil.which(f"qemu-{cpu.architecture}") is None:
+        return f"qemu-{cpu.architecture} is not installed: apt-get install qemu-user"
+    if cpu.architecture == "aarch64" and not arm64_root(version).is_dir():
         return (
             f"there is no ARM system with ONNX Runtime {version}: uv run tools/arm64/make_root.py --onnxruntime {version} "
             "(in the source repository)"
@@ -92,10 +108,12 @@ def unavailable(machine: str, version: str) -> str | None:
 
 
 def python_command(cpu: Cpu, version: str, arguments: list[str], *, count: bool = False) -> list[str]:
-    """The command that runs the ARM system's Python with `arguments` on the emulated `cpu`, in `arm_environment(version)`.
+    """The command that runs Python with `arguments` on the emulated `cpu`, in `environment_of(cpu, version)`.
 
-    count: whether QEMU prints the number of executed instructions at the end, of the whole process.
+    count: whether QEMU prints the number of executed instructions at the end, of the whole process (ARM).
     """
+    if cpu.architecture == "x86_64":
+        return ["qemu-x86_64", "-cpu", cpu.qemu, sys.executable, *arguments]
     root = arm64_root(version)
     view = root / "cpu" / cpu.name
     (python,) = (p for p in (root / "usr/bin").glob("python3.*") if p.name.removeprefix("python3.").isdigit())
@@ -103,23 +121,19 @@ def python_command(cpu: Cpu, version: str, arguments: list[str], *, count: bool 
     return ["qemu-aarch64", "-L", str(view), "-cpu", cpu.qemu, *plugin, str(python), *arguments]
 
 
-def arm_environment(version: str) -> dict[str, str]:
-    root = arm64_root(version)
-    environment = os.environ | {
-        "PYTHONHOME": str(root / "usr"),
-        "PYTHONPATH": str(root / "site"),
-        "PYTHONHASHSEED": "0",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    environment.pop("OPENBLAS_CORETYPE", None)  # names an x86 processor, if anything
+def environment_of(cpu: Cpu, version: str) -> dict[str, str]:
+    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("OPENBLAS_CORETYPE", None)  # it names this machine's processor, if any
+    if cpu.architecture == "aarch64":
+        root = arm64_root(version)
+        environment |= {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": str(root / "site")}
     return environment
 
 
 def run_python(cpu: Cpu, version: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the ARM system's Python with `arguments` on the emulated `cpu`."""
+    """Run Python with `arguments` on the emulated `cpu`."""
     command = python_command(cpu, version, arguments)
-    return subprocess.run(command, env=arm_environment(version), capture_output=True, text=True)
+    return subprocess.run(command, env=environment_of(cpu, version), capture_output=True, text=True)
 
 
 def run_node(arguments: list[str]) -> subprocess.CompletedProcess[str]:

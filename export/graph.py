@@ -156,7 +156,9 @@ class Emitter:
         elif (
             layer.codes.ndim == 2
         ):  # no zero point means 0, but the runtime makes a QGemm only of a weight that has one
-            inputs.append(self._constant(f"zeros/{channels}", np.zeros(channels, np.int8)))
+            # With x64quantprecision ONNX Runtime 1.32 cannot load a file in which two layers share this constant.
+            owner = name if self.target.session_options else "zeros"
+            inputs.append(self._constant(f"{owner}/{channels}", np.zeros(channels, np.int8)))
         return self._add("DequantizeLinear", inputs, axis=0)
 
     def _unpack(self, layer: LoweredLayer, bits: int) -> None:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper
 
+from export.arithmetic import constant_of_sum
 from export.graph import Emitter, emit_qdq, value_name
 from export.lowered import DOMAIN, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack
@@ -178,7 +179,7 @@ class NativeEmitter(Emitter):
         one = np.float32
         a, b = (self.model.quantizers[grid_of(v) or ""] for v in add.inputs)
         ratio_a, ratio_b = one(a.scale / grid.scale), one(b.scale / grid.scale)
-        offset = one(grid.zero_point) - one(ratio_a * one(a.zero_point) + ratio_b * one(b.zero_point))
+        offset = constant_of_sum(ratio_a, ratio_b, a, b, grid)
         return {
             "ratio_first": float(ratio_a), "ratio_second": float(ratio_b), "offset": float(offset),
             "sum_low": grid.low, "sum_high": grid.high,

@@ -1,7 +1,7 @@
 """The integer definition of a canonical `LoweredModel`, in torch (`specs/lowering.md` 1f).
 
     conv, linear   q = clip(rint(fp32(acc + bias) · m) + z, low, high),   m = fp32(fp32(s_x · s_w) / s_y)
-    add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - (r_a z_a + r_b z_b)
+    add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - fma(r_a, z_a, r_b z_b)
     global pool    q = clip(rint(fp32(sum of codes) · fp32(s_x / (s_y · n))) + z, low, high)
     average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y + z)), x = fp32((q_x - z_x) · s_x), row by row
     one bit        q = 254 where acc + bias >= 0 (<= 0 where m < 0), or where a code reaches its threshold, else 0
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.arithmetic import constant_of_sum
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.skeleton import constant, is_mark, mark_name, moves_codes, weight_layer
 from export.thresholds import code_thresholds
@@ -332,7 +333,7 @@ def _binarize(value: Value, grid: LoweredQuantizer) -> Tensor:
 def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:
     a, b, one = value.first, value.second, np.float32
     ratio_a, ratio_b = one(a.grid.scale / grid.scale), one(b.grid.scale / grid.scale)
-    offset = one(grid.zero_point) - one(ratio_a * one(a.grid.zero_point) + ratio_b * one(b.grid.zero_point))
+    offset = constant_of_sum(ratio_a, ratio_b, a.grid, b.grid, grid)
     # float64 holds a product of a code and a float32 exactly, so rounding after the sum is a fused multiply-add.
     inner = (b.carrier.double() * float(ratio_b) + float(offset)).float()
     return (a.carrier.double() * float(ratio_a) + inner.double()).float()

@@ -204,11 +204,10 @@ def average_pool(source: LoweredQuantizer, window_sizes: list[int]) -> Operation
     codes = _codes(source)
     totals = [np.arange(codes[0] * n, codes[-1] * n + 1) for n in window_sizes]
     means = np.concatenate([total / n for total, n in zip(totals, window_sizes, strict=True)])
-    largest = int(np.abs(codes).max())
 
     def disagreements(out: LoweredQuantizer) -> Disagreement:
         scaled = means * float(source.scale) / float(out.scale)
-        error = 4 * FLOAT32_ERROR * (largest * float(source.scale) / float(out.scale) + 255)
+        error = 4 * FLOAT32_ERROR * (np.abs(scaled) + out.zero_point)
         return Disagreement(int(_near_ties(scaled, out, error).sum()))
 
     return Operation("average pool", len(means), disagreements)

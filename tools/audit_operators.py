@@ -12,7 +12,6 @@ compared with arithmetics that are written out below in NumPy. Those are written
 import argparse
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.elsewhere import CPUS, WASM, run_node, run_python, unavailable
+from export.elsewhere import CPUS, PLATFORMS, WASM, run_node, run_python, unavailable
 from export.packing import pack, tables
 
 HERE = Path(__file__).parent
@@ -37,14 +36,8 @@ CONTRIB = "com.microsoft"
 LEVEL_NAMES = {"disabled": "DISABLE", "basic": "BASIC", "extended": "EXTENDED"}
 OPSET, IR_VERSION = 20, 10
 
-# x86 processors that QEMU stands in for. It knows no AVX-512 and no VNNI.
-_UNKNOWN_TO_QEMU = "-x2apic,-tsc-deadline,-invpcid,-spec-ctrl"
-X86: dict[str, str] = {
-    "haswell": f"Haswell-v4,{_UNKNOWN_TO_QEMU}",  # AVX2 and FMA, no VNNI
-    "sandybridge": f"SandyBridge,{_UNKNOWN_TO_QEMU}",  # neither AVX2 nor FMA
-}
 NATIVE = "x86"
-MACHINES = (NATIVE, *X86, *CPUS, WASM)
+MACHINES = (NATIVE, *PLATFORMS["x86"], *PLATFORMS["arm64"], WASM)
 ABOUT = {
     NATIVE: "x86, native",
     "haswell": "x86, AVX2 and FMA, no VNNI (Haswell)",
@@ -990,10 +983,6 @@ def missing(machine: str) -> str | None:
     """Why `machine` cannot be used here, with the command that helps, or None if it can."""
     if machine == NATIVE:
         return None if platform.machine() == "x86_64" else "this is not an x86-64 machine"
-    if machine in X86:
-        if platform.machine() != "x86_64":
-            return "this is not an x86-64 machine"
-        return None if shutil.which("qemu-x86_64") else "qemu-x86_64 is not installed: apt-get install qemu-user"
     return unavailable(machine, onnxruntime.__version__)
 
 
@@ -1004,8 +993,7 @@ def infer(machine: str, folder: Path) -> str:
     elif machine in CPUS:
         done = run_python(CPUS[machine], onnxruntime.__version__, [str(INFER_PYTHON), str(folder)])
     else:
-        emulator = ["qemu-x86_64", "-cpu", X86[machine]] if machine in X86 else []
-        command = [*emulator, sys.executable, str(INFER_PYTHON), str(folder)]
+        command = [sys.executable, str(INFER_PYTHON), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{machine}: {done.stderr.strip() or done.stdout.strip()}")

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.elsewhere import CPUS, arm64_root
+from export.elsewhere import CPUS, PLATFORMS, arm64_root
 
 HERE = Path(__file__).parent
 NEEDED = {
@@ -96,17 +96,18 @@ def describe_processors(root: Path) -> None:
 
     QEMU shows the host's files to the program unless the root has its own.
     """
-    for cpu in CPUS.values():
+    for name in PLATFORMS["arm64"]:
+        cpu = CPUS[name]
         view = root / "cpu" / cpu.name
         (view / "proc").mkdir(parents=True)
         (view / "proc/cpuinfo").write_text(cpu.cpuinfo())
         system = view / "sys/devices/system/cpu"
         system.mkdir(parents=True)
-        for name in ("possible", "present", "online"):
-            (system / name).write_text("0\n")
-        for name in LINKED:
-            if (root / name).exists():
-                (view / name).symlink_to(Path("../..") / name)
+        for file in ("possible", "present", "online"):
+            (system / file).write_text("0\n")
+        for folder in LINKED:
+            if (root / folder).exists():
+                (view / folder).symlink_to(Path("../..") / folder)
 
 
 def run(command: list[str]) -> None:

@@ -12,15 +12,15 @@ import importlib.metadata
 import subprocess
 import sys
 
-from export.elsewhere import CPUS, arm_environment, python_command, unavailable
+from export.elsewhere import CPUS, environment_of, python_command, unavailable
 
 parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
 parser.add_argument("--count", action="store_true", help="count executed instructions")
 parser.add_argument("--onnxruntime", default=importlib.metadata.version("onnxruntime"), help="version")
-parser.add_argument("cpu", choices=CPUS)
+parser.add_argument("cpu", choices=[name for name, cpu in CPUS.items() if cpu.architecture == "aarch64"])
 parser.add_argument("arguments", nargs=argparse.REMAINDER, help="script and its arguments")
 given = parser.parse_args()
 if reason := unavailable(given.cpu, given.onnxruntime):
     sys.exit(reason)
 command = python_command(CPUS[given.cpu], given.onnxruntime, given.arguments, count=given.count)
-sys.exit(subprocess.run(command, env=arm_environment(given.onnxruntime)).returncode)
+sys.exit(subprocess.run(command, env=environment_of(CPUS[given.cpu], given.onnxruntime)).returncode)
