@@ -77,6 +77,12 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
     return value
 
 
+def wanted_options(proto: onnx.ModelProto) -> dict[str, str]:
+    """Session options that the file's metadata asks for."""
+    found = next((p.value for p in proto.metadata_props if p.key == KEY), None)
+    return json.loads(found).get("session_options", {}) if found else {}
+
+
 def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Warnings, one for each session option that the file's target needs and its metadata does not ask for."""
     found = next((json.loads(p.value) for p in proto.metadata_props if p.key == KEY), None)

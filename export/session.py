@@ -1,6 +1,5 @@
 """The one door to ONNX Runtime."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from export.kernels.library import library
 from export.lowered import ExportError
+from export.metadata import wanted_options
 from export.native_file import is_native, reveal
 
 LEVELS = {
@@ -61,7 +61,7 @@ def load(
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     header = _header(model)
-    for key, value in _wanted_options(header).items():
+    for key, value in wanted_options(header).items():
         options.add_session_config_entry(key, str(value))
     if is_native(header):
         _register_kernels(options)
@@ -82,12 +82,6 @@ def _header(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
     return onnx.load(str(model), load_external_data=False) if Path(model).is_file() else onnx.ModelProto()
-
-
-def _wanted_options(model: onnx.ModelProto) -> dict[str, str]:
-    """Session options recorded in the file's metadata."""
-    found = next((p.value for p in model.metadata_props if p.key == "edgeqat"), None)
-    return json.loads(found).get("session_options", {}) if found else {}
 
 
 def _register_kernels(options: ort.SessionOptions) -> None:

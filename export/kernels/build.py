@@ -1,6 +1,6 @@
 """Compiles the kernels beside this file into one shared library; by itself, so that an installer can run it.
 
-    python export/kernels/build.py [FOLDER]
+    python export/kernels/build.py [FOLDER [ARCHITECTURE]]      # another one, such as aarch64: with GCC's cross compiler
 
 Every instruction set is a translation unit of its own, chosen at run time, so the library runs on any processor of its
 architecture. Its name carries a hash of sources and flags: a library of other sources is never taken for this one's.
@@ -41,9 +41,9 @@ def sources() -> list[Path]:
     return sorted(HERE.glob("*.cpp"))
 
 
-def library_name() -> str:
-    """File name of the library made of the present sources."""
-    digest = hashlib.sha256(repr((FLAGS, LIBRARY_FLAGS, ISA_FLAGS, machine())).encode())
+def library_name(architecture: str | None = None) -> str:
+    """File name of the library made of the present sources, for `architecture` (this machine's, by default)."""
+    digest = hashlib.sha256(repr((FLAGS, LIBRARY_FLAGS, ISA_FLAGS, architecture or machine())).encode())
     for path in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.hpp")]):
         digest.update(path.name.encode() + path.read_bytes())
     return f"edgeqat_kernels-{digest.hexdigest()[:16]}.so"
@@ -53,20 +53,24 @@ def machine() -> str:
     return MACHINES.get(platform.machine(), platform.machine())
 
 
-def compiler() -> str | None:
-    """The C++ compiler: CXX, or the first of c++, g++, clang++ there is."""
+def compiler(architecture: str | None = None) -> str | None:
+    """The C++ compiler: CXX, or the first of c++, g++, clang++ there is; for another architecture, GCC's cross compiler."""
+    if architecture not in (None, machine()):
+        return shutil.which(f"{architecture}-linux-gnu-g++")
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
-def build(folder: Path) -> Path:
-    """Compile into `folder`; returns the library's path. Raises BuildError."""
-    command = compiler()
+def build(folder: Path, architecture: str | None = None) -> Path:
+    """Compile into `folder` for `architecture`, by default this machine's; returns the library's path. Raises BuildError."""
+    command = compiler(architecture)
+    if command is None and architecture not in (None, machine()):
+        raise BuildError(f"no compiler for {architecture} found: apt-get install g++-{architecture}-linux-gnu")
     if command is None:
         raise BuildError("no C++ compiler found (install g++ or clang++, or set CXX)")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / library_name()
+    path = folder / library_name(architecture)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        objects = compile_all(command, sources(), Path(place), machine(), LIBRARY_FLAGS)
+        objects = compile_all(command, sources(), Path(place), architecture or machine(), LIBRARY_FLAGS)
         made = Path(place) / path.name
         # The runtime's process has libgcc's two or three helpers in a library of its own; ours carries them along.
         _run([*command.split(), "-shared", "-static-libgcc", *map(str, objects), "-o", str(made)])
@@ -100,6 +104,6 @@ def _run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE))
+        print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE, *sys.argv[2:3]))
     except BuildError as error:
         sys.exit(f"edgeqat kernels: {error}")

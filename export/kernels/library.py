@@ -34,5 +34,15 @@ def library() -> Path:
         ) from error
 
 
+@cache
+def library_for(architecture: str) -> Path:
+    """Path of the library for another architecture, compiled into the cache folder. Raises ExportError."""
+    path = _cache_folder() / library_name(architecture)
+    try:
+        return path if path.is_file() else build(_cache_folder(), architecture)
+    except (BuildError, OSError) as error:
+        raise ExportError(f"edgeqat's kernels for {architecture} are not built: {error}") from error
+
+
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeqat"

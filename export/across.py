@@ -1,0 +1,166 @@
+"""The certificate on other processors: the codes that a file computes there, against the integer definition.
+
+Every machine runs the file's bundle (`export/bundle.py`). Where its codes are not the expected ones, each operation is
+computed again by the definition from the codes that the machine had before it, so that a difference names where it arises.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from export import elsewhere, session
+from export.bundle import Expected, write_bundle
+from export.elsewhere import CPUS, WASM
+from export.kernels.library import library_for
+from export.lowered import ExportError, LoweredModel
+from export.native_file import is_native
+from export.reference import IntegerReference
+from export.ties import float_quantizers
+
+FLOAT_LIMIT = 1  # codes: what floating point in its last bit may change, where it decides a tie
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What a file computes on another machine.
+
+    machine, runtime:   where. images: how many it ran. codes: how many were compared.
+    mismatches:         quantizer -> codes that integer operators computed wrongly from the codes before them.
+    float_differences:  quantizer -> codes that floating point, computed otherwise in its last bits, put on the other side
+                        of a tie; `float_codes` were read from floating point altogether.
+    largest:            largest of those differences, codes.
+    differing:          codes that are not the definition's in the end, all consequences included.
+    answers_changed:    images with another top-1 answer than the definition's.
+    not_run:            why nothing could be run.
+    """
+
+    machine: str
+    runtime: str = ""
+    images: int = 0
+    codes: int = 0
+    mismatches: dict[str, int] = field(default_factory=dict)
+    float_differences: dict[str, int] = field(default_factory=dict)
+    float_codes: int = 0
+    largest: int = 0
+    differing: int = 0
+    answers_changed: int = 0
+    not_run: str = ""
+
+    @property
+    def total(self) -> int:
+        return sum(self.mismatches.values())
+
+    @property
+    def passed(self) -> bool:
+        return not self.not_run and not self.mismatches and self.largest <= FLOAT_LIMIT
+
+    def __str__(self) -> str:
+        name = f"{self.machine:<11}"
+        if self.not_run:
+            return f"  {name} NOT RUN: {self.not_run}"
+        worst = "".join(f"; {quantizer} {count}" for quantizer, count in list(self.mismatches.items())[:3])
+        text = f"codes: {self.total} mismatches of {self.codes:,}{worst}"
+        if self.float_differences:
+            count = sum(self.float_differences.values())
+            reach = (
+                f"which end in {self.differing:,} other codes and {self.answers_changed} of {self.images} other answers"
+            )
+            text += (
+                f"; {count} of {self.float_codes:,} codes read from floating point differ by {self.largest}, {reach}"
+            )
+        elif self.answers_changed:
+            text += f"; {self.answers_changed} of {self.images} answers differ"
+        return f"  {name} {text}  [{'ok' if self.passed else 'FAILED'}]"
+
+
+def certify_elsewhere(
+    model: LoweredModel, proto: onnx.ModelProto, name: str, images: NDArray[np.float32], machines: tuple[str, ...]
+) -> tuple[Elsewhere, ...]:
+    """Run the file `proto` of the canonical `model` on every one of `machines`, on `images` (N_3_H_W float32)."""
+    with TemporaryDirectory() as place:
+        bundle = Path(place) / "bundle"
+        bundle.mkdir()
+        expected = write_bundle(bundle, model, proto, name, images)
+        found = []
+        for machine in machines:
+            reason = elsewhere.unavailable(machine, session.version())
+            if reason is None and machine == WASM and is_native(proto):
+                reason = "edgeqat's kernels do not run on WebAssembly"
+            if reason is not None:
+                found.append(Elsewhere(machine, not_run=reason))
+                continue
+            folder = Path(place) / machine
+            runtime = run_bundle(machine, bundle, folder, native=is_native(proto))
+            found.append(compared(machine, runtime, folder, model, images, expected))
+        return tuple(found)
+
+
+def run_bundle(machine: str, bundle: Path, codes: Path, *, native: bool = False, version: str | None = None) -> str:
+    """Run `bundle` on `machine`, its codes into the folder `codes`; returns the runtime's name and version.
+
+    version: of ONNX Runtime, by default the one installed here. Raises ExportError when the machine cannot run the file.
+    """
+    arguments = [str(bundle), "--codes", str(codes)]
+    if machine == WASM:
+        done = elsewhere.run_node([str(bundle / "check.mjs"), *arguments])
+    else:
+        cpu = CPUS[machine]
+        if native:
+            arguments += ["--kernels", str(library_for(cpu.architecture))]
+        done = elsewhere.run_python(cpu, version or session.version(), [str(bundle / "check.py"), *arguments])
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise ExportError(f"{machine}: {done.stderr.strip() or done.stdout.strip() or 'the emulator stopped'}")
+    first_line = done.stdout.splitlines()[0]
+    return first_line.split(", on ")[1]
+
+
+def compared(
+    machine: str, runtime: str, folder: Path, model: LoweredModel, images: NDArray[np.float32], expected: Expected
+) -> Elsewhere:
+    """The codes that `machine` wrote into `folder` beside the expected ones."""
+    names = list(expected.codes)
+    found = read_codes(folder, expected.codes)
+    differing = sum(int((a != b).sum()) for n in names for a, b in zip(expected.codes[n], found[n], strict=True))
+    logits = np.fromfile(folder / "logits.bin", np.float32).reshape(expected.logits.shape)
+    wrong = dict.fromkeys(names, 0)
+    largest = 0
+    in_float = set(float_quantizers(model))
+    if differing:
+        reference = IntegerReference(model, session.FloatOperators())
+        for index, image in enumerate(images):
+            given = {name: found[name][index] for name in names}
+            computed, _ = reference.run(torch.from_numpy(image[None]), given=given)
+            for name in names:
+                distance = np.abs(computed[name].astype(np.int16) - given[name])
+                wrong[name] += int((distance > 0).sum())
+                if name in in_float:
+                    largest = max(largest, int(distance.max()))
+    return Elsewhere(
+        machine=machine,
+        runtime=runtime,
+        images=len(images),
+        codes=sum(codes.size for name in names for codes in expected.codes[name]),
+        mismatches={name: wrong[name] for name in names if wrong[name] and name not in in_float},
+        float_differences={name: wrong[name] for name in names if wrong[name] and name in in_float},
+        float_codes=sum(codes.size for name in names if name in in_float for codes in expected.codes[name]),
+        largest=largest,
+        differing=differing,
+        answers_changed=int((logits.argmax(1) != expected.logits.argmax(1)).sum()),
+    )
+
+
+def read_codes(folder: Path, like: dict[str, list[NDArray[np.uint8]]]) -> dict[str, list[NDArray[np.uint8]]]:
+    """What check.py wrote into `folder`, for each quantizer and image in the shape it has in `like`."""
+    found: dict[str, list[NDArray[np.uint8]]] = {}
+    for index, (name, shapes) in enumerate(like.items()):
+        values = np.fromfile(folder / f"{index}.bin", np.uint8)
+        if values.size != sum(codes.size for codes in shapes):
+            raise ExportError(f"{name}: the machine computed {values.size} codes, not {sum(c.size for c in shapes)}")
+        ends = np.cumsum([codes.size for codes in shapes])[:-1]
+        found[name] = [part.reshape(codes.shape) for part, codes in zip(np.split(values, ends), shapes, strict=True)]
+    return found

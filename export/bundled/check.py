@@ -1,0 +1,177 @@
+"""Check an edgeqat file on this device: does ONNX Runtime compute the expected codes here?
+
+    python check.py                          # needs onnxruntime and numpy
+    python check.py --kernels edgeqat.so     # a file of target ort-native: the kernels built for this device
+
+Every image of the bundle is run alone and every tensor of integer codes is compared with its expected SHA-256. Exit code
+0: the codes are the expected ones, up to the last bit of what is computed in floating point; 1: they are not; 2: it could
+not be run.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+FORMAT = 1
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "bundle", nargs="?", type=Path, default=HERE, help="folder with expected.json; by default this one"
+    )
+    parser.add_argument(
+        "--kernels", type=Path, help="library with edgeqat's operators, for a file of target ort-native"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of the runtime")
+    parser.add_argument("--codes", type=Path, help="folder to write the computed codes into")
+    given = parser.parse_args()
+    try:
+        expected = read_expected(given.bundle)
+        found = Found(expected, given.codes)
+        for outputs in run(given.bundle, expected, given.threads, given.kernels):
+            found.add(outputs)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # the runtime has exceptions of its own
+        print(f"error: ONNX Runtime {ort.__version__} cannot run the file: {error}", file=sys.stderr)
+        return 2
+    lines, passed = verdict(expected, found)
+    changed = changed_files(given.bundle, expected)
+    print(f"{expected['about']}, on ONNX Runtime {ort.__version__}, {platform.machine()} {platform.system()}")
+    print("\n".join([*changed, *lines]))
+    return 0 if passed and not changed else 1
+
+
+def read_expected(bundle: Path) -> dict[str, Any]:
+    path = bundle / "expected.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name the folder that `qat bundle` wrote")
+    expected: dict[str, Any] = json.loads(path.read_text())
+    if expected.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {expected.get('format')} is not {FORMAT}, which this script reads")
+    return expected
+
+
+def changed_files(bundle: Path, expected: dict[str, Any]) -> list[str]:
+    """Files of the bundle that are not the ones that were bundled."""
+    lines = []
+    for entry in (expected["model"], expected["images"]):
+        digest = hashlib.sha256((bundle / entry["file"]).read_bytes()).hexdigest()
+        if digest != entry["sha256"]:
+            lines.append(f"  changed   {entry['file']} is not the file that was bundled")
+    return lines
+
+
+def run(bundle: Path, expected: dict[str, Any], threads: int, kernels: Path | None) -> Iterator[dict[str, np.ndarray]]:
+    """The outputs for one image after the other."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    for key, value in expected["session_options"].items():
+        options.add_session_config_entry(key, value)
+    if expected["needs_kernels"]:
+        library = kernels or next(iter(sorted(bundle.glob("*.so"))), None)
+        if library is None:
+            raise ValueError("the file needs edgeqat's kernels: name the library for this device with --kernels")
+        options.register_custom_ops_library(str(library))
+    model = str(bundle / expected["model"]["file"])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [tensor["name"] for tensor in expected["tensors"]] + [expected["output"]]
+    images = np.fromfile(bundle / expected["images"]["file"], np.float32).reshape(expected["images"]["shape"])
+    for image in images:
+        yield dict(zip(names, session.run(names, {expected["input"]: image[None]}), strict=True))
+
+
+class Found:
+    """What was computed: a digest for each tensor and image, and the logits. Codes are written where `folder` says."""
+
+    def __init__(self, expected: dict[str, Any], folder: Path | None = None) -> None:
+        self.names = [tensor["name"] for tensor in expected["tensors"]]
+        self.output = expected["output"]
+        self.digests: dict[str, list[str]] = {name: [] for name in self.names}
+        self.logits: list[np.ndarray] = []
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*.bin"):
+                old.unlink()
+
+    def add(self, outputs: dict[str, np.ndarray]) -> None:
+        """outputs: of one image."""
+        logits = np.ascontiguousarray(outputs[self.output], np.float32)
+        self.logits.append(logits.ravel())
+        self._write("logits", logits)
+        for index, name in enumerate(self.names):
+            codes = np.ascontiguousarray(outputs[name])
+            self.digests[name].append(digest(codes))
+            self._write(str(index), codes)
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        if self.folder is not None:
+            with (self.folder / f"{name}.bin").open("ab") as file:
+                file.write(values.tobytes())
+
+
+def digest(codes: np.ndarray) -> str:
+    """The first 16 digits of the SHA-256 of uint8 codes in row-major order."""
+    return hashlib.sha256(codes.tobytes()).hexdigest()[:16]
+
+
+def verdict(expected: dict[str, Any], found: Found) -> tuple[list[str], bool]:
+    """Lines to print, and whether every tensor that integer operators compute is as expected.
+
+    A tensor that differs is excused where one that it is computed from differs too, or where it is computed in floating
+    point, which may differ between processors in the last bit: those are named, and what comes after them is not judged.
+    """
+    tensors = expected["tensors"]
+    images = len(found.logits)
+    differing: dict[str, int] = {}
+    wrong, in_float, after = [], [], []
+    for tensor in tensors:
+        pairs = zip(tensor["sha256"], found.digests[tensor["name"]], strict=True)
+        count = sum(ours != theirs for ours, theirs in pairs)
+        if not count:
+            continue
+        differing[tensor["name"]] = count
+        text = f"{tensor['name']} (computed by {tensor['made_by']}) on {count} of {images} images"
+        if any(source in differing for source in tensor["sources"]):
+            after.append(text)
+        elif tensor["float"]:
+            in_float.append(text)
+        else:
+            wrong.append(text)
+    lines = [
+        f"  codes     {len(tensors) - len(differing)} of {len(tensors)} tensors are as expected on {images} images"
+    ]
+    lines += [f"  WRONG     {text}" for text in wrong]
+    lines += [f"  float     {text}: floating point, which may differ in the last bit" for text in in_float]
+    if after:
+        lines.append(f"  after     {len(after)} tensors that are computed from those differ too")
+    answers = [int(logits.argmax()) for logits in found.logits]
+    same = sum(ours == theirs for ours, theirs in zip(expected["answers"], answers, strict=True))
+    logits = np.array(expected["logits"], np.float32)
+    largest = float(np.abs(np.stack(found.logits) - logits).max())
+    lines.append(f"  answers   {same} of {images} as expected; logits differ by at most {largest:.2g}")
+    if wrong:
+        lines.append(f"NOT THE SAME CODES: {len(wrong)} operations compute other codes from the same inputs")
+    elif differing:
+        lines.append("THE SAME CODES, up to what is computed in floating point")
+    else:
+        lines.append("THE SAME CODES")
+    return lines, not wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())
