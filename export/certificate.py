@@ -10,9 +10,11 @@ Checked for one file against the lowered model of its run:
 
 import dataclasses
 import hashlib
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import onnx
@@ -21,7 +23,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export import session
-from export.lowered import ExportError, LoweredModel
+from export.across import Elsewhere, certify_elsewhere
+from export.elsewhere import PLATFORMS
+from export.lowered import ExportError, LoweredModel, Tried
 from export.metadata import codes_of, missing_options
 from export.native_file import KERNELS, quantizer_names
 from export.reference import IntegerReference, same_order
@@ -33,6 +37,7 @@ EXACT_LEVELS = ("EXTENDED", "ALL")
 FLOAT_LEVEL_LIMIT = 1e-5  # at DISABLE and BASIC the runtime adds floats: about 3 codes in a million, specs/lowering.md
 BATCH = 32
 SETTINGS_IMAGES = 8
+IMAGES_ELSEWHERE = 8  # emulated processors are slow
 
 Images = NDArray[np.float32]
 
@@ -76,11 +81,14 @@ class Certificate:
     adversarial: dict[str, dict[str, int]]
     accuracy: dict[str, float]
     notes: tuple[str, ...]
+    tried: tuple[Tried, ...] = ()
+    machine: str = ""
+    elsewhere: tuple[Elsewhere, ...] = ()
 
     @property
     def passed(self) -> bool:
         exact = not (self.stored or self.float_layers or self.different_settings or self.adversarial)
-        return exact and all(level.passed for level in self.levels)
+        return exact and all(level.passed for level in self.levels) and all(there.passed for there in self.elsewhere)
 
     @property
     def mismatches(self) -> int:
@@ -111,7 +119,45 @@ class Certificate:
         accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
         lines.append(f"  accuracy   {accuracies} on {self.images} images; top-1 agreement {self.top1_agreement:.2%}")
         lines.append(f"  training   {self.fake_quantized_mismatch_rate:.2e} of the fake-quantized net's codes differ")
+        lines.append(f"  rounding   {self._rounding()}")
+        lines += [str(there) for there in self.elsewhere]
+        untried = [name for name, machines in PLATFORMS.items() if not self._ran_on(machines)]
+        if untried:
+            lines.append(f"  not tried  {', '.join(untried)}: codes there are not proven (--on {','.join(untried)})")
         return "\n".join([*lines, *(f"  note       {note}" for note in self.notes)])
+
+    def _rounding(self) -> str:
+        """What was done so that no runtime's way of rounding decides a code."""
+        if not self.tried:
+            return "no sums, products, pools or requantizations of codes"
+        moved = [abs(tried.ppm) for tried in self.tried if tried.ppm]
+        inputs = sum(tried.inputs for tried in self.tried)
+        text = f"{len(self.tried)} operations on codes, all {inputs:,} inputs alike in every known arithmetic"
+        if left := [tried for tried in self.tried if tried.remaining]:
+            count = sum(tried.remaining for tried in left)
+            text = f"{count} of {inputs:,} inputs of {len(left)} operations are at ties that runtimes may round differently"
+        if moved:
+            text += f"; {len(moved)} scales moved by at most {max(moved)} ppm (median {median(moved):g})"
+        return text
+
+    def _ran_on(self, machines: tuple[str, ...]) -> bool:
+        ran = {there.machine for there in self.elsewhere if not there.not_run}
+        return bool(ran & set(machines))
+
+    def proven(self) -> list[dict[str, object]]:
+        """Where the codes were proven, for the file's own record."""
+        codes = next(level.codes for level in self.levels if level.level == "ALL")
+        here = {
+            "machine": self.machine,
+            "runtime": f"ONNX Runtime {self.runtime}",
+            "images": self.images,
+            "codes": codes,
+        }
+        return [here] + [
+            {"machine": there.machine, "runtime": there.runtime, "images": there.images, "codes": there.codes}
+            for there in self.elsewhere
+            if there.passed
+        ]
 
     def _stored_verdict(self) -> str:
         return "all as trained" if not self.stored else f"{len(self.stored)} layers differ"
@@ -130,10 +176,12 @@ def certify(
     images: Images,
     labels: NDArray[np.int64],
     fake_quantized: Callable[[Images], tuple[dict[str, NDArray[np.uint8]], Images]],
+    on: tuple[str, ...] = (),
 ) -> Certificate:
     """Prove `file` against the canonical `model` on real `images` (N_3_H_W float32, normalised).
 
-    fake_quantized: the trained net itself: images -> (carrier codes per quantizer, logits).
+    fake_quantized: the trained net itself: images -> (carrier codes per quantizer, logits). on: machines to run it on
+    besides this one (`export/elsewhere.py`), on the first images.
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
@@ -174,6 +222,9 @@ def certify(
         adversarial=adversarial(model, proto),
         accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
         notes=(*model.notes, *_weight_only_note(model), *missing_options(proto)),
+        tried=tuple(model.tried),
+        machine=platform.machine(),
+        elsewhere=certify_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
     )
 
 

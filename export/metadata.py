@@ -5,7 +5,7 @@ Stored as one JSON text under the key `edgeqat` of the ONNX model's metadata, wh
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,11 @@ from export.lowered import ExportError, LoweredLayer, LoweredModel
 from export.packing import plane_widths, unpack
 from export.targets import TARGETS, Target
 
-KEY, FORMAT = "edgeqat", 1
+KEY, FORMAT = "edgeqat", 2
+PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
+
+
+READABLE = range(1, FORMAT + 1)  # format 1 had weights' multipliers that were powers of two, and no moved scales
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ def sign(
     proto: onnx.ModelProto, model: LoweredModel, target: Target, preprocessing: Preprocessing, producer: str
 ) -> onnx.ModelProto:
     """Write the metadata into `proto` (in place) and return it."""
+    moved = {tried.quantizer: tried.ppm for tried in model.tried if tried.ppm}
     layers = [
         {
             "name": layer.name,
@@ -53,6 +58,7 @@ def sign(
         "storage": target.storage,
         "runtime": {"onnxruntime": f">={target.runtime}", "opset": target.opset, "why": target.why},
         "session_options": dict(target.session_options),
+        "scales_moved_ppm": moved,
         "input": asdict(preprocessing),
         "layers": layers,
         "sha256": hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest(),
@@ -72,9 +78,30 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
     if found is None:
         raise ExportError(f"{name}: carries no edgeqat metadata; export it with `qat export`")
     value: dict[str, Any] = json.loads(found)
-    if value.get("format") != FORMAT:
+    if value.get("format") not in READABLE:
         raise ExportError(f"{name}: metadata format {value.get('format')} is newer than this version reads ({FORMAT})")
     return value
+
+
+def graph_digest(proto: onnx.ModelProto) -> str:
+    """SHA-256 of the graph alone: what is proven of it holds whatever the metadata says."""
+    return hashlib.sha256(proto.graph.SerializeToString(deterministic=True)).hexdigest()
+
+
+def record_proof(proto: onnx.ModelProto, proven: Sequence[Mapping[str, Any]]) -> None:
+    """Write into `proto` where its codes were proven, one entry per machine; an older record is replaced."""
+    others = {p.key: p.value for p in proto.metadata_props if p.key != PROOF_KEY}
+    record = {"graph_sha256": graph_digest(proto), "proven": list(proven)}
+    onnx.helper.set_model_props(proto, others | {PROOF_KEY: json.dumps(record)})
+
+
+def proof_of(proto: onnx.ModelProto) -> list[dict[str, Any]]:
+    """Where the file's codes were proven; nothing if the graph has changed since."""
+    found = next((p.value for p in proto.metadata_props if p.key == PROOF_KEY), None)
+    if found is None:
+        return []
+    record = json.loads(found)
+    return list(record["proven"]) if record["graph_sha256"] == graph_digest(proto) else []
 
 
 def wanted_options(proto: onnx.ModelProto) -> dict[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from export import session
 from export.certificate import INTEGER_KERNELS, read
-from export.metadata import broken_signatures, missing_options, read_metadata
+from export.metadata import broken_signatures, missing_options, proof_of, read_metadata
 from export.stress import settings_that_differ
 
 IMAGES = 8
@@ -28,6 +28,7 @@ class FileCheck:
     kernels: int
     different: dict[str, int]
     warnings: tuple[str, ...]
+    proven: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -44,6 +45,7 @@ class FileCheck:
         lines.append(f"  kernels    {self.kernels} of {self.integer} layers that read codes run integer kernels")
         settings = "".join(f"; {name}: {count} codes differ" for name, count in self.different.items())
         lines.append(f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}")
+        lines.append(f"  proven     {'; '.join(self.proven) or 'nowhere that the file knows of'}")
         return "\n".join([*lines, *(f"  warning    {warning}" for warning in self.warnings)])
 
 
@@ -60,4 +62,5 @@ def verify_file(file: Path) -> FileCheck:
     return FileCheck(
         file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
         settings_that_differ(proto, images), missing_options(proto),
+        tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto)),
     )  # fmt: skip

@@ -43,6 +43,24 @@ class Certify:
     """Certify on so many test images of the run's data instead of the images that the run keeps."""
     data_root: Path | None = None
     """Where the images are, if no longer where the run found them."""
+    on: str = ""
+    """Prove it on other processors too, comma-separated: arm64, wasm, x86 (those without VNNI), or one machine such as
+    cortex-a72. They are emulated; what is not installed is named with the command that installs it."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Write a folder that proves a file on a device: file, images, expected codes and check.py, which needs onnxruntime and
+    numpy alone. On the device: `python check.py`."""
+
+    run: Positional[Path]
+    """Run folder."""
+    model: Positional[Path]
+    """The ONNX file that was exported from it."""
+    out: Path = Path("bundle")
+    """New folder to write."""
+    images: int = 16
+    """How many of the run's images it holds."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +158,7 @@ class Inspect:
 Command = (
     Annotated[Export, subcommand("export")]
     | Annotated[Certify, subcommand("certify")]
+    | Annotated[Bundle, subcommand("bundle")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Predict, subcommand("predict")]
     | Annotated[Compare, subcommand("compare")]
@@ -180,7 +199,7 @@ def guarded(action: Callable[[], int]) -> int:
         return 2
 
 
-def execute(command: Export | Certify | Bench | Predict | Compare | Ensemble | Report | Inspect) -> int:
+def execute(command: Export | Certify | Bundle | Bench | Predict | Compare | Ensemble | Report | Inspect) -> int:
     from qat import deploy
 
     match command:
@@ -188,6 +207,8 @@ def execute(command: Export | Certify | Bench | Predict | Compare | Ensemble | R
             print(deploy.export_run(run, target, out))
         case Certify():
             return _certify(command)
+        case Bundle(run, model, out, images):
+            print(deploy.bundle_run(run, model, out, images))
         case Predict(model, images):
             for found in deploy.predict(model, images):
                 print(f"{found.image}: {found.label} ({found.probability:.1%})")
@@ -218,7 +239,7 @@ def _certify(command: Certify) -> int:
             print(check)
             return 0 if check.passed else 1
         case (run, model):
-            certificate = deploy.certify_run(run, model, command.images, command.data_root)
+            certificate = deploy.certify_run(run, model, command.images, command.data_root, command.on)
             print(certificate)
             if command.whole_target:
                 for name, value in deploy.target_accuracy(run, model, command.data_root).items():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from export.certificate import Certificate
     from export.ensemble import JoinedCheck
     from export.latency import Latency
+    from export.lowered import LoweredModel
     from export.predict import Prediction
     from export.verify import FileCheck
 
@@ -67,35 +69,101 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
     return sign(emit(lowered, chosen), lowered, chosen, preprocessing, f"edgeqat {__version__}")
 
 
-def certify_run(run: Path, model: Path, images: int | None = None, data_root: Path | None = None) -> Certificate:
-    """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run.
+def certify_run(
+    run: Path, model: Path, images: int | None = None, data_root: Path | None = None, on: str = ""
+) -> Certificate:
+    """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run, and
+    into the file where it was proven.
 
-    images: take so many test images from the run's data instead, spread evenly; data_root: where that is now.
+    images: take so many test images from the run's data instead, spread evenly; data_root: where that is now. on: platforms
+    to prove it on besides this machine, comma-separated.
     """
-    certificate = certificate_of(run, model, images, data_root)
+    certificate = certificate_of(run, model, images, data_root, on)
+    if certificate.passed:
+        try:
+            certificate = dataclasses.replace(certificate, sha256=write_proof(model, certificate.proven()))
+        except OSError as error:
+            note = f"the file could not be written, so it does not say where it was proven ({error})"
+            certificate = dataclasses.replace(certificate, notes=(*certificate.notes, note))
     write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
     return certificate
 
 
-def certificate_of(run: Path, model: Path, images: int | None = None, data_root: Path | None = None) -> Certificate:
-    """The certificate alone."""
-    from export.certificate import certify, read
-    from export.lower import lower, trained_codes
+def write_proof(model: Path, proven: list[dict[str, object]]) -> str:
+    """Record in the file `model` where its codes were proven; returns the SHA-256 of the new file."""
+    import onnx
+
+    from export.certificate import read
+    from export.metadata import record_proof
+
+    proto = read(model)
+    record_proof(proto, proven)
+    write_atomically(model, lambda path: onnx.save(proto, str(path)))
+    return hashlib.sha256(model.read_bytes()).hexdigest()
+
+
+def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
+    """Write the bundle of `model`, a file of `run`, into the new folder `out`: what `python check.py` proves on a device.
+
+    images: how many of the run's images it holds. Raises ExportError when `out` exists or the file is not the run's.
+    """
+    from tempfile import TemporaryDirectory
+
+    from export.bundle import write_bundle
+    from export.certificate import compare_stored, read
+    from export.lowered import ExportError
+
+    if out.exists():
+        raise ExportError(f"{out}: exists; name a new folder for the bundle")
+    proto = read(model)
+    lowered = lowered_for(run, model)
+    if different := compare_stored(lowered, proto):
+        layer, what = next(iter(different.items()))
+        raise ExportError(f"{model}: is not a file of {run}: layer {layer!r}: {what}")
+    samples = RunFolder.open(run).samples()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
+        folder = Path(place) / "bundle"
+        folder.mkdir()
+        write_bundle(folder, lowered, proto, model.name, samples.images[:images])
+        folder.rename(out)
+    return out
+
+
+def lowered_for(run: Path, model: Path) -> LoweredModel:
+    """The net of `run` as it is written for the target of its file `model`."""
+    from export.certificate import read
+    from export.lower import lower
     from export.metadata import read_metadata
     from export.passes import to_integers
     from export.targets import target_named
+
+    _, recipe, built = load_run(run)
+    if built.table is None:
+        raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
+    target = target_named(read_metadata(read(model), str(model))["target"])
+    return to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
+
+
+def certificate_of(
+    run: Path, model: Path, images: int | None = None, data_root: Path | None = None, on: str = ""
+) -> Certificate:
+    """The certificate alone."""
+    from export.certificate import certify
+    from export.elsewhere import machines_of
+    from export.lower import trained_codes
     from qat.training.data import split_of
     from qat.training.loaders import samples_of_test
 
+    machines = machines_of(on)
+    lowered = lowered_for(run, model)
     folder, recipe, built = load_run(run)
-    if built.table is None:
-        raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
     samples = (
         folder.samples() if images is None else samples_of_test(split_of(recipe, data_root), recipe, built, images)
     )
-    target = target_named(read_metadata(read(model), str(model))["target"])
-    lowered = to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
-    return certify(lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images))
+    return certify(
+        lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images), machines
+    )
 
 
 def export_ensemble(
