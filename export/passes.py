@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.targets import TARGETS, Target, carry_of
+from export.targets import TARGETS, Target, carry_of, check_quantizer
 from export.thresholds import with_threshold_bias
 
 # Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
@@ -55,7 +55,12 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
             pass
     cut_weights_off(model)
     remove_dead_nodes(model)
+    for quantizer in model.quantizers.values():
+        check_quantizer(target, quantizer)
     resolve_biases(model, target)
+    if target.qdq:
+        float_biases(model)
+        positive_scales(model, target)
     return model
 
 
@@ -366,6 +371,40 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export"
         )
     return True
+
+
+def float_biases(model: LoweredModel) -> bool:
+    """Layers add their bias as it was trained, in floating point: plain QDQ files hold no integer biases."""
+    changed = False
+    for name, layer in model.layers.items():
+        if layer.bias_codes is not None:
+            model.layers[name] = replace(layer, bias_codes=None)
+            changed = True
+    return changed
+
+
+def positive_scales(model: LoweredModel, target: Target) -> bool:
+    """Channels whose scale a batch norm made negative get the opposite codes and the opposite scale, which is the same
+    weight; where the norm made it 0, codes 0 and any scale. Raises ExportError where a code has no opposite in int8."""
+    changed = False
+    for name, layer in model.layers.items():
+        negative, silent = layer.scale < 0, layer.scale == 0
+        if not (negative | silent).any():
+            continue
+        if (layer.codes[negative] == -128).any():
+            channels = [int(c) for c in np.flatnonzero(negative) if (layer.codes[c] == -128).any()]
+            raise ExportError(
+                f"layer {layer.name!r}: target {target.name} takes positive weight scales only, and in channels "
+                f"{channels[:4]}, where batch norm gamma < 0, code -128 has no opposite in int8; train this layer with at "
+                "most 7 bits, or export for an ort target, which takes negative scales"
+            )
+        codes, scale = layer.codes.copy(), np.abs(layer.scale)
+        codes[negative] *= -1
+        codes[silent], scale[silent] = 0, 1
+        bits = max(layer.bits, 2) if silent.any() else layer.bits  # 0 is no 1-bit code
+        model.layers[name] = replace(layer, codes=codes, scale=scale, bits=bits)
+        changed = True
+    return changed
 
 
 def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:

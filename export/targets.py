@@ -11,6 +11,7 @@ import numpy as np
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
 
 Storage = Literal["int8", "packed", "onnx-int4"]
+Activations = Literal["", "uint8", "int8"]
 
 # On x86 without VNNI the runtime then widens before it adds; elsewhere the entry does nothing.
 PRECISE_X64 = (("session.x64quantprecision", "1"),)
@@ -30,6 +31,9 @@ class Target:
     opset:              of the file, and the oldest ONNX Runtime that reads it.
     why:                the reason for the floor.
     native:             whether layers run on the operators of export/kernels where those can.
+    qdq:                type of the activations in a plain QuantizeLinear/DequantizeLinear file (export/qdq.py): "uint8" with
+                        the quantizer's own zero point, or "int8" with zero point 0. Empty: the form in which ONNX Runtime
+                        finds its integer kernels.
     session_options:    configuration entries that a session needs for the file's codes to be right wherever it may land.
     """
 
@@ -43,6 +47,7 @@ class Target:
     runtime: str = "1.18"
     why: str = "opset 20 is what torch.onnx writes; every operator used here is older"
     native: bool = False
+    qdq: Activations = ""
     session_options: tuple[tuple[str, str], ...] = ()
 
 
@@ -65,6 +70,12 @@ TARGETS: dict[str, Target] = {
         Target("ort-int8-arm-dotprod", pair_sums_saturate=False),
         Target("xnnpack", pair_sums_saturate=False, negative_scales=False),
         Target("qnn", pair_sums_saturate=False, per_channel=False, negative_scales=False, power_of_two=True),
+        Target("qdq", pair_sums_saturate=False, negative_scales=False, qdq="uint8"),
+        Target("qdq-symmetric", pair_sums_saturate=False, negative_scales=False, qdq="int8"),
+        Target(
+            "qdq-int4", storage="onnx-int4", pair_sums_saturate=False, negative_scales=False, qdq="uint8",
+            opset=21, runtime="1.23", why="INT4 tensors are opset 21; read and compared from ONNX Runtime 1.23 on",
+        ),
     )
 }  # fmt: skip
 
@@ -104,9 +115,30 @@ def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer | N
         raise ExportError(f"{where} computes on integers only; this is a weight-only net")
     if target.power_of_two and not is_power_of_two(np.append(np.abs(layer.scale), source.scale)):  # type: ignore[union-attr]
         raise ExportError(f"{where} needs steps that are powers of two")
+    if target.qdq:
+        fits = layer.bits <= 4 and layer.codes.min(initial=0) >= -8 and layer.codes.max(initial=0) <= 7
+        return LayerPlan(4 if fits and target.storage == "onnx-int4" else 8, uint8=False)
     if target.pair_sums_saturate and source is not None and saturates(layer, source):
         return LayerPlan(8, uint8=True)
     return LayerPlan(layer.bits if target.storage != "int8" else 8, uint8=False)
+
+
+def check_quantizer(target: Target, quantizer: LoweredQuantizer) -> None:
+    """Raises ExportError naming a quantizer whose codes a plain QDQ file for `target` cannot hold."""
+    if not target.qdq:
+        return
+    where = f"quantizer {quantizer.name!r}: target {target.name}"
+    if quantizer.is_binary:
+        raise ExportError(
+            f"{where} has no one-bit activations, for QuantizeLinear knows no threshold; export for an ort target, or train "
+            "activations of at least 2 bits"
+        )
+    lowest, highest = quantizer.low - quantizer.zero_point, quantizer.high - quantizer.zero_point
+    if target.qdq == "int8" and (lowest < -128 or highest > 127):
+        raise ExportError(
+            f"{where} holds activations as int8 with zero point 0, and its codes go from {lowest} to {highest}; train this "
+            "quantizer signed or with at most 7 bits, or export for target qdq, which has zero points"
+        )
 
 
 def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
@@ -119,8 +151,11 @@ def carry_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
     """The power of two that weights are carried with: the bias, an integer in the same unit, gains as many bits.
 
     It is the largest that keeps codes within int8 and pairs of products within 16 bits whatever the weights; 1-bit codes
-    are +1 and -1. INT4 initialisers cannot be scaled on the way to INT8, so they have none.
+    are +1 and -1. INT4 initialisers cannot be scaled on the way to INT8, so they have none; nor has a plain QDQ file, whose
+    biases are floats.
     """
+    if target.qdq:
+        return 1
     largest = 1 << max(bits - 1, 0)
     if target.storage == "onnx-int4" and bits <= 4:
         return 1
