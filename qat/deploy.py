@@ -19,6 +19,7 @@ from qat.training.recipe import LsqRecipe, RecipeError
 if TYPE_CHECKING:
     import onnx
 
+    from export.agreement import Agreement
     from export.bench import BenchTable
     from export.certificate import Certificate
     from export.ensemble import JoinedCheck
@@ -67,18 +68,27 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
     return sign(emit(lowered, chosen), lowered, chosen, preprocessing, f"edgeqat {__version__}")
 
 
-def certify_run(run: Path, model: Path, images: int | None = None, data_root: Path | None = None) -> Certificate:
-    """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run.
+def certify_run(
+    run: Path, model: Path, images: int | None = None, data_root: Path | None = None
+) -> Certificate | Agreement:
+    """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run, or
+    agreement.json where `model` is a plain QDQ file, whose computed codes are not proven but compared (export/agreement.py).
 
     images: take so many test images from the run's data instead, spread evenly; data_root: where that is now.
     """
+    from export.certificate import Certificate
+
     certificate = certificate_of(run, model, images, data_root)
-    write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
+    name = "certificate.json" if isinstance(certificate, Certificate) else "agreement.json"
+    write_json(RunFolder.open(run) / name, certificate.to_json())
     return certificate
 
 
-def certificate_of(run: Path, model: Path, images: int | None = None, data_root: Path | None = None) -> Certificate:
+def certificate_of(
+    run: Path, model: Path, images: int | None = None, data_root: Path | None = None
+) -> Certificate | Agreement:
     """The certificate alone."""
+    from export.agreement import agree
     from export.certificate import certify, read
     from export.lower import lower, trained_codes
     from export.metadata import read_metadata
@@ -95,6 +105,15 @@ def certificate_of(run: Path, model: Path, images: int | None = None, data_root:
     )
     target = target_named(read_metadata(read(model), str(model))["target"])
     lowered = to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
+    if target.qdq:
+        return agree(
+            lowered,
+            model,
+            target.name,
+            samples.images,
+            samples.labels,
+            lambda images: trained_codes(built.model, images),
+        )
     return certify(lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images))
 
 
@@ -115,7 +134,7 @@ def export_ensemble(
     return out
 
 
-def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificate], JoinedCheck]:
+def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificate | Agreement], JoinedCheck]:
     """The whole certificate of each member of the ensemble `model` against its run, on the member's part of the file; and
     whether the parts compute together what they compute alone. Nothing is written."""
     from tempfile import TemporaryDirectory

@@ -24,9 +24,12 @@ DOORS = {
     "brevitas": {"qat/surgery/brevitas_bridge.py"},
     "accelerate": {"qat/training/loop.py"},
     "onnxruntime": {"export/session.py"},
+    "openvino": {"export/openvino_session.py"},
     "torch.onnx": {"export/lower.py"},
 }
-TORCH_IN_EXPORT = {"export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py"}
+TORCH_IN_EXPORT = {
+    "export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py", "export/agreement.py",
+}  # fmt: skip
 EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py"}
 
 
