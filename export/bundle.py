@@ -30,7 +30,7 @@ from export.lowered import LoweredModel
 from export.metadata import wanted_options
 from export.native_file import is_native
 from export.reference import IntegerReference
-from export.skeleton import CODE_OPS, is_mark, mark_name, weight_layer
+from export.skeleton import CODE_OPS, grid_of, is_mark, mark_name, weight_layer
 from export.ties import float_quantizers
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -117,7 +117,8 @@ def origins(model: LoweredModel) -> Iterator[tuple[str, str, list[str]]]:
             continue
         value = node.inputs[0]
         producer = value.producer() if value is not None else None
-        yield mark_name(node), _maker(producer, model), _sources(producer, model)
+        maker = "requantization" if grid_of(value) is not None else _maker(producer, model)
+        yield mark_name(node), maker, _sources(producer, model)
 
 
 def _maker(node: ir.Node | None, model: LoweredModel) -> str:
@@ -126,7 +127,7 @@ def _maker(node: ir.Node | None, model: LoweredModel) -> str:
     layer = weight_layer(node, model)
     if layer is not None:
         return f"layer {layer.name}"
-    return "requantization" if is_mark(node) else node.op_type
+    return node.op_type
 
 
 def _sources(node: ir.Node | None, model: LoweredModel) -> list[str]:

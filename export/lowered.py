@@ -26,9 +26,10 @@ class LoweredLayer:
 
     codes:   int8, O_I_kH_kW or O_I: the codes that were trained, never re-quantized.
     scale:   float32 (O,): real value of one code step; after batch-norm folding it carries the norm's multiplier and its
-             sign, so that the codes stay untouched.
+             sign, so that the codes stay untouched (`passes.positive_scales` moves the sign onto them where it must).
     bias:    float64 (O,) in real units, or None before anything was folded and the layer has none.
-    bias_codes: int32 (O,) in units of input scale times `stored_scale`; set by `passes.to_integers`.
+    bias_codes: int32 (O,) in units of input scale times `stored_scale`; set by `passes.to_integers`, but for targets whose
+             files hold float biases.
     input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`. Empty in a weight-only
              net, whose layers multiply floats with dequantized codes.
     carry:   integer the codes are multiplied with in the file, so that the integer bias has a finer unit.
@@ -53,7 +54,7 @@ class LoweredLayer:
 
     @property
     def float_bias(self) -> NDArray[np.float32]:
-        """float32 (O,): what a layer that reads floats adds."""
+        """float32 (O,): what a layer without integer biases adds."""
         return np.zeros(len(self.scale), np.float32) if self.bias is None else self.bias.astype(np.float32)
 
 

@@ -21,6 +21,7 @@ from export.arithmetic import constant_of_sum
 from export.graph import Emitter, emit_qdq, value_name
 from export.lowered import DOMAIN, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack
+from export.qdq import QdqEmitter
 from export.skeleton import grid_of, is_mark, mark_name, only_reader, weight_layer
 from export.targets import Target
 from export.thresholds import WRITE_ZERO_POINT, code_thresholds
@@ -32,7 +33,11 @@ Attribute = int | float | str | list[str]
 
 def emit(model: LoweredModel, target: Target) -> onnx.ModelProto:
     """The file of a canonical `model` for any target. Raises ExportError naming a layer the target cannot run."""
-    return NativeEmitter(model, target).emit() if target.native else emit_qdq(model, target)
+    if target.native:
+        return NativeEmitter(model, target).emit()
+    if target.qdq:
+        return QdqEmitter(model, target).emit()
+    return emit_qdq(model, target)
 
 
 def requantizing_table(source: LoweredQuantizer, target: LoweredQuantizer) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.skeleton import LAYOUT_OPS, constant, grid_of, is_mark, mark_name, only_reader, weight_layer
-from export.targets import SUM_LIMIT, TARGETS, Target, carry_of
+from export.targets import SUM_LIMIT, TARGETS, Target, carry_of, check_quantizer
 from export.thresholds import with_threshold_bias
 from export.ties import avoid_ties
 
@@ -40,8 +40,13 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
             pass
     cut_weights_off(model)
     remove_dead_nodes(model)
+    for quantizer in model.quantizers.values():
+        check_quantizer(target, quantizer)
     avoid_ties(model, may_move=not target.keeps_scales)
     resolve_biases(model, target)
+    if target.qdq:
+        float_biases(model)
+        positive_scales(model, target)
     return model
 
 
@@ -320,6 +325,42 @@ def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
             f"layer {layer.name!r}: sums of output channel {channel} may reach {largest[channel]:,}, which 32 bits cannot "
             "hold; use fewer bits or fewer input channels"
         )
+
+
+def float_biases(model: LoweredModel) -> bool:
+    """Layers add their bias as it was trained, in floating point: plain QDQ files hold no integer biases."""
+    changed = False
+    for name, layer in model.layers.items():
+        if layer.bias_codes is not None:
+            model.layers[name] = replace(layer, bias_codes=None)
+            changed = True
+    return changed
+
+
+def positive_scales(model: LoweredModel, target: Target) -> bool:
+    """Channels whose scale a batch norm made negative get the opposite codes and the opposite scale, which is the same
+    weight; where the norm made it 0, codes 0 and any scale.
+
+    Raises ExportError where a code is -128: it has no opposite in int8, and ARM's kernels overflow with it.
+    """
+    changed = False
+    for name, layer in model.layers.items():
+        if (layer.codes == -128).any():
+            channels = [int(c) for c in np.flatnonzero((layer.codes == -128).reshape(len(layer.codes), -1).any(1))]
+            raise ExportError(
+                f"layer {layer.name!r}: target {target.name} takes int8 weights from -127 to 127, and channels "
+                f"{channels[:4]} hold code -128; train it with QuantSpec.of_weight(8), or export for an ort target"
+            )
+        negative, silent = layer.scale < 0, layer.scale == 0
+        if not (negative | silent).any():
+            continue
+        codes, scale = layer.codes.copy(), np.abs(layer.scale)
+        codes[negative] *= -1
+        codes[silent], scale[silent] = 0, 1
+        bits = max(layer.bits, 2) if silent.any() else layer.bits  # 0 is no 1-bit code
+        model.layers[name] = replace(layer, codes=codes, scale=scale, bits=bits)
+        changed = True
+    return changed
 
 
 def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:

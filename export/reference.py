@@ -8,7 +8,8 @@
     requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
 
 acc is the exact integer sum; all multipliers are float32; rint rounds half to even. This is what ONNX Runtime's integer
-kernels compute on the CPU, found by experiment over all pairs of codes; the certificate proves it for each file.
+kernels compute on the CPU, found by experiment over all pairs of codes; the certificate proves it for each file. bias is an
+integer; where a file holds a float instead (export/qdq.py), it is that float divided by s_x · s_w.
 """
 
 from collections import Counter
@@ -346,8 +347,11 @@ def accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
     bound = largest * float(weight.abs().flatten(1).sum(1).max())
     dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
     codes, weight = x.centred().to(dtype), weight.to(dtype)
-    bias = torch.from_numpy(layer.bias_codes).double()
     unit = torch.from_numpy(np.float32(x.grid.scale) * layer.stored_scale)
+    if layer.bias_codes is None:  # a float bias, in units of the sum
+        bias = torch.from_numpy(layer.float_bias).double() / unit.double()
+    else:
+        bias = torch.from_numpy(layer.bias_codes).double()
     if node.op_type == "Gemm":
         return Accumulator(F.linear(codes, weight).double() + bias, unit)
     get = node.attributes

@@ -195,11 +195,11 @@ def _quiet() -> Iterator[None]:
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of `model` that also returns the uint8 tensors `names`, N_C_H_W."""
+    """A copy of `model` that also returns the tensors of codes `names`, N_C_H_W; the runtime finds their type."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     reveal(copy, names)
-    copy.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UINT8, None) for n in names)
+    copy.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
     return copy
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
 
 Storage = Literal["int8", "packed", "onnx-int4"]
+Activations = Literal["", "uint8", "int8"]
 
 # On x86 without VNNI the runtime then widens before it adds; elsewhere the entry does nothing.
 PRECISE_X64 = (("session.x64quantprecision", "1"),)
@@ -32,6 +33,9 @@ class Target:
     opset:              of the file, and the oldest ONNX Runtime that reads it.
     why:                the reason for the floor.
     native:             whether layers run on the operators of export/kernels where those can.
+    qdq:                type of the activations in a plain QuantizeLinear/DequantizeLinear file (export/qdq.py): "uint8" with
+                        the quantizer's own zero point, or "int8" with zero point 0. Empty: the form in which ONNX Runtime
+                        finds its integer kernels.
     session_options:    configuration entries that a session needs for the file's codes to be right wherever it may land.
     """
 
@@ -43,6 +47,7 @@ class Target:
     runtime: str = "1.18"
     why: str = "opset 20 is what torch.onnx writes; every operator used here is older"
     native: bool = False
+    qdq: Activations = ""
     session_options: tuple[tuple[str, str], ...] = ()
 
 
@@ -61,6 +66,12 @@ TARGETS: dict[str, Target] = {
         ),
         Target("ort-int8-vnni", pair_sums_saturate=False, session_options=PRECISE_X64),
         Target("ort-packed-vnni", storage="packed", pair_sums_saturate=False, session_options=PRECISE_X64),
+        Target("qdq", pair_sums_saturate=False, keeps_scales=True, qdq="uint8"),
+        Target("qdq-symmetric", pair_sums_saturate=False, keeps_scales=True, qdq="int8"),
+        Target(
+            "qdq-int4", storage="onnx-int4", pair_sums_saturate=False, keeps_scales=True, qdq="uint8",
+            opset=21, runtime="1.23", why="INT4 tensors are opset 21; read and compared from ONNX Runtime 1.23 on",
+        ),
     )
 }  # fmt: skip
 
@@ -83,6 +94,9 @@ def target_named(name: str) -> Target:
 
 def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer | None) -> LayerPlan:
     """Decide how `layer` is stored for `target`; `source` is the quantizer it reads, None where it reads floats."""
+    if target.qdq:
+        fits = layer.bits <= 4 and layer.codes.min(initial=0) >= -8 and layer.codes.max(initial=0) <= 7
+        return LayerPlan(4 if fits and target.storage == "onnx-int4" else 8, uint8=False)
     if source is not None and needs_uint8(target, layer, source):
         return LayerPlan(8, uint8=True)
     return LayerPlan(layer.bits if target.storage != "int8" else 8, uint8=False)
@@ -100,6 +114,24 @@ def holds_lowest_byte(layer: LoweredLayer) -> bool:
     return int(layer.codes.min(initial=0)) * layer.carry < LOWEST_BYTE
 
 
+def check_quantizer(target: Target, quantizer: LoweredQuantizer) -> None:
+    """Raises ExportError naming a quantizer whose codes a plain QDQ file for `target` cannot hold."""
+    if not target.qdq:
+        return
+    where = f"quantizer {quantizer.name!r}: target {target.name}"
+    if quantizer.is_binary:
+        raise ExportError(
+            f"{where} has no one-bit activations, for QuantizeLinear knows no threshold; export for an ort target, or train "
+            "activations of at least 2 bits"
+        )
+    lowest, highest = quantizer.low - quantizer.zero_point, quantizer.high - quantizer.zero_point
+    if target.qdq == "int8" and (lowest < -128 or highest > 127):
+        raise ExportError(
+            f"{where} holds activations as int8 with zero point 0, and its codes go from {lowest} to {highest}; train this "
+            "quantizer signed or with at most 7 bits, or export for target qdq, which has zero points"
+        )
+
+
 def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
     """Whether two products of this layer, as stored, can overflow the 16-bit lanes that x86 without VNNI adds them in."""
     largest = int(np.abs(layer.codes.astype(np.int32)).max(initial=0)) * layer.carry
@@ -112,6 +144,8 @@ def carry_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
     It is the largest that keeps codes within [-127, 127] and pairs of products within 16 bits whatever the weights; 1-bit
     codes are +1 and -1. INT4 initialisers cannot be multiplied on the way to INT8, so theirs is 1.
     """
+    if target.qdq:
+        return 1
     largest = 1 << max(bits - 1, 0)
     if target.storage == "onnx-int4" and bits <= 4:
         return 1

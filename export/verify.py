@@ -11,6 +11,7 @@ from export import session
 from export.certificate import INTEGER_KERNELS, read
 from export.metadata import broken_signatures, missing_options, proof_of, read_metadata
 from export.stress import settings_that_differ
+from export.targets import TARGETS
 
 IMAGES = 8
 
@@ -18,7 +19,8 @@ IMAGES = 8
 @dataclass(frozen=True)
 class FileCheck:
     """Verdict on a file alone. `integer`: layers that read codes, so that an integer kernel must run them. `different`:
-    settings under which some code differs from the default's, with the count."""
+    settings under which some code differs from the default's, with the count. `is_plain`: a plain QDQ file, whose arithmetic
+    the runtime chooses, so that its signature alone decides."""
 
     file: str
     target: str
@@ -29,9 +31,12 @@ class FileCheck:
     different: dict[str, int]
     warnings: tuple[str, ...]
     proven: tuple[str, ...] = ()
+    is_plain: bool = False
 
     @property
     def passed(self) -> bool:
+        if self.is_plain:
+            return not self.signed
         return not self.signed and not self.different and self.kernels == self.integer
 
     def __str__(self) -> str:
@@ -43,6 +48,8 @@ class FileCheck:
         )
         lines += [f"             {name}: {what}" for name, what in self.signed.items()]
         lines.append(f"  kernels    {self.kernels} of {self.integer} layers that read codes run integer kernels")
+        if self.is_plain:
+            lines[-1] += "; plain QDQ: that is the runtime's choice"
         settings = "".join(f"; {name}: {count} codes differ" for name, count in self.different.items())
         lines.append(f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}")
         lines.append(f"  proven     {'; '.join(self.proven) or 'nowhere that the file knows of'}")
@@ -63,4 +70,10 @@ def verify_file(file: Path) -> FileCheck:
         file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
         settings_that_differ(proto, images), missing_options(proto),
         tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto)),
+        is_plain(metadata["target"]),
     )  # fmt: skip
+
+
+def is_plain(target: str) -> bool:
+    """Whether files of the target named so are plain QDQ files."""
+    return target in TARGETS and bool(TARGETS[target].qdq)

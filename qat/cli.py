@@ -21,8 +21,9 @@ class Export:
     """Run folder."""
     target: str = "ort-int8"
     """ort-int8: a byte per weight code; ort-packed: 1 to 7 bits each; ort-packed-int4: INT4 tensors; fp32: the float
-    baseline; qonnx: for FINN; ort-native: edgeqat's own kernels; and the device targets of export/targets.py. All but
-    ort-native need nothing but an unmodified ONNX Runtime."""
+    baseline; qonnx: for FINN; ort-native: edgeqat's own kernels; qdq, qdq-symmetric, qdq-int4: plain files for OpenVINO,
+    TensorRT, QNN and others; and the device targets of export/targets.py. All but ort-native need nothing but an unmodified
+    ONNX Runtime."""
     out: Path | None = None
     """File to write; by default model.onnx in the run folder."""
 

@@ -18,8 +18,11 @@ from qat.training.checkpoint import RunFolder, load_run, write_atomically, write
 from qat.training.recipe import LsqRecipe, RecipeError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
 
+    from export.agreement import Agreement
     from export.bench import BenchTable
     from export.certificate import Certificate
     from export.ensemble import JoinedCheck
@@ -71,14 +74,20 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
 
 def certify_run(
     run: Path, model: Path, images: int | None = None, data_root: Path | None = None, on: str = ""
-) -> Certificate:
+) -> Certificate | Agreement:
     """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run, and
-    into the file where it was proven.
+    into the file where it was proven. The computed codes of a plain QDQ file are not proven but compared
+    (export/agreement.py), and written to agreement.json.
 
     images: take so many test images from the run's data instead, spread evenly; data_root: where that is now. on: platforms
     to prove it on besides this machine, comma-separated.
     """
+    from export.certificate import Certificate
+
     certificate = certificate_of(run, model, images, data_root, on)
+    if not isinstance(certificate, Certificate):
+        write_json(RunFolder.open(run) / "agreement.json", certificate.to_json())
+        return certificate
     if certificate.passed:
         try:
             certificate = dataclasses.replace(certificate, sha256=write_proof(model, certificate.proven()))
@@ -147,11 +156,14 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
 
 def certificate_of(
     run: Path, model: Path, images: int | None = None, data_root: Path | None = None, on: str = ""
-) -> Certificate:
+) -> Certificate | Agreement:
     """The certificate alone."""
-    from export.certificate import certify
+    from export.agreement import agree
+    from export.certificate import certify, read
     from export.elsewhere import machines_of
     from export.lower import trained_codes
+    from export.metadata import read_metadata
+    from export.targets import target_named
     from qat.training.data import split_of
     from qat.training.loaders import samples_of_test
 
@@ -161,9 +173,16 @@ def certificate_of(
     samples = (
         folder.samples() if images is None else samples_of_test(split_of(recipe, data_root), recipe, built, images)
     )
-    return certify(
-        lowered, model, samples.images, samples.labels, lambda images: trained_codes(built.model, images), machines
-    )
+
+    def trained(images: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
+        return trained_codes(built.model, images)
+
+    target = target_named(read_metadata(read(model), str(model))["target"])
+    if target.qdq and machines:
+        raise RecipeError(f"--on: a file of target {target.name} has no one arithmetic to prove elsewhere")
+    if target.qdq:
+        return agree(lowered, model, target.name, samples.images, samples.labels, trained)
+    return certify(lowered, model, samples.images, samples.labels, trained, machines)
 
 
 def export_ensemble(
@@ -183,7 +202,7 @@ def export_ensemble(
     return out
 
 
-def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificate], JoinedCheck]:
+def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificate | Agreement], JoinedCheck]:
     """The whole certificate of each member of the ensemble `model` against its run, on the member's part of the file; and
     whether the parts compute together what they compute alone. Nothing is written."""
     from tempfile import TemporaryDirectory

@@ -23,10 +23,14 @@ DOORS = {
     "timm": {"qat/surgery/backbones.py"},
     "brevitas": {"qat/surgery/brevitas_bridge.py"},
     "accelerate": {"qat/training/loop.py"},
-    "onnxruntime": {"export/session.py"},
+    "onnxruntime": {"export/session.py", "export/bundled/check.py"},  # the latter runs alone, on a device
+    "openvino": {"export/openvino_session.py"},
     "torch.onnx": {"export/lower.py"},
 }
-TORCH_IN_EXPORT = {"export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py"}
+TORCH_IN_EXPORT = {
+    "export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py", "export/agreement.py",
+    "export/bundle.py", "export/across.py",
+}  # fmt: skip
 EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py"}
 
 

@@ -1,0 +1,299 @@
+"""How far a runtime's results are from the integer definition, for files whose arithmetic the runtime chooses (`export.qdq`).
+
+A certificate demands exact codes of integer kernels. A plain QDQ file may run in floating point, on integers, or both; so
+here the codes that are stored in the file are proven, and the codes that are computed from it are *compared*: for every
+quantizer, those of the runtime with those that the definition gives for the runtime's own codes before it, so that a
+difference names the operation it arose in. Nothing but equality is called exact.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from export import session
+from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored, read
+from export.lowered import ExportError, LoweredModel, LoweredQuantizer
+from export.reference import IntegerReference
+
+Carriers = dict[str, NDArray[np.uint8]]
+ROUNDING_LEVELS = tuple(f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL"))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One way to run a file; `version` is that of the software.
+
+    codes:  images -> carrier codes of every quantizer, from the file with those tensors exposed.
+    logits: images -> logits of the file as it ships; exposing tensors can keep a runtime from fusing across them.
+    """
+
+    name: str
+    version: str
+    codes: Callable[[Images], Carriers]
+    logits: Callable[[Images], Images]
+
+
+@dataclass(frozen=True)
+class QuantizerResult:
+    """Codes of one quantizer: how many there were, how many differ from the definition's, by how many steps at most."""
+
+    quantizer: str
+    codes: int
+    different: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class RuntimeResult:
+    """One runtime against the integer definition.
+
+    top1:              share of images with the definition's answer, of the file as it ships, computed end to end.
+    logit_difference:  the largest, relative to the largest logit of the definition.
+    top1_trained:      share of images with the answer of the trained, fake-quantized net.
+    """
+
+    runtime: str
+    version: str
+    quantizers: tuple[QuantizerResult, ...]
+    top1: float
+    logit_difference: float
+    top1_trained: float
+
+    @property
+    def codes(self) -> int:
+        return sum(row.codes for row in self.quantizers)
+
+    @property
+    def different(self) -> int:
+        return sum(row.different for row in self.quantizers)
+
+    @property
+    def largest(self) -> int:
+        return max((row.largest for row in self.quantizers), default=0)
+
+    @property
+    def is_exact(self) -> bool:
+        return self.different == 0
+
+    @property
+    def is_at_ties(self) -> bool:
+        """Whether differences are as few and as small as float sums near a rounding boundary make them."""
+        return self.largest <= 1 and self.different <= FLOAT_LEVEL_LIMIT * self.codes
+
+    def __str__(self) -> str:
+        inexact = [row for row in self.quantizers if row.different]
+        if inexact:
+            share = self.different / self.codes
+            found = (
+                f"NOT EXACT: {self.different:,} of {self.codes:,} codes differ ({share:.1e}), by {self.largest} at most, "
+                f"in {len(inexact)} of {len(self.quantizers)} quantizers"
+            )
+            if self.is_at_ties:
+                found += " (float sums at ties)"
+        elif self.quantizers:
+            found = f"exact: all {self.codes:,} codes as defined"
+        else:
+            found = "computes in floating point (weight-only)"
+        answers = f"top-1 as defined {self.top1:.2%}, as trained {self.top1_trained:.2%}"
+        return f"{self.runtime} ({self.version}): {found}; {answers}; logits differ by {self.logit_difference:.1e}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What is proven of a plain QDQ file, and how runtimes compare. `stored` lists the layers that are not as trained."""
+
+    file: str
+    sha256: str
+    target: str
+    images: int
+    layers: int
+    weight_codes: int
+    stored: dict[str, str]
+    results: tuple[RuntimeResult, ...]
+    accuracy: dict[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.stored and all(result.is_exact for result in self.results)
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self) | {"passed": self.passed}
+
+    def __str__(self) -> str:
+        lines = [f"{self.file}: {self._verdict()}"]
+        stored = f"{len(self.stored)} layers differ" if self.stored else "all as trained"
+        lines.append(f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {stored}")
+        lines += [f"             {layer}: {what}" for layer, what in self.stored.items()]
+        lines += [f"  computed   {result}" for result in self.results]
+        lines += [f"             {line}" for line in self.table()]
+        accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
+        lines.append(f"  accuracy   {accuracies} on {self.images} images")
+        return "\n".join([*lines, *(f"  note       {note}" for note in self.notes)])
+
+    def _verdict(self) -> str:
+        if self.passed:
+            return "certified: stored codes as trained, computed codes exact in every runtime below"
+        stored = "NOT the trained ones" if self.stored else "as trained"
+        inexact = [result.runtime for result in self.results if not result.is_exact]
+        computed = f"not exact in {', '.join(inexact)}" if inexact else "exact in every runtime below"
+        return f"NOT CERTIFIED (target {self.target}, plain QDQ): stored codes {stored}; computed codes {computed}"
+
+    def table(self) -> list[str]:
+        """Layer by layer: codes that differ in each runtime, and by how many steps at most."""
+        rows = list(zip(*(result.quantizers for result in self.results), strict=True))
+        shown = [row for row in rows if any(cell.different for cell in row)]
+        if not shown:
+            return []
+        width = max(len(row[0].quantizer) for row in shown)
+        lines = [f"{'quantizer':<{width}}  {'codes':>12}  " + "  ".join(result.runtime for result in self.results)]
+        for row in shown:
+            cells = [
+                (f"{cell.different} (±{cell.largest})" if cell.different else "exact").rjust(len(result.runtime))
+                for cell, result in zip(row, self.results, strict=True)
+            ]
+            lines.append(f"{row[0].quantizer:<{width}}  {row[0].codes:>12,}  " + "  ".join(cells))
+        if others := len(rows) - len(shown):
+            lines.append(f"and {others} quantizers whose codes are exact in all of them")
+        return lines
+
+
+def agree(
+    model: LoweredModel,
+    file: Path,
+    target: str,
+    images: Images,
+    labels: NDArray[np.int64],
+    fake_quantized: Callable[[Images], tuple[Carriers, Images]],
+    further: Sequence[Runtime] = (),
+) -> Agreement:
+    """Prove what `file` stores against the canonical `model`, and compare what ONNX Runtime computes from it at every level,
+    and `further` runtimes, with the integer definition.
+
+    fake_quantized: the trained net: images -> (carrier codes per quantizer, logits).
+    Raises ExportError when the file is not an edgeqat file of this run.
+    """
+    proto = read(file)
+    tensors = {o for node in proto.graph.node for o in node.output}
+    missing = [name for name in model.quantizers if name not in tensors]
+    if missing:
+        raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
+    reference = IntegerReference(model, session.FloatOperators())
+    trained = _in_batches(lambda batch: fake_quantized(batch)[1], images)
+    defined = _in_batches(lambda batch: reference.run(torch.from_numpy(batch))[1].numpy(), images)
+    runtimes = [*(onnx_runtime(proto, model, level) for level in session.LEVELS), *further]
+    logits = {runtime.name: _in_batches(runtime.logits, images) for runtime in runtimes}
+    results = []
+    for runtime in runtimes:
+        found = logits[runtime.name]
+        results.append(
+            RuntimeResult(
+                runtime=runtime.name,
+                version=runtime.version,
+                quantizers=compare_codes(reference, runtime, images),
+                top1=_same_answer(found, defined),
+                logit_difference=float(np.abs(found - defined).max() / np.abs(defined).max()),
+                top1_trained=_same_answer(found, trained),
+            )
+        )
+    predictions = {"trained net": trained, "integer definition": defined, **logits}
+    return Agreement(
+        file=file.name,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        target=target,
+        images=len(images),
+        layers=len(model.layers),
+        weight_codes=sum(layer.codes.size for layer in model.layers.values()),
+        stored=compare_stored(model, proto),
+        results=tuple(results),
+        accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
+        notes=(*model.notes, *_causes(results)),
+    )
+
+
+def _causes(results: Sequence[RuntimeResult]) -> list[str]:
+    """What is known of why a runtime's codes differ."""
+    if not any(result.runtime in ROUNDING_LEVELS and not result.is_at_ties for result in results):
+        return []
+    return [
+        "from BASIC on, ONNX Runtime rounds float biases to integers in units of input scale times weight scale "
+        "(WeightBiasQuantization); files of the ort targets hold finer integer biases, and ONNX Runtime computes them exactly"
+    ]
+
+
+def compare_codes(reference: IntegerReference, runtime: Runtime, images: Images) -> tuple[QuantizerResult, ...]:
+    """The codes of every quantizer in `runtime` against the definition's, which starts from the runtime's own codes at
+    every operation. In the order of the graph."""
+    totals: dict[str, list[int]] = {}
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        found = runtime.codes(batch)
+        expected, _ = reference.run(torch.from_numpy(batch), given=found)
+        for name, codes in expected.items():
+            distance = np.abs(codes.astype(np.int16) - found[name])
+            total = totals.setdefault(name, [0, 0, 0])
+            total[0] += codes.size
+            total[1] += int(np.count_nonzero(distance))
+            total[2] = max(total[2], int(distance.max(initial=0)))
+    return tuple(QuantizerResult(name, *total) for name, total in totals.items())
+
+
+def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Runtime:
+    """ONNX Runtime on the CPU at one optimisation level."""
+    exposed = session.load(session.with_outputs(proto, list(model.quantizers)), level=level)
+    plain = session.load(proto, level=level)
+
+    def codes(images: Images) -> Carriers:
+        found = exposed.run(images)
+        return {name: to_carrier(found[name], grid) for name, grid in model.quantizers.items()}
+
+    def logits(images: Images) -> Images:
+        (value,) = plain.run(images).values()
+        return value.astype(np.float32)
+
+    return Runtime(f"ONNX Runtime {level}", session.version(), codes, logits)
+
+
+def to_carrier(codes: NDArray[np.generic], grid: LoweredQuantizer) -> NDArray[np.uint8]:
+    """Codes as a file holds them, uint8 with the quantizer's zero point or int8 with zero point 0, on the uint8 carrier."""
+    shift = grid.zero_point if codes.dtype == np.int8 else 0
+    return (codes.astype(np.int16) + shift).astype(np.uint8)
+
+
+def from_reals(values: NDArray[np.float32], grid: LoweredQuantizer) -> NDArray[np.uint8]:
+    """Carrier codes of the values that come out of DequantizeLinear, for runtimes that show no codes."""
+    return (np.rint(values / grid.scale) + grid.zero_point).astype(np.uint8)
+
+
+def with_real_outputs(
+    proto: onnx.ModelProto, quantizers: Mapping[str, object]
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """A copy of `proto` that also returns, for every quantizer, the floats that its first DequantizeLinear gives; and the
+    names of those outputs by quantizer."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    outputs: dict[str, str] = {}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantizers:
+            outputs.setdefault(node.input[0], node.output[0])
+    known = {value.name for value in proto.graph.output}
+    copy.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs.values() if name not in known
+    )
+    return copy, outputs
+
+
+def _in_batches(compute: Callable[[Images], Images], images: Images) -> Images:
+    return np.concatenate([compute(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def _same_answer(first: Images, second: Images) -> float:
+    return float((first.argmax(1) == second.argmax(1)).mean())
