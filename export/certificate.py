@@ -11,7 +11,7 @@ Checked for one file against the lowered model of its run:
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -193,7 +193,7 @@ def certify(
     stored = compare_stored(model, proto)
     reference = IntegerReference(model, session.FloatOperators())
     levels = tuple(_level(reference, proto, names, images, level) for level in session.LEVELS)
-    kernels = layer_kernels(model, proto)
+    kernels = layer_kernels(model.layer_names, proto)
     runtime_logits = _logits(session.load(proto), images)
     agreement, rate, logits = _against_training(reference, images, fake_quantized)
     predictions = {
@@ -268,13 +268,16 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
     return different
 
 
-def layer_kernels(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:
-    """Layer name -> operator type that runs it in the runtime's optimised graph ("none" where it cannot be found)."""
+def layer_kernels(layers: Iterable[str], proto: onnx.ModelProto) -> dict[str, str]:
+    """Layer name -> operator type that runs it in the runtime's optimised graph ("none" where it cannot be found).
+
+    A layer is known by its weight, its first plane or, where the runtime renamed a weight that it widened, its scale.
+    """
+    readers = {i: node.op_type for node in session.optimized(proto).graph.node for i in node.input}
     kernels: dict[str, str] = {}
-    readers = {i: node for node in session.optimized(proto).graph.node for i in node.input}
-    for layer in model.layers.values():
-        node = readers.get(f"{layer.name}.weight") or readers.get(f"{layer.name}.weight/p0")
-        kernels[layer.name] = "none" if node is None else node.op_type
+    for layer in layers:
+        tensors = (f"{layer}.weight", f"{layer}.weight/p0", f"{layer}.weight/s")
+        kernels[layer] = next((readers[tensor] for tensor in tensors if tensor in readers), "none")
     return kernels
 
 

@@ -138,3 +138,7 @@ class LoweredModel:
     quantizers: dict[str, LoweredQuantizer]
     notes: list[str] = field(default_factory=list)
     tried: list[Tried] = field(default_factory=list)
+
+    @property
+    def layer_names(self) -> list[str]:
+        return [layer.name for layer in self.layers.values()]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export import session
-from export.certificate import INTEGER_KERNELS, read
+from export.certificate import INTEGER_KERNELS, layer_kernels, read
 from export.metadata import broken_signatures, missing_options, proof_of, read_metadata
 from export.stress import settings_that_differ
 from export.targets import TARGETS
@@ -61,9 +60,7 @@ def verify_file(file: Path) -> FileCheck:
     proto = read(file)
     metadata = read_metadata(proto, str(file))
     names = [entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"]
-    readers = {i: node.op_type for node in session.optimized(proto).graph.node for i in node.input}
-    runs = [readers.get(f"{name}.weight") or readers.get(f"{name}.weight/p0") for name in names]
-    kernels = sum(kernel in INTEGER_KERNELS for kernel in runs)
+    kernels = sum(kernel in INTEGER_KERNELS for kernel in layer_kernels(names, proto).values())
     side = metadata["input"]["size"]
     images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
     return FileCheck(

@@ -117,7 +117,7 @@ def test_a_layer_left_in_float_is_named(tiny: Exported) -> None:
     clip = onnx.helper.make_node("Sigmoid", [node.input[0]], ["sigmoid"])
     node.input[0] = "sigmoid"
     proto.graph.node.insert(list(proto.graph.node).index(node), clip)
-    kernels = layer_kernels(tiny.lowered, proto)
+    kernels = layer_kernels(tiny.lowered.layer_names, proto)
     assert [name for name, kernel in kernels.items() if kernel != "QLinearConv" and name != "head"] == ["block.conv1"]
 
 

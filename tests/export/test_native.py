@@ -75,7 +75,7 @@ def test_native_files_are_certified(net: str, bits: int, tmp_path: Path) -> None
     result = certify(canonical, file, IMAGES.numpy(), np.zeros(3, np.int64), lambda x: trained_codes(model, x))
     assert result.passed, str(result)
     assert result.integer_kernels == result.layers
-    assert set(layer_kernels(canonical, proto).values()) <= {"QConv", "QGemmFloat"}
+    assert set(layer_kernels(canonical.layer_names, proto).values()) <= {"QConv", "QGemmFloat"}
 
 
 @pytest.mark.parametrize("bits", [3, 4])
