@@ -213,6 +213,11 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
 
 def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
     """The recipe's rules: those of its file first, then its flags'. Its options hold for all of them."""
+    rules = _rules_of(recipe, model)
+    return rules if recipe.symmetric_weights else with_options(rules, weight={"symmetric": False}, source={})
+
+
+def _rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
     if isinstance(recipe, BiperRecipe):
         bits = recipe.edge_bits
         edge = FLOAT if bits == 32 else LayerSpec(QuantSpec.of_weight(bits), QuantSpec(bits))

@@ -163,6 +163,8 @@ class LsqRecipe(Recipe):
     """Quantizer of layer inputs: symmetric, or with a learned offset (arXiv 2004.09576)."""
     activation_only: bool = False
     """Quantize activations alone; weights stay in floating point."""
+    symmetric_weights: bool = True
+    """8-bit weights have codes from -127 to 127, as runtimes want them, rather than from -128 (as in older runs)."""
     power_of_two: bool = False
     """Steps are powers of two, for hardware that shifts."""
     gradient_count: GradientCount = "per_sample"
@@ -345,6 +347,8 @@ def from_json(values: dict[str, Any], source: Path) -> Recipe:
         for k, v in values.items()
         if k in fields
     }
+    if "symmetric_weights" in fields:
+        given.setdefault("symmetric_weights", False)  # a run of before this entry was trained with code -128
     return cls(**given)
 
 

@@ -155,7 +155,7 @@ def test_without_a_library_the_error_says_how_to_get_it(monkeypatch: pytest.Monk
     proto = emit(lowered(build_tiny(4, IMAGES), "ort-native"), TARGETS["ort-native"])
     kernels_library.library.cache_clear()
     monkeypatch.setattr(kernels_library, "library_name", lambda: "absent.so")
-    monkeypatch.setattr("export.kernels.build.compiler", lambda: None)
+    monkeypatch.setattr("export.kernels.build.compiler", lambda architecture=None: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(
         ExportError, match=r"no C\+\+ compiler found .* Install a C\+\+ compiler and load the file again"

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 
 from qat.deploy import certify_run, export_run
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq_plus import LSQPlus
 from qat.surgery.swap import quantizers
-from qat.training.checkpoint import RunFolder, load_run
+from qat.training.checkpoint import RunFolder, load_run, rules_of
 from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, QtdogRecipe, RecipeError, from_json, to_json
+from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, from_json, to_json
 from qat.training.recipe_checks import check
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
@@ -102,3 +103,16 @@ def test_repairs_come_before_training_and_options_survive_the_recipe_file() -> N
     recipe = LsqRecipe(init="cle", rules=Path("a.toml"), norms="frozen", activations="lsq-plus")
     assert from_json(to_json(recipe), Path("recipe.json")) == recipe
     assert dataclasses.replace(recipe, init="lsq").step_init == "lsq" and recipe.step_init == "mse"
+
+
+def test_eight_bit_weights_are_symmetric_but_in_runs_of_before() -> None:
+    recipe = LsqRecipe(bits=4, edge_bits=8)
+    older = {key: value for key, value in to_json(recipe).items() if key != "symmetric_weights"}
+    model = timm.create_model("resnet18", num_classes=2)
+
+    def lowest_codes(given: Recipe) -> set[int]:
+        assert isinstance(given, LsqRecipe)
+        return {spec.weight.qmin for _, spec in rules_of(given, model) if spec.weight is not None}
+
+    assert lowest_codes(recipe) == {-127, -8}
+    assert lowest_codes(from_json(older, Path("recipe.json"))) == {-128, -8}
