@@ -84,7 +84,7 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
 
 
 def graph_digest(proto: onnx.ModelProto) -> str:
-    """SHA-256 of the graph alone: what is proven of it holds whatever the metadata says."""
+    """SHA-256 of the graph alone: what is proven of it does not depend on the metadata."""
     return hashlib.sha256(proto.graph.SerializeToString(deterministic=True)).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The one door to OpenVINO, which is needed to check plain QDQ files (export/qdq.py) and nothing else.
 
 OpenVINO reads QuantizeLinear and DequantizeLinear as one FakeQuantize. Its low-precision transformations move the
-dequantization behind layers, pools and sums, which then run on 8-bit integers, and fuse what follows a layer into it.
+dequantization after layers, pools and sums, which then run on 8-bit integers, and fuse what follows a layer into it.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def openvino_runtime(
 ) -> Runtime:
     """OpenVINO on the CPU under a name of one's choice.
 
-    It shows no codes: they are taken from the floats behind DequantizeLinear, in a copy of the file that returns these too.
+    It shows no codes: they are taken from the floats after DequantizeLinear, in a copy of the file that returns these too.
     """
     instrumented, outputs = with_real_outputs(proto, quantizers)
     exposed, plain = OpenvinoSession(instrumented, options), OpenvinoSession(proto, options)

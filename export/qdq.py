@@ -7,7 +7,7 @@ Everything between the pairs is an ordinary operator on floats; which of them ru
 * Weights are the stored codes, with zero point 0 and one positive scale per output channel. Biases are float32.
 * Codes that leave room in the 8-bit type are clipped as floats before QuantizeLinear: clip and rounding are monotone, so the
   codes are the same, and every runtime reads it.
-* A layout operation runs on floats too; the pair is written again in front of a layer, sum, product or pool behind it.
+* A layout operation runs on floats too; the pair is written again before a layer, sum, product or pool after it.
   Values on a grid are quantized to themselves, so that is exact.
 """
 
@@ -61,7 +61,7 @@ class QdqEmitter(Emitter):
         return names
 
     def _quantized(self, value: ir.Value | None) -> str:
-        """`value` from DequantizeLinear if it lies on a grid; behind a layout operation the pair is written again."""
+        """`value` from DequantizeLinear if it lies on a grid; after a layout operation the pair is written again."""
         grid = grid_of(value)
         if value is not None and grid is not None and value_name(value) not in self.codes:
             quantizer = self.model.quantizers[grid]

@@ -37,7 +37,7 @@ FLOAT32_ERROR = 2.0**-24  # of one operation in float32, relative to its result
 FUNCTION_ERROR = 16 * FLOAT32_ERROR  # of a runtime's sigmoid, erf or the like, relative to the larger of x and f(x)
 LARGEST_ERROR = 2.0**-19  # of any known arithmetic, relative to the largest value in it: fixed point has 21 bits
 
-# Operations on floats that give each element a value of its own; the functions among them differ between runtimes.
+# Operations on floats that are computed element by element; the functions among them differ between runtimes.
 FUNCTIONS = {
     "Celu", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Sigmoid", "Softplus", "Tanh",
 }  # fmt: skip

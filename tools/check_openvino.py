@@ -4,7 +4,7 @@ python tools/check_openvino.py RUN                    exports and checks FP32 an
 python tools/check_openvino.py RUN qdq.onnx ...       checks files that were exported from that run
 python tools/check_openvino.py qdq.onnx ...           without the run: OpenVINO against ONNX Runtime, on noise
 
-OpenVINO shows no integer tensors. Codes are computed from the floats behind DequantizeLinear, which a copy of the file
+OpenVINO shows no integer tensors. Codes are computed from the floats after DequantizeLinear, which a copy of the file
 returns as well; returning them can keep OpenVINO from fusing across them. So the logits are those of the file as it
 ships, and where they disagree with the copy's, the first quantizer at which the file as it ships leaves the definition is
 looked for by returning the floats of one quantizer at a time.

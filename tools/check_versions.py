@@ -37,7 +37,7 @@ def numpy_for(version: str) -> str:
 
 
 def check_here(bundle: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    """check.py with the wheels in `site`, in front of the environment's own."""
+    """check.py with the wheels in `site`, before the environment's own."""
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, str(bundle / "check.py")]
     return subprocess.run(command, capture_output=True, text=True, env=environment)

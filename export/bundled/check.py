@@ -43,7 +43,7 @@ def main() -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Exception as error:  # the runtime has exceptions of its own
+    except Exception as error:  # the runtime raises its own exceptions
         print(f"error: ONNX Runtime {ort.__version__} cannot run the file: {error}", file=sys.stderr)
         return 2
     lines, passed = verdict(expected, found)

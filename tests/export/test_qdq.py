@@ -336,7 +336,7 @@ def test_a_signed_file_is_verified_without_its_run(signed) -> None:
 
 
 class Chain(nn.Module):
-    """Layers one behind another, without residual sums."""
+    """Layers one after another, without residual sums."""
 
     def __init__(self) -> None:
         super().__init__()
