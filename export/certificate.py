@@ -137,7 +137,7 @@ class Certificate:
             count = sum(tried.remaining for tried in left)
             text = f"{count} of {inputs:,} inputs of {len(left)} operations are at ties that runtimes may round differently"
         if moved:
-            text += f"; {len(moved)} scales moved by at most {max(moved)} ppm (median {median(moved):g})"
+            text += f"; scales moved: {len(moved)}, by at most {max(moved)} ppm (median {median(moved):g})"
         return text
 
     def _ran_on(self, machines: tuple[str, ...]) -> bool:

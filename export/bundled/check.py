@@ -7,6 +7,9 @@ Every image of the bundle is run alone and every tensor of integer codes is comp
 0: the codes are the expected ones, up to the last bit of what is computed in floating point; 1: they are not; 2: it could
 not be run.
 """
+# ruff: noqa: B905  devices may have Python 3.9, whose zip knows no `strict`
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -91,7 +94,7 @@ def run(bundle: Path, expected: dict[str, Any], threads: int, kernels: Path | No
     names = [tensor["name"] for tensor in expected["tensors"]] + [expected["output"]]
     images = np.fromfile(bundle / expected["images"]["file"], np.float32).reshape(expected["images"]["shape"])
     for image in images:
-        yield dict(zip(names, session.run(names, {expected["input"]: image[None]}), strict=True))
+        yield dict(zip(names, session.run(names, {expected["input"]: image[None]})))
 
 
 class Found:
@@ -140,7 +143,7 @@ def verdict(expected: dict[str, Any], found: Found) -> tuple[list[str], bool]:
     differing: dict[str, int] = {}
     wrong, in_float, after = [], [], []
     for tensor in tensors:
-        pairs = zip(tensor["sha256"], found.digests[tensor["name"]], strict=True)
+        pairs = zip(tensor["sha256"], found.digests[tensor["name"]])
         count = sum(ours != theirs for ours, theirs in pairs)
         if not count:
             continue
@@ -160,7 +163,7 @@ def verdict(expected: dict[str, Any], found: Found) -> tuple[list[str], bool]:
     if after:
         lines.append(f"  after     {len(after)} tensors that are computed from those differ too")
     answers = [int(logits.argmax()) for logits in found.logits]
-    same = sum(ours == theirs for ours, theirs in zip(expected["answers"], answers, strict=True))
+    same = sum(ours == theirs for ours, theirs in zip(expected["answers"], answers))
     logits = np.array(expected["logits"], np.float32)
     largest = float(np.abs(np.stack(found.logits) - logits).max())
     lines.append(f"  answers   {same} of {images} as expected; logits differ by at most {largest:.2g}")
