@@ -140,17 +140,27 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
 
 
 def lowered_for(run: Path, model: Path) -> LoweredModel:
-    """The net of `run` as it is written for the target of its file `model`."""
+    """The net of `run` as it is written for the target of its file `model`.
+
+    Raises ExportError for a file of an earlier format, which is not written so any more.
+    """
     from export.certificate import read
     from export.lower import lower
-    from export.metadata import read_metadata
+    from export.lowered import ExportError
+    from export.metadata import FORMAT, read_metadata
     from export.passes import to_integers
     from export.targets import target_named
 
     _, recipe, built = load_run(run)
     if built.table is None:
         raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
-    target = target_named(read_metadata(read(model), str(model))["target"])
+    metadata = read_metadata(read(model), str(model))
+    if metadata["format"] < FORMAT:
+        raise ExportError(
+            f"{model}: was written by {metadata['producer']} in format {metadata['format']}, whose codes may differ on ARM; "
+            f"export it again: qat export {run}"
+        )
+    target = target_named(metadata["target"])
     return to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
 
 

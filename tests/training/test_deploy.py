@@ -12,6 +12,7 @@ import pytest
 
 from export.lowered import ExportError
 from export.metadata import proof_of
+from export.verify import verify_file
 from qat.cli import Bundle, Certify, execute, guarded
 from qat.deploy import bundle_run, certify_run, export_run
 from qat.domains.synthetic import synthetic_domains
@@ -66,6 +67,18 @@ def test_a_bundle_of_another_runs_file_or_over_a_folder_is_refused(
     assert list(tmp_path.iterdir()) == []
     assert guarded(lambda: execute(Bundle(runs[0], file, tmp_path))) == 2
     assert f"{tmp_path}: exists; name a new folder" in capsys.readouterr().err
+
+
+def test_a_file_of_an_earlier_format_is_verified_but_not_certified(
+    runs: tuple[Path, Path], file: Path, tmp_path: Path
+) -> None:
+    proto = onnx.load(str(file))
+    (entry,) = (p for p in proto.metadata_props if p.key == "edgeqat")
+    entry.value = json.dumps(json.loads(entry.value) | {"format": 1})
+    onnx.save(proto, str(tmp_path / "older.onnx"))
+    assert verify_file(tmp_path / "older.onnx").passed
+    with pytest.raises(ExportError, match=r"older\.onnx: was written by edgeqat .* in format 1, .* export it again"):
+        certify_run(runs[0], tmp_path / "older.onnx")
 
 
 def test_an_unknown_machine_is_refused_before_anything_runs(
