@@ -121,10 +121,15 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
     from export.bundle import write_bundle
     from export.certificate import compare_stored, read
     from export.lowered import ExportError
+    from export.metadata import read_metadata
+    from export.targets import target_named
 
     if out.exists():
         raise ExportError(f"{out}: exists; name a new folder for the bundle")
     proto = read(model)
+    target = target_named(read_metadata(proto, str(model))["target"])
+    if target.qdq:
+        raise ExportError(f"{model}: a file of target {target.name} has no one arithmetic that a bundle could prove")
     lowered = lowered_for(run, model)
     if different := compare_stored(lowered, proto):
         layer, what = next(iter(different.items()))

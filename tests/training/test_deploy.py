@@ -69,6 +69,12 @@ def test_a_bundle_of_another_runs_file_or_over_a_folder_is_refused(
     assert f"{tmp_path}: exists; name a new folder" in capsys.readouterr().err
 
 
+def test_a_file_that_every_runtime_computes_as_it_likes_has_no_bundle(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    plain = export_run(runs[0], "qdq", tmp_path / "plain.onnx")
+    with pytest.raises(ExportError, match=r"plain\.onnx: a file of target qdq has no one arithmetic"):
+        bundle_run(runs[0], plain, tmp_path / "bundle")
+
+
 def test_a_file_of_an_earlier_format_is_verified_but_not_certified(
     runs: tuple[Path, Path], file: Path, tmp_path: Path
 ) -> None:
