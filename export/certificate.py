@@ -34,7 +34,10 @@ from export.stress import adversarial, culprit, settings_that_differ
 
 INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", *KERNELS}
 EXACT_LEVELS = ("EXTENDED", "ALL")
-FLOAT_LEVEL_LIMIT = 1e-5  # at DISABLE and BASIC the runtime adds floats: about 3 codes in a million, specs/lowering.md
+# At DISABLE and BASIC the runtime adds floats in another order. That decides results near a tie: about 3 codes in a million,
+# more where an image repeats one value, but none that is farther from a tie than float sums can be off.
+FLOAT_LEVEL_LIMIT = 1e-5
+TIE_WIDTH = 1e-3  # codes
 BATCH = 32
 SETTINGS_IMAGES = 8
 IMAGES_ELSEWHERE = 8  # emulated processors are slow
@@ -44,13 +47,17 @@ Images = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LevelResult:
-    """Code differences at one optimisation level; `mismatches` lists the quantizers that have any, in graph order."""
+    """Code differences at one optimisation level; `mismatches` lists the quantizers that have any, in graph order.
+
+    farthest_from_tie: how far the results that differ lie from a tie at most, in codes.
+    """
 
     level: str
     codes: int
     mismatches: dict[str, int]
     logits_equal: bool
     culprit: tuple[str, ...] = ()
+    farthest_from_tie: float = 0.0
 
     @property
     def total(self) -> int:
@@ -58,7 +65,9 @@ class LevelResult:
 
     @property
     def passed(self) -> bool:
-        return self.total == 0 if self.level in EXACT_LEVELS else self.total <= FLOAT_LEVEL_LIMIT * self.codes
+        if self.level in EXACT_LEVELS:
+            return self.total == 0
+        return self.total <= FLOAT_LEVEL_LIMIT * self.codes or self.farthest_from_tie <= TIE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ class Certificate:
             worst = "".join(f"; {name} {count}" for name, count in list(level.mismatches.items())[:3])
             verdict = "ok" if level.passed else "FAILED"
             worst += f"; mended without {', '.join(level.culprit)}" if level.culprit else ""
+            if level.mismatches:
+                worst += f"; within {level.farthest_from_tie:.0e} codes of a tie"
             lines.append(f"  {level.level:<10} codes: {level.total} mismatches of {level.codes:,}{worst}  [{verdict}]")
         lines.append(f"  settings   2 threads, batches of 1: {_listed(self.different_settings) or 'the same codes'}")
         lines.append(
@@ -287,11 +298,12 @@ def _level(
     instrumented = session.load(session.with_outputs(proto, names), level=level)
     plain = session.load(proto, level=level)
     wrong = dict.fromkeys(names, 0)
-    codes, equal = 0, True
+    codes, equal, farthest = 0, True, 0.0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         outputs = instrumented.run(batch)
         expected, logits = reference.run(torch.from_numpy(batch), given=outputs)
+        farthest = max(farthest, reference.farthest_from_tie)
         for name in names:
             wrong[name] += int((expected[name] != outputs[name]).sum())
             codes += expected[name].size
@@ -299,7 +311,7 @@ def _level(
         equal &= np.array_equal(shipped, _logits_of(outputs, names)) and np.array_equal(shipped, logits.numpy())
     mismatches = {n: wrong[n] for n in _graph_order(reference.model) if wrong[n]}
     found = _culprit(reference, proto, names, images[:BATCH], level) if mismatches and level in EXACT_LEVELS else ()
-    return LevelResult(level, codes, mismatches, equal, found)
+    return LevelResult(level, codes, mismatches, equal, found, farthest)
 
 
 def _culprit(

@@ -20,7 +20,7 @@ from onnx import helper
 
 from export import session
 from export.lowered import ExportError
-from export.metadata import KEY, read_metadata
+from export.metadata import KEY, MOVED, read_metadata
 from export.stress import quantizer_tensors
 
 Average = Literal["probabilities", "logits"]
@@ -165,7 +165,9 @@ def _copies(
 def _signed(metadata: Sequence[dict[str, Any]], names: Sequence[str], average: Average) -> dict[str, Any]:
     layers = [entry | {"name": f"m{i}/{entry['name']}"} for i, m in enumerate(metadata) for entry in m["layers"]]
     digest = hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest()
-    return metadata[0] | {"layers": layers, "sha256": digest, "members": list(names), "average": average}
+    moved = {f"m{i}/{name}": ppm for i, m in enumerate(metadata) for name, ppm in m.get(MOVED, {}).items()}
+    joined = {"layers": layers, "sha256": digest, MOVED: moved, "members": list(names), "average": average}
+    return metadata[0] | joined
 
 
 def _member(proto: onnx.ModelProto, metadata: dict[str, Any], index: int) -> onnx.ModelProto:
@@ -185,7 +187,9 @@ def _member(proto: onnx.ModelProto, metadata: dict[str, Any], index: int) -> onn
         for entry in metadata["layers"]
         if entry["name"].startswith(prefix)
     ]
-    value = {k: v for k, v in metadata.items() if k not in ("members", "average")} | {"layers": layers}
+    moved = {name.removeprefix(prefix): ppm for name, ppm in metadata.get(MOVED, {}).items() if name.startswith(prefix)}
+    alone = {key: value for key, value in metadata.items() if key not in ("members", "average")}
+    value = alone | {"layers": layers, MOVED: moved}
     value["sha256"] = hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest()
     helper.set_model_props(member, {KEY: json.dumps(value)})
     return member

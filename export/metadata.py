@@ -19,6 +19,7 @@ from export.packing import plane_widths, unpack
 from export.targets import TARGETS, Target
 
 KEY, FORMAT = "edgeqat", 2
+MOVED = "scales_moved_ppm"  # quantizer -> how far its scale is from the trained one (`export/ties.py`)
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
 
 
@@ -58,7 +59,7 @@ def sign(
         "storage": target.storage,
         "runtime": {"onnxruntime": f">={target.runtime}", "opset": target.opset, "why": target.why},
         "session_options": dict(target.session_options),
-        "scales_moved_ppm": moved,
+        MOVED: moved,
         "input": asdict(preprocessing),
         "layers": layers,
         "sha256": hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest(),

@@ -158,16 +158,21 @@ class IntegerReference:
     `run(images)` returns ({quantizer: uint8 carrier codes}, logits float32). With `given`, every quantizer's codes are
     computed from the *given* codes of the tensors before it: a difference then names the operation it arose in. Given
     codes in another order (taken behind a layout operation that the quantizer was moved in front of) are passed over.
+
+    farthest_from_tie: of the last run with `given`, how far results that differ from the given codes lie from a tie at most,
+    in codes. Floats added in another order can decide a result near a tie, and no other.
     """
 
     def __init__(self, model: LoweredModel, float_operator: FloatOperator | None = None) -> None:
         self.model, self.float_operator = model, float_operator
+        self.farthest_from_tie = 0.0
 
     @torch.no_grad()
     def run(
         self, images: Tensor, given: Mapping[str, NDArray[np.generic]] | None = None
     ) -> tuple[dict[str, NDArray[np.uint8]], Tensor]:
         graph = self.model.skeleton.graph
+        self.farthest_from_tie = 0.0
         values: dict[ir.Value, Value] = {graph.inputs[0]: images.float()}
         computed: dict[str, NDArray[np.uint8]] = {}
         readers = Counter(v for node in graph for v in node.inputs if v is not None)
@@ -195,11 +200,17 @@ class IntegerReference:
         if quantizer is None:
             return  # a weight: its codes are the layer's
         assert node.inputs[0] is not None
-        carrier = quantize(values[node.inputs[0]], quantizer)
+        value = values[node.inputs[0]]
+        carrier = quantize(value, quantizer)
         computed[quantizer.name] = carrier.to(torch.uint8).numpy()
         known = None if given is None else given.get(quantizer.name)
         if known is not None and same_order(known.shape, tuple(carrier.shape)):
-            carrier = torch.from_numpy(np.ascontiguousarray(known)).float().reshape(carrier.shape)
+            found = torch.from_numpy(np.ascontiguousarray(known)).float().reshape(carrier.shape)
+            differing = found != carrier
+            if differing.any():
+                distance = float(distance_from_tie(value, quantizer)[differing].max())
+                self.farthest_from_tie = max(self.farthest_from_tie, distance)
+            carrier = found
         values[node.outputs[0]] = Codes(carrier, quantizer)
 
     def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value | list[Value]:
@@ -292,6 +303,15 @@ def same_order(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
         return False
     plain = [tuple(d for d in shape if d != 1) for shape in (first, second)]
     return plain[0] == plain[1] or (first[-1:] == second[-1:] and {len(first), len(second)} == {2, 3})
+
+
+def distance_from_tie(value: Value, grid: LoweredQuantizer) -> Tensor:
+    """How far each result lies from the nearest tie between two codes, in codes; 0.5 in the middle. One bit has none: 0.5."""
+    real = _real(value).double()
+    if grid.is_binary:
+        return torch.full_like(real, 0.5)
+    scaled = real / float(grid.scale)
+    return (scaled - scaled.floor() - 0.5).abs()
 
 
 def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:

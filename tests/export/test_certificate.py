@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from export.certificate import Certificate, certify, compare_stored, layer_kernels
+from export.certificate import Certificate, LevelResult, certify, compare_stored, layer_kernels
 from export.lowered import ExportError
 from export.reference import IntegerReference
 from qat.surgery.swap import quantizers
@@ -134,3 +134,24 @@ def test_missing_foreign_and_damaged_files_are_named(tiny: Exported, tmp_path: P
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", info[:1], info[1:])), str(foreign))
     with pytest.raises(ExportError, match=r"foreign\.onnx: has no tensor"):
         certificate(tiny, foreign)
+
+
+def test_float_levels_may_decide_ties_and_nothing_else(tiny: Exported) -> None:
+    """Few differences pass, or any number that lies at ties; the exact levels pass none."""
+    at_ties, beyond = 5e-5, 0.02
+    assert LevelResult("DISABLE", 100_000, {"q": 31}, True, (), at_ties).passed
+    assert not LevelResult("DISABLE", 100_000, {"q": 31}, True, (), beyond).passed
+    assert LevelResult("BASIC", 100_000, {"q": 1}, True, (), beyond).passed
+    assert not LevelResult("ALL", 100_000, {"q": 1}, True, (), at_ties).passed
+    reference = IntegerReference(tiny.lowered)
+    images = torch.from_numpy(tiny.images)
+    codes, _ = reference.run(images)
+    reference.run(images, given=codes)
+    assert reference.farthest_from_tie == 0.0
+    grid = tiny.lowered.quantizers["stem.input"]
+    scaled = tiny.images.astype(np.float64) / float(grid.scale)
+    wrong = codes["stem.input"].copy()
+    wrong[0, 0, 0, 0] ^= 1
+    reference.run(images, given=codes | {"stem.input": wrong})
+    first = scaled[0, 0, 0, 0]
+    assert reference.farthest_from_tie == pytest.approx(abs(first - np.floor(first) - 0.5), abs=1e-6)

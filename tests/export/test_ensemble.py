@@ -152,12 +152,3 @@ def test_a_weight_only_net_keeps_its_codes_and_its_logits(target: str, tmp_path:
     onnx.save(proto, str(file))
     found = certify(lowered, file, IMAGES.numpy(), np.zeros(4, np.int64), lambda x: trained_codes(net, x))
     assert found.stored == {"block.conv1": "its bias differs", "head": "its bias differs"}
-
-
-def test_a_target_of_integers_alone_refuses_a_weight_only_net() -> None:
-    net = trained(5, 4, weight_only=True)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data.abs_()
-    with pytest.raises(ExportError, match=r"target qnn"):
-        written(net, "qnn")
