@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from export import arithmetic
-from export.arithmetic import Disagreement, disagreement, one
+from export.arithmetic import disagreements, one
 from export.lowered import LoweredModel, LoweredQuantizer, Tried
 from export.skeleton import CODE_OPS, constant, grid_of, is_mark, mark_name, weight_layer
 
@@ -43,16 +43,16 @@ FUNCTIONS = {
 }  # fmt: skip
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "Clip", "Neg", "Abs"}
 
-Disagreements = Callable[[LoweredQuantizer], Disagreement]
+Ties = Callable[[LoweredQuantizer], int]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What ends in a quantizer: `disagreements(grid)` tries all inputs on a grid."""
+    """What ends in a quantizer. ties: tries all inputs and counts those whose code on a grid runtimes may differ in."""
 
     kind: str
     inputs: int
-    disagreements: Disagreements
+    ties: Ties
 
 
 def avoid_ties(model: LoweredModel, *, may_move: bool = True) -> bool:
@@ -70,23 +70,23 @@ def avoid_ties(model: LoweredModel, *, may_move: bool = True) -> bool:
             continue
         grid = model.quantizers[name]
         if may_move:
-            grid, remaining = nearest_without_ties(grid, operation.disagreements)
+            grid, remaining = nearest_without_ties(grid, operation.ties)
         else:
-            remaining = operation.disagreements(grid).count
+            remaining = operation.ties(grid)
         model.quantizers[name] = grid
         model.tried.append(Tried(name, operation.kind, operation.inputs, grid.moved_ppm, remaining))
     return any(tried.ppm for tried in model.tried)
 
 
-def nearest_without_ties(grid: LoweredQuantizer, disagreements: Disagreements) -> tuple[LoweredQuantizer, int]:
-    """`grid` with the scale moved as little as avoids all disagreements, and how many remain where none does."""
-    best, fewest = grid, disagreements(grid).count
+def nearest_without_ties(grid: LoweredQuantizer, ties: Ties) -> tuple[LoweredQuantizer, int]:
+    """`grid` with the scale moved as little as avoids all ties, and how many remain where no move does."""
+    best, fewest = grid, ties(grid)
     for distance in range(1, FARTHEST + 1):
         for ppm in (distance, -distance):
             if fewest == 0:
                 return best, 0
             moved = replace(grid, scale=one(float(grid.scale) * (1 + ppm * PPM)), moved_ppm=ppm)
-            count = disagreements(moved).count
+            count = ties(moved)
             if count < fewest:
                 best, fewest = moved, count
     return best, fewest
@@ -157,30 +157,25 @@ def pair(
     a, b = (array.ravel() for array in np.meshgrid(_codes(first), _codes(second), indexing="ij"))
     exact = combine(a * float(first.scale), b * float(second.scale))
 
-    def disagreements(out: LoweredQuantizer) -> Disagreement:
+    def ties(out: LoweredQuantizer) -> int:
         largest = 255 * (1 + (float(first.scale) + float(second.scale)) / float(out.scale))
         near = _near_ties(exact / float(out.scale), out, LARGEST_ERROR * largest)
-        return disagreement(arithmetics(a[near], b[near], first, second, out), out)
+        return disagreements(arithmetics(a[near], b[near], first, second, out), out)
 
-    return Operation(kind, len(a), disagreements)
+    return Operation(kind, len(a), ties)
 
 
 def requantization(source: LoweredQuantizer) -> Operation:
     codes = _codes(source)
     return Operation(
-        "requantization", len(codes), lambda out: disagreement(arithmetic.requantizations(codes, source, out), out)
+        "requantization", len(codes), lambda out: disagreements(arithmetic.requantizations(codes, source, out), out)
     )
 
 
 def concatenation(sources: list[LoweredQuantizer]) -> Operation:
     parts = [requantization(source) for source in sources]
-
-    def disagreements(out: LoweredQuantizer) -> Disagreement:
-        found = [part.disagreements(out) for part in parts]
-        between = next((d.between for d in found if d.between is not None), None)
-        return Disagreement(sum(d.count for d in found), between)
-
-    return Operation("concatenation", sum(part.inputs for part in parts), disagreements)
+    inputs = sum(part.inputs for part in parts)
+    return Operation("concatenation", inputs, lambda out: sum(part.ties(out) for part in parts))
 
 
 def global_pool(source: LoweredQuantizer, pixels: int) -> Operation:
@@ -188,12 +183,12 @@ def global_pool(source: LoweredQuantizer, pixels: int) -> Operation:
     totals = np.arange(codes[0] * pixels, codes[-1] * pixels + 1)
     exact = totals * float(source.scale) / pixels
 
-    def disagreements(out: LoweredQuantizer) -> Disagreement:
+    def ties(out: LoweredQuantizer) -> int:
         largest = 255 * (1 + float(source.scale) / float(out.scale))
         near = _near_ties(exact / float(out.scale), out, LARGEST_ERROR * largest)
-        return disagreement(arithmetic.global_means(totals[near], pixels, source, out), out)
+        return disagreements(arithmetic.global_means(totals[near], pixels, source, out), out)
 
-    return Operation("global pool", len(totals), disagreements)
+    return Operation("global pool", len(totals), ties)
 
 
 def average_pool(source: LoweredQuantizer, window_sizes: list[int]) -> Operation:
@@ -205,12 +200,12 @@ def average_pool(source: LoweredQuantizer, window_sizes: list[int]) -> Operation
     totals = [np.arange(codes[0] * n, codes[-1] * n + 1) for n in window_sizes]
     means = np.concatenate([total / n for total, n in zip(totals, window_sizes, strict=True)])
 
-    def disagreements(out: LoweredQuantizer) -> Disagreement:
+    def ties(out: LoweredQuantizer) -> int:
         scaled = means * float(source.scale) / float(out.scale)
         error = 4 * FLOAT32_ERROR * (np.abs(scaled) + out.zero_point)
-        return Disagreement(int(_near_ties(scaled, out, error).sum()))
+        return int(_near_ties(scaled, out, error).sum())
 
-    return Operation("average pool", len(means), disagreements)
+    return Operation("average pool", len(means), ties)
 
 
 def function(node: ir.Node, model: LoweredModel) -> Operation | None:
@@ -225,11 +220,11 @@ def function(node: ir.Node, model: LoweredModel) -> Operation | None:
     result = _evaluate(nodes, real)
     size = np.maximum(np.abs(real), np.abs(result))
 
-    def disagreements(out: LoweredQuantizer) -> Disagreement:
+    def ties(out: LoweredQuantizer) -> int:
         error = FUNCTION_ERROR * size / float(out.scale)
-        return Disagreement(int(_near_ties(result / float(out.scale), out, error).sum()))
+        return int(_near_ties(result / float(out.scale), out, error).sum())
 
-    return Operation("function", len(codes), disagreements)
+    return Operation("function", len(codes), ties)
 
 
 def _codes(grid: LoweredQuantizer) -> arithmetic.Integers:
