@@ -112,6 +112,37 @@ def test_ties_of_powers_of_two_are_seen_by_both_enumerations() -> None:
     assert float(moved.scale) / float(out.scale) - 1 == pytest.approx(moved.moved_ppm * 1e-6, abs=1e-7)
 
 
+def test_arms_fixed_point_is_among_the_arithmetics() -> None:
+    """Scales at which some pairs are told apart by its 22 bits alone: found by search, judged by the second enumeration."""
+    first, second, out = grid(0.079), grid(0.0313, signed=True), grid(0.3638, signed=True)
+    pairs = [(a, b) for a, b in product(range(256), range(256)) if near_a_tie(a, b, first, second, out)]
+    differing = sum(len(codes_of_sum(a, b, first, second, out)) > 1 for a, b in pairs)
+    assert differing > 0
+    operation = ties.pair("sum", first, second, arithmetic.sums, np.add)
+    without = [
+        results
+        for results in arithmetic.sums(*all_pairs(first, second), first, second, out)
+        if results[0] != "fixed point"
+    ]
+    assert operation.ties(out) >= differing
+    assert operation.ties(out) > arithmetic.disagreements(iter(without), out)
+    moved, remaining = ties.nearest_without_ties(out, operation.ties)
+    assert remaining == 0
+    assert all(len(codes_of_sum(a, b, first, second, moved)) == 1 for a, b in pairs)
+
+
+def near_a_tie(a: int, b: int, first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer) -> bool:
+    real = (a - first.zero_point) * float(first.scale) + (b - second.zero_point) * float(second.scale)
+    scaled = real / float(out.scale)
+    return abs(scaled - math.floor(scaled) - 0.5) < 2e-3
+
+
+def all_pairs(first: LoweredQuantizer, second: LoweredQuantizer) -> tuple[np.ndarray, np.ndarray]:
+    codes = [np.arange(g.low, g.high + 1) - g.zero_point for g in (first, second)]
+    a, b = np.meshgrid(*codes, indexing="ij")
+    return a.ravel(), b.ravel()
+
+
 def test_products_and_global_pools_have_one_result_by_the_second_enumeration_too() -> None:
     first, second, out = grid(0.5, 5, signed=True), grid(0.25, 4), grid(0.25, 6, signed=True)
     operation = ties.pair("product", first, second, arithmetic.products, np.multiply)
