@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack, tables
-from export.skeleton import is_mark, mark_name, moves_codes, weight_layer
+from export.skeleton import code_of_fill, is_mark, mark_name, moves_codes, weight_layer
 from export.targets import TARGETS, Target, plan_layer
 from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
 
@@ -78,8 +78,9 @@ class Emitter:
             rest = node.inputs[1:]
             joins = node.op_type == "Concat"
             inputs = [self.codes[value_name(v)][0] if joins and v is not None else self._float(v) for v in rest]
-            if node.op_type == "Pad":  # zeros are the zero point
-                inputs[1:2] = [self._grid(grid)[1]]
+            if node.op_type == "Pad":
+                code = code_of_fill(node, grid)
+                inputs[1:2] = [self._constant(f"zero{code}", np.uint8(code))]
             self._copy(node, [source, *inputs], outputs)
             self.codes |= {value_name(v): (codes, grid) for v, codes in zip(node.outputs, outputs, strict=True)}
         else:

@@ -13,7 +13,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.skeleton import LAYOUT_OPS, constant, grid_of, is_mark, mark_name, only_reader, weight_layer
+from export.skeleton import (
+    CODE_OPS,
+    LAYOUT_OPS,
+    constant,
+    fill_of,
+    grid_of,
+    is_mark,
+    mark_name,
+    moves_codes,
+    only_reader,
+    weight_layer,
+)  # fmt: skip
 from export.targets import SUM_LIMIT, TARGETS, Target, carry_of, check_quantizer
 from export.thresholds import with_threshold_bias
 from export.ties import avoid_ties
@@ -292,7 +303,7 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             continue
         grid = grid_of(node.inputs[0])
         if grid is None:
-            raise ExportError(f"layer {layer.name!r}: its input is not quantized, so no integer kernel can run it")
+            raise ExportError(f"layer {layer.name!r}: {_why_no_codes(node.inputs[0])}, so no integer kernel can run it")
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
         reader = only_reader(node.outputs[0])
@@ -325,6 +336,16 @@ def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
             f"layer {layer.name!r}: sums of output channel {channel} may reach {largest[channel]:,}, which 32 bits cannot "
             "hold; use fewer bits or fewer input channels"
         )
+
+
+def _why_no_codes(value: ir.Value | None) -> str:
+    """Why `value`, which a layer reads, carries no codes."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in CODE_OPS:
+        if node.op_type == "Pad" and not moves_codes(node):
+            return f"its input is padded with {fill_of(node):g}, which is not a code (pad with 0)"
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return "its input is not quantized"
 
 
 def float_biases(model: LoweredModel) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from export.arithmetic import constant_of_sum
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.skeleton import constant, is_mark, mark_name, moves_codes, weight_layer
+from export.skeleton import code_of_fill, constant, is_mark, mark_name, moves_codes, weight_layer
 from export.thresholds import code_thresholds
 
 FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too
@@ -268,7 +268,7 @@ class IntegerReference:
                 for v, x in zip(node.inputs[1:], given[1:], strict=True)
             ]
             if node.op_type == "Pad":
-                rest[1:2] = [np.array(source.grid.zero_point, np.float32)]
+                rest[1:2] = [np.array(code_of_fill(node, source.grid), np.float32)]
             outputs = self._evaluate(node, [source.carrier.numpy(), *rest])
             return [Codes(codes, source.grid) for codes in outputs]
         return list(self._evaluate(node, [self._operand(v, x) for v, x in zip(node.inputs, given, strict=True)]))

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.lowered import DOMAIN, MARK, LoweredLayer, LoweredModel
+from export.lowered import DOMAIN, MARK, LoweredLayer, LoweredModel, LoweredQuantizer
 
 # Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
 LAYOUT_OPS = {
@@ -59,11 +59,27 @@ def grid_of(value: ir.Value | None) -> str | None:
     return mark_name(node) if node is not None and is_mark(node) else None
 
 
+def fill_of(pad: ir.Node) -> float | None:
+    """The value that a Pad fills with, or None where it is computed."""
+    if len(pad.inputs) < 3 or pad.inputs[2] is None:
+        return 0.0
+    fill = constant(pad.inputs[2])
+    return None if fill is None else float(fill.reshape(()))
+
+
+def code_of_fill(pad: ir.Node, grid: LoweredQuantizer) -> int:
+    """The carrier code that a Pad on codes fills with: a zero is the zero point, and minus infinity, which a max pool never
+    picks, the lowest code."""
+    return grid.zero_point if fill_of(pad) == 0.0 else grid.low
+
+
 def moves_codes(node: ir.Node) -> bool:
     """Whether `node`, on codes, gives codes of the same grid. A Concat does where all its parts have one grid (a roll is
     two slices put together again) and no quantizer of its own follows."""
     if node.domain != "" or not node.inputs:
         return False
+    if node.op_type == "Pad":
+        return fill_of(node) in (0.0, -np.inf)
     if node.op_type == "Resize":
         return "mode" not in node.attributes or node.attributes["mode"].as_string() == "nearest"
     if node.op_type == "Concat":

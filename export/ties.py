@@ -28,7 +28,7 @@ from onnx.reference import ReferenceEvaluator
 from export import arithmetic
 from export.arithmetic import disagreements, one
 from export.lowered import LoweredModel, LoweredQuantizer, Tried
-from export.skeleton import CODE_OPS, constant, grid_of, is_mark, mark_name, weight_layer
+from export.skeleton import CODE_OPS, constant, fill_of, grid_of, is_mark, mark_name, weight_layer
 
 OPSET = 20  # of the skeleton's operators
 PPM = 1e-6
@@ -251,6 +251,8 @@ def _elementwise_nodes(last: ir.Node) -> list[ir.Node]:
         if node in found:
             return True
         if node.domain != "" or node.op_type not in FUNCTIONS | ARITHMETIC | CODE_OPS:
+            return False
+        if node.op_type == "Pad" and fill_of(node) != 0.0:
             return False
         operands = node.inputs[:1] if node.op_type in CODE_OPS else node.inputs
         for value in filter(None, operands):
