@@ -82,6 +82,8 @@ def certify_elsewhere(
     model: LoweredModel, proto: onnx.ModelProto, name: str, images: NDArray[np.float32], machines: tuple[str, ...]
 ) -> tuple[Elsewhere, ...]:
     """Run the file `proto` of the canonical `model` on every one of `machines`, on `images` (N_3_H_W float32)."""
+    if not machines:
+        return ()
     with TemporaryDirectory() as place:
         bundle = Path(place) / "bundle"
         bundle.mkdir()
@@ -100,10 +102,10 @@ def certify_elsewhere(
         return tuple(found)
 
 
-def run_bundle(machine: str, bundle: Path, codes: Path, *, native: bool = False, version: str | None = None) -> str:
+def run_bundle(machine: str, bundle: Path, codes: Path, *, native: bool) -> str:
     """Run `bundle` on `machine`, its codes into the folder `codes`; returns the runtime's name and version.
 
-    version: of ONNX Runtime, by default the one installed here. Raises ExportError when the machine cannot run the file.
+    native: whether the file needs edgeqat's kernels. Raises ExportError when the machine cannot run the file.
     """
     arguments = [str(bundle), "--codes", str(codes)]
     if machine == WASM:
@@ -112,7 +114,7 @@ def run_bundle(machine: str, bundle: Path, codes: Path, *, native: bool = False,
         cpu = CPUS[machine]
         if native:
             arguments += ["--kernels", str(library_for(cpu.architecture))]
-        done = elsewhere.run_python(cpu, version or session.version(), [str(bundle / "check.py"), *arguments])
+        done = elsewhere.run_python(cpu, session.version(), [str(bundle / "check.py"), *arguments])
     if done.returncode not in (0, 1) or not done.stdout:
         raise ExportError(f"{machine}: {done.stderr.strip() or done.stdout.strip() or 'the emulator stopped'}")
     first_line = done.stdout.splitlines()[0]

@@ -30,7 +30,7 @@ from export.lowered import LoweredModel
 from export.metadata import wanted_options
 from export.native_file import is_native
 from export.reference import IntegerReference
-from export.skeleton import CODE_OPS, grid_of, is_mark, mark_name, weight_layer
+from export.skeleton import CODE_OPS, grid_of, is_mark, mark_name, quantizers_in_order, weight_layer
 from export.ties import float_quantizers
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -49,9 +49,7 @@ def write_bundle(
 ) -> Expected:
     """Write the bundle of `proto`, the file `name` of the canonical `model`, into an existing `folder`.
 
-    Returns what is expected.
-
-    images: N_3_H_W float32, normalised.
+    images: N_3_H_W float32, normalised. Returns what is expected of them.
     """
     order = quantizers_in_order(model)
     exposed = session.with_outputs(proto, order).SerializeToString()
@@ -103,11 +101,6 @@ def expected_of(model: LoweredModel, images: NDArray[np.float32]) -> Expected:
             codes[name].append(np.ascontiguousarray(of_image))
         logits.append(row.numpy().ravel())
     return Expected(codes, np.stack(logits))
-
-
-def quantizers_in_order(model: LoweredModel) -> list[str]:
-    """Names of the activation quantizers, in graph order."""
-    return [mark_name(n) for n in model.skeleton.graph if is_mark(n) and mark_name(n) in model.quantizers]
 
 
 def origins(model: LoweredModel) -> Iterator[tuple[str, str, list[str]]]:

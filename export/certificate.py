@@ -29,7 +29,7 @@ from export.lowered import ExportError, LoweredModel, Tried
 from export.metadata import codes_of, missing_options
 from export.native_file import KERNELS, quantizer_names
 from export.reference import IntegerReference, same_order
-from export.skeleton import is_mark, mark_name
+from export.skeleton import quantizers_in_order
 from export.stress import adversarial, culprit, settings_that_differ
 
 INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", *KERNELS}
@@ -132,7 +132,7 @@ class Certificate:
         lines.append(f"  training   {self.fake_quantized_mismatch_rate:.2e} of the fake-quantized net's codes differ")
         lines.append(f"  rounding   {self._rounding()}")
         lines += [str(there) for there in self.elsewhere]
-        untried = [name for name, machines in PLATFORMS.items() if not self._ran_on(machines)]
+        untried = self._untried()
         if untried:
             lines.append(f"  not tried  {', '.join(untried)}: codes there are not proven (--on {','.join(untried)})")
         return "\n".join([*lines, *(f"  note       {note}" for note in self.notes)])
@@ -151,9 +151,14 @@ class Certificate:
             text += f"; scales moved: {len(moved)}, by at most {max(moved)} ppm (median {median(moved):g})"
         return text
 
-    def _ran_on(self, machines: tuple[str, ...]) -> bool:
+    def _untried(self) -> list[str]:
+        """Platforms on which nothing ran, and the machines that are missing of those on which something did."""
         ran = {there.machine for there in self.elsewhere if not there.not_run}
-        return bool(ran & set(machines))
+        untried: list[str] = []
+        for platform_name, machines in PLATFORMS.items():
+            missing = [machine for machine in machines if machine not in ran]
+            untried += [platform_name] if len(missing) == len(machines) else missing
+        return untried
 
     def proven(self) -> list[dict[str, object]]:
         """Where the codes were proven, for the file's own record."""
@@ -309,7 +314,7 @@ def _level(
             codes += expected[name].size
         shipped = _only(plain.run(batch))
         equal &= np.array_equal(shipped, _logits_of(outputs, names)) and np.array_equal(shipped, logits.numpy())
-    mismatches = {n: wrong[n] for n in _graph_order(reference.model) if wrong[n]}
+    mismatches = {n: wrong[n] for n in quantizers_in_order(reference.model) if wrong[n]}
     found = _culprit(reference, proto, names, images[:BATCH], level) if mismatches and level in EXACT_LEVELS else ()
     return LevelResult(level, codes, mismatches, equal, found, farthest)
 
@@ -326,10 +331,6 @@ def _culprit(
         return wrong > FLOAT_LEVEL_LIMIT * sum(expected[n].size for n in names)
 
     return culprit(differs)
-
-
-def _graph_order(model: LoweredModel) -> list[str]:
-    return [n for node in model.skeleton.graph if is_mark(node) and (n := mark_name(node)) in model.quantizers]
 
 
 def _logits_of(outputs: dict[str, NDArray[np.generic]], names: list[str]) -> NDArray[np.generic]:

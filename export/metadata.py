@@ -19,11 +19,9 @@ from export.packing import plane_widths, unpack
 from export.targets import TARGETS, Target
 
 KEY, FORMAT = "edgeqat", 2
+READABLE = range(1, FORMAT + 1)  # format 1 had weights' multipliers that were powers of two, and no moved scales
 MOVED = "scales_moved_ppm"  # quantizer -> how far its scale is from the trained one (`export/ties.py`)
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
-
-
-READABLE = range(1, FORMAT + 1)  # format 1 had weights' multipliers that were powers of two, and no moved scales
 
 
 @dataclass(frozen=True)

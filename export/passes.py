@@ -378,7 +378,7 @@ def positive_scales(model: LoweredModel, target: Target) -> bool:
         codes, scale = layer.codes.copy(), np.abs(layer.scale)
         codes[negative] *= -1
         codes[silent], scale[silent] = 0, 1
-        bits = max(layer.bits, 2) if silent.any() else layer.bits  # 0 is no 1-bit code
+        bits = max(layer.bits, 2) if silent.any() else layer.bits  # 0 is not a 1-bit code
         model.layers[name] = replace(layer, codes=codes, scale=scale, bits=bits)
         changed = True
     return changed

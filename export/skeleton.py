@@ -19,7 +19,7 @@ LAYOUT_OPS = {
     "DepthToSpace",
     "Pad",
 }
-# These too give codes for codes, but no quantizer is moved in front of them.
+# These too give codes for codes, but no quantizer is moved before them.
 PICK_OPS = {"Split", "Gather", "Expand", "Tile", "Resize"}  # Resize by nearest neighbour
 CODE_OPS = LAYOUT_OPS | PICK_OPS
 WEIGHTED_OPS = {"Conv", "Gemm"}
@@ -51,6 +51,11 @@ def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
     return model.layers.get(mark_name(producer)) if producer is not None and is_mark(producer) else None
 
 
+def quantizers_in_order(model: LoweredModel) -> list[str]:
+    """Names of the activation quantizers, in graph order."""
+    return [mark_name(n) for n in model.skeleton.graph if is_mark(n) and mark_name(n) in model.quantizers]
+
+
 def grid_of(value: ir.Value | None) -> str | None:
     """Name of the quantizer whose codes `value` carries, seen through operations on codes; None for a float value."""
     node = value.producer() if value is not None else None
@@ -75,7 +80,7 @@ def code_of_fill(pad: ir.Node, grid: LoweredQuantizer) -> int:
 
 def moves_codes(node: ir.Node) -> bool:
     """Whether `node`, on codes, gives codes of the same grid. A Concat does where all its parts have one grid (a roll is
-    two slices put together again) and no quantizer of its own follows."""
+    two slices put together again) and no quantizer follows it."""
     if node.domain != "" or not node.inputs:
         return False
     if node.op_type == "Pad":

@@ -1,5 +1,6 @@
 """A bundle says on a device whether the codes are the expected ones, and names what computes others."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import onnx
 import pytest
 
 from export import across, elsewhere
-from export.across import certify_elsewhere, compared
+from export.across import Elsewhere, certify_elsewhere, compared
 from export.bundle import origins, write_bundle
 from export.bundled.check import Found, verdict
 from export.certificate import certify
@@ -152,6 +153,8 @@ def test_a_machine_that_is_not_there_fails_the_certificate_with_the_remedy(
     certificate = certify(tiny.lowered, tiny.file, tiny.images, labels, tiny.trained, ("cortex-a72",))
     assert not certificate.passed and "NOT RUN" in str(certificate)
     assert "not tried  arm64, x86, wasm" in str(certificate)
+    partly = dataclasses.replace(certificate, elsewhere=(Elsewhere("neoverse-n1"),))
+    assert "not tried  cortex-a72, max, x86, wasm" in str(partly)
 
 
 def test_unknown_machines_are_named_with_those_there_are() -> None:
