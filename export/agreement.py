@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 
 from export import session
 from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored, read
+from export.fidelity import Trained
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.reference import IntegerReference
 
@@ -172,13 +173,13 @@ def agree(
     target: str,
     images: Images,
     labels: NDArray[np.int64],
-    fake_quantized: Callable[[Images], tuple[Carriers, Images]],
+    fake_quantized: Trained,
     further: Sequence[Runtime] = (),
 ) -> Agreement:
     """Prove what `file` stores against the canonical `model`, and compare what ONNX Runtime computes from it at every level,
     and `further` runtimes, with the integer definition.
 
-    fake_quantized: the trained net: images -> (carrier codes per quantizer, logits).
+    fake_quantized: the trained net: images -> (carrier codes per quantizer, outputs by name).
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
@@ -187,8 +188,8 @@ def agree(
     if missing:
         raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
     reference = IntegerReference(model, session.FloatOperators())
-    trained = _in_batches(lambda batch: fake_quantized(batch)[1], images)
-    defined = _in_batches(lambda batch: reference.run(torch.from_numpy(batch))[1].numpy(), images)
+    trained = _in_batches(lambda batch: _first(fake_quantized(batch)[1]), images)
+    defined = _in_batches(lambda batch: _first(reference.run(torch.from_numpy(batch))[1]), images)
     runtimes = [*(onnx_runtime(proto, model, level) for level in session.LEVELS), *further]
     logits = {runtime.name: _in_batches(runtime.logits, images) for runtime in runtimes}
     results = []
@@ -256,8 +257,7 @@ def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Run
         return {name: to_carrier(found[name], grid) for name, grid in model.quantizers.items()}
 
     def logits(images: Images) -> Images:
-        (value,) = plain.run(images).values()
-        return value.astype(np.float32)
+        return _first(plain.run(images)).astype(np.float32)
 
     return Runtime(f"ONNX Runtime {level}", session.version(), codes, logits)
 
@@ -293,6 +293,10 @@ def with_real_outputs(
 
 def _in_batches(compute: Callable[[Images], Images], images: Images) -> Images:
     return np.concatenate([compute(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def _first(outputs: Mapping[str, NDArray[np.generic]]) -> Images:
+    return np.asarray(next(iter(outputs.values())), np.float32)
 
 
 def _same_answer(first: Images, second: Images) -> float:

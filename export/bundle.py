@@ -96,10 +96,10 @@ def expected_of(model: LoweredModel, images: NDArray[np.float32]) -> Expected:
     codes: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in quantizers_in_order(model)}
     logits = []
     for image in images:
-        computed, row = reference.run(torch.from_numpy(image[None]))
+        computed, outputs = reference.run(torch.from_numpy(image[None]))
         for name, of_image in computed.items():
             codes[name].append(np.ascontiguousarray(of_image))
-        logits.append(row.numpy().ravel())
+        logits.append(next(iter(outputs.values())).ravel())
     return Expected(codes, np.stack(logits))
 
 

@@ -1,20 +1,22 @@
-"""The certificate: the codes in a file are the trained ones, and the runtime computes what the integer definition says.
+"""The certificate: the codes in a file are the trained ones, and the runtime computes what the trained net computes.
 
-Checked for one file against the lowered model of its run:
-* stored: weight codes, scales and biases in the file, element by element;
-* computed: codes of every quantizer on real images, per optimisation level, each computed by the reference from the
+Checked for one file:
+* stored: weight codes, scales and biases in the file, element by element, and what the file says of itself;
+* computed: codes of every quantizer on real images, per optimisation level, each computed by the integer definition from the
   runtime's own codes before it, so that a difference names the operation it arose in;
 * the kernels: the optimised graph runs an integer kernel for every quantized layer;
-* the predictions: accuracy and agreement of the fake-quantized net, the integer reference and the runtime.
+* the trained net, run by PyTorch: the definition against its codes, the file's answers against its answers, the file's
+  multiply-adds against its own (`export/fidelity.py`).
 """
 
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,10 +27,11 @@ from onnx import numpy_helper
 from export import session
 from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import PLATFORMS
+from export.fidelity import Fidelity, Outputs, Trained, fidelity
 from export.lowered import ExportError, LoweredModel, Tried
-from export.metadata import codes_of, missing_options
+from export.metadata import codes_of, different_descriptions, read_metadata
 from export.native_file import KERNELS, quantizer_names
-from export.reference import IntegerReference, same_order
+from export.reference import IntegerReference
 from export.skeleton import quantizers_in_order
 from export.stress import adversarial, culprit, settings_that_differ
 
@@ -41,6 +44,8 @@ TIE_WIDTH = 1e-3  # codes
 BATCH = 32
 SETTINGS_IMAGES = 8
 IMAGES_ELSEWHERE = 8  # emulated processors are slow
+
+SCHEMA, VERSION = "edgeqat.certificate", 2
 
 Images = NDArray[np.float32]
 
@@ -63,6 +68,14 @@ class LevelResult:
     def total(self) -> int:
         return sum(self.mismatches.values())
 
+    def faults(self) -> list[str]:
+        """Where the differing codes of a level that fails arose."""
+        if self.passed:
+            return []
+        worst = "; ".join(f"{name} {count}" for name, count in list(self.mismatches.items())[:3])
+        mended = f"; mended without {', '.join(self.culprit)}" if self.culprit else ""
+        return [f"           {self.level}: {worst}; within {self.farthest_from_tie:.0e} codes of a tie{mended}"]
+
     @property
     def passed(self) -> bool:
         if self.level in EXACT_LEVELS:
@@ -72,32 +85,37 @@ class LevelResult:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The whole proof for one file. `stored` lists the layers whose parameters in the file are not the trained ones."""
+    """The whole proof for one file.
+
+    stored: layers whose parameters in the file are not the trained ones, and how.
+    said:   what the file says of itself (classes, preprocessing, target) that the run would not say, and how.
+    """
 
     file: str
     sha256: str
     runtime: str
+    machine: str
     images: int
     layers: int
     weight_codes: int
     stored: dict[str, str]
+    said: dict[str, str]
     levels: tuple[LevelResult, ...]
     integer_kernels: int
     float_layers: tuple[str, ...]
-    fake_quantized_mismatch_rate: float
-    top1_agreement: float
+    fidelity: Fidelity
     different_settings: dict[str, int]
     adversarial: dict[str, dict[str, int]]
     accuracy: dict[str, float]
     notes: tuple[str, ...]
     tried: tuple[Tried, ...] = ()
-    machine: str = ""
     elsewhere: tuple[Elsewhere, ...] = ()
 
     @property
     def passed(self) -> bool:
-        exact = not (self.stored or self.float_layers or self.different_settings or self.adversarial)
-        return exact and all(level.passed for level in self.levels) and all(there.passed for there in self.elsewhere)
+        wrong = self.stored or self.said or self.float_layers or self.different_settings or self.adversarial
+        levels = all(level.passed for level in self.levels)
+        return not wrong and levels and self.fidelity.passed and all(there.passed for there in self.elsewhere)
 
     @property
     def mismatches(self) -> int:
@@ -105,39 +123,54 @@ class Certificate:
         return len(self.stored) + sum(level.total for level in self.levels if level.level in EXACT_LEVELS)
 
     def to_json(self) -> dict[str, object]:
-        return dataclasses.asdict(self) | {"passed": self.passed}
+        """As `docs/certificate.schema.json` describes it."""
+        return {"schema": SCHEMA, "version": VERSION, "passed": self.passed} | dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.file}: {'certified' if self.passed else 'NOT CERTIFIED'} on ONNX Runtime {self.runtime}"]
-        lines.append(
-            f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {self._stored_verdict()}"
-        )
-        lines += [f"             {layer}: {what}" for layer, what in self.stored.items()]
-        lines.append(
-            f"  kernels    {self.integer_kernels} of {self.layers} layers run integer kernels{self._kernel_names()}"
-        )
-        for level in self.levels:
-            worst = "".join(f"; {name} {count}" for name, count in list(level.mismatches.items())[:3])
-            verdict = "ok" if level.passed else "FAILED"
-            worst += f"; mended without {', '.join(level.culprit)}" if level.culprit else ""
-            if level.mismatches:
-                worst += f"; within {level.farthest_from_tie:.0e} codes of a tie"
-            lines.append(f"  {level.level:<10} codes: {level.total} mismatches of {level.codes:,}{worst}  [{verdict}]")
-        lines.append(f"  settings   2 threads, batches of 1: {_listed(self.different_settings) or 'the same codes'}")
-        lines.append(
-            f"  adversarial all-max, all-min, alternating, random codes: {_listed(self.adversarial) or '0 mismatches'}"
-        )
-        accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
-        lines.append(f"  accuracy   {accuracies} on {self.images} images; top-1 agreement {self.top1_agreement:.2%}")
-        lines.append(f"  training   {self.fake_quantized_mismatch_rate:.2e} of the fake-quantized net's codes differ")
-        lines.append(f"  rounding   {self._rounding()}")
-        lines += [str(there) for there in self.elsewhere]
-        untried = self._untried()
-        if untried:
-            lines.append(f"  not tried  {', '.join(untried)}: codes there are not proven (--on {','.join(untried)})")
-        return "\n".join([*lines, *(f"  note       {note}" for note in self.notes)])
+        verdict = "certified" if self.passed else "NOT CERTIFIED"
+        lines = [
+            f"{self.file}: {verdict} on ONNX Runtime {self.runtime}, {self.machine}, with {self.images} images",
+            f"  stored   {self.weight_codes:,} weight codes, scales and biases of {self.layers} layers: "
+            f"{_verdict(self.stored, 'as trained')}; classes, preprocessing, target: {_verdict(self.said, 'as in the run')}",
+            *(f"           {name}: {what}" for name, what in (self.stored | self.said).items()),
+            f"  computed {self._levels()}",
+            *(line for level in self.levels for line in level.faults()),
+            f"  stressed 2 threads, batches of 1, extreme codes: {self._stressed()}",
+            f"  kernels  {self._kernels()}",
+            f"  against  {self.fidelity}",
+            f"  accuracy {self._accuracies()}",
+            f"  ties     {self._ties()}",
+            *(str(there) for there in self.elsewhere),
+            f"  unproven other images, speed, {self._untried()}",
+        ]
+        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
 
-    def _rounding(self) -> str:
+    def _levels(self) -> str:
+        """All levels in one line; `LevelResult.faults` says more of those that fail."""
+        found = ", ".join(f"{level.level} {level.total}" for level in self.levels)
+        verdict = "ok" if all(level.passed for level in self.levels) else "FAILED"
+        return f"codes that differ from the integer definition, of {self.levels[0].codes:,}: {found}  [{verdict}]"
+
+    def _stressed(self) -> str:
+        found: dict[str, object] = {**self.different_settings, **self.adversarial}
+        return _listed(found) or "the same codes"
+
+    def _kernels(self) -> str:
+        on_integers, in_float = self.fidelity.on_integers, self.fidelity.in_float
+        total = max(on_integers + sum(in_float.values()), 1)
+        text = f"{self.integer_kernels} of {self.layers} layers run integer kernels; {on_integers / total:.2%} of {total:,} "
+        text += "multiply-adds an image on integers"
+        if self.float_layers:
+            text += f"; in float though quantized: {', '.join(self.float_layers)}"
+        if in_float:
+            largest = sorted(in_float, key=lambda name: -in_float[name])[:3]
+            text += f", {sum(in_float.values()) / total:.2%} in floating point ({', '.join(largest)})"
+        return text
+
+    def _accuracies(self) -> str:
+        return ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items()) or "no labels"
+
+    def _ties(self) -> str:
         """What was done so that no runtime's way of rounding decides a code."""
         if not self.tried:
             return "no sums, products, pools or requantizations of codes"
@@ -151,14 +184,14 @@ class Certificate:
             text += f"; scales moved: {len(moved)}, by at most {max(moved)} ppm (median {median(moved):g})"
         return text
 
-    def _untried(self) -> list[str]:
+    def _untried(self) -> str:
         """Platforms on which nothing ran, and the machines that are missing of those on which something did."""
         ran = {there.machine for there in self.elsewhere if not there.not_run}
         untried: list[str] = []
         for platform_name, machines in PLATFORMS.items():
             missing = [machine for machine in machines if machine not in ran]
             untried += [platform_name] if len(missing) == len(machines) else missing
-        return untried
+        return f"other processors (--on {','.join(untried)})" if untried else "processors not named above"
 
     def proven(self) -> list[dict[str, object]]:
         """Where the codes were proven, for the file's own record."""
@@ -175,11 +208,9 @@ class Certificate:
             if there.passed
         ]
 
-    def _stored_verdict(self) -> str:
-        return "all as trained" if not self.stored else f"{len(self.stored)} layers differ"
 
-    def _kernel_names(self) -> str:
-        return f"; in float: {', '.join(self.float_layers)}" if self.float_layers else ""
+def _verdict(wrong: Mapping[str, str], right: str) -> str:
+    return f"{len(wrong)} DIFFER" if wrong else right
 
 
 def _listed(found: Mapping[str, object]) -> str:
@@ -191,13 +222,16 @@ def certify(
     file: Path,
     images: Images,
     labels: NDArray[np.int64],
-    fake_quantized: Callable[[Images], tuple[dict[str, NDArray[np.uint8]], Images]],
+    trained: Trained,
     on: tuple[str, ...] = (),
+    described: Mapping[str, Any] | None = None,
 ) -> Certificate:
-    """Prove `file` against the canonical `model` on real `images` (N_3_H_W float32, normalised).
+    """Prove `file` against the canonical `model` and the trained net on real `images` (N_3_H_W float32, normalised).
 
-    fake_quantized: the trained net itself: images -> (carrier codes per quantizer, logits). on: machines to run it on
-    besides this one (`export/elsewhere.py`), on the first images.
+    labels: (N,) classes of the images; no accuracy is given where the first output is not N_C. trained: the trained net:
+    images -> (carrier codes per quantizer, outputs by name). on: machines to run the file on besides this one
+    (`export/elsewhere.py`), on the first images. described: what the run would say of the file (`export/metadata.py`), to
+    compare with what the file says.
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
@@ -206,25 +240,21 @@ def certify(
     missing = [n for n in names if n not in tensors]
     if missing:
         raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
-    stored = compare_stored(model, proto)
     reference = IntegerReference(model, session.FloatOperators())
     levels = tuple(_level(reference, proto, names, images, level) for level in session.LEVELS)
     kernels = layer_kernels(model.layer_names, proto)
-    runtime_logits = _logits(session.load(proto), images)
-    agreement, rate, logits = _against_training(reference, images, fake_quantized)
-    predictions = {
-        "fake-quantized": logits[0],
-        "integer reference": logits[1],
-        "ONNX Runtime": runtime_logits,
-    }
+    found = _outputs(session.load(proto), images)
+    judged, expected = fidelity(reference, images, trained, found, BATCH)
     return Certificate(
         file=file.name,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         runtime=session.version(),
+        machine=platform.machine(),
         images=len(images),
         layers=len(model.layers),
         weight_codes=sum(layer.codes.size for layer in model.layers.values()),
-        stored=stored,
+        stored=compare_stored(model, proto),
+        said={} if described is None else different_descriptions(read_metadata(proto, str(file)), described),
         levels=levels,
         integer_kernels=sum(kernel in INTEGER_KERNELS for kernel in kernels.values()),
         float_layers=tuple(
@@ -232,16 +262,22 @@ def certify(
             for name, kernel in kernels.items()
             if kernel not in INTEGER_KERNELS and model.layers[f"{name}.weight"].input_quantizer
         ),
-        fake_quantized_mismatch_rate=rate,
-        top1_agreement=agreement,
+        fidelity=judged,
         different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
         adversarial=adversarial(model, proto),
-        accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
-        notes=(*model.notes, *_weight_only_note(model), *missing_options(proto)),
+        accuracy=_accuracy({"trained net": expected, "ONNX Runtime": found}, labels),
+        notes=(*model.notes, *_weight_only_note(model)),
         tried=tuple(model.tried),
-        machine=platform.machine(),
         elsewhere=certify_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
     )
+
+
+def _accuracy(outputs: Mapping[str, Outputs], labels: NDArray[np.int64]) -> dict[str, float]:
+    """Share of images whose largest value of the first output is at their label."""
+    firsts = {name: next(iter(found.values())) for name, found in outputs.items()}
+    return {
+        n: float((p.argmax(1) == labels).mean()) for n, p in firsts.items() if p.ndim == 2 and len(p) == len(labels)
+    }
 
 
 def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:
@@ -306,17 +342,20 @@ def _level(
     codes, equal, farthest = 0, True, 0.0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        outputs = instrumented.run(batch)
-        expected, logits = reference.run(torch.from_numpy(batch), given=outputs)
+        found = instrumented.run(batch)
+        expected, outputs = reference.run(torch.from_numpy(batch), given={name: found[name] for name in names})
         farthest = max(farthest, reference.farthest_from_tie)
         for name in names:
-            wrong[name] += int((expected[name] != outputs[name]).sum())
+            wrong[name] += int((expected[name] != found[name]).sum())
             codes += expected[name].size
-        shipped = _only(plain.run(batch))
-        equal &= np.array_equal(shipped, _logits_of(outputs, names)) and np.array_equal(shipped, logits.numpy())
+        shipped = plain.run(batch)
+        for name, values in shipped.items():
+            equal &= np.array_equal(values, found[name]) and np.array_equal(values, outputs[name])
     mismatches = {n: wrong[n] for n in quantizers_in_order(reference.model) if wrong[n]}
-    found = _culprit(reference, proto, names, images[:BATCH], level) if mismatches and level in EXACT_LEVELS else ()
-    return LevelResult(level, codes, mismatches, equal, found, farthest)
+    responsible = (
+        _culprit(reference, proto, names, images[:BATCH], level) if mismatches and level in EXACT_LEVELS else ()
+    )
+    return LevelResult(level, codes, mismatches, equal, responsible, farthest)
 
 
 def _culprit(
@@ -326,43 +365,13 @@ def _culprit(
 
     def differs(without: tuple[str, ...]) -> bool:
         outputs = session.load(instrumented, level=level, without=without).run(images)
-        expected, _ = reference.run(torch.from_numpy(images), given=outputs)
+        expected, _ = reference.run(torch.from_numpy(images), given={name: outputs[name] for name in names})
         wrong = sum(int((expected[n] != outputs[n]).sum()) for n in names)
         return wrong > FLOAT_LEVEL_LIMIT * sum(expected[n].size for n in names)
 
     return culprit(differs)
 
 
-def _logits_of(outputs: dict[str, NDArray[np.generic]], names: list[str]) -> NDArray[np.generic]:
-    return _only({k: v for k, v in outputs.items() if k not in names})
-
-
-def _only(outputs: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
-    (value,) = outputs.values()
-    return value
-
-
-def _logits(loaded: session.Session, images: Images) -> Images:
-    parts = [_only(loaded.run(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-    return np.concatenate(parts).astype(np.float32)
-
-
-def _against_training(
-    reference: IntegerReference,
-    images: Images,
-    fake_quantized: Callable[[Images], tuple[dict[str, NDArray[np.uint8]], Images]],
-) -> tuple[float, float, tuple[Images, Images]]:
-    """Top-1 agreement, rate of differing codes when each operation starts from the trained net's own codes, logits."""
-    wrong = total = 0
-    trained, integer = [], []
-    for start in range(0, len(images), BATCH):
-        batch = images[start : start + BATCH]
-        codes, logits = fake_quantized(batch)
-        expected, _ = reference.run(torch.from_numpy(batch), given=codes)
-        same_place = [name for name in expected if same_order(expected[name].shape, codes[name].shape)]
-        wrong += sum(int((expected[name].ravel() != codes[name].ravel()).sum()) for name in same_place)
-        total += sum(expected[name].size for name in same_place)
-        trained.append(logits)
-        integer.append(reference.run(torch.from_numpy(batch))[1].numpy())
-    first, second = np.concatenate(trained), np.concatenate(integer)
-    return float((first.argmax(1) == second.argmax(1)).mean()), wrong / max(total, 1), (first, second)
+def _outputs(loaded: session.Session, images: Images) -> Outputs:
+    parts = [loaded.run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in loaded.output_names}

@@ -7,8 +7,6 @@ Member i's nodes, tensors and layers carry the prefix `m<i>/`; nothing else abou
 again (`split_members`) and proven on its own.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -20,7 +18,7 @@ from onnx import helper
 
 from export import session
 from export.lowered import ExportError
-from export.metadata import KEY, MOVED, read_metadata
+from export.metadata import MOVED, read_metadata, write_metadata
 from export.stress import quantizer_tensors
 
 Average = Literal["probabilities", "logits"]
@@ -54,7 +52,7 @@ def merge_members(
     merged = helper.make_model(
         graph, opset_imports=list(members[0].opset_import), ir_version=members[0].ir_version, producer_name="edgeqat"
     )
-    helper.set_model_props(merged, {KEY: json.dumps(_signed(metadata, names, average))})
+    write_metadata(merged, _joined(metadata, names, average))
     return merged
 
 
@@ -162,11 +160,10 @@ def _copies(
     return copied, kept
 
 
-def _signed(metadata: Sequence[dict[str, Any]], names: Sequence[str], average: Average) -> dict[str, Any]:
+def _joined(metadata: Sequence[dict[str, Any]], names: Sequence[str], average: Average) -> dict[str, Any]:
     layers = [entry | {"name": f"m{i}/{entry['name']}"} for i, m in enumerate(metadata) for entry in m["layers"]]
-    digest = hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest()
     moved = {f"m{i}/{name}": ppm for i, m in enumerate(metadata) for name, ppm in m.get(MOVED, {}).items()}
-    joined = {"layers": layers, "sha256": digest, MOVED: moved, "members": list(names), "average": average}
+    joined = {"layers": layers, MOVED: moved, "members": list(names), "average": average}
     return metadata[0] | joined
 
 
@@ -189,7 +186,5 @@ def _member(proto: onnx.ModelProto, metadata: dict[str, Any], index: int) -> onn
     ]
     moved = {name.removeprefix(prefix): ppm for name, ppm in metadata.get(MOVED, {}).items() if name.startswith(prefix)}
     alone = {key: value for key, value in metadata.items() if key not in ("members", "average")}
-    value = alone | {"layers": layers, MOVED: moved}
-    value["sha256"] = hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest()
-    helper.set_model_props(member, {KEY: json.dumps(value)})
+    write_metadata(member, alone | {"layers": layers, MOVED: moved})
     return member

@@ -148,7 +148,7 @@ class Emitter:
             self.initializers[f"{name}/int4"] = helper.make_tensor(
                 f"{name}/int4", TensorProto.INT4, layer.codes.shape, nibbles, raw=True
             )
-            self._add("Cast", [f"{name}/int4"], name, to=TensorProto.INT8)
+            self._widen_int4(f"{name}/int4", layer.carry, name)
         else:
             self._unpack(layer, plan.bits)
         inputs = [name, self._constant(f"{name}/s", layer.stored_scale)]
@@ -161,6 +161,15 @@ class Emitter:
             owner = name if self.target.session_options else "zeros"
             inputs.append(self._constant(f"{owner}/{channels}", np.zeros(channels, np.int8)))
         return self._add("DequantizeLinear", inputs, axis=0)
+
+    def _widen_int4(self, codes: str, carry: int, output: str) -> None:
+        """INT4 codes -> int8 codes · carry; constants all, so the runtime folds them. It multiplies no 4-bit integers."""
+        if carry == 1:
+            self._add("Cast", [codes], output, to=TensorProto.INT8)
+            return
+        wide = self._add("Cast", [codes], to=TensorProto.INT32)
+        product = self._add("Mul", [wide, self._constant(f"x{carry}", np.int32(carry))])
+        self._add("Cast", [product], output, to=TensorProto.INT8)
 
     def _unpack(self, layer: LoweredLayer, bits: int) -> None:
         """Planes -> int8 codes · carry by table look-ups; constants all, so the runtime folds them when it loads the file.

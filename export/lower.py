@@ -4,6 +4,7 @@ The model is exported once with every quantizer replaced by a marker node that c
 quantizers themselves.
 """
 
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -11,7 +12,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -21,15 +22,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from export.lowered import DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.lowered import BIAS_PARAMETER, DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.quantizers.contract import Quantizer
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.operands import QuantOperands
 from qat.surgery.swap import computed_weights, quantizers
+from qat.surgery.witness import witness
 
 OPSET = 20
+NAME_SCOPES = (
+    "pkg.torch.onnx.name_scopes"  # paths of the modules around an operation, the innermost last, then its own name
+)
 
 
 def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> LoweredModel:
@@ -58,16 +63,34 @@ def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> 
     layers = {f"{layer.name}.weight": layer for layer in _layers(model, example)}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     _check_finite(model)
+    example = example[:1].cpu()
+    multiply_adds = sum(witness(model, example).values())
+    with torch.no_grad():
+        outputs = list(named_outputs(model(example)))
     passes = _Passes(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer, passes)
-    skeleton = export_onnx(model, example)
+    skeleton = export_onnx(model, example, outputs)
+    _name_norm_biases(skeleton, model)
     for repeated, first in passes.repeated.items():
         if first in layers:
             layers[repeated] = dataclasses.replace(layers[first], name=repeated.removesuffix(".weight"))
         else:
             activations[repeated] = dataclasses.replace(activations[first], name=repeated)
-    return LoweredModel(skeleton, layers, activations)
+    return LoweredModel(skeleton, layers, activations, multiply_adds=multiply_adds)
+
+
+def _name_norm_biases(skeleton: ir.Model, model: nn.Module) -> None:
+    """Note at every batch norm which parameter its beta is. Its initializer does not tell: the exporter writes tensors of
+    equal values once, under one of their names."""
+    parameters = dict(model.named_parameters())
+    for node in skeleton.graph:
+        if node.op_type != "BatchNormalization":
+            continue
+        scopes: list[str] = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
+        modules = [scope for scope in scopes if f"{scope}.bias" in parameters]
+        if modules:
+            node.meta[BIAS_PARAMETER] = f"{modules[-1]}.bias"
 
 
 class _Passes:
@@ -108,7 +131,9 @@ def lower_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     model = copy.deepcopy(model).cpu().eval()
     for quantizer in quantizers(model).values():
         quantizer.forward = _identity
-    return ir.to_proto(export_onnx(model, example))
+    with torch.no_grad():
+        outputs = list(named_outputs(model(example[:1].cpu())))
+    return ir.to_proto(export_onnx(model, example, outputs))
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -118,18 +143,41 @@ def _identity(x: Tensor) -> Tensor:
 @torch.no_grad()
 def trained_codes(
     model: nn.Module, images: NDArray[np.float32]
-) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
+) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
     """What the trained net itself computes in eval mode for `images` (N_C_H_W): carrier codes of every activation
-    quantizer, and logits."""
+    quantizer, and its outputs by name."""
     codes: dict[str, NDArray[np.uint8]] = {}
     passes = _Passes(model)
     handles = [q.register_forward_hook(_recorder(passes, codes)) for q in quantizers(model).values() if not q.is_weight]
     try:
-        logits = model(torch.from_numpy(images)).numpy()
+        outputs = named_outputs(model(torch.from_numpy(images)))
     finally:
         for handle in (*handles, passes.handle):
             handle.remove()
-    return codes, logits
+    return codes, {name: output.numpy() for name, output in outputs.items()}
+
+
+def named_outputs(outputs: object) -> dict[str, Tensor]:
+    """What a model returns, by name: `logits` for a tensor, a dict's own keys, `output0` and so on for a tuple or list.
+
+    Raises ExportError for anything else.
+    """
+    if isinstance(outputs, Tensor):
+        return {"logits": outputs}
+    named: dict[str, object] = {}
+    if isinstance(outputs, Mapping):
+        named = {str(key): value for key, value in outputs.items()}
+    elif isinstance(outputs, (tuple, list)):
+        named = {f"output{index}": value for index, value in enumerate(outputs)}
+    wrong = next((name for name, value in named.items() if not isinstance(value, Tensor)), "")
+    if not named or wrong:
+        what = (
+            f"its output {wrong!r} is a {type(named[wrong]).__name__}" if wrong else f"it is a {type(outputs).__name__}"
+        )
+        raise ExportError(
+            f"the model's result cannot be written: {what}; return a tensor, or a dict, tuple or list of tensors"
+        )
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def _recorder(
@@ -143,8 +191,8 @@ def _recorder(
     return record
 
 
-def export_onnx(model: nn.Module, example: Tensor) -> ir.Model:
-    """torch.onnx export with one dynamic batch dimension; input `input` N_C_H_W float32, output `logits`."""
+def export_onnx(model: nn.Module, example: Tensor, outputs: Sequence[str]) -> ir.Model:
+    """torch.onnx export with one dynamic batch dimension; input `input` N_C_H_W float32, outputs of the given names."""
     batch = example[:1].repeat(2, 1, 1, 1).cpu()  # a batch of one would be taken for a constant
     console, exporter_log = io.StringIO(), logging.getLogger("torch.onnx")
     level = exporter_log.level
@@ -153,7 +201,7 @@ def export_onnx(model: nn.Module, example: Tensor) -> ir.Model:
         with warnings.catch_warnings(), contextlib.redirect_stdout(console):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                model, (batch,), dynamo=True, opset_version=OPSET, input_names=["input"], output_names=["logits"],
+                model, (batch,), dynamo=True, opset_version=OPSET, input_names=["input"], output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
             )  # fmt: skip
     except Exception as error:
@@ -182,16 +230,21 @@ def _marker(quantizer: Quantizer, passes: _Passes) -> Callable[[Tensor], Tensor]
 
 def _layers(model: nn.Module, example: Tensor) -> Iterator[LoweredLayer]:
     """All layers with a quantized weight. A weight that is computed is taken from a forward pass."""
+    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, (QuantConv2d, QuantLinear)) and module.weight_quantizer is not None:
             kind = "conv" if isinstance(module, QuantConv2d) else "linear"
-            yield _layer(module.weight_quantizer, module.weight, module.bias, kind)
+            yield _layer(module.weight_quantizer, module.weight, module.bias, kind, parameters)
     for operands, weight, bias in _computed(model, example):
         assert operands.weight_quantizer is not None
-        yield _layer(operands.weight_quantizer, weight, bias, "linear" if operands.kind == "linear" else "conv")
+        kind = "linear" if operands.kind == "linear" else "conv"
+        yield _layer(operands.weight_quantizer, weight, bias, kind, parameters)
 
 
-def _layer(quantizer: Quantizer, weight: Tensor, bias: Tensor | None, kind: str) -> LoweredLayer:
+def _layer(
+    quantizer: Quantizer, weight: Tensor, bias: Tensor | None, kind: str, parameters: dict[int, str]
+) -> LoweredLayer:
+    """parameters: names of the model's parameters by identity."""
     return LoweredLayer(
         name=quantizer.name.removesuffix(".weight"),
         kind=kind,
@@ -199,6 +252,7 @@ def _layer(quantizer: Quantizer, weight: Tensor, bias: Tensor | None, kind: str)
         scale=quantizer.step.float().expand(len(weight)).numpy().copy(),
         bits=quantizer.spec.bits,
         bias=None if bias is None else bias.detach().double().numpy(),
+        bias_parameter=parameters.get(id(bias), ""),
     )
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 DOMAIN, MARK = "edgeqat", "Mark"
+BIAS_PARAMETER = "edgeqat.bias_parameter"  # noted at a batch norm of the skeleton: name of the parameter that beta is
 BINARY_GAIN = (
     127  # one-bit codes are -127 and +127 on the carrier: the integer bias gains as much precision, for nothing
 )
@@ -28,6 +29,8 @@ class LoweredLayer:
     scale:   float32 (O,): real value of one code step; after batch-norm folding it carries the norm's multiplier and its
              sign, so that the codes stay untouched (`passes.positive_scales` moves the sign onto them where it must).
     bias:    float64 (O,) in real units, or None before anything was folded and the layer has none.
+    bias_parameter: name of the trained model's parameter that `bias` rises and falls with, one for one: the layer's own
+             bias, or the beta of the batch norm that was folded in. Empty where there is none.
     bias_codes: int32 (O,) in units of input scale times `stored_scale`; set by `passes.to_integers`, but for targets whose
              files hold float biases.
     input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`. Empty in a weight-only
@@ -42,6 +45,7 @@ class LoweredLayer:
     scale: NDArray[np.float32]
     bits: int
     bias: NDArray[np.float64] | None = None
+    bias_parameter: str = ""
     bias_codes: NDArray[np.int32] | None = None
     input_quantizer: str = ""
     carry: int = 1
@@ -53,9 +57,14 @@ class LoweredLayer:
         return self.scale / np.float32(self.carry)
 
     @property
+    def folded_bias(self) -> NDArray[np.float64]:
+        """float64 (O,): the bias in real units before it was rounded, 0 where the layer has none."""
+        return np.zeros(len(self.scale)) if self.bias is None else self.bias
+
+    @property
     def float_bias(self) -> NDArray[np.float32]:
         """float32 (O,): what a layer without integer biases adds."""
-        return np.zeros(len(self.scale), np.float32) if self.bias is None else self.bias.astype(np.float32)
+        return self.folded_bias.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -131,13 +140,20 @@ class Tried:
 
 @dataclass
 class LoweredModel:
-    """Skeleton, layers and quantizers by name, notes on what lowering decided, and the operations that were tried."""
+    """Skeleton, layers and quantizers by name, notes on what lowering decided, and the operations that were tried.
+
+    multiply_adds: of the trained net for one image, as PyTorch's dispatcher counts them, but for those of constants.
+    trained_at: quantizers that were moved in front of layout operations -> the value that now carries their codes in the
+                order in which the trained net has them.
+    """
 
     skeleton: ir.Model
     layers: dict[str, LoweredLayer]
     quantizers: dict[str, LoweredQuantizer]
     notes: list[str] = field(default_factory=list)
     tried: list[Tried] = field(default_factory=list)
+    multiply_adds: int = 0
+    trained_at: dict[str, ir.Value] = field(default_factory=dict)
 
     @property
     def layer_names(self) -> list[str]:

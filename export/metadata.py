@@ -18,9 +18,12 @@ from export.lowered import ExportError, LoweredLayer, LoweredModel
 from export.packing import plane_widths, unpack
 from export.targets import TARGETS, Target
 
-KEY, FORMAT = "edgeqat", 2
-READABLE = range(1, FORMAT + 1)  # format 1 had weights' multipliers that were powers of two, and no moved scales
+KEY, FORMAT = "edgeqat", 3
+# 1: weights' multipliers were powers of two, scales were not moved. 2: no digests of scales, biases and the graph; INT4 files
+# without multiplier.
+READABLE = range(1, FORMAT + 1)
 MOVED = "scales_moved_ppm"  # quantizer -> how far its scale is from the trained one (`export/ties.py`)
+SAID = ("target", "storage", "runtime", "session_options", MOVED)
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
 
 
@@ -34,41 +37,87 @@ class Preprocessing:
     classes: tuple[str, ...]
 
 
-def sign(
-    proto: onnx.ModelProto, model: LoweredModel, target: Target, preprocessing: Preprocessing, producer: str
-) -> onnx.ModelProto:
-    """Write the metadata into `proto` (in place) and return it."""
-    moved = {tried.quantizer: tried.ppm for tried in model.tried if tried.ppm}
-    layers = [
-        {
-            "name": layer.name,
-            "bits": layer.bits,
-            "carry": layer.carry,
-            "shape": list(layer.codes.shape),
-            "sha256": digest(layer.codes),
-            **({} if layer.input_quantizer else {"reads": "float"}),
-        }
-        for layer in model.layers.values()
-    ]
-    value = {
+def describe(model: LoweredModel, target: Target, preprocessing: Preprocessing, producer: str) -> dict[str, Any]:
+    """What a file of `model` for `target` says of itself, but for its digests."""
+    return {
         "format": FORMAT,
         "producer": producer,
         "target": target.name,
         "storage": target.storage,
         "runtime": {"onnxruntime": f">={target.runtime}", "opset": target.opset, "why": target.why},
         "session_options": dict(target.session_options),
-        MOVED: moved,
+        MOVED: {tried.quantizer: tried.ppm for tried in model.tried if tried.ppm},
         "input": asdict(preprocessing),
-        "layers": layers,
-        "sha256": hashlib.sha256("".join(str(entry["sha256"]) for entry in layers).encode()).hexdigest(),
+        "layers": [_entry(layer) for layer in model.layers.values()],
     }
-    onnx.helper.set_model_props(proto, {KEY: json.dumps(value)})
+
+
+def _entry(layer: LoweredLayer) -> dict[str, Any]:
+    bias = layer.float_bias if layer.bias_codes is None else layer.bias_codes
+    entry = {
+        "name": layer.name,
+        "bits": layer.bits,
+        "carry": layer.carry,
+        "shape": list(layer.codes.shape),
+        "sha256": digest(layer.codes),
+        "scale_sha256": _digest_of_bytes(layer.stored_scale),
+        "bias_sha256": _digest_of_bytes(bias),
+    }
+    return entry if layer.input_quantizer else entry | {"reads": "float"}
+
+
+def sign(
+    proto: onnx.ModelProto, model: LoweredModel, target: Target, preprocessing: Preprocessing, producer: str
+) -> onnx.ModelProto:
+    """Write the metadata into `proto` (in place) and return it."""
+    write_metadata(proto, describe(model, target, preprocessing, producer))
     return proto
+
+
+def write_metadata(proto: onnx.ModelProto, value: Mapping[str, Any]) -> None:
+    """Put `value` into `proto`, with the digests over its list of layers and over the graph."""
+    digests = {"sha256": _digest_of_digests(value["layers"]), "graph_sha256": graph_digest(proto)}
+    onnx.helper.set_model_props(proto, {KEY: json.dumps({**value, **digests})})
+
+
+def different_descriptions(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, str]:
+    """Where the metadata `found` in a file is not what its run would write, and how. The producer's version may differ."""
+    expected = json.loads(json.dumps(expected))  # as it is when read from a file
+    different: dict[str, str] = {}
+    parts = {key: (found.get(key), expected[key]) for key in SAID}
+    parts |= {key: (found["input"].get(key), value) for key, value in expected["input"].items()}
+    for key, (its, the_runs) in parts.items():
+        if its != the_runs:
+            different[key] = f"the file says {_short(its)}, the run {_short(the_runs)}"
+    said, wanted = found["layers"], expected["layers"]
+    if [entry["name"] for entry in said] != [entry["name"] for entry in wanted]:
+        different["layers"] = f"the file lists {len(said)} layers, the run has {len(wanted)}, or in another order"
+    else:
+        pairs = zip(said, wanted, strict=True)
+        wrong = [entry["name"] for entry, other in pairs if entry != other]
+        if wrong:
+            different["layers"] = f"what the file signs of {', '.join(wrong[:3])} is not what the run has"
+    return different
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def digest(codes: NDArray[np.generic]) -> str:
     """SHA-256 of int8 codes in row-major order."""
     return hashlib.sha256(np.ascontiguousarray(codes, np.int8).tobytes()).hexdigest()
+
+
+def _digest_of_bytes(values: NDArray[np.generic]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _digest_of_digests(layers: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 over the layers' own: of codes, scales and biases, in the file's order."""
+    parts = [str(entry[key]) for entry in layers for key in ("sha256", "scale_sha256", "bias_sha256")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
@@ -123,15 +172,25 @@ def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def broken_signatures(proto: onnx.ModelProto, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Layers whose codes in the file are not the signed ones, and how; checked without the run."""
+    """What in the file is not what was signed, by layer or part, and how; checked without the run. The graph as a whole is
+    named where no layer is."""
     found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
-    broken = {}
+    broken: dict[str, str] = {}
     for entry in metadata["layers"]:
         codes = stored_codes(found, entry["name"], entry["bits"], entry["carry"], tuple(entry["shape"]))
+        scale, bias = found.get(f"{entry['name']}.weight/s"), found.get(f"{entry['name']}.bias")
         if codes is None:
             broken[entry["name"]] = "its weight is not in the file"
         elif not np.array_equal(codes, np.rint(codes)) or digest(codes) != entry["sha256"]:
             broken[entry["name"]] = "its codes do not match their SHA-256"
+        elif scale is None or _digest_of_bytes(scale) != entry["scale_sha256"]:
+            broken[entry["name"]] = "its scale does not match its SHA-256"
+        elif bias is None or _digest_of_bytes(bias) != entry["bias_sha256"]:
+            broken[entry["name"]] = "its bias does not match its SHA-256"
+    if _digest_of_digests(metadata["layers"]) != metadata["sha256"]:
+        broken["list of layers"] = "an entry was changed: the SHA-256 over all of them does not match"
+    if not broken and graph_digest(proto) != metadata["graph_sha256"]:
+        broken["graph"] = "something in it was changed since it was signed: its SHA-256 does not match"
     return broken
 
 

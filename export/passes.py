@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.lowered import BIAS_PARAMETER, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.skeleton import (
     CODE_OPS,
     LAYOUT_OPS,
@@ -24,12 +24,16 @@ from export.skeleton import (
     moves_codes,
     only_reader,
     weight_layer,
+    written_by,
 )  # fmt: skip
 from export.targets import SUM_LIMIT, TARGETS, Target, carry_of, check_quantizer
 from export.thresholds import with_threshold_bias
 from export.ties import avoid_ties
 
 LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
+# A channel's sums are left out where its bias has no int32 code and the largest possible sum is at most so much:
+NEGLIGIBLE_CODES = 2.0**-10  # codes of the quantizer behind it
+NEGLIGIBLE_SHARE = 2.0**-20  # of its bias, where floats are written
 
 
 def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> LoweredModel:
@@ -75,9 +79,11 @@ def fold_batch_norms(model: LoweredModel) -> bool:
         gamma, beta, mean, variance = (np.asarray(constant(v), np.float64) for v in node.inputs[1:5])
         epsilon = node.attributes["epsilon"].as_float()
         a = gamma / np.sqrt(variance + epsilon)
-        bias = (0.0 if layer.bias is None else layer.bias) - mean
+        bias = layer.folded_bias - mean
         scale = (layer.scale.astype(np.float64) * a).astype(np.float32)
-        model.layers[f"{layer.name}.weight"] = replace(layer, scale=scale, bias=bias * a + beta)
+        model.layers[f"{layer.name}.weight"] = replace(
+            layer, scale=scale, bias=bias * a + beta, bias_parameter=node.meta.get(BIAS_PARAMETER, "")
+        )
         _bypass(node)
         changed = True
     return changed
@@ -240,6 +246,7 @@ def hoist_marks(model: LoweredModel) -> bool:
         if source is None or source.producer() is None or only_reader(source) is not layout:
             continue
         ir.convenience.replace_all_uses_with(mark.outputs[0], layout.outputs[0])
+        model.trained_at.setdefault(mark_name(mark), layout.outputs[0])
         mark.replace_input_with(0, source)
         layout.replace_input_with(0, mark.outputs[0])
         mark.outputs[0].shape = source.shape
@@ -306,16 +313,16 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             raise ExportError(f"layer {layer.name!r}: {_why_no_codes(node.inputs[0])}, so no integer kernel can run it")
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
-        reader = only_reader(node.outputs[0])
-        threshold = model.quantizers.get(mark_name(reader)) if is_mark(reader) and reader is not None else None
-        if threshold is not None and threshold.is_binary:
-            source = model.quantizers[grid]
+        source, written = model.quantizers[grid], written_by(node, model)
+        if written is not None and written.is_binary:
             layer = replace(layer, carry=carry_of(target, layer.bits, source))
-            layer, model.quantizers[threshold.name] = with_threshold_bias(layer, source, threshold)
-            model.layers[f"{layer.name}.weight"] = layer
+            layer, model.quantizers[written.name] = with_threshold_bias(layer, source, written)
         else:
-            model.layers[f"{layer.name}.weight"] = _with_bias_codes(layer, grid, model, target)
-        check_sums(model.layers[f"{layer.name}.weight"], model.quantizers[grid])
+            layer, silent = _with_bias_codes(layer, source, written, target)
+            if silent:
+                model.notes.append(f"layer {layer.name!r}: in channels {silent} only the bias decides; only it is kept")
+        model.layers[f"{layer.name}.weight"] = layer
+        check_sums(layer, source)
     missing = [name for name in model.layers if name not in reached]
     if missing:
         raise ExportError(
@@ -390,29 +397,61 @@ def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
         raise ExportError(f"layer {layer.name!r}: Gemm with {get} is not x·Wᵀ + b")
 
 
-def _with_bias_codes(layer: LoweredLayer, grid: str, model: LoweredModel, target: Target) -> LoweredLayer:
-    layer = replace(layer, carry=carry_of(target, layer.bits, model.quantizers[grid]))
-    bias = np.zeros(len(layer.scale)) if layer.bias is None else layer.bias
-    unit = model.quantizers[grid].scale * layer.stored_scale  # float32, as the runtime computes it
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        codes = np.rint(bias / unit.astype(np.float64))
-    dead = ~(np.abs(codes) <= LARGEST_BIAS_CODE) | (unit == 0)
-    if not dead.any():
-        return replace(layer, bias_codes=codes.astype(np.int32), input_quantizer=grid)
-    channels = tuple(int(c) for c in np.flatnonzero(dead))
-    model.notes.append(
-        f"layer {layer.name!r}: the batch norm silences channels {list(channels)}; only their bias is kept"
+def _with_bias_codes(
+    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None, target: Target
+) -> tuple[LoweredLayer, list[int]]:
+    """The layer with integer biases, and the channels of which only the bias is kept.
+
+    source: the quantizer it reads; written: the one that reads its results, None where they stay in floating point.
+    Raises ExportError for a channel whose bias no int32 code can hold though its sums matter.
+    """
+    for carry in (carry_of(target, layer.bits, source), 1):
+        layer = replace(layer, carry=carry, input_quantizer=source.name)
+        unit = (source.scale * layer.stored_scale).astype(np.float64)  # in float32, as the runtime multiplies them
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            codes = np.rint(layer.folded_bias / unit)
+        out_of_range = ~(np.abs(codes) <= LARGEST_BIAS_CODE)
+        if not out_of_range.any():
+            return replace(layer, bias_codes=codes.astype(np.int32)), []
+        needed = out_of_range & ~_sums_are_negligible(layer, source, written)
+        if not needed.any():
+            return _with_biases_alone(layer, source, codes, out_of_range)
+    channel = int(np.flatnonzero(needed)[0])
+    raise ExportError(
+        f"layer {layer.name!r}: the bias of output channel {channel} is {layer.folded_bias[channel]:g}, which is more than "
+        f"2^30 times its unit ({unit[channel]:.3g}): 32 bits cannot hold both it and the sums it is added to; look at the "
+        "batch norm behind this layer (a gamma next to 0, or a bias out of all proportion)"
     )
-    weight_codes, scale = layer.codes.copy(), layer.scale.copy()
-    weight_codes[dead] = 0
-    # A unit that leaves the bias 20 bits of precision; without weights nothing else depends on it.
-    input_scale = float(model.quantizers[grid].scale)
-    scale[dead] = layer.carry * np.maximum(np.abs(bias[dead]), 1e-6) / (input_scale * (1 << 20))
-    codes[dead] = np.rint(bias[dead] / (input_scale * scale[dead].astype(np.float64) / layer.carry))
-    return replace(
-        layer, codes=weight_codes, scale=scale, bias_codes=codes.astype(np.int32), input_quantizer=grid,
-        dead_channels=channels, bits=max(layer.bits, 2),  # 0 is no 1-bit code
-    )  # fmt: skip
+
+
+def _sums_are_negligible(
+    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None
+) -> NDArray[np.bool_]:
+    """bool (O,): channels whose largest possible sum decides no result, or whose result is clipped whatever the sum."""
+    largest_input = max(source.high - source.zero_point, source.zero_point - source.low) * float(source.scale)
+    magnitudes = np.abs(layer.codes.astype(np.float64)).reshape(len(layer.codes), -1).sum(1)
+    largest = magnitudes * np.abs(layer.scale.astype(np.float64)) * largest_input
+    bias = layer.folded_bias
+    if written is None:
+        return largest <= NEGLIGIBLE_SHARE * np.abs(bias)
+    lowest, highest = (float(written.scale) * (code - written.zero_point) for code in (written.low, written.high))
+    is_clipped = (bias - largest >= highest) | (bias + largest <= lowest)
+    return is_clipped | (largest <= NEGLIGIBLE_CODES * float(written.scale))
+
+
+def _with_biases_alone(
+    layer: LoweredLayer, source: LoweredQuantizer, bias_codes: NDArray[np.float64], silent: NDArray[np.bool_]
+) -> tuple[LoweredLayer, list[int]]:
+    """The layer with weights 0 in its silent channels, in a unit that leaves their biases 20 bits of precision."""
+    codes, scale, bias_codes = layer.codes.copy(), layer.scale.copy(), bias_codes.copy()
+    channels = [int(c) for c in np.flatnonzero(silent)]
+    bias, input_scale = layer.folded_bias[silent], float(source.scale)
+    codes[silent] = 0
+    scale[silent] = layer.carry * np.maximum(np.abs(bias), 1e-6) / (input_scale * (1 << 20))
+    bias_codes[silent] = np.rint(bias / (input_scale * scale[silent].astype(np.float64) / layer.carry))
+    bits = max(layer.bits, 2)  # 0 is no 1-bit code
+    silenced = replace(layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels))
+    return replace(silenced, bias_codes=bias_codes.astype(np.int32)), channels
 
 
 def _bypass(node: ir.Node) -> None:

@@ -144,7 +144,7 @@ class WindowMean:
 
 
 Value = Tensor | Codes | Accumulator | Sum | Product | Joined | Mean | WindowMean
-
+Follow = Callable[[ir.Node, dict[ir.Value, "Value"]], None]
 
 FloatOperator = Callable[[ir.Node, list[NDArray[np.generic] | None]], list[NDArray[np.generic]]]
 
@@ -155,9 +155,9 @@ class IntegerReference:
     float_operator: evaluates a node that stays in floating point (softmax, LayerNorm, GELU, gates); without it such a node
     raises ExportError.
 
-    `run(images)` returns ({quantizer: uint8 carrier codes}, logits float32). With `given`, every quantizer's codes are
-    computed from the *given* codes of the tensors before it: a difference then names the operation it arose in. Given
-    codes in another order (taken behind a layout operation that the quantizer was moved in front of) are passed over.
+    `run(images)` returns ({quantizer: uint8 carrier codes}, {output: float32}). With `given`, every quantizer's codes are
+    computed from the *given* codes of the tensors before it: a difference then names the operation it arose in. `follow` is
+    called behind every node with all values so far, and may put others in their place (`export/fidelity.py`).
 
     farthest_from_tie: of the last run with `given`, how far results that differ from the given codes lie from a tie at most,
     in codes. Floats added in another order can decide a result near a tie, and no other.
@@ -169,8 +169,8 @@ class IntegerReference:
 
     @torch.no_grad()
     def run(
-        self, images: Tensor, given: Mapping[str, NDArray[np.generic]] | None = None
-    ) -> tuple[dict[str, NDArray[np.uint8]], Tensor]:
+        self, images: Tensor, given: Mapping[str, NDArray[np.generic]] | None = None, follow: Follow | None = None
+    ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
         graph = self.model.skeleton.graph
         self.farthest_from_tie = 0.0
         values: dict[ir.Value, Value] = {graph.inputs[0]: images.float()}
@@ -182,12 +182,14 @@ class IntegerReference:
             else:
                 results = self._apply(node, values)
                 values |= zip(node.outputs, results if isinstance(results, list) else [results], strict=True)
+            if follow is not None:
+                follow(node, values)
             for value in filter(None, node.inputs):
                 readers[value] -= 1
                 if not readers[value] and not value.is_graph_output():
                     values.pop(value, None)
-        logits = values[graph.outputs[0]]
-        return computed, logits if isinstance(logits, Tensor) else logits.real()
+        outputs = {str(value.name): real_of(values[value]).float().numpy() for value in graph.outputs}
+        return computed, outputs
 
     def _mark(
         self,
@@ -203,9 +205,13 @@ class IntegerReference:
         value = values[node.inputs[0]]
         carrier = quantize(value, quantizer)
         computed[quantizer.name] = carrier.to(torch.uint8).numpy()
-        known = None if given is None else given.get(quantizer.name)
-        if known is not None and same_order(known.shape, tuple(carrier.shape)):
-            found = torch.from_numpy(np.ascontiguousarray(known)).float().reshape(carrier.shape)
+        if given is not None:
+            known = given[quantizer.name]
+            if known.shape != tuple(carrier.shape):
+                raise ExportError(
+                    f"quantizer {quantizer.name!r}: given codes of shape {known.shape}, it computes {tuple(carrier.shape)}"
+                )
+            found = torch.from_numpy(np.ascontiguousarray(known)).float()
             differing = found != carrier
             if differing.any():
                 distance = float(distance_from_tie(value, quantizer)[differing].max())
@@ -241,7 +247,7 @@ class IntegerReference:
                 return Codes(x.carrier.flatten(1), x.grid)
             case "Reshape" if constant(node.inputs[1]) is not None and x is not None:
                 shape = _resolved(node, x)
-                return Codes(x.carrier.reshape(shape), x.grid) if isinstance(x, Codes) else _real(x).reshape(shape)
+                return Codes(x.carrier.reshape(shape), x.grid) if isinstance(x, Codes) else real_of(x).reshape(shape)
             case "Transpose" if isinstance(x, Codes):
                 return Codes(x.carrier.permute(tuple(node.attributes["perm"].as_ints())).contiguous(), x.grid)
             case "Mul" | "MatMul" if self._reads_codes_only(node, values):
@@ -254,7 +260,7 @@ class IntegerReference:
         assert x is not None
         scale = layer.stored_scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
         weight = layer.codes.astype(np.float32) * layer.carry * scale
-        return self._evaluate(node, [_real(x).contiguous().numpy(), weight, layer.float_bias])[0]
+        return self._evaluate(node, [real_of(x).contiguous().numpy(), weight, layer.float_bias])[0]
 
     def _reads_codes_only(self, node: ir.Node, values: dict[ir.Value, Value]) -> bool:
         return all(v is not None and isinstance(values.get(v), Codes) for v in node.inputs)
@@ -274,7 +280,7 @@ class IntegerReference:
         return list(self._evaluate(node, [self._operand(v, x) for v, x in zip(node.inputs, given, strict=True)]))
 
     def _operand(self, name: ir.Value | None, value: Value | None) -> NDArray[np.generic] | None:
-        return constant(name) if value is None else _real(value).contiguous().numpy()
+        return constant(name) if value is None else real_of(value).contiguous().numpy()
 
     def _evaluate(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> list[Tensor]:
         if self.float_operator is None:
@@ -286,7 +292,7 @@ def _resolved(node: ir.Node, x: Value) -> list[int]:
     """The shape a Reshape asks for; 0 copies the input's size unless allowzero is set."""
     wanted = constant(node.inputs[1])
     assert wanted is not None
-    sizes = (x.carrier if isinstance(x, Codes) else _real(x)).shape
+    sizes = (x.carrier if isinstance(x, Codes) else real_of(x)).shape
     keeps_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1
     return [sizes[i] if d == 0 and not keeps_zero else int(d) for i, d in enumerate(wanted.ravel())]
 
@@ -296,18 +302,9 @@ def _matmul(a: Codes, b: Codes) -> Accumulator:
     return Accumulator(sums, torch.tensor(float(a.grid.scale * b.grid.scale)))
 
 
-def same_order(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
-    """Whether two shapes hold the same elements in the same row-major order: alike but for axes of size 1, or flattened
-    in front of an equal last axis. (A quantizer that was moved in front of a transpose or a max pool is neither.)"""
-    if np.prod(first) != np.prod(second):
-        return False
-    plain = [tuple(d for d in shape if d != 1) for shape in (first, second)]
-    return plain[0] == plain[1] or (first[-1:] == second[-1:] and {len(first), len(second)} == {2, 3})
-
-
 def distance_from_tie(value: Value, grid: LoweredQuantizer) -> Tensor:
     """How far each result lies from the nearest tie between two codes, in codes; 0.5 in the middle. One bit has none: 0.5."""
-    real = _real(value).double()
+    real = real_of(value).double()
     if grid.is_binary:
         return torch.full_like(real, 0.5)
     scaled = real / float(grid.scale)
@@ -337,7 +334,7 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
     elif isinstance(value, WindowMean):
         code = torch.round(value.real() / scale + grid.zero_point)  # added before rounding: it decides near ties
     else:
-        code = torch.round(_real(value) / scale) + grid.zero_point
+        code = torch.round(real_of(value) / scale) + grid.zero_point
     return code.clamp_(grid.low, grid.high)
 
 
@@ -416,5 +413,5 @@ def _codes(value: Value | None, node: ir.Node) -> Codes:
     return value
 
 
-def _real(value: Value) -> Tensor:
+def real_of(value: Value) -> Tensor:
     return value if isinstance(value, Tensor) else value.real()

@@ -51,6 +51,12 @@ def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
     return model.layers.get(mark_name(producer)) if producer is not None and is_mark(producer) else None
 
 
+def written_by(node: ir.Node, model: LoweredModel) -> LoweredQuantizer | None:
+    """The activation quantizer that alone reads the result of `node`, if one does."""
+    reader = only_reader(node.outputs[0])
+    return model.quantizers.get(mark_name(reader)) if reader is not None and is_mark(reader) else None
+
+
 def quantizers_in_order(model: LoweredModel) -> list[str]:
     """Names of the activation quantizers, in graph order."""
     return [mark_name(n) for n in model.skeleton.graph if is_mark(n) and mark_name(n) in model.quantizers]

@@ -142,13 +142,11 @@ def carry_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
     """The integer that weights are multiplied with in the file: the bias, an integer in the same unit, is as much finer.
 
     It is the largest that keeps codes within [-127, 127] and pairs of products within 16 bits whatever the weights; 1-bit
-    codes are +1 and -1. INT4 initialisers cannot be multiplied on the way to INT8, so theirs is 1.
+    codes are +1 and -1. All targets for ONNX Runtime have the same, so that a settled net (`qat/settle.py`) is exact on each.
     """
     if target.qdq:
         return 1
     largest = 1 << max(bits - 1, 0)
-    if target.storage == "onnx-int4" and bits <= 4:
-        return 1
     within_a_byte = -LOWEST_BYTE // largest
     within_pairs = PAIR_LIMIT // (2 * source.high * largest)
     return max(min(within_a_byte, within_pairs), 1)

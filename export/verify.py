@@ -17,9 +17,13 @@ IMAGES = 8
 
 @dataclass(frozen=True)
 class FileCheck:
-    """Verdict on a file alone. `integer`: layers that read codes, so that an integer kernel must run them. `different`:
-    settings under which some code differs from the default's, with the count. `is_plain`: a plain QDQ file, whose arithmetic
-    the runtime chooses, so that its signature alone decides."""
+    """Verdict on a file alone.
+
+    signed:    layers and parts that are not as they were signed, and how.
+    integer:   layers that read codes, so that an integer kernel must run them.
+    different: settings under which some code differs from the default's, with the count.
+    is_plain:  a plain QDQ file, whose arithmetic the runtime chooses, so that its signature alone decides.
+    """
 
     file: str
     target: str
@@ -42,9 +46,8 @@ class FileCheck:
         lines = [
             f"{self.file}: {'verified' if self.passed else 'NOT VERIFIED'} (target {self.target}, without its run)"
         ]
-        lines.append(
-            f"  signature  {self.layers - len(self.signed)} of {self.layers} layers hold the codes that were signed"
-        )
+        broken = f"{len(self.signed)} DIFFER" if self.signed else "as signed"
+        lines.append(f"  signature  codes, scales and biases of {self.layers} layers, and the graph: {broken}")
         lines += [f"             {name}: {what}" for name, what in self.signed.items()]
         lines.append(f"  kernels    {self.kernels} of {self.integer} layers that read codes run integer kernels")
         if self.is_plain:
@@ -52,6 +55,10 @@ class FileCheck:
         settings = "".join(f"; {name}: {count} codes differ" for name, count in self.different.items())
         lines.append(f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}")
         lines.append(f"  proven     {'; '.join(self.proven) or 'nowhere that the file knows of'}")
+        lines.append(
+            "  unknown    whether these are the trained codes and classes: whoever can change a file can sign it anew; "
+            "`qat certify RUN FILE` knows"
+        )
         return "\n".join([*lines, *(f"  warning    {warning}" for warning in self.warnings)])
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from qat import __version__
-from qat.training.checkpoint import RunFolder, load_run, write_atomically, write_json, write_text
-from qat.training.recipe import LsqRecipe, RecipeError
+from qat.training.checkpoint import Built, RunFolder, load_run, write_atomically, write_json, write_text
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from export.ensemble import JoinedCheck
     from export.latency import Latency
     from export.lowered import LoweredModel
+    from export.metadata import Preprocessing
     from export.predict import Prediction
     from export.verify import FileCheck
+
+PRODUCER = f"edgeqat {__version__}"
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
@@ -48,7 +51,7 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
     """The ONNX model of `run` for `target`: "fp32", or one of export/targets.py, signed and with its preprocessing."""
     from export import session
     from export.lower import lower, lower_float
-    from export.metadata import Preprocessing, sign
+    from export.metadata import sign
     from export.native_graph import emit
     from export.passes import to_integers
     from export.targets import target_named
@@ -68,8 +71,15 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
             f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
         )
     lowered = to_integers(lower(built.model, example), chosen)
-    preprocessing = Preprocessing(recipe.image_size, built.mean, built.std, tuple(folder.results()["classes"]))
-    return sign(emit(lowered, chosen), lowered, chosen, preprocessing, f"edgeqat {__version__}")
+    preprocessing = preprocessing_of(folder, recipe, built)
+    return sign(emit(lowered, chosen), lowered, chosen, preprocessing, PRODUCER)
+
+
+def preprocessing_of(folder: RunFolder, recipe: Recipe, built: Built) -> Preprocessing:
+    """From an image file to the net's input, and its classes."""
+    from export.metadata import Preprocessing
+
+    return Preprocessing(recipe.image_size, built.mean, built.std, tuple(folder.results()["classes"]))
 
 
 def certify_run(
@@ -162,8 +172,8 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
     metadata = read_metadata(read(model), str(model))
     if metadata["format"] < FORMAT:
         raise ExportError(
-            f"{model}: was written by {metadata['producer']} in format {metadata['format']}, whose codes may differ on ARM; "
-            f"export it again: qat export {run}"
+            f"{model}: was written by {metadata['producer']} in format {metadata['format']}, which this version does not "
+            f"write any more; export it again: qat export {run}"
         )
     target = target_named(metadata["target"])
     return to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
@@ -177,7 +187,7 @@ def certificate_of(
     from export.certificate import certify, read
     from export.elsewhere import machines_of
     from export.lower import trained_codes
-    from export.metadata import read_metadata
+    from export.metadata import describe, read_metadata
     from export.targets import target_named
     from qat.training.data import split_of
     from qat.training.loaders import samples_of_test
@@ -189,7 +199,7 @@ def certificate_of(
         folder.samples() if images is None else samples_of_test(split_of(recipe, data_root), recipe, built, images)
     )
 
-    def trained(images: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32]]:
+    def trained(images: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
         return trained_codes(built.model, images)
 
     target = target_named(read_metadata(read(model), str(model))["target"])
@@ -197,7 +207,8 @@ def certificate_of(
         raise RecipeError(f"--on: a file of target {target.name} has no one arithmetic to prove elsewhere")
     if target.qdq:
         return agree(lowered, model, target.name, samples.images, samples.labels, trained)
-    return certify(lowered, model, samples.images, samples.labels, trained, machines)
+    described = describe(lowered, target, preprocessing_of(folder, recipe, built), PRODUCER)
+    return certify(lowered, model, samples.images, samples.labels, trained, machines, described)
 
 
 def export_ensemble(

@@ -17,7 +17,7 @@ LAYERS = {
     "surgery": {"quantizers", "surgery"},
     "objectives": {"quantizers", "surgery", "objectives"},
     "domains": {"quantizers", "surgery", "domains"},
-    "training": {"quantizers", "surgery", "objectives", "domains", "training"},
+    "training": {"quantizers", "surgery", "objectives", "domains", "training", "settle"},
 }
 DOORS = {
     "timm": {"qat/surgery/backbones.py"},
@@ -29,9 +29,9 @@ DOORS = {
 }
 TORCH_IN_EXPORT = {
     "export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py", "export/agreement.py",
-    "export/bundle.py", "export/across.py",
+    "export/bundle.py", "export/across.py", "export/fidelity.py",
 }  # fmt: skip
-EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py"}
+EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py", "qat/settle.py"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

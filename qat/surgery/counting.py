@@ -8,6 +8,11 @@ from torch import Tensor
 
 WEIGHTED = {"conv1d", "conv2d", "conv3d"}
 TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+# Sums of products over an axis: what a matrix unit or an integer kernel computes.
+CONTRACTIONS = WEIGHTED | TRANSPOSED | {
+    "linear", "matmul", "mm", "mv", "dot", "baddbmm", "addmm", "addbmm", "addmv", "einsum", "scaled_dot_product_attention",
+    "bilinear", "tensordot", "inner",
+}  # fmt: skip
 # Sums, comparisons, and what only moves or picks numbers.
 WITHOUT = {
     "flatten", "reshape", "view", "permute", "transpose", "contiguous", "max_pool2d", "dropout", "getitem", "squeeze",

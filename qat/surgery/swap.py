@@ -18,6 +18,7 @@ from qat.surgery.plan import JOINS, Plan, is_join, plan_sites
 from qat.surgery.sites import run_with_sites
 from qat.surgery.table import LayerRow, OperationRow, QuantizationTable
 from qat.surgery.trace import MULTIPLIES, Call, Trace, trace_calls
+from qat.surgery.witness import check_witnessed
 
 Rules = Sequence[tuple[str, LayerSpec]]
 
@@ -88,7 +89,8 @@ def quantize_(
     parameter. Layers that the example's pass does not run, or runs on constants alone, are left and listed.
 
     Raises ValueError, before anything is changed: a rule that decides nothing, a layer no rule reaches, a weight with two
-    users, an operation that cannot be quantized yet. Raises RuntimeError in a later forward pass for a convolution, linear
+    users, an operation that cannot be quantized yet, multiply-adds that PyTorch's dispatcher sees and the trace does not
+    (`qat/surgery/witness.py`). Raises RuntimeError in a later forward pass for a convolution, linear
     or join that the example's pass did not have.
     """
     if quantizers(model):
@@ -103,6 +105,7 @@ def quantize_(
     binary = frozenset(n for n, s in specs.items() if s.input is not None and s.input.bits == 1)
     in_float = frozenset(n for n, s in specs.items() if s == FLOAT)
     plan = plan_sites(trace, binary, in_float) if stream is not None else Plan((), frozenset())
+    check_witnessed(model, example, trace)
     wrapped: dict[str, nn.Module] = {}
     operands: dict[str, QuantOperands] = {}
     for name, asked in specs.items():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qat.domains.folders import Domain
 from qat.domains.splits import Split, Subset, leave_one_domain_out
 from qat.objectives.averaging import Average, LossValley
+from qat.settle import settle_
 from qat.surgery.backbones import create_optimizer
 from qat.surgery.batchnorm import restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import begin, pause
@@ -242,6 +243,7 @@ class _Trainer:
             restore_norm_statistics(self.built.model, batches)
             self.folder.save("checkpoint.pt", self._state())
             selection += f"; batch norm statistics then taken again from {self.recipe.norm_batches} batches"
+        settled = self._settle()
         images = self.recipe.batch_size * self.recipe.accumulate * len(self.split.train) * self.recipe.steps
         measured = {s.name: self._predictions(s) for s in (*self.split.validation, self.split.target_in)}
         self.folder.write_predictions(measured)
@@ -251,6 +253,7 @@ class _Trainer:
             "method": self.recipe.method,
             "test_domain": self.recipe.test_domain,
             "selection": selection,
+            "settled": settled,
             "selected_step": self.progress.best_step,
             "source_validation": right,
             "target": target,
@@ -262,6 +265,20 @@ class _Trainer:
         }
         self.folder.write_samples(collect_samples(self.split, self.recipe, self.built))
         write_json(self.folder / "results.json", results)
+
+    def _settle(self) -> dict[str, object] | None:
+        """Give a quantized net the biases and scales of its file, so that everything measured from here on is of the net that
+        ships; returns what that changed. A net that no target can run stays as it was trained, and the reason is kept."""
+        if self.built.table is None:
+            return None
+        before = {s.name: self._accuracy(s) for s in self.split.validation}
+        example = torch.zeros(1, 3, self.recipe.image_size, self.recipe.image_size)
+        try:
+            settlement = settle_(self.built.model, example)
+        except ValueError as error:  # ExportError is one
+            return {"source_validation_before": before, "reason": str(error)}
+        self.folder.save("checkpoint.pt", self._state())
+        return {"source_validation_before": before} | settlement.to_json()
 
     def _state(self) -> dict[str, Any]:
         sites = list(self.built.table.sites) if self.built.table else []

@@ -42,7 +42,8 @@ def test_a_signed_file_is_verified_without_its_run(signed: Path) -> None:
     check = verify_file(signed)
     assert check.passed and check.kernels == check.layers == 6, str(check)
     metadata = read_metadata(onnx.load(str(signed)), "model")
-    joined = "".join(entry["sha256"] for entry in metadata["layers"])
+    parts = ("sha256", "scale_sha256", "bias_sha256")
+    joined = "".join(entry[part] for entry in metadata["layers"] for part in parts)
     assert metadata["sha256"] == hashlib.sha256(joined.encode()).hexdigest()
     assert metadata["input"]["classes"] == list(INPUT.classes) and metadata["runtime"]["onnxruntime"] == ">=1.18"
 

@@ -51,7 +51,7 @@ def net(fill: float, pool: bool) -> nn.Module:
 @pytest.mark.parametrize(("fill", "pool"), [(0.0, False), (0.0, True), (-np.inf, True)])
 def test_the_file_pads_with_what_was_trained(fill: float, pool: bool, target: str) -> None:
     model = net(fill, pool)
-    _, logits = trained_codes(model, IMAGES.numpy())
+    logits = trained_codes(model, IMAGES.numpy())[1]["logits"]
     lowered = to_integers(lower(model, IMAGES[:1]), TARGETS[target])
     runtime = session.load(session.with_outputs(emit(lowered, TARGETS[target]), list(lowered.quantizers)))
     found = runtime.run(IMAGES.numpy())

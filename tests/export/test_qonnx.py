@@ -40,7 +40,8 @@ def test_qonnx_computes_our_codes(offset: bool, tmp_path: Path) -> None:
     seen = onnx_exec.execute_onnx(
         modelwrapper.ModelWrapper(str(tmp_path / "tiny.onnx")), {"input": image}, return_full_exec_context=True
     )
-    codes, logits = trained_codes(model, image)
+    codes, outputs = trained_codes(model, image)
+    logits = outputs["logits"]
     for name, quantizer in quantizers(model).items():
         computed = seen[f"{name}.quantized"]
         if quantizer.is_weight:

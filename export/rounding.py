@@ -1,0 +1,46 @@
+"""What integers round off a trained net: how far each layer's int32 bias lies from the trained one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
+from export.skeleton import weight_layer, written_by
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """change: float64 (O,), what rounding adds to the bias, in real units. unit: float64 (O,), real value of one bias code.
+    in_codes: float64 (O,), the change in codes of the quantizer that reads the layer; None where its results are floats."""
+
+    change: NDArray[np.float64]
+    unit: NDArray[np.float64]
+    in_codes: NDArray[np.float64] | None
+
+    @property
+    def largest(self) -> float:
+        """Of all channels, in codes; 0 where results are floats."""
+        return 0.0 if self.in_codes is None else float(np.abs(self.in_codes).max(initial=0.0))
+
+
+def bias_roundings(model: LoweredModel) -> dict[str, Rounding]:
+    """By layer of a canonical `model`. Left out: layers with float biases, which round nothing, and those that end in one
+    bit, whose integer biases decide exactly what the trained thresholds decide."""
+    found: dict[str, Rounding] = {}
+    for node in model.skeleton.graph:
+        layer = weight_layer(node, model)
+        if layer is None or layer.bias_codes is None:
+            continue
+        written = written_by(node, model)
+        if written is None or not written.is_binary:
+            found[layer.name] = _rounding(layer, model.quantizers[layer.input_quantizer], written)
+    return found
+
+
+def _rounding(layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None) -> Rounding:
+    assert layer.bias_codes is not None
+    unit = (source.scale * layer.stored_scale).astype(np.float64)  # in float32, as the runtime multiplies them
+    change = layer.bias_codes * unit - layer.folded_bias
+    in_codes = None if written is None else change / float(written.scale)
+    return Rounding(change, np.abs(unit), in_codes)
