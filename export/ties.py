@@ -12,8 +12,10 @@ is given the moved scale too; training's function changes by as little.
     function            every code through what is computed in floating point between two quantizers (a sigmoid, GELU, a
                         product with it): runtimes differ in its last bits, so no result may lie nearer to a tie than these
 
-Layers need none of it: all runtimes requantize their integer sums by one multiplication and round half to even. What mixes
-several tensors in floating point (softmax, layer norm) cannot be tried and is listed by `float_quantizers`.
+Layers need none of it to be alike in every runtime: all requantize integer sums by one multiplication and round half to
+even. But a trained net computes them in floating point, so that a settled one gets scales on which no sum lies at a tie
+(`factors_off_ties`). What mixes several tensors in floating point (softmax, layer norm) cannot be tried and is listed by
+`float_quantizers`.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from onnx.reference import ReferenceEvaluator
 
 from export import arithmetic
 from export.arithmetic import disagreements, one
-from export.lowered import LoweredModel, LoweredQuantizer, Tried
+from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer, Tried
 from export.skeleton import CODE_OPS, constant, fill_of, grid_of, is_mark, mark_name, weight_layer
 
 OPSET = 20  # of the skeleton's operators
@@ -35,6 +37,8 @@ PPM = 1e-6
 FARTHEST = 1000  # parts per million
 FLOAT32_ERROR = 2.0**-24  # of one operation in float32, relative to its result
 FUNCTION_ERROR = 16 * FLOAT32_ERROR  # of a runtime's sigmoid, erf or the like, relative to the larger of x and f(x)
+SETTLED = 16 * FLOAT32_ERROR  # relative: a few products in float32 away from where a scale was put
+FEWEST_SUMS = 1024  # to a code, between which a layer's scale is chosen: it moves by less than 1 in so many
 LARGEST_ERROR = 2.0**-19  # of any known arithmetic, relative to the largest value in it: fixed point has 21 bits
 
 # Operations on floats that are computed element by element; the functions among them differ between runtimes.
@@ -90,6 +94,25 @@ def nearest_without_ties(grid: LoweredQuantizer, ties: Ties) -> tuple[LoweredQua
             if count < fewest:
                 best, fewest = moved, count
     return best, fewest
+
+
+def factors_off_ties(layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer) -> NDArray[np.float64]:
+    """float64 (O,): what to multiply the layer's scales with, so that none of its sums lies at or next to a tie of `written`.
+
+    A sum is an integer n, and its code n / D rounded, D = s_y / unit. With D = d / 2^j for an odd d no n is halfway between
+    two codes: 2 n 2^j is even and d times an odd number is not. The nearest lies 1 / (2 d) codes away, farther than float32
+    sums are off. d is the odd number next to D 2^j, j the largest that leaves it below 2 FEWEST_SUMS. Exactly 1 where D is
+    such a number already, but for the precision of float32.
+    """
+    unit = np.abs((source.scale * layer.stored_scale).astype(np.float64))
+    usable = unit > 0
+    sums_to_a_code = np.divide(float(written.scale), unit, out=np.ones_like(unit), where=usable)
+    doublings = np.maximum(np.ceil(np.log2(FEWEST_SUMS / sums_to_a_code)), 0.0)
+    wanted = sums_to_a_code * 2.0**doublings
+    odd = 2 * np.floor(wanted / 2) + 1
+    factors = wanted / odd
+    is_there = np.abs(factors - 1) < SETTLED
+    return np.where(usable & ~is_there, factors, 1.0)
 
 
 def operation_before(mark: ir.Node, model: LoweredModel) -> Operation | None:

@@ -1,25 +1,33 @@
 """Settling: a trained net takes the form in which it ships, so that what is measured is what is deployed.
 
-An integer kernel adds a bias in units of its sums, b = k · s_x · s_w / c with k an int32, and scales are moved by parts per
+An integer kernel adds a bias in units of its sums, u = s_x · s_w / c, as k · u with k an int32; scales are moved by parts per
 million where a result would lie at a tie that runtimes round differently (`export/ties.py`). Both change the function a
-little, and a net of few bits carries a little far: the same net may answer otherwise on every other image. So the rounded
-biases and the moved scales are written back into the trained net, before its accuracy is measured and its checkpoint
-written. What an export rounds afterwards is on the grid already.
+little, and a net of few bits carries a little far: the same net may answer otherwise on every other image. So both are
+written back into the trained net before its accuracy is measured and its checkpoint written. What an export rounds afterwards
+is on the grid already. A third change keeps PyTorch's float sums from deciding what integers decide otherwise: weight
+scales move by less than 1 in 1,000, to where no sum of codes is next to a tie.
 
-    b  <- k · s_x · s_w / c,  k = round(b · c / (s_x · s_w))        into the layer's bias, or the β of its batch norm
-    s  <- s · (1 + ppm · 1e-6)                                      into the quantizer's step
+    s_y   <- s_y · (1 + ppm · 1e-6)       into the quantizer's step
+    s_w   <- s_w · f                      into γ of the layer's batch norm, or its weights and their steps: the codes stay
+    b     <- k · u,  k = round(b / u)     into β of its batch norm, or the layer's own bias
 
-`export` is imported inside the function: training needs neither onnx nor onnxruntime until it ends.
+`export` is imported inside the functions: training needs neither onnx nor onnxruntime until it ends.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.contract import Quantizer
 from qat.surgery.swap import quantizers
+
+if TYPE_CHECKING:
+    from export.lowered import LoweredModel
 
 LARGE_SHIFT = 0.5  # codes: from here on rounding biases is no longer small beside rounding activations
 
@@ -28,14 +36,17 @@ LARGE_SHIFT = 0.5  # codes: from here on rounding biases is no longer small besi
 class Settlement:
     """What `settle_` changed.
 
-    shifts:  layer -> how far rounding its bias moves its results at most, in codes of the quantizer that reads them; layers
-             whose results stay in floating point, and biases that decide a threshold exactly, are left out.
+    biases:  layers whose bias was rounded.
+    shifts:  layer -> how far that moves its results at most, in codes of the quantizer that reads them; layers whose
+             results stay in floating point, and biases that decide a threshold exactly, are left out.
+    scaled:  layers whose weight scales were moved off ties.
     moved:   quantizer -> parts per million by which its step was moved.
     left:    layer or quantizer -> why it stays as it was trained; its file differs by the rounding.
     """
 
     biases: int
     shifts: dict[str, float]
+    scaled: int
     moved: dict[str, int]
     left: dict[str, str]
 
@@ -53,13 +64,94 @@ def settle_(model: nn.Module, example: Tensor) -> Settlement:
     """
     from export.lower import lower
     from export.passes import to_integers
-    from export.rounding import bias_roundings
 
     lowered = to_integers(lower(model, example))
+    left: dict[str, str] = {}
+    moved = _settle_steps(model, lowered, left)
+    scaled = _settle_weight_scales(model, lowered)
+    if scaled:  # a bias is rounded in units of the scales as the model now holds them
+        lowered = to_integers(lower(model, example))
+    shifts, biases = _settle_biases(model, lowered, left)
+    return Settlement(biases, shifts, scaled, moved, left)
+
+
+def _settle_steps(model: nn.Module, lowered: LoweredModel, left: dict[str, str]) -> dict[str, int]:
+    """Write moved scales into the activation quantizers; returns by how much, in ppm."""
+    found = quantizers(model)
+    moved: dict[str, int] = {}
+    for name, grid in lowered.quantizers.items():
+        if not grid.moved_ppm:
+            continue
+        if name not in found:
+            left[name] = "it runs several times, on grids that differ"
+        elif found[name].spec.power_of_two:
+            left[name] = "its step is a power of two"
+        else:
+            step, zero_point = found[name].raw_step.clone(), found[name].zero_point
+            found[name].raw_step.fill_(float(grid.scale))
+            if found[name].zero_point == zero_point:
+                moved[name] = grid.moved_ppm
+            else:
+                found[name].raw_step.copy_(step)
+                left[name] = "its zero point would move with its step"
+    return moved
+
+
+def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
+    """Move weight scales off ties, in γ or in the weights and their steps; returns the number of layers."""
+    from export.skeleton import weight_layer, written_by
+    from export.ties import factors_off_ties
+
+    parameters, found = dict(model.named_parameters()), quantizers(model)
+    uses = Counter(layer.bias_parameter for layer in lowered.layers.values())
+    scaled = 0
+    for node in lowered.skeleton.graph:
+        layer, written = weight_layer(node, lowered), written_by(node, lowered)
+        if layer is None or written is None or written.is_binary or not layer.input_quantizer or layer.dead_channels:
+            continue
+        factors = factors_off_ties(layer, lowered.quantizers[layer.input_quantizer], written)
+        if (factors == 1).all() or (uses[layer.bias_parameter] > 1 and layer.bias_parameter):
+            continue
+        by_channel = torch.from_numpy(factors)
+        gamma = parameters.get(f"{layer.bias_parameter.removesuffix('.bias')}.weight")
+        if layer.bias_parameter not in ("", f"{layer.name}.bias") and gamma is not None:
+            gamma.copy_(_scaled(gamma, by_channel))
+            scaled += 1
+            continue
+        grid, weight = found.get(f"{layer.name}.weight"), parameters.get(f"{layer.name}.weight")
+        if weight is not None and grid is not None and grid.raw_step.shape == by_channel.shape:
+            scaled += _scale_weight(weight, grid, by_channel)
+    return scaled
+
+
+def _scale_weight(weight: Tensor, grid: Quantizer, factors: Tensor) -> bool:
+    """Scale the steps of a weight, and the weight where its codes would change otherwise; False, with both as they were,
+    where they change even so."""
+    codes, step, latent = grid.codes(weight), grid.raw_step.clone(), weight.clone()
+    grid.raw_step.copy_(_scaled(step, factors))
+    if torch.equal(grid.codes(weight), codes):
+        return True
+    weight.copy_(_scaled(latent, factors))
+    if torch.equal(grid.codes(weight), codes):
+        return True
+    grid.raw_step.copy_(step)
+    weight.copy_(latent)
+    return False
+
+
+def _scaled(parameter: Tensor, factors: Tensor) -> Tensor:
+    """`parameter`, O_... or (O,), times one factor per output channel."""
+    channels = factors.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1))
+    return (parameter.double() * channels).to(parameter.dtype)
+
+
+def _settle_biases(model: nn.Module, lowered: LoweredModel, left: dict[str, str]) -> tuple[dict[str, float], int]:
+    """Write rounded biases into the model; returns by how many codes at most, by layer, and the number of layers."""
+    from export.rounding import bias_roundings
+
     parameters = dict(model.named_parameters())
     rounded: dict[str, Tensor] = {}
     shifts: dict[str, float] = {}
-    left: dict[str, str] = {}
     for name, rounding in bias_roundings(lowered).items():
         owner = lowered.layers[f"{name}.weight"].bias_parameter
         if not owner and not rounding.change.any():
@@ -75,19 +167,6 @@ def settle_(model: nn.Module, example: Tensor) -> Settlement:
             continue
         if rounding.in_codes is not None:
             shifts[name] = rounding.largest
-    found = quantizers(model)
-    movable, moved = {}, {}
-    for name, grid in lowered.quantizers.items():
-        if not grid.moved_ppm:
-            continue
-        if name not in found or found[name].spec.power_of_two:
-            left[name] = (
-                "its step is a power of two" if name in found else "it runs several times, on grids that differ"
-            )
-            continue
-        movable[name], moved[name] = float(grid.scale), grid.moved_ppm
     for name, value in rounded.items():
         parameters[name].copy_(value)
-    for name, scale in movable.items():
-        found[name].raw_step.fill_(scale)
-    return Settlement(len(rounded), shifts, moved, left)
+    return shifts, len(rounded)
