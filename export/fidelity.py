@@ -2,17 +2,17 @@
 what the trained net computes; and the file's answers against the trained net's.
 
 The file is compared with the definition code by code (`export/certificate.py`), but file and definition come from one
-lowering and would share its mistakes. The trained net is run by PyTorch and shares none. From its codes before an operation,
-integers may differ from its codes behind it by what is known of each tensor, in codes of its own scale:
+lowering and would share its mistakes. The trained net is run by PyTorch and shares none. Three things are judged:
 
-    bias         |b_rounded - b| / s_y, per channel: the int32 bias (`export/rounding.py`)
-    scales       parts per million by which scales were moved (`export/ties.py`), of the result
-    float sums   FLOAT_SUM of the largest sum that the channel can have, for float32 adds in some order
-    functions    FUNCTION codes, for the last bits of softmax, layer norm, GELU
-
-A result u, in codes before it is rounded, explains a trained code q if |u - q| <= 1/2 + the allowance. One result that
-explains nothing is one too many. The allowance is no licence: rounding that moves a tensor by more than LARGEST_ROUNDING
-codes fails too, and so do answers that differ on more than 1 image in 100.
+operations  From the trained net's codes before an operation, with biases that are not rounded, the definition gives a real
+            number u of codes; it explains the trained code q behind the operation if |u - q| <= 1/2 + what floats may be off:
+                float sums   FLOAT_SUM of the largest sum that the channel can have, for float32 adds in some order
+                functions    FUNCTION codes, for the last bits of softmax, layer norm, GELU
+                scales       parts per million by which scales were moved (`export/ties.py`)
+            One code that is not explained is one too many.
+rounding    Every int32 bias is the trained one to half a unit (`export/rounding.py`), and no unit is so coarse that rounding
+            moves results by more than LARGEST_ROUNDING codes, or outputs by more than LARGEST_SHARE of their spread.
+answers     The file, run freely, answers as the trained net does but for DIFFERING_ANSWERS of the images.
 """
 
 import math
@@ -27,12 +27,15 @@ from torch import Tensor
 
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
-from export.rounding import bias_roundings
+from export.rounding import bias_roundings, largest_results
 from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, quantizers_in_order, weight_layer
 
 FLOAT_SUM = 2.0**-22  # two sums in float32, each off by half a bit a few times
 FUNCTION = 1e-3  # codes
+NEGLIGIBLE = 2.0**-10  # codes, in channels of which only the bias is kept (`export/passes.py`)
 LARGEST_ROUNDING = 0.5  # codes
+LARGEST_SHARE = 0.05  # of the standard deviation of an output
+HALF = 0.5 * (1 + 1e-6)  # a unit; 1e-6 is for float32
 OUTPUT_SHARE = 1e-5  # of the largest output, where floats are computed behind the last layer
 DIFFERING_ANSWERS = 0.01  # share of answers that may differ
 LEVEL = 0.01  # certainty to fail a file whose answers differ by no more: its images are a sample
@@ -46,9 +49,10 @@ Trained = Callable[[Images], tuple[Mapping[str, NDArray[np.uint8]], Outputs]]
 class Fidelity:
     """The trained net against the integer definition and the file.
 
-    codes:         compared; `differing` of them differ and are explained.
+    codes:         compared; `at_ties` of them differ within what floats may be off.
     unexplained:   quantizer -> codes that nothing known explains.
-    roundings:     layer -> codes by which its rounded bias moves results, where that is more than LARGEST_ROUNDING.
+    rounding:      the layer whose rounded bias moves its results farthest, and by how many codes.
+    biases:        layers whose integer bias is not the trained one, or too coarse, and how.
     outputs:       output -> how far it lies beyond what is allowed, as a share of its largest value; those that do.
     answers, same: of the first output, how many there are, and how many are alike when the file runs freely.
     multiply_adds: of the trained net for one image, counted by PyTorch's dispatcher; `on_integers` and `in_float` (by node)
@@ -56,19 +60,16 @@ class Fidelity:
     """
 
     codes: int
-    differing: int
+    at_ties: int
     unexplained: dict[str, int]
-    roundings: dict[str, float]
+    rounding: tuple[str, float]
+    biases: dict[str, str]
     outputs: dict[str, float]
     answers: int
     same: int
     multiply_adds: int
     on_integers: int
     in_float: dict[str, int]
-
-    @property
-    def agreement(self) -> float:
-        return self.same / max(self.answers, 1)
 
     @property
     def answers_agree(self) -> bool:
@@ -81,18 +82,14 @@ class Fidelity:
 
     @property
     def passed(self) -> bool:
-        faults = self.unexplained or self.roundings or self.outputs or self.missing
-        return not faults and self.answers_agree
+        return not self.faults()
 
     def faults(self) -> list[str]:
         """One line for each thing that fails."""
         lines = [
             f"{name}: {count:,} codes are not what the trained net computes" for name, count in self.unexplained.items()
         ]
-        lines += [
-            f"{name}: rounding its bias moves results by {codes:.2g} codes; settle the net (qat.settle) and measure it again"
-            for name, codes in self.roundings.items()
-        ]
+        lines += [f"{name}: {what}" for name, what in self.biases.items()]
         lines += [
             f"output {name}: off by {share:.1e} of its largest value, beyond what rounding explains"
             for name, share in self.outputs.items()
@@ -100,15 +97,19 @@ class Fidelity:
         if self.missing:
             lines.append(f"{self.missing:,} multiply-adds of the trained net are not in the file")
         if not self.answers_agree:
-            lines.append("fewer than 99 % of the answers are alike; settle the net (qat.settle) and measure it again")
+            lines.append(
+                "fewer than 99 % of the answers are alike: settle the net (qat.settle.settle_; a recipe does when it is "
+                "finished, again with --resume), measure it and export it again"
+            )
         return lines
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
+        layer, shift = self.rounding
+        rounded = f", bias rounding at most {shift:.1g} codes ({layer})" if layer else ""
         text = (
-            f"trained net: from its own codes {self.differing:,} of {self.codes:,} differ by rounding, "
-            f"{sum(self.unexplained.values()):,} by anything else; {self.same:,} of {self.answers:,} answers alike  "
-            f"[{verdict}]"
+            f"the trained net, operation by operation: {sum(self.unexplained.values()):,} of {self.codes:,} codes differ "
+            f"({self.at_ties:,} at ties){rounded}; free-running, {self.same:,} of {self.answers:,} answers alike  [{verdict}]"
         )
         return "\n".join([text, *(f"           {fault}" for fault in self.faults()[:8])])
 
@@ -142,14 +143,16 @@ def fidelity(
         parts.append(expected)
     from_training = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     roundings = {name: rounding.largest for name, rounding in follower.roundings.items()}
+    worst = max(roundings, key=lambda name: roundings[name], default="")
     first = next(iter(from_training))
     answers, same = compare_answers(found[first], from_training[first])
     order = quantizers_in_order(reference.model)
     return Fidelity(
         codes=follower.total,
-        differing=follower.differing,
+        at_ties=follower.at_ties,
         unexplained={name: follower.unexplained[name] for name in order if name in follower.unexplained},
-        roundings={name: codes for name, codes in roundings.items() if codes > LARGEST_ROUNDING},
+        rounding=(worst, roundings[worst]) if worst else ("", 0.0),
+        biases=_wrong_biases(follower, roundings),
         outputs=follower.outputs,
         answers=answers,
         same=same,
@@ -157,6 +160,19 @@ def fidelity(
         on_integers=follower.on_integers // len(images),
         in_float={name: count // len(images) for name, count in follower.in_float.items()},
     ), from_training
+
+
+def _wrong_biases(follower: "_Follower", roundings: Mapping[str, float]) -> dict[str, str]:
+    wrong: dict[str, str] = {}
+    for name, rounding in follower.roundings.items():
+        units = float((np.abs(rounding.change) / np.maximum(rounding.unit, 1e-300)).max(initial=0.0))
+        if units > HALF:
+            wrong[name] = f"its bias is {units:.3g} units away from the trained one, more than rounding explains"
+        elif roundings[name] > LARGEST_ROUNDING:
+            wrong[name] = f"rounding its bias moves results by {roundings[name]:.2g} codes"
+        elif follower.shares.get(name, 0.0) > LARGEST_SHARE:
+            wrong[name] = f"rounding its bias moves outputs by {follower.shares[name]:.0%} of their spread"
+    return wrong
 
 
 def compare_answers(first: Images, second: Images) -> tuple[int, int]:
@@ -174,9 +190,10 @@ class _Follower:
     def __init__(self, model: LoweredModel) -> None:
         self.model, self.roundings = model, bias_roundings(model)
         self.codes: Mapping[str, NDArray[np.uint8]] = {}
-        self.total = self.differing = 0
+        self.total = self.at_ties = 0
         self.unexplained: dict[str, int] = {}
         self.outputs: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
         self.on_integers = 0
         self.in_float: dict[str, int] = {}
         self.ppm = max((abs(grid.moved_ppm) for grid in model.quantizers.values()), default=0)
@@ -185,6 +202,9 @@ class _Follower:
 
     def __call__(self, node: ir.Node, values: dict[ir.Value, Value]) -> None:
         self._count(node, values)
+        layer = weight_layer(node, self.model)
+        if layer is not None and layer.bias_codes is not None:
+            values[node.outputs[0]] = with_trained_bias(values[node.outputs[0]], layer)
         name = mark_name(node) if is_mark(node) else ""
         if name in self.model.quantizers:
             source = node.inputs[0]
@@ -192,7 +212,7 @@ class _Follower:
             grid = self.model.quantizers[name]
             producer = source.producer()
             layer = weight_layer(producer, self.model) if producer is not None else None
-            before = in_codes(values[source], grid, layer)
+            before = in_codes(values[source], grid)
             axis = -1 if producer is not None and producer.op_type == "Gemm" else 1
             channels = [-1 if a == axis % before.dim() else 1 for a in range(before.dim())]
             self.allowances[name] = self._allowance(layer, grid).view(channels if layer is not None else ())
@@ -224,7 +244,7 @@ class _Follower:
             wrong = rounded != trained
             clipped = found.carrier.clamp(grid.low, grid.high)
             unexplained = (clipped - trained).abs() > 0.5 + allowance
-        self.differing += int((wrong & ~unexplained).sum())
+        self.at_ties += int((wrong & ~unexplained).sum())
         if count := int(unexplained.sum()):
             self.unexplained[name] = self.unexplained.get(name, 0) + count
         values[at] = Codes(trained, grid)
@@ -234,14 +254,16 @@ class _Follower:
         moved = 1e-6 * self.ppm * 4 * grid.high
         if layer is None:
             return torch.tensor(FUNCTION + moved)
-        sums = FLOAT_SUM * largest_results(layer, self.model.quantizers[layer.input_quantizer])
+        sums = self._float_error(layer)
         if grid.is_binary:
             return torch.from_numpy(sums * (1 + moved)).float()
-        allowed = sums / float(grid.scale) + moved + FLOAT_SUM * grid.high
-        rounding = self.roundings.get(layer.name)
-        if rounding is not None and rounding.in_codes is not None:
-            allowed = allowed + np.abs(rounding.in_codes)
-        return torch.from_numpy(allowed).float()
+        negligible = NEGLIGIBLE if layer.dead_channels else 0.0
+        return torch.from_numpy(sums / float(grid.scale) + moved + FLOAT_SUM * grid.high + negligible).float()
+
+    def _float_error(self, layer: LoweredLayer) -> NDArray[np.float64]:
+        """float64 (O,), in real units: how far float32 may be off in adding up the layer's results."""
+        source = self.model.quantizers[layer.input_quantizer]
+        return FLOAT_SUM * (largest_results(layer, source) + np.abs(layer.folded_bias))
 
     def compare_outputs(self, defined: Outputs, trained: Outputs) -> None:
         for value in self.model.skeleton.graph.outputs:
@@ -253,14 +275,15 @@ class _Follower:
             allowed: float | NDArray[np.float64] = (OUTPUT_SHARE + 4e-6 * self.ppm) * largest
             layer = layer_behind(value, self.model)
             if layer is not None:
-                per_channel = FLOAT_SUM * largest_results(layer, self.model.quantizers[layer.input_quantizer])
-                if layer.name in self.roundings:
-                    per_channel = per_channel + np.abs(self.roundings[layer.name].change)
+                per_channel = self._float_error(layer)
                 allowed = allowed + (per_channel if trained[name].ndim == 2 else float(per_channel.max()))
             difference = np.abs(defined[name].astype(np.float64) - trained[name])
             beyond = float((difference - allowed).max(initial=0.0))
             if not beyond <= 0:
                 self.outputs[name] = max(self.outputs.get(name, 0.0), beyond / max(largest, 1e-30))
+            if layer is not None and layer.name in self.roundings:
+                change = float(np.abs(self.roundings[layer.name].change).max())
+                self.shares[layer.name] = change / max(float(trained[name].std()), 1e-30)
 
     def _count(self, node: ir.Node, values: dict[ir.Value, Value]) -> None:
         """Multiply-adds of a convolution or matrix product, where they run and whose they are."""
@@ -312,37 +335,27 @@ def shape_of(value: Value) -> tuple[int, ...]:
     return tuple(value.sums.shape if isinstance(value, Accumulator) else value.real().shape)
 
 
-def in_codes(value: Value, grid: LoweredQuantizer, layer: LoweredLayer | None) -> Tensor:
+def with_trained_bias(value: Value, layer: LoweredLayer) -> Value:
+    """A layer's sums with the bias as it was trained in place of the integer one."""
+    assert isinstance(value, Accumulator) and layer.bias_codes is not None
+    channels = value.unit.shape
+    bias_codes = torch.from_numpy(layer.bias_codes).double().view(channels)
+    bias = torch.from_numpy(layer.folded_bias).view(channels)
+    return Accumulator(value.sums - bias_codes + bias / value.unit.double(), value.unit)
+
+
+def in_codes(value: Value, grid: LoweredQuantizer) -> Tensor:
     """What `value` is on `grid` before it is rounded or clipped, zero point included, float64.
 
-    One bit has no such scale: how far the results of `layer` lie above the threshold, in real units, or +1 and -1 where codes
-    are compared with it.
+    One bit has no such scale: how far results lie above the threshold, in real units, or +1 and -1 where codes are compared
+    with it.
     """
-    if grid.is_binary:
-        thresholds = torch.tensor(grid.thresholds).double()
-        if isinstance(value, Accumulator) and layer is not None:
-            return _above_thresholds(value, layer, thresholds)
-        real = real_of(value).double()
-        return torch.where(real >= thresholds.view(-1, *[1] * (real.dim() - 2)), 1.0, -1.0).double()
-    if isinstance(value, Accumulator):
-        return value.sums.double() * (value.unit.double() / float(grid.scale)) + grid.zero_point
-    return real_of(value).double() / float(grid.scale) + grid.zero_point
-
-
-def _above_thresholds(value: Accumulator, layer: LoweredLayer, thresholds: Tensor) -> Tensor:
-    """The integer bias holds the threshold, rounded to where no sum lies; this is the trained bias in its place."""
-    assert layer.bias_codes is not None
-    channels = value.unit.shape
-    bias_codes, bias = torch.from_numpy(layer.bias_codes).double(), torch.from_numpy(layer.folded_bias)
-    above = (bias - thresholds).view(channels)
-    return (value.sums - bias_codes.view(channels)) * value.unit.double() + above
-
-
-def largest_results(layer: LoweredLayer, source: LoweredQuantizer) -> NDArray[np.float64]:
-    """float64 (O,): the largest magnitude a channel's result can have in real units, bias included."""
-    largest_input = max(source.high - source.zero_point, source.zero_point - source.low) * float(source.scale)
-    magnitudes = np.abs(layer.codes.astype(np.float64)).reshape(len(layer.codes), -1).sum(1)
-    return magnitudes * np.abs(layer.scale.astype(np.float64)) * largest_input + np.abs(layer.folded_bias)
+    real = value.sums.double() * value.unit.double() if isinstance(value, Accumulator) else real_of(value).double()
+    if not grid.is_binary:
+        return real / float(grid.scale) + grid.zero_point
+    thresholds = torch.tensor(grid.thresholds).double()
+    above = real - thresholds.view(-1, *[1] * (real.dim() - 2))
+    return above if isinstance(value, Accumulator) else torch.where(above >= 0, 1.0, -1.0).double()
 
 
 def layer_behind(output: ir.Value, model: LoweredModel) -> LoweredLayer | None:

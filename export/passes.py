@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import BIAS_PARAMETER, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.rounding import largest_results, largest_sums
 from export.skeleton import (
     CODE_OPS,
     LAYOUT_OPS,
@@ -30,8 +31,7 @@ from export.targets import SUM_LIMIT, TARGETS, Target, carry_of, check_quantizer
 from export.thresholds import with_threshold_bias
 from export.ties import avoid_ties
 
-LARGEST_BIAS_CODE = 1 << 30  # leaves the accumulator as much again
-# A channel's sums are left out where its bias has no int32 code and the largest possible sum is at most so much:
+# A channel's sums are left out where 32 bits cannot hold its bias beside them and the largest of them is at most so much:
 NEGLIGIBLE_CODES = 2.0**-10  # codes of the quantizer behind it
 NEGLIGIBLE_SHARE = 2.0**-20  # of its bias, where floats are written
 
@@ -334,13 +334,11 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
 def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
     """Raises ExportError when a sum of the layer, bias included, may exceed the 32 bits that every kernel adds it in."""
     assert layer.bias_codes is not None
-    largest_input = max(source.high - source.zero_point, source.zero_point - source.low)
-    magnitudes = np.abs(layer.codes.astype(np.int64)).reshape(len(layer.codes), -1).sum(1)
-    largest = magnitudes * layer.carry * largest_input + np.abs(layer.bias_codes.astype(np.int64))
+    largest = largest_sums(layer, source) * layer.carry + np.abs(layer.bias_codes.astype(np.float64))
     if (largest > SUM_LIMIT).any():
         channel = int(largest.argmax())
         raise ExportError(
-            f"layer {layer.name!r}: sums of output channel {channel} may reach {largest[channel]:,}, which 32 bits cannot "
+            f"layer {layer.name!r}: sums of output channel {channel} may reach {largest[channel]:,.0f}, which 32 bits cannot "
             "hold; use fewer bits or fewer input channels"
         )
 
@@ -410,17 +408,18 @@ def _with_bias_codes(
         unit = (source.scale * layer.stored_scale).astype(np.float64)  # in float32, as the runtime multiplies them
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             codes = np.rint(layer.folded_bias / unit)
-        out_of_range = ~(np.abs(codes) <= LARGEST_BIAS_CODE)
+        out_of_range = ~(np.abs(codes) + largest_sums(layer, source) * carry <= SUM_LIMIT)
         if not out_of_range.any():
             return replace(layer, bias_codes=codes.astype(np.int32)), []
         needed = out_of_range & ~_sums_are_negligible(layer, source, written)
         if not needed.any():
             return _with_biases_alone(layer, source, codes, out_of_range)
+    check_sums(replace(layer, bias_codes=np.zeros(len(unit), np.int32)), source)  # whether the sums alone are too large
     channel = int(np.flatnonzero(needed)[0])
     raise ExportError(
-        f"layer {layer.name!r}: the bias of output channel {channel} is {layer.folded_bias[channel]:g}, which is more than "
-        f"2^30 times its unit ({unit[channel]:.3g}): 32 bits cannot hold both it and the sums it is added to; look at the "
-        "batch norm behind this layer (a gamma next to 0, or a bias out of all proportion)"
+        f"layer {layer.name!r}: the bias of output channel {channel} is {layer.folded_bias[channel]:g}, in units of "
+        f"{unit[channel]:.3g}: 32 bits cannot hold both it and the sums it is added to; look at the batch norm behind this "
+        "layer (a gamma next to 0, or a bias out of all proportion)"
     )
 
 
@@ -428,9 +427,7 @@ def _sums_are_negligible(
     layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None
 ) -> NDArray[np.bool_]:
     """bool (O,): channels whose largest possible sum decides no result, or whose result is clipped whatever the sum."""
-    largest_input = max(source.high - source.zero_point, source.zero_point - source.low) * float(source.scale)
-    magnitudes = np.abs(layer.codes.astype(np.float64)).reshape(len(layer.codes), -1).sum(1)
-    largest = magnitudes * np.abs(layer.scale.astype(np.float64)) * largest_input
+    largest = largest_results(layer, source)
     bias = layer.folded_bias
     if written is None:
         return largest <= NEGLIGIBLE_SHARE * np.abs(bias)

@@ -1,4 +1,5 @@
-"""What integers round off a trained net: how far each layer's int32 bias lies from the trained one."""
+"""What integers round off a trained net: how far each layer's int32 bias lies from the trained one, and the sums it is
+added to."""
 
 from dataclasses import dataclass
 
@@ -44,3 +45,14 @@ def _rounding(layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQua
     change = layer.bias_codes * unit - layer.folded_bias
     in_codes = None if written is None else change / float(written.scale)
     return Rounding(change, np.abs(unit), in_codes)
+
+
+def largest_sums(layer: LoweredLayer, source: LoweredQuantizer) -> NDArray[np.float64]:
+    """float64 (O,): the largest magnitude that a channel's sum of products of codes can have, without bias and multiplier."""
+    largest_input = max(source.high - source.zero_point, source.zero_point - source.low)
+    return np.abs(layer.codes.astype(np.float64)).reshape(len(layer.codes), -1).sum(1) * largest_input
+
+
+def largest_results(layer: LoweredLayer, source: LoweredQuantizer) -> NDArray[np.float64]:
+    """float64 (O,): the same in real units."""
+    return largest_sums(layer, source) * np.abs(layer.scale.astype(np.float64)) * float(source.scale)

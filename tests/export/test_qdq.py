@@ -171,7 +171,7 @@ def test_the_definition_is_the_trained_net_but_for_ties() -> None:
     found = trained_codes(model, IMAGES.numpy())
     judged, _ = fidelity(IntegerReference(lowered), IMAGES.numpy(), lambda images: found, found[1], len(IMAGES))
     # float32 convolution in training against exact sums, as in test_certificate.py; biases are not rounded here
-    assert not judged.unexplained and judged.differing <= 1e-4 * judged.codes, judged
+    assert not judged.unexplained and judged.at_ties <= 1e-4 * judged.codes, judged
 
 
 def test_a_pair_is_written_again_behind_a_layout_operation_and_changes_nothing() -> None:
