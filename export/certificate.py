@@ -35,7 +35,7 @@ from export.reference import IntegerReference
 from export.skeleton import quantizers_in_order
 from export.stress import adversarial, culprit, settings_that_differ
 
-INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", *KERNELS}
+INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", *KERNELS}
 EXACT_LEVELS = ("EXTENDED", "ALL")
 # At DISABLE and BASIC the runtime adds floats in another order. That decides results near a tie: about 3 codes in a million,
 # more where an image repeats one value, but none that is farther from a tie than float sums can be off.

@@ -28,7 +28,7 @@ from torch import Tensor
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
 from export.rounding import bias_roundings, largest_results
-from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, quantizers_in_order, weight_layer
+from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, modules_of, quantizers_in_order, weight_layer
 
 FLOAT_SUM = 2.0**-22  # two sums in float32, each off by half a bit a few times
 FUNCTION = 1e-3  # codes
@@ -294,7 +294,8 @@ class _Follower:
             self.on_integers += count
         else:
             layer = weight_layer(node, self.model)
-            name = layer.name if layer is not None else str(node.name)
+            around = modules_of(node)
+            name = layer.name if layer is not None else (around[-1] if around and around[-1] else str(node.name))
             self.in_float[name] = self.in_float.get(name, 0) + count
 
 

@@ -17,11 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack, tables
-from export.skeleton import code_of_fill, is_mark, mark_name, moves_codes, weight_layer
-from export.targets import TARGETS, Target, plan_layer
+from export.skeleton import code_of_fill, constant, is_mark, mark_name, moves_codes, weight_layer, written_by
+from export.targets import TARGETS, LayerPlan, Target, plan_layer
 from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
 
 IR_VERSION = 10
+FLOAT_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 def emit_qdq(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> onnx.ModelProto:
@@ -85,9 +86,8 @@ class Emitter:
             self.codes |= {value_name(v): (codes, grid) for v, codes in zip(node.outputs, outputs, strict=True)}
         else:
             inputs = [self._float(v) for v in node.inputs]
-            if node.op_type == "Softmax" and inputs[0] != value_name(node.inputs[0]):  # type: ignore[arg-type]
-                # The runtime would make a QLinearSoftmax of it, which rounds halfway. A LeakyRelu of slope 1 is nothing.
-                inputs[0] = self._add("LeakyRelu", inputs[:1], alpha=1.0)
+            if _runtime_would_quantize(node) and inputs[0] != value_name(node.inputs[0]):  # type: ignore[arg-type]
+                inputs[0] = self._add("LeakyRelu", inputs[:1], alpha=1.0)  # of slope 1, which changes nothing
             self._copy(node, inputs, [value_name(v) for v in node.outputs])
 
     def _quantize(self, node: ir.Node) -> None:
@@ -132,13 +132,53 @@ class Emitter:
 
     def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:
         source = self.model.quantizers.get(layer.input_quantizer)
+        if (
+            node.op_type == "Conv"
+            and source is not None
+            and not self.target.qdq
+            and written_by(node, self.model) is None
+        ):
+            self._convolve_to_float(node, layer, source)
+            return
         inputs = [self._float(node.inputs[0]), self._weight(layer, source), self._bias(layer, source)]
         self._copy(node, inputs, [value_name(v) for v in node.outputs], name=layer.name)
 
-    def _weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
-        """DequantizeLinear of the layer's codes · carry, which the runtime finds as one int8 tensor `<layer>.weight`."""
+    def _convolve_to_float(self, node: ir.Node, layer: LoweredLayer, source: LoweredQuantizer) -> None:
+        """A convolution whose results no quantizer reads: ConvInteger, the bias in int32, then one multiplication. In QDQ
+        form the runtime would compute it in floating point, for its QLinearConv cannot write floats."""
+        assert node.inputs[0] is not None and layer.bias_codes is not None
         plan = plan_layer(self.target, layer, source)
-        name, channels = f"{layer.name}.weight", len(layer.scale)
+        codes, grid = self.codes[value_name(node.inputs[0])]
+        weight_zero_point = self._constant("128", np.uint8(128)) if plan.uint8 else self._constant("0", np.int8(0))
+        operands = [codes, self._weight_codes(layer, plan), self._grid(grid)[1], weight_zero_point]
+        made = helper.make_node("ConvInteger", operands, [self._fresh()], name=layer.name)
+        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values() if not _is_default(node, a))
+        self.nodes.append(made)
+        axes = [1] * (layer.codes.ndim - 2)
+        shape = self._constant(f"channels/{len(axes)}", np.array([-1, *axes]))
+        unit = self._add("Mul", [self._grid(source)[0], self._constant(f"{layer.name}.weight/s", layer.stored_scale)])
+        bias = self._add("Reshape", [self._constant(f"{layer.name}.bias", layer.bias_codes), shape])
+        sums = self._add("Cast", [self._add("Add", [made.output[0], bias])], to=TensorProto.FLOAT)
+        self._add("Mul", [sums, self._add("Reshape", [unit, shape])], value_name(node.outputs[0]))
+
+    def _weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
+        """DequantizeLinear of the layer's codes · carry."""
+        plan = plan_layer(self.target, layer, source)
+        name, channels = self._weight_codes(layer, plan), len(layer.scale)
+        inputs = [name, self._constant(f"{name}/s", layer.stored_scale)]
+        if plan.uint8:
+            inputs.append(self._constant(f"offsets/{channels}", np.full(channels, 128, np.uint8)))
+        elif (
+            layer.codes.ndim == 2
+        ):  # no zero point means 0, but the runtime makes a QGemm only of a weight that has one
+            # With x64quantprecision ONNX Runtime 1.32 cannot load a file in which two layers share this constant.
+            owner = name if self.target.session_options else "zeros"
+            inputs.append(self._constant(f"{owner}/{channels}", np.zeros(channels, np.int8)))
+        return self._add("DequantizeLinear", inputs, axis=0)
+
+    def _weight_codes(self, layer: LoweredLayer, plan: LayerPlan) -> str:
+        """The layer's codes · carry, which the runtime finds as one byte tensor `<layer>.weight`."""
+        name = f"{layer.name}.weight"
         if plan.uint8:
             self._constant(name, (layer.codes.astype(np.int16) * layer.carry + 128).astype(np.uint8))
         elif plan.bits == 8:
@@ -151,16 +191,7 @@ class Emitter:
             self._widen_int4(f"{name}/int4", layer.carry, name)
         else:
             self._unpack(layer, plan.bits)
-        inputs = [name, self._constant(f"{name}/s", layer.stored_scale)]
-        if plan.uint8:
-            inputs.append(self._constant(f"offsets/{channels}", np.full(channels, 128, np.uint8)))
-        elif (
-            layer.codes.ndim == 2
-        ):  # no zero point means 0, but the runtime makes a QGemm only of a weight that has one
-            # With x64quantprecision ONNX Runtime 1.32 cannot load a file in which two layers share this constant.
-            owner = name if self.target.session_options else "zeros"
-            inputs.append(self._constant(f"{owner}/{channels}", np.zeros(channels, np.int8)))
-        return self._add("DequantizeLinear", inputs, axis=0)
+        return name
 
     def _widen_int4(self, codes: str, carry: int, output: str) -> None:
         """INT4 codes -> int8 codes · carry; constants all, so the runtime folds them. It multiplies no 4-bit integers."""
@@ -262,6 +293,14 @@ class Emitter:
             codes, quantizer = self.codes[name]
             self._add("DequantizeLinear", [codes, *self._grid(quantizer)], name)
         return _value_info(value)
+
+
+def _runtime_would_quantize(node: ir.Node) -> bool:
+    """Whether the runtime, if `node` read a DequantizeLinear, would compute it on integers of its own: it makes a
+    QLinearSoftmax, which rounds halfway, and WeightBiasQuantization rounds float weights and biases."""
+    if node.op_type in FLOAT_LAYERS:
+        return constant(node.inputs[1]) is not None
+    return node.op_type == "Softmax"
 
 
 def _is_default(node: ir.Node, attribute: ir.Attr) -> bool:

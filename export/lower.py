@@ -4,7 +4,6 @@ The model is exported once with every quantizer replaced by a marker node that c
 quantizers themselves.
 """
 
-import ast
 import contextlib
 import copy
 import dataclasses
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from export.lowered import BIAS_PARAMETER, DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.skeleton import modules_of
 from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.quantizers.contract import Quantizer
@@ -32,9 +32,6 @@ from qat.surgery.swap import computed_weights, quantizers
 from qat.surgery.witness import witness
 
 OPSET = 20
-NAME_SCOPES = (
-    "pkg.torch.onnx.name_scopes"  # paths of the modules around an operation, the innermost last, then its own name
-)
 
 
 def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> LoweredModel:
@@ -87,8 +84,7 @@ def _name_norm_biases(skeleton: ir.Model, model: nn.Module) -> None:
     for node in skeleton.graph:
         if node.op_type != "BatchNormalization":
             continue
-        scopes: list[str] = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
-        modules = [scope for scope in scopes if f"{scope}.bias" in parameters]
+        modules = [path for path in modules_of(node) if f"{path}.bias" in parameters]
         if modules:
             node.meta[BIAS_PARAMETER] = f"{modules[-1]}.bias"
 

@@ -1,11 +1,14 @@
 """Reading a skeleton: marks, layers, and which codes a value carries."""
 
+import ast
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import DOMAIN, MARK, LoweredLayer, LoweredModel, LoweredQuantizer
 
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # paths of the modules around an operation, then its own name
 # Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
 LAYOUT_OPS = {
     "MaxPool",
@@ -31,6 +34,12 @@ def is_mark(node: ir.Node | None) -> bool:
 
 def mark_name(node: ir.Node) -> str:
     return node.attributes["name"].as_string()
+
+
+def modules_of(node: ir.Node) -> list[str]:
+    """Paths of the modules around an operation, the innermost last, as the exporter notes them."""
+    scopes: list[str] = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
+    return scopes[:-1]
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

@@ -96,12 +96,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class Compare:
-    """Accuracy of a run against its full-precision baseline. Exits 1 when it lost more than --max-drop points."""
+    """Accuracy of a run, or of an exported file, against a full-precision baseline. Exits 1 when it lost more than --max-drop
+    points."""
 
     baseline: Positional[Path]
     """Full-precision run folder, or a stored baseline file (.json)."""
     run: Positional[Path]
-    """Run folder to judge."""
+    """What to judge: a run folder, or the exported file that ships (.onnx), which then classifies the same images."""
     max_drop: float = 1.0
     """Percentage points that the target domain, and the source domains together, may lose."""
     alpha: float = 0.05
@@ -112,6 +113,8 @@ class Compare:
     """Also write the comparison as JSON."""
     update_baseline: bool = False
     """Store RUN's predictions as the baseline file BASELINE (a .json) instead of comparing."""
+    data_root: Path | None = None
+    """For a file: where the images are, if no longer where the baseline's run found them."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,7 @@ def _certify(command: Certify) -> int:
 
 
 def _compare(command: Compare) -> int:
+    from qat import deploy
     from qat.training.checkpoint import write_json, write_text
     from qat.training.compare import compare_runs, write_baseline
 
@@ -261,7 +265,12 @@ def _compare(command: Compare) -> int:
         write_baseline(command.run, command.baseline)
         print(command.baseline)
         return 0
-    comparison = compare_runs(command.baseline, command.run, command.max_drop, command.alpha)
+    if command.run.suffix == ".onnx":
+        comparison = deploy.compare_file(
+            command.baseline, command.run, command.max_drop, command.alpha, command.data_root
+        )
+    else:
+        comparison = compare_runs(command.baseline, command.run, command.max_drop, command.alpha)
     print(comparison)
     if command.markdown is not None:
         write_text(command.markdown, comparison.markdown() + "\n")

@@ -15,7 +15,7 @@ import torch
 
 from qat import __version__
 from qat.training.checkpoint import Built, RunFolder, load_run, write_atomically, write_json, write_text
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from export.metadata import Preprocessing
     from export.predict import Prediction
     from export.verify import FileCheck
+    from qat.training.compare import Comparison, Measured
 
 PRODUCER = f"edgeqat {__version__}"
 
@@ -251,25 +252,62 @@ def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificat
     return certificates, check_joined(proto, members, RunFolder.open(runs[0]).samples().images)
 
 
+def compare_file(
+    baseline: Path, model: Path, max_drop: float, alpha: float = 0.05, data_root: Path | None = None
+) -> Comparison:
+    """Compare the file that ships with a full-precision run, or a stored baseline file, image by image.
+
+    The file classifies every image that the baseline was measured on, in ONNX Runtime and with the preprocessing that the
+    file states. data_root: where the images are, if no longer where the baseline's run found them.
+    Raises RecipeError when the baseline does not say which images they were, or when classes were renamed.
+    """
+    from qat.training.compare import compare_measured, load_measured
+
+    first = load_measured(baseline)
+    if first.recipe is None:
+        raise RecipeError(
+            f"{baseline}: does not say which images it was measured on; store it again: "
+            f"qat compare {baseline} RUN --update-baseline"
+        )
+    recipe = from_json(first.recipe, baseline)
+    return compare_measured(first, measure_file(model, recipe, data_root), max_drop, alpha, (str(baseline), str(model)))
+
+
+def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> Measured:
+    """Predictions of a file on the held-out images of `recipe`'s data: every source domain's, and the whole target."""
+    from export import session
+    from export.certificate import read
+    from export.metadata import read_metadata
+    from qat.training.compare import Measured
+    from qat.training.data import split_of
+    from qat.training.evaluate import predictions
+    from qat.training.loaders import seen_batches
+
+    split = split_of(recipe, data_root)
+    expected = read_metadata(read(model), str(model))["input"]
+    loaded = session.load(model)
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        first_output = next(iter(loaded.run(images.numpy()).values()))
+        return torch.from_numpy(first_output)
+
+    mean, std = (tuple(expected[key]) for key in ("mean", "std"))
+    found: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+    for subset in (*split.validation, split.target_in):
+        predicted, labels = predictions(predict, seen_batches(subset, expected["size"], mean, std))
+        found[subset.name] = (predicted.numpy(), labels.numpy())
+    return Measured(found, split.target_in.name, tuple(expected["classes"]), None)
+
+
 def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> dict[str, float]:
     """Accuracy of a file through ONNX Runtime on every test image of the run's target domain, and the trained net's.
 
     data_root: where the images are now, if no longer where the run found them.
     """
-    from export import session
-    from qat.training.data import split_of
-    from qat.training.evaluate import accuracy
-    from qat.training.loaders import eval_batches
-
-    folder, recipe, built = load_run(run)
-    split = split_of(recipe, data_root)
-    loaded = session.load(model)
-
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(loaded.run(images.numpy())["logits"])
-
-    found = accuracy(predict, eval_batches(split.target_in, recipe, built), len(split.classes))
-    return {"trained net": folder.results()["target"], "ONNX Runtime": found}
+    folder = RunFolder.open(run)
+    measured = measure_file(model, folder.recipe(), data_root)
+    predicted, labels = measured.predictions[measured.target]
+    return {"trained net": folder.results()["target"], "ONNX Runtime": float((predicted == labels).mean())}
 
 
 def measure_run(run: Path, model: Path) -> list[Latency]:

@@ -53,7 +53,7 @@ def plan_sites(
     for call in trace.calls:
         if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call):
             raise ValueError(f"{call.address}: quantize_ cannot quantize the products of {call.kind} yet")
-    flow = _Flow(trace)
+    flow = _Flow(trace, in_float)
     sites: dict[str, None] = {}
     for call in trace.calls:
         if is_integer(call):
@@ -94,7 +94,8 @@ def is_integer(call: Call) -> bool:
 
 
 class _Flow:
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, in_float: frozenset[str] = frozenset()) -> None:
+        self.in_float = in_float
         self.calls, self.producer, self.readers = trace.calls, trace.producer(), trace.consumers()
         self.outputs = set(trace.model_outputs)
 
@@ -132,11 +133,18 @@ class _Flow:
         if self.read_by_one_layer(end) or self.is_model_output(end):
             return False
         stays_float = call.kind in FLOAT_OUTPUT and end == call.outputs[0]
-        return not (stays_float and all(r is not None and not is_integer(r) for r in self.final_readers(end)))
+        return not (stays_float and all(r is not None and not self.reads_codes(r) for r in self.final_readers(end)))
+
+    def reads_codes(self, call: Call) -> bool:
+        """Whether it computes on integers; a layer that is not quantized reads floats."""
+        return is_integer(call) and not (call.kind in MULTIPLIES and call.layer in self.in_float)
 
     def read_by_one_layer(self, value: int) -> bool:
+        """Whether one layer alone reads `value` and quantizes it by itself."""
         readers = self.final_readers(value)
-        return len(readers) == 1 and readers[0] is not None and readers[0].kind in MULTIPLIES
+        if len(readers) != 1 or readers[0] is None:
+            return False
+        return readers[0].kind in MULTIPLIES and readers[0].layer not in self.in_float
 
     def relus_of_one_conv(self, trace: Trace) -> Iterator[tuple[str, str, float]]:
         for call in trace.calls:

@@ -67,12 +67,13 @@ class _Witness(TorchDispatchMode):
 def witness(model: nn.Module, example: Tensor) -> Counter[str]:
     """Multiply-adds that depend on the image, by path of the module that makes them, for the whole of `example` (N_C_H_W).
 
-    Run in eval mode on two random batches of its shape; the model is left as it was. A contraction whose operands are the
+    Run in eval mode on two batches of its shape; the model is left as it was. A contraction whose operands are the
     same both times does not depend on the image.
     """
     location, training = Location(), {m: m.training for m in model.modules()}
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(example.shape, generator=generator).to(example) for _ in range(2)]
+    first_batch = torch.randn(example.shape, generator=generator).to(example)
+    images = [first_batch, 0.5 - 1.5 * first_batch]  # as different as can be, their signs included
     handles = location.watch(model)
     passes = []
     try:

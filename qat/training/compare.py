@@ -1,4 +1,4 @@
-"""The accuracy gate: a run against its full-precision baseline, image by image.
+"""The accuracy gate: a run, or the file that ships, against its full-precision baseline, image by image.
 
 Both were measured on the same images, so the drop is judged on pairs: a paired bootstrap over images asks whether a drop
 beyond `max_drop` points is real (one-sided, level alpha), and McNemar's exact test says whether the two differ at all. A
@@ -6,15 +6,16 @@ noisy half point does not fail a build; a real one does.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.training.checkpoint import RunFolder
+from qat.training.checkpoint import RunFolder, read_json
 from qat.training.recipe import RecipeError
 
 RESAMPLES = 4000
@@ -88,16 +89,57 @@ class Comparison:
 SOURCES = "source domains"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a run, a stored baseline or a file.
+
+    predictions: per domain, predicted classes and labels. target: the held-out domain. classes: their names in order, None
+    where an older baseline file does not say. recipe: that of the run, as its recipe.json has it, so that a file can be
+    measured on the same images; None where that is not known.
+    """
+
+    predictions: Predictions
+    target: str
+    classes: tuple[str, ...] | None
+    recipe: dict[str, Any] | None
+
+
 def compare_runs(baseline: Path, run: Path, max_drop: float, alpha: float = 0.05) -> Comparison:
     """Compare two finished runs, or a run with a stored baseline file (`write_baseline`).
 
-    Raises RecipeError when they were not measured on the same images, or for an impossible allowance.
+    Raises RecipeError when they were not measured on the same images and classes, or for an impossible allowance.
     """
-    first, target = load_baseline(baseline)
-    second, other = load_baseline(run)
-    if target != other:
-        raise RecipeError(f"{baseline} was tested on {target}, {run} on {other}; compare like with like")
-    return compare_predictions(first, second, target, max_drop, alpha, f"{baseline} and {run}")
+    return compare_measured(load_measured(baseline), load_measured(run), max_drop, alpha, (str(baseline), str(run)))
+
+
+def compare_measured(
+    first: Measured, second: Measured, max_drop: float, alpha: float, names: tuple[str, str]
+) -> Comparison:
+    """Compare what was measured of the baseline, `first`, and of what is judged. names: of both, for messages."""
+    if first.target != second.target:
+        raise RecipeError(
+            f"{names[0]} was tested on {first.target}, {names[1]} on {second.target}; compare like with like"
+        )
+    require_same_classes(first.classes, second.classes, *names)
+    both = " and ".join(names)
+    return compare_predictions(first.predictions, second.predictions, first.target, max_drop, alpha, both)
+
+
+def require_same_classes(
+    first: Sequence[str] | None, second: Sequence[str] | None, first_name: str, second_name: str
+) -> None:
+    """Raises RecipeError when both name their classes and the names or their order differ: the same number would then mean
+    another class."""
+    if first is None or second is None or list(first) == list(second):
+        return
+    place = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+    shown = [names[place] if place < len(names) else "nothing" for names in (first, second)]
+    raise RecipeError(
+        f"{first_name} and {second_name} have other classes: number {place} is {shown[0]!r} in one and {shown[1]!r} in the "
+        "other; train both on the same folders, in the same order"
+    )
 
 
 def compare_predictions(
@@ -129,24 +171,37 @@ def compare_predictions(
 
 
 def write_baseline(run: Path, file: Path) -> None:
-    """Store a run's per-image predictions as one small JSON file that a repository can keep."""
-    predictions, target = load_baseline(run)
-    value = {"target": target, "domains": {d: [p.tolist(), label.tolist()] for d, (p, label) in predictions.items()}}
+    """Store a run's per-image predictions, its classes and its recipe as one JSON file that a repository can keep."""
+    measured = load_measured(run)
+    domains = {d: [p.tolist(), label.tolist()] for d, (p, label) in measured.predictions.items()}
+    value = {
+        "target": measured.target,
+        "classes": measured.classes,
+        "recipe": measured.recipe,
+        "domains": domains,
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, separators=(",", ":")) + "\n")
 
 
-def load_baseline(path: Path) -> tuple[Predictions, str]:
-    """(predictions, target domain) of a run folder or a stored baseline file."""
+def load_measured(path: Path) -> Measured:
+    """What was measured of a run folder, or is in a stored baseline file."""
     if path.is_dir() or path.suffix != ".json":
         folder = RunFolder.open(path)
-        return folder.predictions(), str(folder.results()["test_domain"])
+        results = folder.results()
+        recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else None
+        return Measured(folder.predictions(), str(results["test_domain"]), _classes(results), recipe)
     try:
         value = json.loads(path.read_text())
         domains = {d: (np.array(p, np.int64), np.array(label, np.int64)) for d, (p, label) in value["domains"].items()}
-        return domains, str(value["target"])
+        return Measured(domains, str(value["target"]), _classes(value), value.get("recipe"))
     except (OSError, KeyError, ValueError) as error:
         raise RecipeError(f"{path}: not a stored baseline ({error})") from None
+
+
+def _classes(value: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = value.get("classes")
+    return None if names is None else tuple(names)
 
 
 def _row(

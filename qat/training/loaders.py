@@ -47,7 +47,15 @@ def some_images(split: Split, recipe: Recipe, built: Built, batches: int) -> Ite
 
 
 def eval_batches(subset: Subset, recipe: Recipe, built: Built) -> DataLoader[Any]:
-    images = EvalImages(subset, eval_transform(recipe.image_size, built.mean, built.std))
+    """Batches of (images, labels) of `subset` in order, as the recipe's model sees them."""
+    return seen_batches(subset, recipe.image_size, built.mean, built.std)
+
+
+def seen_batches(
+    subset: Subset, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> DataLoader[Any]:
+    """Batches of (images, labels) of `subset` in order, resized to size × size and normalised."""
+    images = EvalImages(subset, eval_transform(size, mean, std))
     return DataLoader(images, batch_size=EVAL_BATCH, generator=torch.Generator())
 
 

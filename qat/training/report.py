@@ -17,6 +17,7 @@ from qat.surgery.binarize import periodic_weights
 from qat.surgery.swap import quantized_weights
 from qat.training import figures, scale_figures
 from qat.training.checkpoint import RunFolder, load_run
+from qat.training.compare import require_same_classes
 from qat.training.inspection import conflicted, threshold_text
 from qat.training.loop import mean_steps
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError
@@ -79,6 +80,7 @@ def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:
     ):
         if a != b:
             raise RecipeError(f"{other.path}: its {name} is {b}, {folder.path} has {a}; show like with like")
+    require_same_classes(ours.get("classes"), theirs.get("classes"), str(folder.path), str(other.path))
 
 
 def _optional(folder: RunFolder, name: str) -> Any:
