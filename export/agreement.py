@@ -173,13 +173,13 @@ def agree(
     target: str,
     images: Images,
     labels: NDArray[np.int64],
-    fake_quantized: Trained,
+    trained: Trained,
     further: Sequence[Runtime] = (),
 ) -> Agreement:
     """Prove what `file` stores against the canonical `model`, and compare what ONNX Runtime computes from it at every level,
     and `further` runtimes, with the integer definition.
 
-    fake_quantized: the trained net: images -> (carrier codes per quantizer, outputs by name).
+    trained: the trained net: images -> (carrier codes per quantizer, outputs by name).
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
@@ -188,7 +188,7 @@ def agree(
     if missing:
         raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
     reference = IntegerReference(model, session.FloatOperators())
-    trained = _in_batches(lambda batch: _first(fake_quantized(batch)[1]), images)
+    from_training = _in_batches(lambda batch: _first(trained(batch)[1]), images)
     defined = _in_batches(lambda batch: _first(reference.run(torch.from_numpy(batch))[1]), images)
     runtimes = [*(onnx_runtime(proto, model, level) for level in session.LEVELS), *further]
     logits = {runtime.name: _in_batches(runtime.logits, images) for runtime in runtimes}
@@ -202,10 +202,10 @@ def agree(
                 quantizers=compare_codes(reference, runtime, images),
                 top1=_same_answer(found, defined),
                 logit_difference=float(np.abs(found - defined).max() / np.abs(defined).max()),
-                top1_trained=_same_answer(found, trained),
+                top1_trained=_same_answer(found, from_training),
             )
         )
-    predictions = {"trained net": trained, "integer definition": defined, **logits}
+    predictions = {"trained net": from_training, "integer definition": defined, **logits}
     return Agreement(
         file=file.name,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),

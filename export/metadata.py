@@ -23,6 +23,7 @@ KEY, FORMAT = "edgeqat", 3
 # without multiplier.
 READABLE = range(1, FORMAT + 1)
 MOVED = "scales_moved_ppm"  # quantizer -> how far its scale is from the trained one (`export/ties.py`)
+DIGESTS = ("sha256", "scale_sha256", "bias_sha256")  # of a layer; files of format 1 and 2 have only the first
 SAID = ("target", "storage", "runtime", "session_options", MOVED)
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
 
@@ -116,7 +117,7 @@ def _digest_of_bytes(values: NDArray[np.generic]) -> str:
 
 def _digest_of_digests(layers: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 over the layers' own: of codes, scales and biases, in the file's order."""
-    parts = [str(entry[key]) for entry in layers for key in ("sha256", "scale_sha256", "bias_sha256")]
+    parts = [str(entry[key]) for entry in layers for key in DIGESTS if key in entry]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -158,6 +159,13 @@ def wanted_options(proto: onnx.ModelProto) -> dict[str, str]:
     return json.loads(found).get("session_options", {}) if found else {}
 
 
+def unsigned_parts(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """A warning for a file of an earlier format, whose signature covers less."""
+    if metadata["format"] >= FORMAT:
+        return ()
+    return (f"format {metadata['format']}: its signature covers weight codes alone, not scales, biases and the graph",)
+
+
 def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Warnings, one for each session option that the file's target needs and its metadata does not ask for."""
     found = next((json.loads(p.value) for p in proto.metadata_props if p.key == KEY), None)
@@ -183,13 +191,14 @@ def broken_signatures(proto: onnx.ModelProto, metadata: Mapping[str, Any]) -> di
             broken[entry["name"]] = "its weight is not in the file"
         elif not np.array_equal(codes, np.rint(codes)) or digest(codes) != entry["sha256"]:
             broken[entry["name"]] = "its codes do not match their SHA-256"
-        elif scale is None or _digest_of_bytes(scale) != entry["scale_sha256"]:
+        elif "scale_sha256" in entry and (scale is None or _digest_of_bytes(scale) != entry["scale_sha256"]):
             broken[entry["name"]] = "its scale does not match its SHA-256"
-        elif bias is None or _digest_of_bytes(bias) != entry["bias_sha256"]:
+        elif "bias_sha256" in entry and (bias is None or _digest_of_bytes(bias) != entry["bias_sha256"]):
             broken[entry["name"]] = "its bias does not match its SHA-256"
     if _digest_of_digests(metadata["layers"]) != metadata["sha256"]:
         broken["list of layers"] = "an entry was changed: the SHA-256 over all of them does not match"
-    if not broken and graph_digest(proto) != metadata["graph_sha256"]:
+    signed_graph = metadata.get("graph_sha256")
+    if not broken and signed_graph is not None and graph_digest(proto) != signed_graph:
         broken["graph"] = "something in it was changed since it was signed: its SHA-256 does not match"
     return broken
 

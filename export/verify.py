@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from export.certificate import INTEGER_KERNELS, layer_kernels, read
-from export.metadata import broken_signatures, missing_options, proof_of, read_metadata
+from export.metadata import broken_signatures, missing_options, proof_of, read_metadata, unsigned_parts
 from export.stress import settings_that_differ
 from export.targets import TARGETS
 
@@ -72,7 +72,7 @@ def verify_file(file: Path) -> FileCheck:
     images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
     return FileCheck(
         file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
-        settings_that_differ(proto, images), missing_options(proto),
+        settings_that_differ(proto, images), (*missing_options(proto), *unsigned_parts(metadata)),
         tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto)),
         is_plain(metadata["target"]),
     )  # fmt: skip

@@ -22,6 +22,7 @@ from export.lowered import LoweredModel
 from export.native_graph import emit
 from export.passes import to_integers
 from export.targets import target_named
+from qat.settle import settle_
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, uniform_rules
@@ -66,6 +67,7 @@ def main(flags: Flags) -> None:
         quantize_(model, uniform_rules(bits, bits, first_and_last(model)), images[:1], weight_init="mse")
         calibrate(model, [images])
         target = target_named(flags.target)
+        settle_(model, images[:1])
         lowered = lower(model, images)
         if flags.bits == 1:
             make_binary(lowered)

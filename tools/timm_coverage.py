@@ -102,6 +102,7 @@ def check(family: str, name: str, options: argparse.Namespace) -> Row:
 def _go_through(row: Row, options: argparse.Namespace) -> None:
     import torch
 
+    from qat.settle import settle_
     from qat.surgery.backbones import create_backbone, first_and_last
     from qat.surgery.calibrate import calibrate
     from qat.surgery.swap import quantize_, uniform_rules
@@ -120,6 +121,8 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
     calibrate(model, [images])
     row.stage = "train"
     _train(model, images)
+    row.stage = "settle"
+    settle_(model.eval(), images[:1])
     row.stage = "export"
     with tempfile.TemporaryDirectory() as folder:
         _export_and_certify(row, model, images, Path(folder) / "model.onnx")
@@ -225,7 +228,7 @@ def _export_and_certify(row: Row, model: object, images: object, path: Path) -> 
 
     assert isinstance(model, nn.Module) and isinstance(images, Tensor)
     target = TARGETS["ort-int8"]
-    lowered = to_integers(lower(model.eval(), images[:1]), target)
+    lowered = to_integers(lower(model, images[:1]), target)
     seen = Preprocessing(row.image_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), tuple(map(str, range(CLASSES))))
     onnx.save(sign(emit_qdq(lowered, target), lowered, target, seen, "timm_coverage"), str(path))
     row.stage = "certify"

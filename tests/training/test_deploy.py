@@ -2,26 +2,31 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import onnx
 import pytest
 
 from export.lowered import ExportError
-from export.metadata import proof_of
+from export.metadata import proof_of, read_metadata, write_metadata
 from export.verify import verify_file
-from qat.cli import Bundle, Certify, execute, guarded
-from qat.deploy import bundle_run, certify_run, export_run
+from qat.cli import Bundle, Certify, Compare, execute, guarded
+from qat.deploy import bundle_run, certificate_of, certify_run, compare_file, export_run, measure_file, write_report
 from qat.domains.synthetic import synthetic_domains
+from qat.training.checkpoint import RunFolder
+from qat.training.compare import compare_runs, write_baseline
 from qat.training.loop import run
-from qat.training.recipe import LsqRecipe
+from qat.training.recipe import LsqRecipe, RecipeError
 
 TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "steps": 2, "batch_size": 4, "evaluate_every": 2, "workers": 0,
-    "calibration_batches": 2,
+    "calibration_batches": 2, "per_class": 6,
 }  # fmt: skip
 
 
@@ -47,7 +52,11 @@ def test_a_proven_file_says_where_and_its_certificate_is_of_that_file(runs: tupl
     assert entry["images"] == certificate.images and entry["runtime"].startswith("ONNX Runtime ")
     written = json.loads((runs[0] / "certificate.json").read_text())
     assert written["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert "not tried  arm64, x86, wasm" in str(certificate)
+    assert "other processors (--on arm64,x86,wasm)" in str(certificate)
+    schema = json.loads((Path(__file__).parents[2] / "docs/certificate.schema.json").read_text())
+    jsonschema.validate(written, schema)
+    with pytest.raises(jsonschema.ValidationError, match="'passed' is a required property"):
+        jsonschema.validate({key: value for key, value in written.items() if key != "passed"}, schema)
 
 
 def test_a_bundle_is_checked_by_its_own_script(runs: tuple[Path, Path], file: Path, tmp_path: Path) -> None:
@@ -92,3 +101,135 @@ def test_an_unknown_machine_is_refused_before_anything_runs(
 ) -> None:
     assert guarded(lambda: execute(Certify((runs[0], file), on="arm46"))) == 2
     assert "--on arm46: unknown; there are arm64, x86, wasm" in capsys.readouterr().err
+
+
+def resaid(file: Path, out: Path, **changes: object) -> Path:
+    """The file with other metadata, its digests made anew as whoever changes it would."""
+    proto = onnx.load(str(file))
+    value = read_metadata(proto, str(file))
+    for key, change in changes.items():
+        part = value["input"] if key in value["input"] else value
+        part[key] = change(part[key]) if callable(change) else change
+    write_metadata(proto, value)
+    onnx.save(proto, str(out))
+    return out
+
+
+CLAIMS: dict[str, object] = {
+    "classes": lambda names: names[::-1],
+    "mean": [0.0, 0.0, 0.0],
+    "std": [0.0, 0.0, 0.0],
+    "size": 64,
+    "target": "ort-int8",
+    "session_options": {"session.x64quantprecision": "1"},
+    "layers": lambda layers: layers[1:],
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_what_a_file_says_of_itself_is_certified_too(
+    claim: str, runs: tuple[Path, Path], file: Path, tmp_path: Path
+) -> None:
+    changed = resaid(file, tmp_path / "changed.onnx", **{claim: CLAIMS[claim]})
+    certificate = certificate_of(runs[0], changed)
+    named = {"target": "storage"}.get(claim, claim)  # the run is asked what it would say for the target that is claimed
+    assert not certificate.passed and list(certificate.said) == [named], str(certificate)
+    assert f"{named}: the file" in str(certificate) and certificate.stored == {}
+
+
+def test_a_layer_entry_of_another_width_is_no_longer_the_runs(
+    runs: tuple[Path, Path], file: Path, tmp_path: Path
+) -> None:
+    changed = resaid(file, tmp_path / "changed.onnx", layers=lambda ls: [ls[0] | {"sha256": "0" * 64}, *ls[1:]])
+    certificate = certificate_of(runs[0], changed)
+    assert not certificate.passed and list(certificate.said) == ["layers"]
+
+
+def altered(file: Path, out: Path, suffix: str, *, signed: bool) -> tuple[Path, str]:
+    """The file with one number of one layer changed, and that layer; signed anew where asked."""
+    proto = onnx.load(str(file))
+    value = read_metadata(proto, str(file))
+    entry = value["layers"][2]
+    tensor = next(t for t in proto.graph.initializer if t.name == f"{entry['name']}{suffix}")
+    changed = bytearray(tensor.raw_data)
+    changed[2] ^= 1
+    tensor.raw_data = bytes(changed)
+    if signed:
+        key = {".weight/s": "scale_sha256", ".bias": "bias_sha256"}[suffix]
+        entry[key] = hashlib.sha256(tensor.raw_data).hexdigest()
+        write_metadata(proto, value)
+    onnx.save(proto, str(out))
+    return out, entry["name"]
+
+
+@pytest.mark.parametrize(("suffix", "what"), [(".weight/s", "scale"), (".bias", "bias")])
+def test_a_changed_scale_or_bias_is_seen_without_the_run_and_signed_anew_with_it(
+    suffix: str, what: str, runs: tuple[Path, Path], file: Path, tmp_path: Path
+) -> None:
+    plain, layer = altered(file, tmp_path / "plain.onnx", suffix, signed=False)
+    check = verify_file(plain)
+    assert not check.passed and check.signed == {layer: f"its {what} does not match its SHA-256"}
+    forged, layer = altered(file, tmp_path / "forged.onnx", suffix, signed=True)
+    assert verify_file(forged).passed and "whoever can change a file can sign it anew" in str(verify_file(forged))
+    certificate = certificate_of(runs[0], forged)
+    assert not certificate.passed and layer in certificate.stored
+
+
+def test_a_changed_graph_and_a_changed_list_are_seen_without_the_run(file: Path, tmp_path: Path) -> None:
+    proto = onnx.load(str(file))
+    proto.graph.node[-1].name = "other"
+    onnx.save(proto, str(tmp_path / "graph.onnx"))
+    assert list(verify_file(tmp_path / "graph.onnx").signed) == ["graph"]
+    proto = onnx.load(str(file))
+    (entry,) = (p for p in proto.metadata_props if p.key == "edgeqat")
+    value = json.loads(entry.value)
+    value["layers"][0]["scale_sha256"] = "0" * 64
+    entry.value = json.dumps(value)
+    onnx.save(proto, str(tmp_path / "list.onnx"))
+    assert "list of layers" in verify_file(tmp_path / "list.onnx").signed
+
+
+def test_the_file_answers_as_its_run_did_on_every_image(runs: tuple[Path, Path], file: Path) -> None:
+    """The predictions that the run keeps are of the settled net, and the file's are the same."""
+    measured = measure_file(file, RunFolder.open(runs[0]).recipe())
+    for domain, (predicted, labels) in RunFolder.open(runs[0]).predictions().items():
+        found, same_labels = measured.predictions[domain]
+        assert np.array_equal(found, predicted) and np.array_equal(same_labels, labels)
+    comparison = compare_file(runs[0], file, 0.0)
+    assert comparison.passed and all(row.drop == 0 and row.mcnemar == 1 for row in comparison.rows)
+
+
+def test_a_file_is_judged_against_a_stored_baseline_and_a_worse_one_fails(
+    runs: tuple[Path, Path], file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline = tmp_path / "baseline.json"
+    write_baseline(runs[0], baseline)
+    assert guarded(lambda: execute(Compare(baseline, file, max_drop=0.0))) == 0
+    value = json.loads(baseline.read_text())
+    value["domains"] = {domain: [labels, labels] for domain, (_, labels) in value["domains"].items()}  # all right
+    baseline.write_text(json.dumps(value))
+    assert guarded(lambda: execute(Compare(baseline, file, max_drop=1.0))) == 1
+    assert "FAILED" in capsys.readouterr().out
+    del value["recipe"]
+    baseline.write_text(json.dumps(value))
+    assert guarded(lambda: execute(Compare(baseline, file))) == 2
+    assert "does not say which images" in capsys.readouterr().err
+    assert guarded(lambda: execute(Compare(runs[0], tmp_path / "absent.onnx"))) == 2
+    assert "absent.onnx: no such file" in capsys.readouterr().err
+
+
+def test_renamed_classes_are_not_compared(
+    runs: tuple[Path, Path], file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    results = json.loads((other / "results.json").read_text())
+    results["classes"][1:3] = results["classes"][2:0:-1]
+    (other / "results.json").write_text(json.dumps(results))
+    for judge in (
+        lambda: compare_runs(other, runs[0], 1.0),
+        lambda: compare_file(other, file, 1.0),
+        lambda: write_report(runs[0], other),
+    ):
+        with pytest.raises(RecipeError, match="have other classes: number 1 is"):
+            judge()
