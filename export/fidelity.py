@@ -36,7 +36,8 @@ NEGLIGIBLE = 2.0**-10  # codes, in channels of which only the bias is kept (`exp
 LARGEST_ROUNDING = 0.5  # codes
 LARGEST_SHARE = 0.05  # of the standard deviation of an output
 HALF = 0.5 * (1 + 1e-6)  # a unit; 1e-6 is for float32
-OUTPUT_SHARE = 1e-5  # of the largest output, where floats are computed behind the last layer
+# Of the largest output: what floats may be off behind integer sums, behind functions of them, and in a net without any codes.
+OUTPUT_SHARE, FUNCTION_SHARE, WEIGHT_ONLY_SHARE = 1e-5, 1e-4, 1e-3
 DIFFERING_ANSWERS = 0.01  # share of answers that may differ
 LEVEL = 0.01  # certainty to fail a file whose answers differ by no more: its images are a sample
 
@@ -272,8 +273,11 @@ class _Follower:
                 self.outputs[name] = math.inf
                 continue
             largest = float(np.abs(trained[name]).max(initial=0.0))
-            allowed: float | NDArray[np.float64] = (OUTPUT_SHARE + 4e-6 * self.ppm) * largest
             layer = layer_behind(value, self.model)
+            share = OUTPUT_SHARE if layer is not None else FUNCTION_SHARE
+            if not self.model.quantizers:
+                share = WEIGHT_ONLY_SHARE
+            allowed: float | NDArray[np.float64] = (share + 4e-6 * self.ppm) * largest
             if layer is not None:
                 per_channel = self._float_error(layer)
                 allowed = allowed + (per_channel if trained[name].ndim == 2 else float(per_channel.max()))

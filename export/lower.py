@@ -278,4 +278,5 @@ def _activation(quantizer: Quantizer) -> LoweredQuantizer:
         return LoweredQuantizer.binary(quantizer.name, float(quantizer.step), thresholds)
     signed, bits = bool(quantizer.spec.signed), quantizer.spec.bits
     zero_point = quantizer.zero_point if quantizer.spec.offset else None
-    return LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.step), bits, signed, zero_point)
+    grid = LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.step), bits, signed, zero_point)
+    return dataclasses.replace(grid, is_fixed=quantizer.spec.power_of_two)

@@ -74,6 +74,7 @@ class LoweredQuantizer:
     thresholds:  one bit only, one number or one per channel: carrier 254 where the value reaches it, else 0.
     write_scale: one bit only, behind a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
     moved_ppm:   how far the scale was moved from the trained one, in parts per million (`export/ties.py`).
+    is_fixed:    whether the scale must stay as it is, a power of two.
     """
 
     name: str
@@ -85,6 +86,7 @@ class LoweredQuantizer:
     thresholds: tuple[float, ...] = ()
     write_scale: np.float32 | None = None
     moved_ppm: int = 0
+    is_fixed: bool = False
 
     @property
     def is_binary(self) -> bool:

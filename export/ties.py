@@ -62,7 +62,8 @@ class Operation:
 def avoid_ties(model: LoweredModel, *, may_move: bool = True) -> bool:
     """Move scales in place, in graph order: an operation reads grids that are final already.
 
-    may_move: False for a target that must keep the trained scales; ties are then only counted.
+    may_move: False for a target that must keep the trained scales; ties are then only counted, as they are for powers of two,
+    whose net rounds at ties as this runtime does, and others may not.
     """
     model.tried.clear()
     for node in model.skeleton.graph:
@@ -73,7 +74,7 @@ def avoid_ties(model: LoweredModel, *, may_move: bool = True) -> bool:
         if operation is None:
             continue
         grid = model.quantizers[name]
-        if may_move:
+        if may_move and not grid.is_fixed:
             grid, remaining = nearest_without_ties(grid, operation.ties)
         else:
             remaining = operation.ties(grid)

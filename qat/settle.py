@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers.contract import Quantizer
+from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.swap import quantizers
 
 if TYPE_CHECKING:
@@ -84,8 +85,6 @@ def _settle_steps(model: nn.Module, lowered: LoweredModel, left: dict[str, str])
             continue
         if name not in found:
             left[name] = "it runs several times, on grids that differ"
-        elif found[name].spec.power_of_two:
-            left[name] = "its step is a power of two"
         else:
             step, zero_point = found[name].raw_step.clone(), found[name].zero_point
             found[name].raw_step.fill_(float(grid.scale))
@@ -102,7 +101,8 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
     from export.skeleton import weight_layer, written_by
     from export.ties import factors_off_ties
 
-    parameters, found = dict(model.named_parameters()), quantizers(model)
+    parameters = dict(model.named_parameters())
+    owners = {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
     uses = Counter(layer.bias_parameter for layer in lowered.layers.values())
     scaled = 0
     for node in lowered.skeleton.graph:
@@ -118,9 +118,11 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
             gamma.copy_(_scaled(gamma, by_channel))
             scaled += 1
             continue
-        grid, weight = found.get(f"{layer.name}.weight"), parameters.get(f"{layer.name}.weight")
-        if weight is not None and grid is not None and grid.raw_step.shape == by_channel.shape:
-            scaled += _scale_weight(weight, grid, by_channel)
+        module = owners.get(layer.name)  # none, where the weight is computed
+        grid = module.weight_quantizer if module is not None else None
+        movable = grid is not None and not grid.spec.power_of_two and grid.raw_step.shape == by_channel.shape
+        if module is not None and grid is not None and movable:
+            scaled += _scale_weight(module.weight, grid, by_channel)
     return scaled
 
 

@@ -144,6 +144,28 @@ def test_equal_betas_are_rounded_apart_and_a_layer_with_two_grids_is_left() -> N
     assert set(settlement.left) <= {"again", "again@1", "again.input@1"}
 
 
+class Standardized(nn.Conv2d):
+    """A weight that is computed: its codes do not follow its parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, spread = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, (self.weight - mean) / spread, self.bias, padding=1)
+
+
+def test_a_computed_weight_keeps_its_codes() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), Standardized(8, 8, 3), nn.ReLU(), Standardized(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    ).eval()  # fmt: skip
+    quantize_(model, uniform_rules(4, 4), IMAGES[:1])
+    calibrate(model, [IMAGES])
+    before = {name: layer.codes for name, layer in lower(model, IMAGES[:1]).layers.items()}
+    settle_(model, IMAGES[:1])
+    after = {name: layer.codes for name, layer in lower(model, IMAGES[:1]).layers.items()}
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_a_power_of_two_stays_one() -> None:
     spec = LayerSpec(QuantSpec.of_weight(4), QuantSpec(4, power_of_two=True))
     torch.manual_seed(0)

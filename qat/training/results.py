@@ -31,6 +31,8 @@ def _settled(settled: Mapping[str, Any], accuracy: Mapping[str, float]) -> str:
     text = f"{settled['biases']} layers' biases rounded as in the file; source mean {before:.2%} -> {after:.2%}"
     if worst:
         text += f"; results moved by at most {shifts[worst]:.2g} codes ({worst})"
+    if left := settled["left"]:
+        text += f"; not settled: {', '.join(f'{name} ({why})' for name, why in left.items())}"
     if worst and shifts[worst] > LARGE_SHIFT:
         text += "; its input's scale is out of proportion, as an outlier among the calibration images makes it"
     return text
