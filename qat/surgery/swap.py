@@ -105,7 +105,7 @@ def quantize_(
     binary = frozenset(n for n, s in specs.items() if s.input is not None and s.input.bits == 1)
     in_float = frozenset(n for n, s in specs.items() if s == FLOAT)
     plan = plan_sites(trace, binary, in_float) if stream is not None else Plan((), frozenset())
-    check_witnessed(model, example, trace)
+    witnessed = check_witnessed(model, example, trace)
     wrapped: dict[str, nn.Module] = {}
     operands: dict[str, QuantOperands] = {}
     for name, asked in specs.items():
@@ -129,7 +129,7 @@ def quantize_(
     run_with_sites(model, sites, operands, joins, frozenset(wrapped), relus, in_sight)
     _move_like(model)
     rows = _rows(specs, layers, quantized, calls, asleep, len(example))
-    return QuantizationTable(tuple(rows), plan.sites, *_operations(trace, plan, len(example)))
+    return QuantizationTable(tuple(rows), plan.sites, *_operations(trace, plan, len(example)), witnessed)
 
 
 def _calls_by_layer(trace: Trace, layers: Mapping[str, nn.Module]) -> dict[str, list[Call]]:

@@ -40,12 +40,14 @@ class QuantizationTable:
     sites:    addresses of the 8-bit stream quantizers.
     products: products of two quantized activations: attention's, and gates.
     in_float: operations that multiply in floating point: softmax, norms, GELU, the inside of gates, tables of positions.
+    witnessed: multiply-adds of one image that depend on it, as PyTorch's dispatcher counts them; all are in the rows.
     """
 
     rows: tuple[LayerRow, ...]
     sites: tuple[str, ...]
     products: tuple[OperationRow, ...] = ()
     in_float: tuple[OperationRow, ...] = ()
+    witnessed: int = 0
 
     @property
     def multiplications(self) -> int:
@@ -76,6 +78,7 @@ class QuantizationTable:
         if self.in_float:
             lines.append(f"in floating point: {_by_kind(self.in_float, self.multiplications)}")
         lines.append(f"{self.multiplications:,} multiplications an image, {self.float_share:.2%} in floating point")
+        lines.append(f"{self.witnessed:,} multiply-adds an image seen by PyTorch's dispatcher, none outside these rows")
         return "\n".join(lines)
 
 

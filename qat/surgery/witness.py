@@ -73,7 +73,7 @@ def witness(model: nn.Module, example: Tensor) -> Counter[str]:
     location, training = Location(), {m: m.training for m in model.modules()}
     generator = torch.Generator().manual_seed(0)
     first_batch = torch.randn(example.shape, generator=generator).to(example)
-    images = [first_batch, 0.5 - 1.5 * first_batch]  # as different as can be, their signs included
+    images = [first_batch, -1.5 * first_batch]  # their signs and sizes differ
     handles = location.watch(model)
     passes = []
     try:
@@ -98,13 +98,17 @@ def witness(model: nn.Module, example: Tensor) -> Counter[str]:
     return work
 
 
-def check_witnessed(model: nn.Module, example: Tensor, trace: Trace) -> None:
-    """Raises ValueError naming the first module that multiplies what depends on the image without the trace knowing of it."""
+def check_witnessed(model: nn.Module, example: Tensor, trace: Trace) -> int:
+    """Multiply-adds of one image, as the dispatcher counts them.
+
+    Raises ValueError naming the first module that multiplies what depends on the image without the trace knowing of it.
+    """
     traced: Counter[str] = Counter()
     for call in trace.calls:
         if call.kind in CONTRACTIONS:
             traced[call.path] += call.multiplications
-    for path, multiply_adds in witness(model, example).items():
+    seen = witness(model, example)
+    for path, multiply_adds in seen.items():
         if multiply_adds > traced[path]:
             where = f"module {path!r}" if path else "the model's own forward"
             raise ValueError(
@@ -112,3 +116,4 @@ def check_witnessed(model: nn.Module, example: Tensor, trace: Trace) -> None:
                 f"{traced[path]:,} of them; something before it hides where its input comes from, such as a write into a "
                 "buffer (buf[:] = x), .data or numpy: write it as an expression of x"
             )
+    return sum(seen.values()) // len(example)
