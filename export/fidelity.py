@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
+from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
 from export.rounding import bias_roundings, largest_results
 from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, modules_of, quantizers_in_order, weight_layer
@@ -54,7 +54,8 @@ class Fidelity:
     unexplained:   quantizer -> codes that nothing known explains.
     rounding:      the layer whose rounded bias moves its results farthest, and by how many codes.
     biases:        layers whose integer bias is not the trained one, or too coarse, and how.
-    outputs:       output -> how far it lies beyond what is allowed, as a share of its largest value; those that do.
+    outputs:       output -> how far it lies beyond what is allowed, as a share of its largest value; those that do. 1 where
+                   its shape differs.
     answers, same: of the first output, how many there are, and how many are alike when the file runs freely.
     multiply_adds: of the trained net for one image, counted by PyTorch's dispatcher; `on_integers` and `in_float` (by node)
                    are those of the file.
@@ -145,6 +146,10 @@ def fidelity(
     from_training = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     roundings = {name: rounding.largest for name, rounding in follower.roundings.items()}
     worst = max(roundings, key=lambda name: roundings[name], default="")
+    if found.keys() != from_training.keys():
+        raise ExportError(
+            f"the file returns {', '.join(found)}, the trained net {', '.join(from_training)}; export the net again"
+        )
     first = next(iter(from_training))
     answers, same = compare_answers(found[first], from_training[first])
     order = quantizers_in_order(reference.model)
@@ -270,7 +275,7 @@ class _Follower:
         for value in self.model.skeleton.graph.outputs:
             name = str(value.name)
             if name not in trained or defined[name].shape != trained[name].shape:
-                self.outputs[name] = math.inf
+                self.outputs[name] = 1.0
                 continue
             largest = float(np.abs(trained[name]).max(initial=0.0))
             layer = layer_behind(value, self.model)
