@@ -233,3 +233,11 @@ def test_renamed_classes_are_not_compared(
     ):
         with pytest.raises(RecipeError, match="have other classes: number 1 is"):
             judge()
+
+
+def test_the_example_gate_fails_where_there_is_nothing_to_judge(tmp_path: Path) -> None:
+    gate = Path(__file__).parents[2] / "examples/test_accuracy_gate.py"
+    shutil.copyfile(gate, tmp_path / gate.name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", gate.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "baselines/resnet18.json: not a stored baseline" in done.stdout
