@@ -20,7 +20,7 @@ from export.targets import TARGETS, LayerPlan, Target
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import LayerSpec, QuantConv2d
-from qat.surgery.swap import quantize_
+from qat.surgery.swap import quantize_, quantizers
 
 MACHINE = "neoverse-n1"
 REASON = unavailable(MACHINE, onnxruntime.__version__)
@@ -79,12 +79,16 @@ def test_the_byte_minus_128_is_computed_wrongly_on_arm_and_never_written(monkeyp
 
 
 def test_ties_of_two_sums_are_rounded_otherwise_on_arm_and_moved_away() -> None:
-    model = net(power_of_two=True)
-    keeping = Target("keeping", keeps_scales=True)
-    planted = on_arm(model, keeping)
+    """Scales that happen to be powers of two are moved; those that must be stay, and the proof on ARM fails."""
+    model = net(power_of_two=False)
+    with torch.no_grad():
+        for quantizer in quantizers(model).values():
+            quantizer.raw_step.copy_(2.0 ** quantizer.step.log2().round())
+    planted = on_arm(model, Target("keeping", keeps_scales=True))
     assert not planted.passed
     assert set(planted.mismatches) <= {"#add0", "#add1"} and planted.total > 50
     assert on_arm(model, TARGETS["ort-int8"]).passed
+    assert not on_arm(net(power_of_two=True), TARGETS["ort-int8"]).passed
 
 
 def test_edgeqats_kernels_compute_the_same_on_arm() -> None:

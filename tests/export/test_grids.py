@@ -68,14 +68,15 @@ def test_power_of_two_steps_export(tmp_path: Path) -> None:
     assert any(tried.remaining for tried in lowered.tried)  # ties that runtimes round differently
 
 
-def test_power_of_two_steps_are_moved_off_their_ties_where_the_target_lets_them(tmp_path: Path) -> None:
+def test_power_of_two_steps_stay_and_their_ties_are_counted(tmp_path: Path) -> None:
+    """The net in PyTorch rounds its ties as this runtime does; a moved scale would ship another net than was trained."""
     layer = LayerSpec(QuantSpec(4, signed=True, axis=0, power_of_two=True), QuantSpec(4, power_of_two=True))
     model, lowered, file = exported(layer, QuantSpec(8, power_of_two=True), tmp_path)
     steps = {name: float(q.step) for name, q in quantizers(model).items() if not q.is_weight}
-    moves = {name: float(grid.scale) / steps[name] - 1 for name, grid in lowered.quantizers.items()}
-    assert all(abs(move) < 1e-4 for move in moves.values()) and any(abs(move) > 1e-6 for move in moves.values())
-    assert not any(tried.remaining for tried in lowered.tried)
-    assert proof(model, lowered, file).mismatches == 0
+    assert {name: float(grid.scale) for name, grid in lowered.quantizers.items()} == steps
+    assert any(tried.remaining for tried in lowered.tried)
+    found = proof(model, lowered, file)
+    assert found.mismatches == 0 and "at ties that runtimes may round differently" in str(found)
 
 
 def test_float_weights_on_quantized_inputs_are_refused_by_name(tmp_path: Path) -> None:
