@@ -5,7 +5,7 @@ The file is compared with the definition code by code (`export/certificate.py`),
 lowering and would share its mistakes. The trained net is run by PyTorch and shares none. Three things are judged:
 
 operations  From the trained net's codes before an operation, with biases that are not rounded, the definition gives a real
-            number u of codes; it explains the trained code q behind the operation if |u - q| <= 1/2 + what floats may be off:
+            number u of codes; it explains the trained code q of the result if |u - q| <= 1/2 + what floats may be off:
                 float sums   FLOAT_SUM of the largest sum that the channel can have, for float32 adds in some order
                 functions    FUNCTION codes, for the last bits of softmax, layer norm, GELU
                 scales       parts per million by which scales were moved (`export/ties.py`)
@@ -36,7 +36,7 @@ NEGLIGIBLE = 2.0**-10  # codes, in channels of which only the bias is kept (`exp
 LARGEST_ROUNDING = 0.5  # codes
 LARGEST_SHARE = 0.05  # of the standard deviation of an output
 HALF = 0.5 * (1 + 1e-6)  # a unit; 1e-6 is for float32
-# Of the largest output: what floats may be off behind integer sums, behind functions of them, and in a net without any codes.
+# Of the largest output: what floats may be off after integer sums, after functions of them, and in a net without codes.
 OUTPUT_SHARE, FUNCTION_SHARE, WEIGHT_ONLY_SHARE = 1e-5, 1e-4, 1e-3
 DIFFERING_ANSWERS = 0.01  # share of answers that may differ
 LEVEL = 0.01  # certainty to fail a file whose answers differ by no more: its images are a sample
@@ -190,7 +190,7 @@ def compare_answers(first: Images, second: Images) -> tuple[int, int]:
 
 
 class _Follower:
-    """Called by the reference behind every node. Compares each result with the trained net's codes and puts these in its
+    """Called by the reference after every node. Compares each result with the trained net's codes and puts these in its
     place, so that the next operation starts from them."""
 
     def __init__(self, model: LoweredModel) -> None:
@@ -203,7 +203,7 @@ class _Follower:
         self.on_integers = 0
         self.in_float: dict[str, int] = {}
         self.ppm = max((abs(grid.moved_ppm) for grid in model.quantizers.values()), default=0)
-        self.behind = {value: name for name, value in model.trained_at.items()}
+        self.names_at = {value: name for name, value in model.trained_at.items()}
         self.allowances: dict[str, Tensor] = {}
 
     def __call__(self, node: ir.Node, values: dict[ir.Value, Value]) -> None:
@@ -227,8 +227,8 @@ class _Follower:
                 return
             self._compare(name, node.outputs[0], values)
         for output in node.outputs:
-            if output in self.behind:
-                self._compare(self.behind[output], output, values)
+            if output in self.names_at:
+                self._compare(self.names_at[output], output, values)
 
     def _compare(self, name: str, at: ir.Value, values: dict[ir.Value, Value]) -> None:
         grid, expected = self.model.quantizers[name], self.codes[name]
@@ -256,7 +256,7 @@ class _Follower:
         values[at] = Codes(trained, grid)
 
     def _allowance(self, layer: LoweredLayer | None, grid: LoweredQuantizer) -> Tensor:
-        """In codes of `grid`, per channel behind a layer; in real units where one bit is decided."""
+        """In codes of `grid`, per channel after a layer; in real units where one bit is decided."""
         moved = 1e-6 * self.ppm * 4 * grid.high
         if layer is None:
             return torch.tensor(FUNCTION + moved)
@@ -278,7 +278,7 @@ class _Follower:
                 self.outputs[name] = 1.0
                 continue
             largest = float(np.abs(trained[name]).max(initial=0.0))
-            layer = layer_behind(value, self.model)
+            layer = layer_of_output(value, self.model)
             share = OUTPUT_SHARE if layer is not None else FUNCTION_SHARE
             if not self.model.quantizers:
                 share = WEIGHT_ONLY_SHARE
@@ -368,7 +368,7 @@ def in_codes(value: Value, grid: LoweredQuantizer) -> Tensor:
     return above if isinstance(value, Accumulator) else torch.where(above >= 0, 1.0, -1.0).double()
 
 
-def layer_behind(output: ir.Value, model: LoweredModel) -> LoweredLayer | None:
+def layer_of_output(output: ir.Value, model: LoweredModel) -> LoweredLayer | None:
     """The layer whose results the graph returns as `output`, seen through layout operations."""
     node = output.producer()
     while node is not None and node.op_type in LAYOUT_OPS:

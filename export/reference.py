@@ -157,7 +157,7 @@ class IntegerReference:
 
     `run(images)` returns ({quantizer: uint8 carrier codes}, {output: float32}). With `given`, every quantizer's codes are
     computed from the *given* codes of the tensors before it: a difference then names the operation it arose in. `follow` is
-    called behind every node with all values so far, and may put others in their place (`export/fidelity.py`).
+    called after every node with all values so far, and may put others in their place (`export/fidelity.py`).
 
     farthest_from_tie: of the last run with `given`, how far results that differ from the given codes lie from a tie at most,
     in codes. Floats added in another order can decide a result near a tie, and no other.
