@@ -29,7 +29,7 @@ from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import PLATFORMS
 from export.fidelity import Fidelity, Outputs, Trained, fidelity
 from export.lowered import ExportError, LoweredModel, Tried
-from export.metadata import codes_of, different_descriptions, read_metadata
+from export.metadata import codes_of, different_descriptions, missing_options, read_metadata
 from export.native_file import KERNELS, quantizer_names
 from export.reference import IntegerReference
 from export.skeleton import quantizers_in_order
@@ -266,7 +266,7 @@ def certify(
         different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
         adversarial=adversarial(model, proto),
         accuracy=_accuracy({"trained net": expected, "ONNX Runtime": found}, labels),
-        notes=(*model.notes, *_weight_only_note(model)),
+        notes=(*model.notes, *_weight_only_note(model), *missing_options(proto)),
         tried=tuple(model.tried),
         elsewhere=certify_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
     )

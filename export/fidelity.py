@@ -27,12 +27,11 @@ from torch import Tensor
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
-from export.rounding import bias_roundings, largest_results
+from export.rounding import NEGLIGIBLE_CODES, bias_roundings, largest_results
 from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, modules_of, quantizers_in_order, weight_layer
 
 FLOAT_SUM = 2.0**-22  # two sums in float32, each off by half a bit a few times
 FUNCTION = 1e-3  # codes
-NEGLIGIBLE = 2.0**-10  # codes, in channels of which only the bias is kept (`export/passes.py`)
 LARGEST_ROUNDING = 0.5  # codes
 LARGEST_SHARE = 0.05  # of the standard deviation of an output
 HALF = 0.5 * (1 + 1e-6)  # a unit; 1e-6 is for float32
@@ -263,7 +262,7 @@ class _Follower:
         sums = self._float_error(layer)
         if grid.is_binary:
             return torch.from_numpy(sums * (1 + moved)).float()
-        negligible = NEGLIGIBLE if layer.dead_channels else 0.0
+        negligible = NEGLIGIBLE_CODES if layer.dead_channels else 0.0
         return torch.from_numpy(sums / float(grid.scale) + moved + FLOAT_SUM * grid.high + negligible).float()
 
     def _float_error(self, layer: LoweredLayer) -> NDArray[np.float64]:

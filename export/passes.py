@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import BIAS_PARAMETER, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.rounding import largest_results, largest_sums
+from export.rounding import NEGLIGIBLE_CODES, largest_results, largest_sums
 from export.skeleton import (
     CODE_OPS,
     LAYOUT_OPS,
@@ -31,8 +31,7 @@ from export.targets import SUM_LIMIT, TARGETS, Target, carry_of, check_quantizer
 from export.thresholds import with_threshold_bias
 from export.ties import avoid_ties
 
-# A channel's sums are left out where 32 bits cannot hold its bias beside them and the largest of them is at most so much:
-NEGLIGIBLE_CODES = 2.0**-10  # codes of the quantizer behind it
+# A channel that writes floats is reduced to its bias where 32 bits cannot hold both and the largest sum is at most so much:
 NEGLIGIBLE_SHARE = 2.0**-20  # of its bias, where floats are written
 
 
@@ -318,8 +317,8 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             layer = replace(layer, carry=carry_of(target, layer.bits, source))
             layer, model.quantizers[written.name] = with_threshold_bias(layer, source, written)
         else:
-            layer, silent = _with_bias_codes(layer, source, written, target)
-            if silent:
+            layer = _with_bias_codes(layer, source, written, target)
+            if silent := list(layer.dead_channels):
                 model.notes.append(f"layer {layer.name!r}: in channels {silent} only the bias decides; only it is kept")
         model.layers[f"{layer.name}.weight"] = layer
         check_sums(layer, source)
@@ -397,8 +396,8 @@ def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
 
 def _with_bias_codes(
     layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None, target: Target
-) -> tuple[LoweredLayer, list[int]]:
-    """The layer with integer biases, and the channels of which only the bias is kept.
+) -> LoweredLayer:
+    """The layer with integer biases; its dead channels are those of which only the bias is kept.
 
     source: the quantizer it reads; written: the one that reads its results, None where they stay in floating point.
     Raises ExportError for a channel whose bias no int32 code can hold though its sums matter.
@@ -410,7 +409,7 @@ def _with_bias_codes(
             codes = np.rint(layer.folded_bias / unit)
         out_of_range = ~(np.abs(codes) + largest_sums(layer, source) * carry <= SUM_LIMIT)
         if not out_of_range.any():
-            return replace(layer, bias_codes=codes.astype(np.int32)), []
+            return replace(layer, bias_codes=codes.astype(np.int32))
         needed = out_of_range & ~_sums_are_negligible(layer, source, written)
         if not needed.any():
             return _with_biases_alone(layer, source, codes, out_of_range)
@@ -418,7 +417,7 @@ def _with_bias_codes(
     channel = int(np.flatnonzero(needed)[0])
     raise ExportError(
         f"layer {layer.name!r}: the bias of output channel {channel} is {layer.folded_bias[channel]:g}, in units of "
-        f"{unit[channel]:.3g}: 32 bits cannot hold both it and the sums it is added to; look at the batch norm behind this "
+        f"{unit[channel]:.3g}: 32 bits cannot hold both it and the sums it is added to; look at the batch norm after this "
         "layer (a gamma next to 0, or a bias out of all proportion)"
     )
 
@@ -438,7 +437,7 @@ def _sums_are_negligible(
 
 def _with_biases_alone(
     layer: LoweredLayer, source: LoweredQuantizer, bias_codes: NDArray[np.float64], silent: NDArray[np.bool_]
-) -> tuple[LoweredLayer, list[int]]:
+) -> LoweredLayer:
     """The layer with weights 0 in its silent channels, in a unit that leaves their biases 20 bits of precision."""
     codes, scale, bias_codes = layer.codes.copy(), layer.scale.copy(), bias_codes.copy()
     channels = [int(c) for c in np.flatnonzero(silent)]
@@ -448,7 +447,7 @@ def _with_biases_alone(
     bias_codes[silent] = np.rint(bias / (input_scale * scale[silent].astype(np.float64) / layer.carry))
     bits = max(layer.bits, 2)  # 0 is no 1-bit code
     silenced = replace(layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels))
-    return replace(silenced, bias_codes=bias_codes.astype(np.int32)), channels
+    return replace(silenced, bias_codes=bias_codes.astype(np.int32))
 
 
 def _bypass(node: ir.Node) -> None:
