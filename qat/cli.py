@@ -258,7 +258,7 @@ def _certify(command: Certify) -> int:
 
 def _compare(command: Compare) -> int:
     from qat import deploy
-    from qat.training.checkpoint import write_json, write_text
+    from qat.files import write_json, write_text
     from qat.training.compare import compare_runs, write_baseline
 
     if command.update_baseline:
@@ -280,7 +280,7 @@ def _compare(command: Compare) -> int:
 
 
 def _inspect(command: Inspect) -> int:
-    from qat.training.checkpoint import write_json
+    from qat.files import write_json
     from qat.training.inspection import inspect_run
 
     inspection = inspect_run(command.run, command.top)
@@ -292,7 +292,7 @@ def _inspect(command: Inspect) -> int:
 
 def _ensemble(command: Ensemble) -> int:
     from qat import deploy
-    from qat.training.checkpoint import write_json
+    from qat.files import write_json
     from qat.training.ensemble import evaluate_ensemble
 
     table = evaluate_ensemble(command.runs, command.average, command.data_root)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from qat import __version__
-from qat.training.checkpoint import Built, RunFolder, load_run, write_atomically, write_json, write_text
+from qat.files import write_atomically, write_json, write_text
+from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ TORCH_IN_EXPORT = {
     "export/bundle.py", "export/across.py", "export/fidelity.py",
 }  # fmt: skip
 # Modules at the bottom of both packages: they import nothing but the standard library, numpy and pillow.
-BOTTOM = {"qat.compiled", "qat.files", "qat.images", "qat.terminal"}
+BOTTOM = {"qat.compiled", "qat.files", "qat.images", "qat.interrupts", "qat.terminal"}
 ON_THE_GROUND = sys.stdlib_module_names | {"numpy", "PIL"}
 EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py", "qat/settle.py"}
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step, sign
+from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step, require_finite, sign
 from qat.quantizers.spec import QuantSpec
 
 AlphaInit = Literal["least-squares", "uniform"]
@@ -50,7 +50,8 @@ class BinaryWeight(Quantizer):
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
-        """Set α from the latent weight; every child does so once its own state is there."""
+        """Set α from the latent weight; every child does so once its own state is there. Raises ValueError for nan."""
+        require_finite(weight, f"weight of quantizer {self.name!r}")
         if self.alpha_init == "uniform":
             self.raw_step.data.uniform_(0, 1).clamp_min_(SMALLEST_STEP)
         else:
@@ -75,12 +76,6 @@ class BinaryWeight(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """-1 or +1, int32."""
         return sign(self.before_sign(x.detach())).to(torch.int32)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"initialized": self.initialized}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.initialized = state["initialized"]
 
     def extra_repr(self) -> str:
         return str(self.spec)

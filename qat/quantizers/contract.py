@@ -4,7 +4,8 @@
 `raw_step` is the parameter behind `step`, a positive number: step = max(|raw_step|, 1e-10).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from qat.quantizers.spec import QuantSpec
 
 SMALLEST_STEP = 1e-10
+# What of a spec decides which numbers the codes stand for; the sign is apart, since calibration may decide it.
+GRID_FIELDS = ("bits", "axis", "offset", "power_of_two", "symmetric")
 
 
 class Quantizer(nn.Module):
@@ -35,6 +38,38 @@ class Quantizer(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
         raise NotImplementedError(f"{type(self).__name__} defines no codes")
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state dict keeps besides tensors: the grid that the step was trained for."""
+        grid = {field: getattr(self.spec, field) for field in GRID_FIELDS}
+        return {"signed": self.spec.signed, "initialized": self.initialized, "grid": grid}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError when the state dict comes from a quantizer of another grid: its step means other numbers."""
+        grid = state.get("grid")  # state dicts of earlier versions have none
+        if grid is not None:
+            self._require_same_grid(grid)
+        self.initialized = state["initialized"]
+
+    def _require_same_grid(self, grid: Mapping[str, Any]) -> None:
+        different = [field for field in GRID_FIELDS if grid.get(field) != getattr(self.spec, field)]
+        if different:
+            theirs = ", ".join(f"{field} {grid.get(field)}" for field in different)
+            ours = ", ".join(f"{field} {getattr(self.spec, field)}" for field in different)
+            raise ValueError(
+                f"quantizer {self.name!r}: the state dict was trained with {theirs}, this model has {ours}; quantize the "
+                "model by the rules that it was trained with"
+            )
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Raises ValueError naming `what` when x holds nan or an infinity, from which no step can be taken."""
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ValueError(
+            f"{what}: {bad:,} of {x.numel():,} values are nan or infinite, so it gets no step; look for the first layer or "
+            "image that is not finite"
+        )
 
 
 def along(step: Tensor, x: Tensor, axis: int | None) -> Tensor:

@@ -13,13 +13,14 @@ the parameter, so that no optimizer can turn a step negative and nothing has to 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step
+from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step, require_finite
 from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin, origin_of, remember, under_compile
 from qat.quantizers.spec import Grid, QuantSpec
@@ -173,13 +174,10 @@ class LSQ(Quantizer):
                 "checkpoint before using the model"
             )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"signed": self.spec.signed, "initialized": self.initialized}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().set_extra_state(state)
         if state["signed"] is not None:
             self.spec = self.spec.with_sign(state["signed"])
-        self.initialized = state["initialized"]
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {'step set' if self.initialized else 'no step yet'}"
@@ -194,6 +192,7 @@ class LSQWeight(LSQ):
         if spec.signed is not True:
             raise ValueError(f"weight quantizer {name!r}: weights are signed, got spec {spec}")
         super().__init__(spec, None if spec.axis is None else weight.shape[spec.axis], name)
+        require_finite(weight.detach(), f"weight of quantizer {name!r}")
         self.initialize(starting_step(weight.detach(), spec, init))
 
 

@@ -121,7 +121,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"--weights {path}: no such file")
     try:
-        state = load_state_dict(str(path), use_ema=False)
+        state = load_state_dict(str(path), use_ema=False, weights_only=True)  # a pickle may run any code
     except Exception as error:
         raise ValueError(f"--weights {path}: not a readable checkpoint ({error})") from error
     own = model.state_dict()
@@ -134,4 +134,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"--weights {path}: does not fit the backbone; missing or of another shape: {', '.join(sorted(lost)[:4])}"
             + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         )
+    broken = [k for k, v in fitting.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if broken:
+        raise ValueError(f"--weights {path}: {broken[0]} holds values that are nan or infinite")
     model.load_state_dict(fitting, strict=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers.binary import BinaryWeight
+from qat.quantizers.contract import Quantizer, require_finite
 from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.lsq_plus import LSQPlus, least_squares_range
 from qat.quantizers.spec import QuantSpec
@@ -28,25 +29,38 @@ class CalibrationRow:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> list[CalibrationRow]:
+def calibrate(
+    model: nn.Module, batches: Iterable[Tensor], init: Init = "mse", *, overwrite: bool = False
+) -> list[CalibrationRow]:
     """Set sign and step of every activation quantizer from `batches` of N_C_H_W images, run in full precision.
 
     init: "lsq", the paper's 2 · mean|x| / sqrt(Qp); or "mse", the step of least squared quantization error.
-    Calibrating again with the same batches gives the same steps. Batch norm statistics do not move. Raises ValueError
-    when there is no batch or a one-bit activation never saw a negative value, RuntimeError naming a quantizer that no batch
-    reached.
+    overwrite: replace the steps that quantizers already have. Without it a model that was calibrated, trained or loaded is
+    refused, since its learned steps would be lost.
+    Calibrating again with the same batches gives the same steps. Batch norm statistics do not move. Either all quantizers get
+    their steps or none does. Raises ValueError when there is no batch, a batch or what a quantizer sees is not finite, a
+    quantizer has its step already, or a one-bit activation never saw a negative value; RuntimeError naming a quantizer that
+    no batch reached.
     """
     found = {name: q for name, q in quantizers(model).items() if isinstance(q, LSQ) and not q.is_weight}
+    taken = [name for name, quantizer in found.items() if quantizer.initialized]
+    if taken and not overwrite:
+        raise ValueError(
+            f"calibrate: {len(taken)} of {len(found)} activation quantizers, {taken[0]!r} first, have their steps already, "
+            "from calibration, training or a checkpoint; pass overwrite=True to lose them"
+        )
     samples: dict[str, list[Tensor]] = {name: [] for name in found}
     device = next(model.parameters()).device
     seen = 0
     with in_full_precision(model, samples), signs_seen(model):
         for images in batches:
+            require_finite(images, f"calibrate: batch {seen}")
             model(images.to(device))
             seen += 1
     if not seen:
         raise ValueError("calibrate: the loader gave no batch")
-    return [_initialize(quantizer, name, samples[name], init) for name, quantizer in found.items()]
+    starts = {name: _start_of(quantizer, name, samples[name], init) for name, quantizer in found.items()}
+    return [_initialize(found[name], name, start) for name, start in starts.items()]
 
 
 @contextmanager
@@ -83,14 +97,18 @@ def paused(model: nn.Module) -> bool:
 def begin(model: nn.Module, batches: Iterable[Tensor], init: Init = "mse") -> list[CalibrationRow]:
     """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""
     for weight, quantizer in quantized_weights(model):
-        if isinstance(quantizer, BinaryWeight):
-            quantizer.start(weight)
-            continue
-        assert isinstance(quantizer, LSQ)
-        quantizer.initialize(starting_step(weight.detach(), quantizer.spec, init))
+        _start_weight(quantizer, weight.detach(), init)
     batches = list(batches)
     _begin_computed(model, batches[:1], init)
-    return calibrate(model, batches, init)
+    return calibrate(model, batches, init, overwrite=True)
+
+
+def _start_weight(quantizer: Quantizer, weight: Tensor, init: Init) -> None:
+    if isinstance(quantizer, BinaryWeight):
+        quantizer.start(weight)
+    elif isinstance(quantizer, LSQ):
+        require_finite(weight, f"weight of quantizer {quantizer.name!r}")
+        quantizer.initialize(starting_step(weight, quantizer.spec, init))
 
 
 def _begin_computed(model: nn.Module, batches: Iterable[Tensor], init: Init) -> None:
@@ -105,10 +123,7 @@ def _begin_computed(model: nn.Module, batches: Iterable[Tensor], init: Init) -> 
         for images in batches:
             model(images.to(next(model.parameters()).device))
     for quantizer in found:
-        if isinstance(quantizer, BinaryWeight):
-            quantizer.start(seen[quantizer.name])
-        elif isinstance(quantizer, LSQ):
-            quantizer.initialize(starting_step(seen[quantizer.name], quantizer.spec, init))
+        _start_weight(quantizer, seen[quantizer.name], init)
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
@@ -132,18 +147,35 @@ def _collector(into: list[Tensor]) -> Callable[[Tensor], None]:
     return collect
 
 
-def _initialize(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) -> CalibrationRow:
+@dataclass(frozen=True)
+class _Start:
+    """What a quantizer starts from: the sampled values (count,), its step () and sign, and the offset () of LSQ+."""
+
+    values: Tensor
+    step: Tensor
+    signed: bool
+    offset: Tensor | None = None
+
+
+def _start_of(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) -> _Start:
     if not samples:
         raise RuntimeError(f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?")
     values = torch.cat(samples)
+    require_finite(values, f"calibrate: input of quantizer {name!r}")
     if isinstance(quantizer, LSQPlus):
         step, offset = least_squares_range(values, quantizer.spec)
-        quantizer.initialize(step, offset=offset)
+        return _Start(values, step, False, offset)
+    # An activation that is zero so far (after a norm whose gamma starts at 0) may take either sign; as an unsigned one its
+    # zeros would count as clipped, no gradient would pass, and the branch would never come to life.
+    signed = bool(values.min() < 0) or not bool(values.any())
+    return _Start(values, starting_step(values, quantizer.spec.with_sign(signed), init), signed)
+
+
+def _initialize(quantizer: LSQ, name: str, start: _Start) -> CalibrationRow:
+    if isinstance(quantizer, LSQPlus):
+        quantizer.initialize(start.step, offset=start.offset)
     else:
-        # An activation that is zero so far (behind a norm whose gamma starts at 0) may take either sign; as an unsigned one
-        # its zeros would count as clipped, no gradient would pass, and the branch would never come to life.
-        signed = bool(values.min() < 0) or not bool(values.any())
-        quantizer.initialize(starting_step(values, quantizer.spec.with_sign(signed), init), signed)
-    v, grid = values / quantizer.step, quantizer.grid
+        quantizer.initialize(start.step, start.signed)
+    v, grid = start.values / quantizer.step, quantizer.grid
     clipped = ((v < grid.qmin - 0.5) | (v > grid.qmax + 0.5)).float().mean()
     return CalibrationRow(name, quantizer.spec, float(quantizer.step), float(clipped))

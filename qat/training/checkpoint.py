@@ -6,8 +6,7 @@ metrics.jsonl    one JSON object per log entry       samples.npz      real image
 model.onnx, certificate.json, report.html            written by `qat export`, `qat certify`, `qat report`
 """
 
-import json
-from collections.abc import Callable
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qat.files import (
+    NUMBER,
+    Kind,
+    read_json,
+    read_text,
+    reason_of,
+    require_entries,
+    require_readable,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.batchnorm import fold_norms
@@ -24,7 +35,9 @@ from qat.surgery.binarize import Binarizer, hardtanh_for_relu_
 from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.rules import before, read_rules, with_options
 from qat.surgery.swap import QuantizationTable, binary_rules, quantize_, uniform_rules
-from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError, from_json, read_json, to_json
+from qat.training.ranges import flag
+from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError, from_json, to_json
+from qat.training.tracking import read_log
 
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -33,6 +46,30 @@ NORMALIZATIONS = {
 
 
 KINDS = ("predicted", "label")
+SAVED = ("last.pt", "checkpoint.pt", "results.json")  # what makes a folder a run's
+# Entries that a finished run's results.json, a checkpoint, and last.pt must have.
+RESULTS: dict[str, Kind] = {
+    "method": str, "test_domain": str, "selected_step": int, "source_validation": dict, "target": NUMBER,
+    "train_seconds": NUMBER, "images_per_second": NUMBER, "classes": list,
+}  # fmt: skip
+CHECKPOINT: dict[str, Kind] = {"model": dict, "classes": list}
+RESUMABLE: dict[str, Kind] = {
+    "optimizer": dict, "schedule": dict, "progress": dict, "step": dict, "average": dict, "valley": dict, "step_sizes": dict,
+    "rng": Tensor,
+}  # fmt: skip
+# Entries of a recipe that decide nothing about the net: where files lie, how a run is shown and loaded.
+MAY_CHANGE = {
+    "data_root",
+    "out",
+    "resume",
+    "workers",
+    "tensorboard",
+    "weights",
+    "init_from",
+    "teacher",
+    "refine_from",
+    "rules",
+}
 STREAM = QuantSpec(8)
 
 
@@ -45,27 +82,6 @@ class Samples:
     domains: NDArray[np.str_]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text)
-
-    write_atomically(path, write)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
 class RunFolder:
     """Paths and files of one run."""
 
@@ -74,59 +90,82 @@ class RunFolder:
 
     @classmethod
     def create(cls, recipe: Recipe) -> "RunFolder":
-        """A new folder for `recipe` (its `out`, or a free default). Raises RecipeError when `out` holds a run."""
-        if recipe.out is not None:
-            if (recipe.out / "recipe.json").exists() and not recipe.resume:
-                raise RecipeError(f"--out {recipe.out}: holds a run already; choose another folder, or --resume it")
-            if recipe.resume and not (recipe.out / "last.pt").exists():
-                raise RecipeError(f"--resume: {recipe.out} holds no interrupted run (no last.pt)")
-            path = recipe.out
-        elif recipe.resume:
-            raise RecipeError("--resume needs --out, the folder of the interrupted run")
-        else:
-            path = default_folder(recipe)
-        path.mkdir(parents=True, exist_ok=True)
+        """A new folder for `recipe`: its `out`, or a free default. Raises RecipeError when `out` holds a run or is a file."""
+        check_out(recipe)
+        path = default_folder(recipe) if recipe.out is None else recipe.out
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"--out {path}: cannot be made ({reason_of(error)})") from error
         folder = cls(path)
         if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
             kept = path / f"rules{recipe.rules.suffix}"  # the folder is complete without the file it was made from
-            if not kept.exists():
-                write_text(kept, recipe.rules.read_text())
+            if not recipe.resume:
+                write_text(kept, read_text(recipe.rules))
         write_json(path / "recipe.json", to_json(recipe))
         return folder
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
+        if path.is_file():
+            raise RecipeError(f"{path}: is a file; name the run folder")
         if not path.is_dir():
             raise RecipeError(f"{path}: no such run folder")
         return cls(path)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run got so far that something of it was saved."""
+        return any((self / name).exists() for name in SAVED)
+
+    def require(self, name: str) -> Path:
+        """The path of one of its files. Raises RecipeError where there is none."""
+        if not (self / name).exists():
+            raise RecipeError(f"{self / name}: no such file; is {self.path} the folder of a finished run?")
+        return self / name
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def recipe(self) -> Recipe:
-        recipe = from_json(read_json(self / "recipe.json"), self / "recipe.json")
+        recipe = from_json(read_json(self.require("recipe.json")), self / "recipe.json")
         if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
             return replace(recipe, rules=self / f"rules{recipe.rules.suffix}")
         return recipe
 
     def results(self) -> dict[str, Any]:
-        return read_json(self / "results.json")
+        """What the finished run measured. Raises ValueError for entries that are missing or of the wrong type."""
+        path = self.require("results.json")
+        results = require_entries(read_json(path), RESULTS, str(path))
+        for domain, accuracy in results["source_validation"].items():
+            if not isinstance(accuracy, NUMBER):
+                raise RecipeError(f"{path}: accuracy of {domain!r} is {accuracy!r}, not a number")
+        if not all(isinstance(name, str) for name in results["classes"]):
+            raise RecipeError(f"{path}: entry 'classes' holds something that is not a name")
+        return results
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The log entries, oldest first. The last line of a run that was killed may be half-written: it is left out."""
         path = self / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_log(path) if path.exists() else []
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         write_atomically(self / name, lambda p: torch.save(state, p))
 
     def load(self, name: str) -> dict[str, Any]:
-        """A checkpoint. Raises RecipeError when it is missing or damaged."""
+        """A checkpoint. Raises RecipeError when it is missing, damaged (by a single bit), or lacks what a run needs."""
+        path = self.require(name)
+        require_readable(path)
         try:
-            return torch.load(self / name, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise RecipeError(f"{self / name}: no such file; did the run finish?") from None
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not compare the checksums that it writes
+            state = None if damaged is not None else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise RecipeError(f"{self / name}: not a readable checkpoint ({error})") from error
+            raise RecipeError(f"{path}: is not a readable checkpoint ({reason_of(error)})") from error
+        if damaged is not None:
+            raise RecipeError(f"{path}: is damaged, the checksum of {damaged} is wrong; take another copy of it")
+        entries = CHECKPOINT | RESUMABLE if name == "last.pt" else CHECKPOINT
+        return require_entries(state, entries, str(path))
 
     def write_predictions(self, predictions: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
         """Per domain: predicted classes and labels of the images its accuracy was measured on, in a fixed order."""
@@ -141,12 +180,29 @@ class RunFolder:
         write_atomically(self / "predictions.npz", write)
 
     def predictions(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Per domain: predicted classes and labels, both int64 of shape (images,). Raises RecipeError."""
+        arrays = self._arrays("predictions.npz")
+        domains = dict.fromkeys(name.rsplit("/", 1)[0] for name in arrays)
+        found = {}
+        for domain in domains:
+            pair = [arrays.get(f"{domain}/{kind}") for kind in KINDS]
+            fits = all(a is not None and a.dtype == np.int64 and a.ndim == 1 and len(a) for a in pair)
+            if not fits or pair[0].shape != pair[1].shape:  # type: ignore[union-attr]
+                raise RecipeError(
+                    f"{self / 'predictions.npz'}: domain {domain!r} has no predicted classes and labels, as many of each"
+                )
+            found[domain] = (pair[0], pair[1])
+        return found  # type: ignore[return-value]
+
+    def _arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """What an .npz file of the folder holds. Raises RecipeError for a missing or damaged one."""
+        path = self.require(name)
+        require_readable(path)
         try:
-            with np.load(self / "predictions.npz") as stored:
-                domains = dict.fromkeys(name.rsplit("/", 1)[0] for name in stored.files)
-                return {d: (stored[f"{d}/predicted"], stored[f"{d}/label"]) for d in domains}
-        except FileNotFoundError:
-            raise RecipeError(f"{self / 'predictions.npz'}: no such file; did the run finish?") from None
+            with np.load(path, allow_pickle=False) as stored:
+                return {key: stored[key] for key in stored.files}
+        except Exception as error:
+            raise RecipeError(f"{path}: cannot be read ({reason_of(error)})") from error
 
     def write_samples(self, samples: Samples) -> None:
         def write(path: Path) -> None:
@@ -156,11 +212,18 @@ class RunFolder:
         write_atomically(self / "samples.npz", write)
 
     def samples(self) -> Samples:
-        try:
-            with np.load(self / "samples.npz") as stored:
-                return Samples(stored["images"], stored["labels"], stored["domains"])
-        except FileNotFoundError:
-            raise RecipeError(f"{self / 'samples.npz'}: no such file; did the run finish?") from None
+        """The real images that the run keeps. Raises RecipeError when they are missing, damaged or not images."""
+        path, arrays = self / "samples.npz", self._arrays("samples.npz")
+        missing = [name for name in ("images", "labels", "domains") if name not in arrays]
+        if missing:
+            raise RecipeError(f"{path}: has no array {missing[0]!r}")
+        images, labels = arrays["images"], arrays["labels"]
+        is_batch = images.ndim == 4 and images.shape[1] == 3 and images.dtype == np.float32 and len(images) > 0
+        if not is_batch or not np.isfinite(images).all():
+            raise RecipeError(f"{path}: its images are not finite float32 numbers of shape (images, 3, height, width)")
+        if labels.shape != (len(images),) or labels.dtype != np.int64 or len(arrays["domains"]) != len(images):
+            raise RecipeError(f"{path}: holds {len(images)} images, but not as many labels and domains")
+        return Samples(images, labels, arrays["domains"])
 
 
 @dataclass(frozen=True)
@@ -240,13 +303,53 @@ def _rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]
     return rules
 
 
+def check_out(recipe: Recipe) -> None:
+    """Raises RecipeError when --out and --resume do not fit what is there. A run that stopped before anything was saved does
+    not block its folder."""
+    if recipe.out is None:
+        if recipe.resume:
+            raise RecipeError("--resume needs --out, the folder of the interrupted run")
+        return
+    if recipe.out.exists() and not recipe.out.is_dir():
+        raise RecipeError(f"--out {recipe.out}: is a file; name a folder")
+    folder = RunFolder(recipe.out)
+    if recipe.resume and not (folder / "last.pt").exists():
+        raise RecipeError(
+            f"--resume: {recipe.out} holds no interrupted run (no last.pt); leave --resume out to begin it"
+        )
+    if folder.has_run and not recipe.resume:
+        raise RecipeError(f"--out {recipe.out}: holds a run already; choose another folder, or --resume it")
+    if recipe.resume:
+        different = different_entries(to_json(folder.recipe()), to_json(recipe))
+        if different:
+            raise RecipeError(f"--resume: {recipe.out} was begun with {different}; repeat the command that began it")
+
+
+def different_entries(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """The entries of two recipes that decide a net and differ, as text; empty where none does.
+
+    Where files lie, and how a run is shown and loaded, may change.
+    """
+    names = [name for name in second if name not in MAY_CHANGE and first.get(name) != second[name]]
+    return ", ".join(f"{flag(name)} {first.get(name)} (now {second[name]})" for name in names)
+
+
 def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
-    """The selected model of a finished run, in eval mode."""
+    """The selected model of a finished run, in eval mode.
+
+    Raises RecipeError when recipe.json is not the recipe that the checkpoint was trained with.
+    """
     folder = RunFolder.open(path)
     recipe = folder.recipe()
     state = folder.load("checkpoint.pt")
+    trained_with = state.get("recipe")  # checkpoints of earlier versions have none
+    if trained_with is not None:
+        different = different_entries(trained_with, to_json(recipe))
+        if different:
+            raise RecipeError(f"{folder / 'recipe.json'}: was changed after training, which had {different}")
     built = build(recipe, len(state["classes"]), load_weights=False)
     load_state(built.model, state, folder / "checkpoint.pt")
+    require_finite_state(built.model, folder / "checkpoint.pt")
     built.model.eval()
     return folder, recipe, built
 
@@ -257,6 +360,15 @@ def load_state(model: nn.Module, state: dict[str, Any], source: Path) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1:2]
         raise RecipeError(f"{source}: does not fit its recipe's model: {''.join(first).strip()}") from None
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def require_finite_state(model: nn.Module, source: Path) -> None:
+    """Raises RecipeError naming the first tensor of a trained model that holds nan or an infinity."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise RecipeError(f"{source}: {name} holds values that are nan or infinite; the run did not end well")
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -272,4 +384,4 @@ def _default_name(recipe: Recipe) -> str:
 
 def _free(path: Path) -> Path:
     candidates = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))]
-    return next(c for c in candidates if not (c / "recipe.json").exists())
+    return next(c for c in candidates if not c.exists())

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.training.checkpoint import RunFolder, read_json
+from qat.files import read_json
+from qat.training.checkpoint import RunFolder
 from qat.training.recipe import RecipeError
 
 RESAMPLES = 4000

@@ -14,6 +14,7 @@ from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
 from qat.domains.cifar import EpochBatches, crop_flip
 from qat.domains.splits import Split, Subset
 from qat.domains.transforms import eval_transform, train_transform
+from qat.interrupts import leave_signals_to_the_parent
 from qat.training.checkpoint import Built, Samples
 from qat.training.recipe import Recipe
 
@@ -36,6 +37,7 @@ def train_loader(split: Split, recipe: Recipe, built: Built, start_step: int = 0
     images = TrainImages(split.train, augmented)
     return DataLoader(
         images, batch_sampler=sampler, num_workers=recipe.workers, persistent_workers=recipe.workers > 0,
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # else every pass over a loader draws from the generator that training uses
     )  # fmt: skip
 

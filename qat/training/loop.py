@@ -19,20 +19,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from qat.domains.folders import Domain
 from qat.domains.splits import Split, Subset, leave_one_domain_out
+from qat.files import write_json
+from qat.interrupts import Interrupted, StopRequest
 from qat.objectives.averaging import Average, LossValley
 from qat.settle import settle_
 from qat.surgery.backbones import create_optimizer
 from qat.surgery.batchnorm import restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import begin, pause
 from qat.surgery.swap import parameter_groups, quantizers, sizes_of_steps
-from qat.training.checkpoint import Built, RunFolder, build, load_state, write_json
+from qat.training.checkpoint import Built, RunFolder, build, check_out, load_state
 from qat.training.data import in_steps
 from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
 from qat.training.loaders import collect_samples, eval_batches, some_images, train_loader
-from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe
+from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, to_json
 from qat.training.recipe_checks import check
 from qat.training.scale_log import ScaleLog
 from qat.training.scale_view import scale_scalars
@@ -40,6 +43,7 @@ from qat.training.start import as_saved, calibrated, schedule_of, start_state, t
 from qat.training.step import Outcome, TrainingStep
 from qat.training.tracking import Tracker
 
+DIVERGED = 100  # times the cross entropy of guessing, on average between two evaluations
 NORM_BATCHES = 8  # training batches that batch norm statistics of averaged weights are taken from
 
 
@@ -49,6 +53,7 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     Bad input raises ValueError before training starts.
     """
     check(recipe)
+    check_out(recipe)
     split = data if isinstance(data, Split) else leave_one_domain_out(
         data, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
     )  # fmt: skip
@@ -87,6 +92,8 @@ class _Trainer:
     ) -> None:  # fmt: skip
         self.recipe, self.split, self.built, self.folder = recipe, split, built, folder
         self.accelerator, self.progress = accelerator, _Progress()
+        self.described = to_json(folder.recipe())
+        self.cross_entropies: list[float] = []  # of the steps since the last evaluation
         if recipe.channels_last:
             built.model.to(memory_format=torch.channels_last)
         set_norm_mode(built.model, recipe.norms)
@@ -113,6 +120,7 @@ class _Trainer:
             self.step.load_state_dict(resumed["step"])
             self.average.load_state_dict(resumed["average"])
             self.valley.load_state_dict(resumed["valley"])
+            self.cross_entropies = list(resumed.get("cross_entropies", []))
             torch.set_rng_state(resumed["rng"])
 
     def fit(self) -> None:
@@ -123,7 +131,9 @@ class _Trainer:
         freezer = self.step.freezer
         window = freezer.rule.window if freezer is not None else 0
         scales = ScaleLog(self.folder.path, freezer.names, window, self.progress.step) if freezer is not None else None
-        with tracker, nullcontext() if scales is None else closing(scales):
+        # Several processes would note a signal at different steps, and wait for each other for ever.
+        stop = StopRequest(wanted=self.accelerator.num_processes == 1)
+        with tracker, nullcontext() if scales is None else closing(scales), stop:
             if self.progress.step == 0 and not self.quant_start:  # delayed quantizers have no steps yet
                 tracker.log(0, {"steps": mean_steps(self.built.model)})
             self.model.train()
@@ -133,6 +143,12 @@ class _Trainer:
                     if scales is not None:
                         scales.flush()
                     self._evaluate(tracker)
+                elif stop.number is not None:
+                    if scales is not None:
+                        scales.flush()
+                    self._save_progress()
+                if stop.number is not None:
+                    raise Interrupted(stop.number, self._how_to_go_on())
             if not recipe.steps:
                 self._evaluate(tracker)
         self._finish(time.perf_counter() - started)
@@ -160,10 +176,8 @@ class _Trainer:
     def _report(self, outcome: Outcome, labels: Tensor, rate: float, seconds: float, tracker: Tracker) -> None:
         loss = float(outcome.loss)
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"step {self.progress.step}: the loss is {loss}; lower --lr (now {self.recipe.lr:g}). The last good state "
-                f"is {self.folder / 'last.pt'}"
-            )
+            raise RecipeError(f"step {self.progress.step}: the loss is {loss}; {self._what_to_change()}")
+        self.cross_entropies.append(float(cross_entropy(outcome.logits.float(), labels)))
         values: dict[str, float | Mapping[str, float]] = {
             "loss": loss,
             "accuracy": float((outcome.logits.argmax(1) == labels).float().mean()),
@@ -178,7 +192,31 @@ class _Trainer:
             values |= scale_scalars(outcome.seen, self.step.freezer)
         tracker.log(self.progress.step, values)
 
+    def _what_to_change(self) -> str:
+        advice = f"lower --lr (now {self.recipe.lr:g}) or clip gradients with --clip"
+        kept = self.folder / "last.pt"
+        return f"{advice}. The last good state is {kept}" if kept.exists() else advice
+
+    def _how_to_go_on(self) -> str:
+        return (
+            f"stopped after step {self.progress.step} of {self.recipe.steps}, all saved; to go on, repeat the command with "
+            f"--resume --out {self.folder.path}"
+        )
+
+    def _require_convergence(self) -> None:
+        """Raises RecipeError where the steps since the last evaluation were far worse than guessing, on average."""
+        if not self.cross_entropies:
+            return
+        mean, guessing = float(np.mean(self.cross_entropies)), math.log(len(self.split.classes))
+        if mean > DIVERGED * guessing:
+            raise RecipeError(
+                f"step {self.progress.step}: training has diverged, the cross entropy of the last "
+                f"{len(self.cross_entropies)} steps is {mean:.3g}, guessing has {guessing:.2g}; {self._what_to_change()}"
+            )
+        self.cross_entropies.clear()
+
     def _evaluate(self, tracker: Tracker) -> None:
+        self._require_convergence()
         with self._averaged():
             found = {s.name: self._accuracy(s) for s in self.split.validation}
             mean = float(np.mean(list(found.values())))
@@ -195,9 +233,13 @@ class _Trainer:
         if self.step.oscillation is not None:
             entry["oscillating_often"] = self.step.oscillation.share_above()
         tracker.log(self.progress.step, entry | {"steps": mean_steps(self.built.model)})
+        self._save_progress()
+
+    def _save_progress(self) -> None:
+        """Write last.pt, from which the run can go on bit for bit."""
         full = self._state() | as_saved(self.optimizer, self.schedule) | {
             "progress": vars(self.progress), "step": self.step.state_dict(), "average": self.average.state_dict(),
-            "valley": self.valley.state_dict(), "step_sizes": self.step_sizes,
+            "valley": self.valley.state_dict(), "step_sizes": self.step_sizes, "cross_entropies": self.cross_entropies,
         }  # fmt: skip
         self.folder.save("last.pt", full)
 
@@ -282,7 +324,10 @@ class _Trainer:
 
     def _state(self) -> dict[str, Any]:
         sites = list(self.built.table.sites) if self.built.table else []
-        return {"model": self.built.model.state_dict(), "classes": list(self.split.classes), "sites": sites}
+        return {
+            "model": self.built.model.state_dict(), "classes": list(self.split.classes), "sites": sites,
+            "recipe": self.described,
+        }  # fmt: skip
 
     def _accuracy(self, subset: Subset) -> float:
         batches = eval_batches(subset, self.recipe, self.built)

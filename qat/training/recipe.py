@@ -4,12 +4,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from qat.quantizers.binary import AlphaInit
 from qat.quantizers.lsq import Init
 from qat.quantizers.spec import GradientCount
 from qat.surgery.batchnorm import NormMode
+from qat.training.ranges import BINARY, RECIPE, out_of_range
 
 Kind = Literal["weights", "norms", "biases", "scales"]
 KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")
@@ -332,30 +334,46 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     return {"method": recipe.method} | {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
-def from_json(values: dict[str, Any], source: Path) -> Recipe:
+def from_json(values: Any, source: Path) -> Recipe:
     """The recipe recorded in a run folder. Raises RecipeError when `source` holds something else."""
-    known = KNOWN.get(values.get("method", ""))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{source}: holds no recipe, which has one entry for each flag")
+    method = values.get("method", "")
+    known = KNOWN.get(method) if isinstance(method, str) else None
     if known is None:
-        raise RecipeError(f"{source}: unknown method {values.get('method')!r}; known: {', '.join(KNOWN)}")
+        raise RecipeError(f"{source}: unknown method {method!r}; known: {', '.join(KNOWN)}")
     cls = type(known)
-    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    fields = get_type_hints(cls)
     if unknown := values.keys() - fields.keys() - {"method"}:
         raise RecipeError(f"{source}: unknown entries {', '.join(sorted(unknown))}; was it written by a newer version?")
-    paths = {name for name, kind in fields.items() if "Path" in str(kind)}
-    given: dict[str, Any] = {
-        k: Path(v) if k in paths and v is not None else tuple(v) if isinstance(v, list) else v
-        for k, v in values.items()
-        if k in fields
-    }
+    given = {name: _value(values[name], hint, name, source) for name, hint in fields.items() if name in values}
     if "symmetric_weights" in fields:
         given.setdefault("symmetric_weights", False)  # a run of before this entry was trained with code -128
-    return cls(**given)
+    recipe = cls(**given)
+    if problem := number_problem(recipe):
+        raise RecipeError(f"{source}: {problem}")
+    return recipe
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; is {path.parent} a finished run folder?") from None
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{path}: not JSON ({error})") from None
+def number_problem(recipe: Recipe) -> str | None:
+    """Which number of `recipe` lies outside its range, as an error's text; None where all are within."""
+    return out_of_range(recipe, RECIPE | BINARY if isinstance(recipe, BiperRecipe) else RECIPE)
+
+
+def _value(value: Any, hint: Any, name: str, source: Path) -> Any:
+    """`value` of a JSON file as a field of type `hint` has it. Raises RecipeError naming the entry."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if get_origin(option) is Literal and value in get_args(option) and type(value) in (str, int):
+            return value
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and type(value) in (int, float):
+            return value
+        if option in (bool, int, str) and type(value) is option:
+            return value
+        if get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_value(item, get_args(option)[0], name, source) for item in value)
+    raise RecipeError(f"{source}: entry {name!r} cannot be {json.dumps(value)[:60]}")

@@ -1,6 +1,7 @@
 """What a run says while it goes: metrics.jsonl, optional TensorBoard scalars, a progress bar."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -8,6 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from qat.files import FileError, read_text, reason_of, require_entries, write_text
+
+log = logging.getLogger("edgeqat")
 
 
 class Tracker:
@@ -38,8 +43,12 @@ class Tracker:
             self.writer.close()
 
     def log(self, step: int, values: Mapping[str, float | Mapping[str, float]]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        """Append an entry. Raises FileError when it cannot be written, as on a full disk."""
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be written ({reason_of(error)})") from error
         if self.writer is not None:
             for name, value in values.items():
                 for key, scalar in value.items() if isinstance(value, Mapping) else [("", value)]:
@@ -52,8 +61,23 @@ class Tracker:
     def _forget_after(self, step: int) -> None:
         """Drop entries a resumed run will write again."""
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [json.dumps(entry) for entry in read_log(self.path) if entry["step"] <= step]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, oldest first. A half-written last line, of a run that was killed, is left out with a
+    note on the log. Raises FileError naming any other line that is no entry."""
+    lines = read_text(path).splitlines()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(require_entries(json.loads(line), {"step": int}, f"{path}: line {number}"))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise FileError(f"{path}: line {number} is not JSON ({error})") from error
+            log.warning("%s: its last line, %d, was half-written and is left out", path, number)
+    return entries
 
 
 def _summary_writer(folder: Path) -> Any:

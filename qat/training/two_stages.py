@@ -6,12 +6,15 @@ for bit, the optimizer and its schedule begin anew, as published.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from qat.domains.folders import Domain
 from qat.domains.splits import Split
-from qat.training.checkpoint import RunFolder, default_folder
+from qat.interrupts import Interrupted
+from qat.training.checkpoint import RunFolder, check_out, default_folder
 from qat.training.loop import run
-from qat.training.recipe import BiperRecipe
+from qat.training.ranges import flag
+from qat.training.recipe import BiperRecipe, RecipeError
 
 
 def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder:
@@ -19,15 +22,35 @@ def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder
     if recipe.binarizer != "biper":
         return run(replace(recipe, stage=2), data)
     if recipe.stage == 2:
+        _refuse_second_settings(recipe)
         return run(recipe, data)
     out = recipe.out or default_folder(recipe)
     first = out / "stage1"
-    if not (recipe.resume and (first / "results.json").exists()):
-        run(replace(recipe, out=first, resume=recipe.resume and (first / "last.pt").exists()), data)
-    second = replace(
+    if recipe.resume and not first.exists():
+        raise RecipeError(f"--resume: {out} holds no interrupted run; leave --resume out to begin it")
+    if not recipe.resume:
+        check_out(recipe)
+    try:
+        if not (recipe.resume and (first / "results.json").exists()):
+            run(replace(recipe, out=first, resume=recipe.resume and (first / "last.pt").exists()), data)
+        return run(_second(recipe, out, first), data)
+    except Interrupted as stop:
+        raise Interrupted(stop.number, f"{stop} (both stages go on from --out {out})") from None
+
+
+def _refuse_second_settings(recipe: BiperRecipe) -> None:
+    """A run of stage 2 alone takes the flags of every run; those for a second stage would do nothing."""
+    for field in ("stage2_epochs", "stage2_steps", "stage2_lr", "stage2_weight_decay"):
+        if getattr(recipe, field) != getattr(BiperRecipe(), field):
+            plain = field.removeprefix("stage2_")
+            raise RecipeError(f"{flag(field)} has no effect with --stage 2; use {flag(plain)}")
+
+
+def _second(recipe: BiperRecipe, out: Path, first: Path) -> BiperRecipe:
+    """The recipe of stage 2 into `out`, from the stage-1 folder `first`."""
+    return replace(
         recipe, stage=2, out=out, init_from=first, lr=recipe.stage2_lr, weight_decay=recipe.stage2_weight_decay,
         epochs=None if recipe.epochs is None else recipe.stage2_epochs, steps=recipe.stage2_steps, weights=None,
         pretrained=False,
         resume=recipe.resume and (out / "last.pt").exists(),
     )  # fmt: skip
-    return run(second, data)

@@ -5,6 +5,7 @@ import torch
 from qat.quantizers.lsq import least_squares_step
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
+from qat.surgery.rules import with_options
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
 from tests.surgery.nets import TinyNet, with_random_norms
 
@@ -41,7 +42,7 @@ def test_calibration_is_idempotent_and_leaves_batch_norm_and_mode_alone(init: st
     model = fresh().train()
     statistics = model.bn.running_mean.clone()
     first = calibrate(model, [X, X + 1], init)
-    second = calibrate(model, [X, X + 1], init)
+    second = calibrate(model, [X, X + 1], init, overwrite=True)
     assert first == second
     assert model.training and model.block.training
     assert torch.equal(model.bn.running_mean, statistics)
@@ -95,3 +96,78 @@ def test_uncalibrated_model_raises_naming_the_first_quantizer() -> None:
     with pytest.raises(RuntimeError, match=r"'stem.input' has no step yet"):
         model(X)
     assert all(q.initialized == q.is_weight for q in quantizers(model).values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_set_no_step(bad: float) -> None:
+    model = fresh()
+    images = X.clone()
+    images[1, 2, 3, 4] = bad
+    with pytest.raises(ValueError, match=r"batch 1: 1 of 5,742 values"):
+        calibrate(model, [X, images])
+    assert not any(q.initialized for q in quantizers(model).values() if not q.is_weight)
+
+
+def test_a_layer_that_gives_nan_is_found_by_the_quantizer_after_it_and_nothing_is_set() -> None:
+    model = fresh()
+    model.block.bn1.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"quantizer 'block\.[^']*': .* values are nan"):
+        calibrate(model, [X])
+    assert not any(q.initialized for q in quantizers(model).values() if not q.is_weight)
+
+
+@pytest.mark.parametrize("init", ["lsq", "mse"])
+def test_a_weight_that_is_not_finite_gets_no_step(init: str) -> None:
+    model = with_random_norms(TinyNet())
+    model.stem.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"'stem\.weight'.*nan"):
+        quantize_(model, uniform_rules(4, 4, ("stem", "head")), X, weight_init=init)
+
+
+def test_learned_steps_are_not_overwritten_unasked() -> None:
+    model = fresh()
+    calibrate(model, [X])
+    learned = {name: q.raw_step.detach().mul_(1.25).clone() for name, q in quantizers(model).items()}
+    with pytest.raises(ValueError, match="have their steps already"):
+        calibrate(model, [X])
+    assert all(torch.equal(q.raw_step, learned[name]) for name, q in quantizers(model).items())
+    loaded = fresh()
+    loaded.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="have their steps already"):
+        calibrate(loaded, [X])
+    calibrate(loaded, [X], overwrite=True)
+    assert not torch.equal(quantizers(loaded)["head.input"].raw_step, learned["head.input"])
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"), [((3, 3), "bits 4, this model has bits 3"), ((4, 3), "bits 4"), ((3, 4), "bits 4")]
+)
+def test_a_state_dict_of_another_grid_is_refused(bits: tuple[int, int], message: str) -> None:
+    trained = fresh()
+    calibrate(trained, [X])
+    other = with_random_norms(TinyNet())
+    quantize_(other, uniform_rules(*bits, ("stem", "head")), X)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(trained.state_dict())
+
+
+@pytest.mark.parametrize("change", [{"power_of_two": True}, {"symmetric": True}])
+def test_a_state_dict_of_another_kind_of_grid_is_refused(change: dict[str, bool]) -> None:
+    trained = fresh()
+    other = with_random_norms(TinyNet())
+    rules = with_options(uniform_rules(4, 4, ("stem", "head")), weight=change, source={})
+    quantize_(other, rules, X)
+    with pytest.raises(ValueError, match=f"this model has {next(iter(change))} True"):
+        other.load_state_dict(trained.state_dict())
+
+
+def test_a_state_dict_of_before_grids_were_recorded_still_loads() -> None:
+    trained = fresh()
+    calibrate(trained, [X])
+    old = trained.state_dict()
+    for name, value in old.items():
+        if name.endswith("_extra_state"):
+            del value["grid"]
+    model = fresh()
+    model.load_state_dict(old)
+    assert torch.equal(model.eval()(X), trained.eval()(X))

@@ -12,7 +12,8 @@ import torch
 from qat import cli
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.training.checkpoint import RunFolder, load_run, write_atomically
+from qat.files import write_atomically
+from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_runs, mcnemar, write_baseline
 from qat.training.evaluate import accuracy
 from qat.training.loop import run
