@@ -1,6 +1,8 @@
 """The command `qat`: parses, calls, prints. No logic lives here."""
 
 import dataclasses
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +11,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
+
+from qat.files import reason_of
+from qat.interrupts import Interrupted, Terminated, termination_raises
+from qat.training.ranges import COMMAND, out_of_range
 
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy"}  # our words -> the runtime's
 
@@ -172,10 +178,27 @@ Command = (
 )
 
 
+DEBUG = "--debug"  # a flag of every command and recipe
+
+
 def main() -> None:
-    """Console entry point: exit 0 when all is well, 1 when a check failed, 2 when the input was unusable."""
-    command = tyro.cli(Command, prog="qat", description=__doc__)
-    sys.exit(guarded(lambda: execute(command)))
+    """Console entry point: exit 0 when all is well, 1 when a check failed, 2 when something could not be done, 130 after
+    Ctrl-C, 143 after SIGTERM."""
+
+    def parse_and_execute() -> int:
+        command: Any = tyro.cli(Command, prog="qat", description=f"{DESCRIPTION} {DEBUG_HELP}", args=arguments())
+        return execute(command)
+
+    sys.exit(guarded(parse_and_execute))
+
+
+DESCRIPTION = "From a trained run to a proven file: export, certify, bench, compare, report."
+DEBUG_HELP = f"{DEBUG}, anywhere on the line, shows where in the program an error came from."
+
+
+def arguments() -> list[str]:
+    """The command line without `--debug`, which `guarded` reads."""
+    return [word for word in sys.argv[1:] if word != DEBUG]
 
 
 def choose(
@@ -187,7 +210,7 @@ def choose(
     """
     recipes = {word: dataclasses.replace(recipe, **defaults) for word, recipe in methods.items()}
     words = {word: (_first_line(recipe), wrap(recipe) if wrap else recipe) for word, recipe in recipes.items()}
-    return tyro.extras.overridable_config_cli(words, description=description)
+    return tyro.extras.overridable_config_cli(words, description=f"{description}\n\n{DEBUG_HELP}", args=arguments())
 
 
 def _first_line(recipe: object) -> str:
@@ -195,17 +218,51 @@ def _first_line(recipe: object) -> str:
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Run `action`; unusable input becomes one line on stderr and exit code 2."""
+    """Run `action` and return its exit code. An error becomes one line on stderr and exit code 2, unless `--debug` asks for
+    its traceback; a signal becomes 128 and its number."""
     try:
-        return action()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with termination_raises():
+            code = action()
+            sys.stdout.flush()  # a full disk or a closed pipe shows here, and not after the program's end
+            return code
+    except BrokenPipeError:
+        # Whoever read our output stopped reading. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Interrupted as stop:
+        return _ended(str(stop), 128 + stop.number)
+    except KeyboardInterrupt:
+        return _ended("interrupted", 128 + signal.SIGINT)
+    except Terminated:
+        return _ended("terminated", 128 + signal.SIGTERM)
+    except Exception as error:
+        if DEBUG in sys.argv:
+            raise
+        return _ended(f"error: {explained(error)}", 2)
+
+
+def _ended(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def explained(error: Exception) -> str:
+    """What a user is told of `error`: its own words where they were written for users, else also how to learn more."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*names, error.strerror])
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"out of memory; use a smaller --batch-size or --image-size ({reason_of(error)})"
+    if isinstance(error, ValueError) and str(error):
+        return " ".join(str(error).split())
+    return f"{type(error).__name__}: {reason_of(error)}; {DEBUG} shows where it came from"
 
 
 def execute(command: Export | Certify | Bundle | Bench | Predict | Compare | Ensemble | Report | Inspect) -> int:
     from qat import deploy
 
+    if problem := out_of_range(command, COMMAND):
+        raise ValueError(problem)
     match command:
         case Export(run, target, out):
             print(deploy.export_run(run, target, out))

@@ -28,7 +28,7 @@ class Terminated(BaseException):
 class StopRequest:
     """A context in which the first Ctrl-C or SIGTERM is only noted, in `number`, and the second acts as it would outside.
 
-    wanted: False makes the context do nothing. Outside the main thread, where Python takes no signals, it does nothing either.
+    wanted: False makes the context do nothing. It does nothing either outside the main thread, where Python takes no signals.
     """
 
     def __init__(self, wanted: bool = True) -> None:

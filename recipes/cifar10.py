@@ -19,7 +19,7 @@ from qat.cli import choose, guarded
 from qat.training.compare import compare_runs
 from qat.training.data import split_of
 from qat.training.loop import run
-from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe
+from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
 from qat.training.results import table
 from qat.training.two_stages import run_stages
 
@@ -47,16 +47,19 @@ class Cifar10:
 
 def train(flags: Cifar10) -> int:
     recipe = flags.recipe
+    if recipe.data != "cifar10":
+        raise RecipeError(f"--data {recipe.data}: this recipe is for CIFAR-10; use recipes/pacs.py")
     split = split_of(recipe, download=flags.download)
     folder = run_stages(recipe, split) if isinstance(recipe, BiperRecipe) else run(recipe, split)
     print(table(folder))
     if isinstance(recipe, BiperRecipe):
         return 0
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+        comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
+        print(comparison)
+        return 0 if comparison.passed else 1
     return 0
 
 
 if __name__ == "__main__":
-    chosen = choose(METHODS, __doc__, wrap=Cifar10)
-    sys.exit(guarded(lambda: train(chosen)))
+    sys.exit(guarded(lambda: train(choose(METHODS, __doc__, wrap=Cifar10))))

@@ -61,6 +61,8 @@ def smoke_test(recipe: Recipe) -> Recipe:
 
 
 def train(flags: DomainNet) -> int:
+    if flags.recipe.data != "domains":
+        raise RecipeError(f"--data {flags.recipe.data}: this recipe leaves a domain out; use recipes/cifar10.py")
     recipe = smoke_test(flags.recipe) if flags.smoke else flags.recipe
     if recipe.data_root is None:
         raise RecipeError("--data-root: give the DomainNet folder, <root>/<domain>/<class>/*.jpg, or try --smoke")
@@ -69,10 +71,11 @@ def train(flags: DomainNet) -> int:
     folder = run(recipe, domains)
     print(table(folder))
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+        comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
+        print(comparison)
+        return 0 if comparison.passed else 1
     return 0
 
 
 if __name__ == "__main__":
-    chosen = choose(PRESETS, __doc__, wrap=DomainNet)
-    sys.exit(guarded(lambda: train(chosen)))
+    sys.exit(guarded(lambda: train(choose(PRESETS, __doc__, wrap=DomainNet))))

@@ -5,7 +5,8 @@
     uv run recipes/pacs.py gaqat --data-root PACS --test-domain sketch --bits 4 --init-from runs/fp --out runs/gaqat
 
 fp | sagm | lsq | sagm-lsq | gaqat | gaqat-<control> | qtdog; `PACS` is a folder of domains:
-PACS/{art_painting,cartoon,photo,sketch}/<class>/*.jpg.
+PACS/{art_painting,cartoon,photo,sketch}/<class>/*.jpg. A quantized run with --init-from is compared with that run; the exit
+code is 1 when it lost more than a point.
 """
 
 import sys
@@ -19,15 +20,18 @@ from qat.training.results import table
 
 
 def train(recipe: Recipe) -> int:
+    if recipe.data != "domains":
+        raise RecipeError(f"--data {recipe.data}: this recipe leaves a domain out; use recipes/cifar10.py")
     if recipe.data_root is None:
         raise RecipeError("--data-root: give the PACS folder, <root>/<domain>/<class>/*.jpg")
     folder = run(recipe, read_domains(recipe.data_root))
     print(table(folder))
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+        comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
+        print(comparison)
+        return 0 if comparison.passed else 1
     return 0
 
 
 if __name__ == "__main__":
-    chosen = choose(METHODS, __doc__)
-    sys.exit(guarded(lambda: train(chosen)))
+    sys.exit(guarded(lambda: train(choose(METHODS, __doc__))))

@@ -53,10 +53,6 @@ class Comparison:
     def passed(self) -> bool:
         return not any(row.failed for row in self.rows)
 
-    @property
-    def source_passed(self) -> bool:
-        return not any(row.failed for row in self.rows if row.name == SOURCES)
-
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
         lines = [f"{'accuracy, %':<{width}}  baseline      run   change  images  p(drop <= {self.max_drop:g})"]

@@ -66,6 +66,8 @@ def _freezes(recipe: Any) -> bool:
 NEEDS = (
     _Need("steps", lambda r: r.epochs is None, "with --epochs; add --epochs None to count in steps"),
     _Need("evaluate_every", lambda r: r.epochs is None, "with --epochs, after each of which is measured"),
+    _Need("stage2_steps", lambda r: r.epochs is None, "with --epochs; use --stage2-epochs"),
+    _Need("stage2_epochs", lambda r: r.epochs is not None, "without --epochs; use --stage2-steps"),
     _Need("per_class", lambda r: r.data_root is None, "with --data-root; it sizes the rendered images"),
     _Need("test_domain", lambda r: r.data == "domains" or r.test_domain == "test", "for CIFAR-10: it has its own"),
     _Need("ema_decay", lambda r: r.averaging == "ema", "without --averaging ema"),

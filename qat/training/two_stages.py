@@ -15,6 +15,7 @@ from qat.training.checkpoint import RunFolder, check_out, default_folder
 from qat.training.loop import run
 from qat.training.ranges import flag
 from qat.training.recipe import BiperRecipe, RecipeError
+from qat.training.recipe_checks import check
 
 
 def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder:
@@ -30,6 +31,7 @@ def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder
         raise RecipeError(f"--resume: {out} holds no interrupted run; leave --resume out to begin it")
     if not recipe.resume:
         check_out(recipe)
+    check(_second(recipe, out, first))  # before hours of the first stage
     try:
         if not (recipe.resume and (first / "results.json").exists()):
             run(replace(recipe, out=first, resume=recipe.resume and (first / "last.pt").exists()), data)
