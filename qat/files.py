@@ -97,7 +97,7 @@ def require_entries(value: Any, kinds: Mapping[str, Kind], where: str) -> dict[s
     Raises FileError naming `where`, the entry and what it should be.
     """
     if not isinstance(value, dict):
-        raise FileError(f"{where}: holds {_short(value)} where entries are expected: {', '.join(kinds)}")
+        raise FileError(f"{where}: holds {_short(value)}, not named entries")
     for name, kind in kinds.items():
         if name not in value:
             raise FileError(f"{where}: has no entry {name!r}")

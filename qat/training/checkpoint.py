@@ -133,14 +133,19 @@ class RunFolder:
             return replace(recipe, rules=self / f"rules{recipe.rules.suffix}")
         return recipe
 
-    def results(self) -> dict[str, Any]:
-        """What the finished run measured. Raises ValueError for entries that are missing or of the wrong type."""
+    def results(self, *needed: str) -> dict[str, Any]:
+        """What the finished run measured. needed: entries that must be there; without any, all that a run writes.
+
+        Raises ValueError for entries that are missing or of the wrong type.
+        """
         path = self.require("results.json")
-        results = require_entries(read_json(path), RESULTS, str(path))
-        for domain, accuracy in results["source_validation"].items():
+        results = require_entries(read_json(path), {}, str(path))
+        names = [name for name in RESULTS if name in results or name in (needed or RESULTS)]
+        require_entries(results, {name: RESULTS[name] for name in names}, str(path))
+        for domain, accuracy in results.get("source_validation", {}).items():
             if not isinstance(accuracy, NUMBER):
                 raise RecipeError(f"{path}: accuracy of {domain!r} is {accuracy!r}, not a number")
-        if not all(isinstance(name, str) for name in results["classes"]):
+        if not all(isinstance(name, str) for name in results.get("classes", [])):
             raise RecipeError(f"{path}: entry 'classes' holds something that is not a name")
         return results
 

@@ -185,7 +185,7 @@ def load_measured(path: Path) -> Measured:
     """What was measured of a run folder, or is in a stored baseline file."""
     if path.is_dir() or path.suffix != ".json":
         folder = RunFolder.open(path)
-        results = folder.results()
+        results = folder.results("test_domain")
         recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else None
         return Measured(folder.predictions(), str(results["test_domain"]), _classes(results), recipe)
     try:

@@ -104,6 +104,8 @@ def _check_effects(recipe: Recipe) -> None:
 
 
 def _check_binary(recipe: BiperRecipe) -> None:
+    if recipe.bits != 1 or recipe.weight_bits not in (None, 1):
+        raise RecipeError(f"--bits {recipe.bits}: biper has one bit; the method lsq has more")
     if recipe.edge_bits > 8 and recipe.edge_bits != 32:
         raise RecipeError(f"--edge-bits must be 2 to 8, or 32 for floating point, got {recipe.edge_bits}")
     default = BiperRecipe()

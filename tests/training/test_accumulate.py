@@ -182,7 +182,7 @@ def test_a_run_in_microbatches_is_the_run_in_batches(tmp_path: Path, monkeypatch
 
 
 def test_impossible_values_are_named() -> None:
-    with pytest.raises(RecipeError, match="--accumulate must be positive, got 0"):
+    with pytest.raises(RecipeError, match="--accumulate must be at least 1, got 0"):
         check(Recipe(accumulate=0))
     with pytest.raises(RecipeError, match="--accumulate: groupdro"):
         check(Recipe(accumulate=2, domain_loss="groupdro"))

@@ -12,7 +12,7 @@ import torch
 from qat import cli
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.files import write_atomically
+from qat.files import FileError, write_atomically
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_runs, mcnemar, write_baseline
 from qat.training.evaluate import accuracy
@@ -161,7 +161,7 @@ def test_folder_faults_are_named(runs: tuple[Path, Path], tmp_path: Path) -> Non
     damaged.mkdir()
     (damaged / "recipe.json").write_text((runs[1] / "recipe.json").read_text())
     (damaged / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(RecipeError, match=r"checkpoint\.pt: not a readable checkpoint"):
+    with pytest.raises(RecipeError, match=r"checkpoint\.pt: is not a readable checkpoint"):
         load_run(damaged)
 
 
@@ -175,7 +175,7 @@ def test_an_export_that_fails_leaves_the_old_file(
         path.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FileError, match=r"model\.onnx: cannot be written \(disk full\)"):
         write_atomically(target, explode)
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 

@@ -25,6 +25,9 @@ TINY = BiperRecipe(
     normalization="imagenet", epochs=1, stage2_epochs=1, warmup=0, workers=0, lr=0.01, stage2_lr=1e-9, frequency=15.0,
     calibration_batches=1, holdout=0.25,
 )  # fmt: skip
+ALONE = dataclasses.replace(  # stage 2 by itself takes the flags of every run
+    TINY, stage2_epochs=BiperRecipe().stage2_epochs, stage2_lr=BiperRecipe().stage2_lr
+)
 
 
 def split() -> Split:
@@ -55,7 +58,7 @@ def test_stage_two_begins_with_stage_ones_parameters_bit_for_bit(
         raise Stopped
 
     monkeypatch.setattr(loop._Trainer, "fit", stop)
-    second = dataclasses.replace(TINY, stage=2, init_from=finished / "stage1", out=tmp_path / "second")
+    second = dataclasses.replace(ALONE, stage=2, init_from=finished / "stage1", out=tmp_path / "second")
     with pytest.raises(Stopped):
         run_stages(second, split())
     stored = RunFolder.open(finished / "stage1").load("checkpoint.pt")["model"]
@@ -100,7 +103,7 @@ def test_recipes_are_recorded_and_checked(tmp_path: Path) -> None:
         ({"bits": 2}, "--bits 2: biper has one bit"),
         ({"edge_bits": 9}, "--edge-bits"),
         ({"stage": 2}, "name its folder with --init-from"),
-        ({"frequency": 0.0}, "--frequency must be positive"),
+        ({"frequency": 0.0}, "--frequency must be more than 0"),
         ({"frequency_start": 3.0, "learn_frequency": True}, "has no schedule"),
         ({"data": "domains"}, "give --steps"),
     ):
@@ -110,7 +113,7 @@ def test_recipes_are_recorded_and_checked(tmp_path: Path) -> None:
 
 def test_stage_two_refuses_another_kind_of_run(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no stage-1 run"):
-        run_stages(dataclasses.replace(TINY, stage=2, init_from=finished, out=tmp_path / "x"), split())
+        run_stages(dataclasses.replace(ALONE, stage=2, init_from=finished, out=tmp_path / "x"), split())
 
 
 def test_epochs_and_warm_up_are_counted_in_steps() -> None:
