@@ -16,6 +16,7 @@ import torch
 from qat import __version__
 from qat.training.checkpoint import Built, RunFolder, load_run, write_atomically, write_json, write_text
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
+from qat.training.records import classes_of, results_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +81,7 @@ def preprocessing_of(folder: RunFolder, recipe: Recipe, built: Built) -> Preproc
     """From an image file to the net's input, and its classes."""
     from export.metadata import Preprocessing
 
-    return Preprocessing(recipe.image_size, built.mean, built.std, tuple(folder.results()["classes"]))
+    return Preprocessing(recipe.image_size, built.mean, built.std, classes_of(folder))
 
 
 def certify_run(
@@ -307,7 +308,7 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
     folder = RunFolder.open(run)
     measured = measure_file(model, folder.recipe(), data_root)
     predicted, labels = measured.predictions[measured.target]
-    return {"trained net": folder.results()["target"], "ONNX Runtime": float((predicted == labels).mean())}
+    return {"trained net": results_of(folder)["target"], "ONNX Runtime": float((predicted == labels).mean())}
 
 
 def measure_run(run: Path, model: Path) -> list[Latency]:
@@ -375,7 +376,7 @@ def bench_runs(
     images = RunFolder.open(runs[0]).samples().images
     settings = {"threads": threads, "batch": batch, "rounds": rounds}
     table = bench(exported(runs[0], "fp32"), files, images, **settings, calibration=calibration)
-    accuracy = {run.name: 100 * RunFolder.open(run).results()["target"] for run in runs}
+    accuracy = {run.name: 100 * results_of(RunFolder.open(run))["target"] for run in runs}
     operations = {run.name: bit_operations(run) for run in runs}
     where = out or runs[0]
     where.mkdir(parents=True, exist_ok=True)

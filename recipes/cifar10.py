@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from tyro.conf import OmitArgPrefixes
 
 from qat.cli import choose, guarded
+from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.data import split_of
 from qat.training.loop import run
@@ -49,11 +50,11 @@ def train(flags: Cifar10) -> int:
     recipe = flags.recipe
     split = split_of(recipe, download=flags.download)
     folder = run_stages(recipe, split) if isinstance(recipe, BiperRecipe) else run(recipe, split)
-    print(table(folder))
+    say(table(folder))
     if isinstance(recipe, BiperRecipe):
         return 0
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+        say(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
     return 0
 
 

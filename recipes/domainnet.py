@@ -21,6 +21,7 @@ from qat.cli import choose, guarded
 from qat.domains.domainnet import read_domainnet
 from qat.domains.inventory import PUBLISHED
 from qat.domains.miniature import MINIATURE, write_miniature
+from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError
@@ -65,11 +66,11 @@ def train(flags: DomainNet) -> int:
     if recipe.data_root is None:
         raise RecipeError("--data-root: give the DomainNet folder, <root>/<domain>/<class>/*.jpg, or try --smoke")
     domains, inventory = read_domainnet(recipe.data_root, published=MINIATURE if flags.smoke else PUBLISHED)
-    print(inventory, flush=True)
+    say(inventory)
     folder = run(recipe, domains)
-    print(table(folder))
+    say(table(folder))
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+        say(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
     return 0
 
 

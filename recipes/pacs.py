@@ -12,6 +12,7 @@ import sys
 
 from qat.cli import choose, guarded
 from qat.domains.folders import read_domains
+from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError
@@ -22,9 +23,9 @@ def train(recipe: Recipe) -> int:
     if recipe.data_root is None:
         raise RecipeError("--data-root: give the PACS folder, <root>/<domain>/<class>/*.jpg")
     folder = run(recipe, read_domains(recipe.data_root))
-    print(table(folder))
+    say(table(folder))
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        print(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
+        say(compare_runs(recipe.init_from, folder.path, max_drop=1.0))
     return 0
 
 
