@@ -4,16 +4,15 @@ A name may hold control characters (colours, cursor movements, titles, line brea
 letters; each is shown as an escape instead: \\x1b, \\u202e.
 """
 
-import re
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import TextIO
 
-BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-BREAKS = "\u2028\u2029"  # of lines and paragraphs
-INVISIBLE = "\u200b\u2060\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
-HALVES = "\ud800-\udfff"  # what a file name holds in place of bytes that are not UTF-8; cannot be written anywhere
-_UNPRINTABLE = re.compile(f"[\x00-\x1f\x7f-\x9f{BIDI}{BREAKS}{INVISIBLE}{HALVES}]")
+# Unicode's categories of control characters, formats (marks of direction, invisible letters), halves of surrogate pairs (what
+# a file name holds in place of bytes that are not UTF-8), and separators of lines and paragraphs.
+STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+WITHIN_WORDS = "\u00ad\u200c\u200d"  # soft hyphen and joiners
 
 
 def printable(text: object, *, newlines: bool = False) -> str:
@@ -22,15 +21,23 @@ def printable(text: object, *, newlines: bool = False) -> str:
     newlines: leave line feeds as they are; for text of several lines, not for a name within a line.
     """
 
-    def escaped(found: re.Match[str]) -> str:
-        code = ord(found[0])
-        if newlines and found[0] == "\n":
-            return "\n"
-        if code < 0x100:
-            return f"\\x{code:02x}"
-        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    plain = str(text)
+    if plain.isprintable():
+        return plain
+    return "".join(_escaped(letter) if _steers(letter, newlines) else letter for letter in plain)
 
-    return _UNPRINTABLE.sub(escaped, str(text))
+
+def _steers(letter: str, newlines: bool) -> bool:
+    if letter == "\n":
+        return not newlines
+    return unicodedata.category(letter) in STEERING and letter not in WITHIN_WORDS
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def in_lines(lines: Iterable[object]) -> str:

@@ -60,8 +60,8 @@ class Inspection:
         names = [printable(s.name) for s in self.scales]
         width = max(map(len, names))
         lines = [
-            f"{printable(self.run)}: {printable(self.method)}, {self.steps} steps, {self.windows} windows of K = {self.window}; "
-            f"threshold: {self.threshold}",
+            f"{printable(self.run)}: {printable(self.method)}, {self.steps} steps, {self.windows} windows of "
+            f"K = {self.window}; threshold: {self.threshold}",
             f"beyond the threshold: {self.below:.2%} of the scales, mean over windows; fair coins: {self.coin_below:.2%}",
             *([f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"] if self.silent else []),
             "",
