@@ -25,7 +25,7 @@ BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
 COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")  # of runs and curves, in turn
 POINTS = 500  # of a curve
 PIXELS = 150  # per inch of embedded pixels
-LONGEST = 48  # characters of a name; a longer one would leave no room for the picture
+LONGEST = 40  # characters of a name; a longer one would leave no room for the picture
 
 
 def accuracy_bars(domains: Sequence[str], runs: Mapping[str, Sequence[float]], colours: Sequence[str]) -> str:
@@ -170,7 +170,7 @@ def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
 def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     """File size in MB and median latency in ms, one bar a file."""
     figure, (size, speed) = new_figure(7, 2.0, columns=2)
-    names = [shown(entry["name"]) for entry in latencies]
+    names = [shown(entry["name"], 20) for entry in latencies]
     colours = [(BASELINE, RUN, THIRD)[index % 3] for index in range(len(names))]
     for axes, values, label in (
         (size, [entry["size"] / 1e6 for entry in latencies], "file size, MB"),
@@ -178,7 +178,7 @@ def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     ):
         places = np.arange(len(names))
         bars = axes.barh(places, values, color=colours)
-        axes.set_yticks(places, names)
+        axes.set_yticks(places, names, fontsize=8)
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.set_xlim(0, max(values) * 1.2)
         axes.set_xlabel(label)
@@ -232,11 +232,16 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     return figure, axes
 
 
-def shown(name: str) -> str:
-    """A name as text of a picture: on one line, of bounded length, and no formula between its dollar signs."""
-    text = printable(name)
-    short = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
-    return short.replace("$", r"\$")
+def shown(name: str, longest: int = LONGEST) -> str:
+    """A name as text of a picture: on one line, at most `longest` characters of its two ends, and no formula between dollar
+    signs. Matplotlib hides labels that are empty or begin with an underscore."""
+    text = printable(name) or "(no name)"
+    if text.startswith("_"):
+        text = f" {text}"
+    if len(text) > longest:
+        head, tail = (longest - 1) // 2, longest // 2
+        text = f"{text[:head]}…{text[-tail:]}"
+    return text.replace("$", r"\$")
 
 
 def svg(figure: Figure) -> str:

@@ -82,15 +82,13 @@ def results_of(folder: RunFolder) -> dict[str, Any]:
     require(results, RESULTS, path)
     if not results["source_validation"]:
         raise RecipeError(f"{path}: entry source_validation is empty; the run has no source domains")
-    settled = results.get("settled") or {}
-    needed = (
-        ()
-        if not settled or settled.get("reason") is not None
-        else ("biases", "shifts", "left", "source_validation_before")
-    )
-    for name in needed:
-        if settled.get(name) is None:
-            raise RecipeError(f"{path}: entry settled.{name} is missing")
+    settled = results.get("settled")
+    if settled and settled.get("reason") is None:
+        for name in ("biases", "shifts", "left", "source_validation_before"):
+            if settled.get(name) is None:
+                raise RecipeError(f"{path}: entry settled.{name} is missing")
+        if not settled["source_validation_before"]:
+            raise RecipeError(f"{path}: entry settled.source_validation_before is empty")
     return results
 
 
@@ -121,8 +119,9 @@ def metrics_of(folder: RunFolder) -> list[dict[str, Any]]:
         place = f"line {number}: "
         require(entry, {"step": WHOLE, "steps": Maybe(Each(NUMBER))}, path, place)
         for name in ("loss", "source_mean"):
-            if name in entry and (isinstance(entry[name], bool) or not isinstance(entry[name], int | float)):
-                raise _wrong(path, f"{place}entry {name}", entry[name], NUMBER)
+            value = entry.get(name, 0.0)
+            if not isinstance(value, float) and not _is_whole(value):  # a loss may be NaN
+                raise _wrong(path, f"{place}entry {name}", value, NUMBER)
         steps = entry.get("steps") or None
         if steps is None:
             continue

@@ -45,6 +45,7 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
         _require_same_domain(folder, other)
     rows = _accuracy_rows(results, first)
     latencies = optional(folder, "latency.json", LATENCIES) or []
+    certificate = optional(folder, "certificate.json", CERTIFICATE)
     steps = mean_steps(built.model)
     recipe_values = read_json(folder / "recipe.json")
     require(recipe_values, RECIPE, folder / "recipe.json")
@@ -69,7 +70,7 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
         frequency_figure=_frequency_figure(built.model),
         latencies=latencies,
         latency_figure=Markup(figures.size_and_latency(latencies)) if latencies else "",
-        certificate=optional(folder, "certificate.json", CERTIFICATE),
+        certificate=certificate,
         table=str(built.table) if built.table else "",
         recipe_text=json.dumps(recipe_values, indent=2),
     )

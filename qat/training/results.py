@@ -25,7 +25,7 @@ def table(folder: RunFolder) -> str:
 
 def _settled(settled: Mapping[str, Any], accuracy: Mapping[str, float]) -> str:
     """What rounding biases to integers did to the net (`qat/settle.py`)."""
-    if "reason" in settled:
+    if settled.get("reason") is not None:
         return f"no; {printable(settled['reason'])}"
     before, after = (sum(found.values()) / len(found) for found in (settled["source_validation_before"], accuracy))
     shifts = settled["shifts"]
