@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qat.terminal import printable
 from qat.training.checkpoint import RunFolder, read_json
 from qat.training.recipe import RecipeError
-from qat.training.records import TEXT, WHOLE, Each, Maybe, Shape, require, results_of
+from qat.training.records import TEXT, WHOLE, Each, Maybe, Shape, require
 
 RESAMPLES = 4000
 Predictions = Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -90,6 +90,7 @@ class Comparison:
 
 
 SOURCES = "source domains"
+COMPARED: Shape = {"test_domain": TEXT, "classes": Maybe([TEXT])}  # of results.json
 BASELINE: Shape = {"target": TEXT, "domains": Each([[WHOLE]]), "classes": Maybe([TEXT]), "recipe": Maybe({})}
 # What means something in GitHub's Markdown or in HTML; an underscore only at a word's edge.
 MARKUP = re.compile(r"[\\`*{}\[\]<>&|~#@!$^\"'=:/.]|(?<![^\W_])_|_(?![^\W_])")
@@ -204,14 +205,19 @@ def load_measured(path: Path) -> Measured:
     """What was measured of a run folder, or is in a stored baseline file."""
     if path.is_dir() or path.suffix != ".json":
         folder = RunFolder.open(path)
-        results = results_of(folder)
+        results = folder.results()
+        require(results, COMPARED, folder / "results.json")
         recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else None
-        return Measured(folder.predictions(), str(results["test_domain"]), _classes(results), recipe)
+        return Measured(folder.predictions(), results["test_domain"], _classes(results), recipe)
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: not a stored baseline ({error})") from None
-    require(value, BASELINE, path)
+    try:
+        require(value, BASELINE, path)
+    except RecipeError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise RecipeError(f"{path}: not a stored baseline ({reason})") from None
     domains = {}
     for domain, both in value["domains"].items():
         if len(both) != 2:

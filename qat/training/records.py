@@ -94,10 +94,9 @@ def results_of(folder: RunFolder) -> dict[str, Any]:
 
 def classes_of(folder: RunFolder) -> tuple[str, ...]:
     """Names of a run's classes, in order. Raises RecipeError where results.json does not say."""
-    classes = results_of(folder).get("classes")
-    if not classes:
-        raise RecipeError(f"{folder / 'results.json'}: entry classes is missing")
-    return tuple(classes)
+    results = folder.results()
+    require(results, {"classes": [TEXT]}, folder / "results.json")
+    return tuple(results["classes"])
 
 
 def optional(folder: RunFolder, name: str, shape: Shape) -> Any:

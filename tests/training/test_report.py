@@ -21,7 +21,7 @@ from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_predictions, load_measured, write_baseline
 from qat.training.loop import run
 from qat.training.recipe import GaqatRecipe, RecipeError
-from qat.training.records import CERTIFICATE, LATENCIES, metrics_of, optional, results_of
+from qat.training.records import CERTIFICATE, LATENCIES, classes_of, metrics_of, optional, results_of
 from qat.training.results import table
 
 NAMES = [
@@ -237,6 +237,7 @@ def test_results_of_the_wrong_kind_are_one_error_that_names_file_and_entry(train
     for done, mutant in mutants(results):
         path.write_text(json.dumps(mutant))
         count += refused(lambda: table(folder), path, done)
+        refused(lambda: classes_of(folder), path, done)
     assert count > 100
     for top in ("x", [], None, 3):
         path.write_text(json.dumps(top))
