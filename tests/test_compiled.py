@@ -50,7 +50,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(mode=0o755)
     monkeypatch.setenv("HOME", str(folder))
     temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700)
     monkeypatch.setattr(compiled.tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(compiled, "_before_termination", lambda action: None)
     return folder
@@ -256,6 +256,7 @@ def test_the_sources_folder_and_the_runtime_folder_come_next(
     sources, runtime = tmp_path / "sources", tmp_path / "runtime"
     sources.mkdir(mode=0o755)
     runtime.mkdir(mode=0o700)
+    sources.chmod(0o755)  # whatever the umask is
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     assert compiled.library(NAME, sources, Compiler()).parent == sources
     assert stat.S_IMODE(sources.stat().st_mode) == 0o755  # a clone's modes are left as they are
@@ -383,7 +384,7 @@ def found():
 
 def environment(tmp_path: Path, **further: str) -> dict[str, str]:
     """Of a process without a home folder to write to; TMPDIR is `tmp_path`/t."""
-    (tmp_path / "t").mkdir(exist_ok=True)
+    (tmp_path / "t").mkdir(mode=0o700, exist_ok=True)
     (tmp_path / "runs").touch()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "EDGEQAT_"))}
     shared = {
