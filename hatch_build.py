@@ -18,20 +18,22 @@ class KernelsHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         folder = Path(self.root) / "export" / "kernels"
-        sys.path.insert(0, str(folder))
+        sys.path.insert(0, self.root)
         try:
-            import build as kernels
+            from export.kernels import build as kernels
+            from qat import compiled  # noqa: F401  what `build` imports later; both need the standard library alone
         finally:
             sys.path.pop(0)
         if os.environ.get("EDGEQAT_BUILD_KERNELS", "1") == "0":
             self.app.display_info("edgeqat: kernels left out, as EDGEQAT_BUILD_KERNELS=0 asks")
             return
+        current = kernels.library_name().removesuffix(".so")
         for old in folder.glob("edgeqat_kernels-*.so"):
-            if old.name != kernels.library_name():
+            if not old.name.startswith(f"{current}-"):
                 old.unlink()
         try:
             path = kernels.build(folder)
-        except kernels.BuildError as error:
+        except (kernels.BuildError, OSError) as error:
             self.app.display_warning(
                 "edgeqat: installed without kernels of its own; they are compiled when a file of target ort-native is first "
                 f"loaded, or not at all, and everything else works: {error}"

@@ -17,7 +17,11 @@ expected = json.loads(session.get_modelmeta().custom_metadata_map["edgeqat"])["i
 mean, std = (np.array(expected[key], np.float32) for key in ("mean", "std"))
 
 for name in images:
-    picture = Image.open(name).convert("RGB").resize((expected["size"],) * 2, Image.Resampling.BILINEAR)
+    picture = (
+        Image.open(name, formats=("JPEG", "PNG", "WEBP"))
+        .convert("RGB")
+        .resize((expected["size"],) * 2, Image.Resampling.BILINEAR)
+    )
     pixels = (np.asarray(picture, np.float32) / 255 - mean) / std
     (logits,) = session.run(None, {session.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]})
     print(f"{name}: {expected['classes'][int(logits[0].argmax())]}")

@@ -23,6 +23,7 @@ from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored,
 from export.fidelity import Trained
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.reference import IntegerReference
+from qat.terminal import in_lines
 
 Carriers = dict[str, NDArray[np.uint8]]
 ROUNDING_LEVELS = tuple(f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL"))
@@ -138,7 +139,7 @@ class Agreement:
         lines += [f"             {line}" for line in self.table()]
         accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
         lines.append(f"  accuracy   {accuracies} on {self.images} images")
-        return "\n".join([*lines, *(f"  note       {note}" for note in self.notes)])
+        return in_lines([*lines, *(f"  note       {note}" for note in self.notes)])
 
     def _verdict(self) -> str:
         if self.passed:

@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export import latency, session
+from qat.terminal import printable
 
 FP32, STATIC = "fp32", "ort static int8"
 LOADS = 3
@@ -60,12 +61,13 @@ class BenchTable:
         return asdict(self)
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
+        names = [printable(row.name) for row in self.rows]
+        width = max(map(len, names))
         lines = [f"{'file':<{width}}  size MB  of fp32  load ms  median ms   p95 ms  peak MB  x fp32  x static int8"]
-        for row in self.rows:
+        for name, row in zip(names, self.rows, strict=True):
             share = row.size / self.rows[0].size
             lines.append(
-                f"{row.name:<{width}} {row.size / 1e6:>8.2f} {share:>8.3f} {row.load_ms:>8.1f} {row.median_ms:>10.2f} "
+                f"{name:<{width}} {row.size / 1e6:>8.2f} {share:>8.3f} {row.load_ms:>8.1f} {row.median_ms:>10.2f} "
                 f"{row.p95_ms:>8.2f} {row.peak_mb:>8.1f} {row.over_fp32:>7.2f} {row.over_static:>14.2f}"
             )
         setting = f"ONNX Runtime {self.runtime}, {self.threads} thread(s), batch {self.batch}, {self.rounds} rounds"

@@ -34,6 +34,7 @@ from export.native_file import KERNELS, quantizer_names
 from export.reference import IntegerReference
 from export.skeleton import quantizers_in_order
 from export.stress import adversarial, culprit, settings_that_differ
+from qat.terminal import in_lines
 
 INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", *KERNELS}
 EXACT_LEVELS = ("EXTENDED", "ALL")
@@ -137,13 +138,13 @@ class Certificate:
             *(line for level in self.levels for line in level.faults()),
             f"  stressed 2 threads, batches of 1, extreme codes: {self._stressed()}",
             f"  kernels  {self._kernels()}",
-            f"  against  {self.fidelity}",
+            *f"  against  {self.fidelity}".split("\n"),
             f"  accuracy {self._accuracies()}",
             f"  ties     {self._ties()}",
             *(str(there) for there in self.elsewhere),
             f"  unproven other images, speed, {self._untried()}",
         ]
-        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
+        return in_lines([*lines, *(f"  note     {note}" for note in self.notes)])
 
     def _levels(self) -> str:
         """All levels in one line; `LevelResult.faults` says more of those that fail."""

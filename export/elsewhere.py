@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.lowered import ExportError
+from qat.compiled import cache_folder, distrust
 
 ARM64_VARIABLE, WASM_VARIABLE = "EDGEQAT_ARM64", "EDGEQAT_WASM"
 BASE_FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
@@ -93,7 +94,7 @@ def unavailable(machine: str, version: str) -> str | None:
             return "node is not installed: apt-get install nodejs"
         if not (wasm_modules() / "onnxruntime-web").is_dir():
             return "onnxruntime-web is not installed: bash tools/wasm/install.sh (in the source repository)"
-        return None
+        return None if os.environ.get(WASM_VARIABLE) else distrust(wasm_modules())
     cpu = CPUS[machine]
     if cpu.architecture == "x86_64" and platform.machine() not in ("x86_64", "AMD64"):
         return "its Python is this machine's, which is not an x86-64 one"
@@ -104,6 +105,8 @@ def unavailable(machine: str, version: str) -> str | None:
             f"there is no ARM system with ONNX Runtime {version}: uv run tools/arm64/make_root.py --onnxruntime {version} "
             "(in the source repository)"
         )
+    if cpu.architecture == "aarch64" and not os.environ.get(ARM64_VARIABLE):
+        return distrust(arm64_root(version))
     return None
 
 
@@ -143,4 +146,9 @@ def run_node(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeqat"
+    folder = cache_folder()
+    if folder is None:
+        raise ExportError(
+            f"there is no home folder for emulated machines; set HOME, or {ARM64_VARIABLE} and {WASM_VARIABLE}"
+        )
+    return folder

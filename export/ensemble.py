@@ -20,6 +20,7 @@ from export import session
 from export.lowered import ExportError
 from export.metadata import MOVED, read_metadata, write_metadata
 from export.stress import quantizer_tensors
+from qat.terminal import printable
 
 Average = Literal["probabilities", "logits"]
 AVERAGES: tuple[Average, ...] = get_args(Average)
@@ -82,7 +83,7 @@ class JoinedCheck:
         return not self.different and self.logits <= 1e-4
 
     def __str__(self) -> str:
-        wrong = "; ".join(f"{name} {count}" for name, count in self.different.items())
+        wrong = printable("; ".join(f"{name} {count}" for name, count in self.different.items()))
         codes = f"other codes: {wrong}" if wrong else "the codes they compute alone"
         verdict = "ok" if self.passed else "FAILED"
         return (

@@ -29,6 +29,7 @@ from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuant
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
 from export.rounding import NEGLIGIBLE_CODES, bias_roundings, largest_results
 from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, modules_of, quantizers_in_order, weight_layer
+from qat.terminal import in_lines
 
 FLOAT_SUM = 2.0**-22  # two sums in float32, each off by half a bit a few times
 FUNCTION = 1e-3  # codes
@@ -112,7 +113,7 @@ class Fidelity:
             f"the trained net, operation by operation: {sum(self.unexplained.values()):,} of {self.codes:,} codes differ "
             f"({self.at_ties:,} at ties){rounded}; free-running, {self.same:,} of {self.answers:,} answers alike  [{verdict}]"
         )
-        return "\n".join([text, *(f"           {fault}" for fault in self.faults()[:8])])
+        return in_lines([text, *(f"           {fault}" for fault in self.faults()[:8])])
 
 
 def within_share(differing: int, count: int, share: float, level: float) -> bool:

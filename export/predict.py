@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from export import session
 from export.certificate import read
 from export.lowered import ExportError
 from export.metadata import read_metadata
+from qat.images import ImageError, open_image
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ def _predict(loaded: session.Session, expected: dict[str, Any], path: Path) -> P
 def preprocess(path: Path, expected: dict[str, Any]) -> NDArray[np.float32]:
     """One image file as 1_3_H_W float32, as the metadata's `input` says."""
     try:
-        with Image.open(path) as image:
-            resized = image.convert("RGB").resize((expected["size"],) * 2, Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError) as error:
-        raise ExportError(f"{path}: not a readable image ({error})") from error
+        image = open_image(path)
+    except ImageError as error:
+        raise ExportError(str(error)) from error
+    resized = image.resize((expected["size"],) * 2, Image.Resampling.BILINEAR)
     pixels = np.asarray(resized, np.float32) / 255
     normalized = (pixels - np.float32(expected["mean"])) / np.float32(expected["std"])
     return np.ascontiguousarray(normalized.transpose(2, 0, 1)[None], np.float32)

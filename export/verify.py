@@ -11,6 +11,7 @@ from export.certificate import INTEGER_KERNELS, layer_kernels, read
 from export.metadata import broken_signatures, missing_options, proof_of, read_metadata, unsigned_parts
 from export.stress import settings_that_differ
 from export.targets import TARGETS
+from qat.terminal import in_lines
 
 IMAGES = 8
 
@@ -59,7 +60,7 @@ class FileCheck:
             "  unknown    whether these are the trained codes and classes: whoever can change a file can sign it anew; "
             "`qat certify RUN FILE` knows"
         )
-        return "\n".join([*lines, *(f"  warning    {warning}" for warning in self.warnings)])
+        return in_lines([*lines, *(f"  warning    {warning}" for warning in self.warnings)])
 
 
 def verify_file(file: Path) -> FileCheck:

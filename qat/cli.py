@@ -14,6 +14,7 @@ from tyro.conf import Positional, subcommand
 
 from qat.files import reason_of
 from qat.interrupts import Interrupted, Terminated, termination_raises
+from qat.terminal import printable, say
 from qat.training.ranges import COMMAND, out_of_range
 
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy"}  # our words -> the runtime's
@@ -242,7 +243,7 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def _ended(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    say(printable(message), file=sys.stderr)
     return code
 
 
@@ -265,17 +266,17 @@ def execute(command: Export | Certify | Bundle | Bench | Predict | Compare | Ens
         raise ValueError(problem)
     match command:
         case Export(run, target, out):
-            print(deploy.export_run(run, target, out))
+            say(deploy.export_run(run, target, out))
         case Certify():
             return _certify(command)
         case Bundle(run, model, out, images):
-            print(deploy.bundle_run(run, model, out, images))
+            say(deploy.bundle_run(run, model, out, images))
         case Predict(model, images):
             for found in deploy.predict(model, images):
-                print(f"{found.image}: {found.label} ({found.probability:.1%})")
+                say(printable(f"{found.image}: {found.label} ({found.probability:.1%})"))
         case Bench(runs, target):
             settings = {"threads": command.threads, "batch": command.batch, "rounds": command.rounds}
-            print(
+            say(
                 deploy.bench_runs(
                     runs, target, **settings, calibration=CALIBRATIONS[command.calibration], out=command.out
                 )
@@ -285,7 +286,7 @@ def execute(command: Export | Certify | Bundle | Bench | Predict | Compare | Ens
         case Ensemble():
             return _ensemble(command)
         case Report(run, baseline, beside):
-            print(deploy.write_report(run, baseline, beside))
+            say(deploy.write_report(run, baseline, beside))
         case Inspect():
             return _inspect(command)
     return 0
@@ -297,18 +298,18 @@ def _certify(command: Certify) -> int:
     match command.paths:
         case (model,):
             check = deploy.verify_file(model)
-            print(check)
+            say(check)
             return 0 if check.passed else 1
         case (run, model):
             certificate = deploy.certify_run(run, model, command.images, command.data_root, command.on)
-            print(certificate)
+            say(certificate)
             if command.whole_target:
                 for name, value in deploy.target_accuracy(run, model, command.data_root).items():
-                    print(f"  target     {name} {value:.2%} on the whole target domain")
+                    say(f"  target     {name} {value:.2%} on the whole target domain")
             return 0 if certificate.passed else 1
         case (*runs, model):
             certificates, joined = deploy.certify_ensemble(runs, model)
-            print(*certificates, joined, sep="\n")
+            say("\n".join(map(str, [*certificates, joined])))
             return 0 if joined.passed and all(c.passed for c in certificates) else 1
     raise ValueError("qat certify takes model.onnx, or RUN and model.onnx, or the RUNs of an ensemble and its file")
 
@@ -320,7 +321,7 @@ def _compare(command: Compare) -> int:
 
     if command.update_baseline:
         write_baseline(command.run, command.baseline)
-        print(command.baseline)
+        say(command.baseline)
         return 0
     if command.run.suffix == ".onnx":
         comparison = deploy.compare_file(
@@ -328,7 +329,7 @@ def _compare(command: Compare) -> int:
         )
     else:
         comparison = compare_runs(command.baseline, command.run, command.max_drop, command.alpha)
-    print(comparison)
+    say(comparison)
     if command.markdown is not None:
         write_text(command.markdown, comparison.markdown() + "\n")
     if command.json is not None:
@@ -341,7 +342,7 @@ def _inspect(command: Inspect) -> int:
     from qat.training.inspection import inspect_run
 
     inspection = inspect_run(command.run, command.top)
-    print(inspection)
+    say(inspection)
     if command.json is not None:
         write_json(command.json, inspection.to_json())
     return 0
@@ -353,11 +354,11 @@ def _ensemble(command: Ensemble) -> int:
     from qat.training.ensemble import evaluate_ensemble
 
     table = evaluate_ensemble(command.runs, command.average, command.data_root)
-    print(table)
+    say(table)
     if command.json is not None:
         write_json(command.json, table.to_json())
     if command.out is not None:
-        print(deploy.export_ensemble(command.runs, command.target, command.out, command.average))
+        say(deploy.export_ensemble(command.runs, command.target, command.out, command.average))
     return 0
 
 

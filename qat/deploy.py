@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from qat import __version__
-from qat.files import write_atomically, write_json, write_text
+from qat.files import make_folder, write_atomically, write_json, write_text
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
+from qat.training.records import classes_of, results_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,6 @@ def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> 
     proto = exported(run, target)
     onnx.checker.check_model(proto)
     path = out or RunFolder.open(run) / "model.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda p: onnx.save(proto, str(p)))
     return path
 
@@ -81,7 +81,7 @@ def preprocessing_of(folder: RunFolder, recipe: Recipe, built: Built) -> Preproc
     """From an image file to the net's input, and its classes."""
     from export.metadata import Preprocessing
 
-    return Preprocessing(recipe.image_size, built.mean, built.std, tuple(folder.results()["classes"]))
+    return Preprocessing(recipe.image_size, built.mean, built.std, classes_of(folder))
 
 
 def certify_run(
@@ -147,7 +147,7 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
         layer, what = next(iter(different.items()))
         raise ExportError(f"{model}: is not a file of {run}: layer {layer!r}: {what}")
     samples = RunFolder.open(run).samples()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
         folder = Path(place) / "bundle"
         folder.mkdir()
@@ -225,7 +225,6 @@ def export_ensemble(
         raise RecipeError(f"qat ensemble: --target {target} has no codes; name an integer target, such as ort-packed")
     proto = merge_members([exported(run, target) for run in runs], [run.name for run in runs], average)
     onnx.checker.check_model(proto)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda p: onnx.save(proto, str(p)))
     return out
 
@@ -308,7 +307,7 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
     folder = RunFolder.open(run)
     measured = measure_file(model, folder.recipe(), data_root)
     predicted, labels = measured.predictions[measured.target]
-    return {"trained net": folder.results()["target"], "ONNX Runtime": float((predicted == labels).mean())}
+    return {"trained net": results_of(folder)["target"], "ONNX Runtime": float((predicted == labels).mean())}
 
 
 def measure_run(run: Path, model: Path) -> list[Latency]:
@@ -373,13 +372,13 @@ def bench_runs(
     if not runs:
         raise RecipeError("qat bench: name at least one run folder")
     files = {run.name: exported(run, target) for run in runs}
+    where = out or runs[0]
+    make_folder(where)  # before minutes of measuring
     images = RunFolder.open(runs[0]).samples().images
     settings = {"threads": threads, "batch": batch, "rounds": rounds}
     table = bench(exported(runs[0], "fp32"), files, images, **settings, calibration=calibration)
-    accuracy = {run.name: 100 * RunFolder.open(run).results()["target"] for run in runs}
+    accuracy = {run.name: 100 * results_of(RunFolder.open(run))["target"] for run in runs}
     operations = {run.name: bit_operations(run) for run in runs}
-    where = out or runs[0]
-    where.mkdir(parents=True, exist_ok=True)
     write_json(where / "bench.json", table.to_json() | {"target_accuracy": accuracy, "operations": operations})
     write_text(
         where / "bench.svg", size_accuracy_latency([vars(row) for row in table.rows if row.name in accuracy], accuracy)

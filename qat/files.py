@@ -58,6 +58,14 @@ def _write_utf8(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing. Raises FileError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be made a folder ({reason_of(error)})") from error
+
+
 def require_replaceable(path: Path) -> None:
     """Raises FileError where `path` is something that a file must not replace: a folder, a device, a pipe."""
     if path.exists() and not path.is_file():

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from tyro.conf import OmitArgPrefixes
 
 from qat.cli import choose, guarded
+from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.data import split_of
 from qat.training.loop import run
 from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
+from qat.training.recipe_checks import check
 from qat.training.results import table
 from qat.training.two_stages import run_stages
 
@@ -49,14 +51,15 @@ def train(flags: Cifar10) -> int:
     recipe = flags.recipe
     if recipe.data != "cifar10":
         raise RecipeError(f"--data {recipe.data}: this recipe is for CIFAR-10; use recipes/pacs.py")
+    check(recipe)
     split = split_of(recipe, download=flags.download)
     folder = run_stages(recipe, split) if isinstance(recipe, BiperRecipe) else run(recipe, split)
-    print(table(folder))
+    say(table(folder))
     if isinstance(recipe, BiperRecipe):
         return 0
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
         comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
-        print(comparison)
+        say(comparison)
         return 0 if comparison.passed else 1
     return 0
 

@@ -21,9 +21,11 @@ from qat.cli import choose, guarded
 from qat.domains.domainnet import read_domainnet
 from qat.domains.inventory import PUBLISHED
 from qat.domains.miniature import MINIATURE, write_miniature
+from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError
+from qat.training.recipe_checks import check
 from qat.training.results import table
 
 DEFAULTS = {
@@ -66,13 +68,14 @@ def train(flags: DomainNet) -> int:
     recipe = smoke_test(flags.recipe) if flags.smoke else flags.recipe
     if recipe.data_root is None:
         raise RecipeError("--data-root: give the DomainNet folder, <root>/<domain>/<class>/*.jpg, or try --smoke")
+    check(recipe)
     domains, inventory = read_domainnet(recipe.data_root, published=MINIATURE if flags.smoke else PUBLISHED)
-    print(inventory, flush=True)
+    say(inventory)
     folder = run(recipe, domains)
-    print(table(folder))
+    say(table(folder))
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
         comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
-        print(comparison)
+        say(comparison)
         return 0 if comparison.passed else 1
     return 0
 

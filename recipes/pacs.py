@@ -13,9 +13,11 @@ import sys
 
 from qat.cli import choose, guarded
 from qat.domains.folders import read_domains
+from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError
+from qat.training.recipe_checks import check
 from qat.training.results import table
 
 
@@ -24,11 +26,12 @@ def train(recipe: Recipe) -> int:
         raise RecipeError(f"--data {recipe.data}: this recipe leaves a domain out; use recipes/cifar10.py")
     if recipe.data_root is None:
         raise RecipeError("--data-root: give the PACS folder, <root>/<domain>/<class>/*.jpg")
+    check(recipe)
     folder = run(recipe, read_domains(recipe.data_root))
-    print(table(folder))
+    say(table(folder))
     if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
         comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
-        print(comparison)
+        say(comparison)
         return 0 if comparison.passed else 1
     return 0
 

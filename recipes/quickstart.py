@@ -13,6 +13,7 @@ import tyro
 from qat.cli import DEBUG_HELP, arguments, guarded
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
+from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.ranges import COMMAND, out_of_range
@@ -56,24 +57,24 @@ def quickstart(flags: Quickstart) -> int:
         for f in dataclasses.fields(flags)
         if f.name in ("backbone", "image_size", "per_class", "steps", "batch_size", "test_domain", "seed")
     } | {"evaluate_every": max(flags.steps // 5, 1)}
-    print("1/5  training in full precision")
+    say("1/5  training in full precision")
     baseline = run(Recipe(**shared, out=out / "fp", lr=5e-3), domains)
-    print(f"2/5  training W{flags.bits}A{flags.bits} from it (LSQ)")
+    say(f"2/5  training W{flags.bits}A{flags.bits} from it (LSQ)")
     quantized = run(LsqRecipe(**shared, out=out / "lsq", bits=flags.bits, init_from=out / "fp"), domains)
-    print("3/5  exporting to ONNX")
+    say("3/5  exporting to ONNX")
     model = export_run(quantized.path)
-    print("4/5  certifying on ONNX Runtime")
+    say("4/5  certifying on ONNX Runtime")
     certificate = certify_run(quantized.path, model)
     latencies = measure_run(quantized.path, model)
-    print("5/5  comparing and reporting")
+    say("5/5  comparing and reporting")
     comparison = compare_runs(baseline.path, quantized.path, flags.max_drop)
     report = write_report(quantized.path)
-    print(f"\n{certificate}\n\n{comparison}\n")
+    say(f"\n{certificate}\n\n{comparison}\n")
     fp32, small = latencies
-    print(f"size     {fp32.size / 1e6:.2f} MB -> {small.size / 1e6:.2f} MB ({small.size / fp32.size:.1%})")
-    print(f"latency  {small.speedup:.2f}x the speed of FP32 (batch 1, one thread, interleaved)")
-    print(f"codes:   {certificate.mismatches} mismatches")
-    print(f"report   {report}")
+    say(f"size     {fp32.size / 1e6:.2f} MB -> {small.size / 1e6:.2f} MB ({small.size / fp32.size:.1%})")
+    say(f"latency  {small.speedup:.2f}x the speed of FP32 (batch 1, one thread, interleaved)")
+    say(f"codes:   {certificate.mismatches} mismatches")
+    say(f"report   {report}")
     return 0 if certificate.passed and comparison.passed else 1
 
 

@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional
 
 from export.elsewhere import CPUS, run_python, unavailable
+from qat.terminal import printable
 
 NUMPY_BEFORE_2 = "numpy==1.26.4"  # what ONNX Runtime before 1.19 was built against
 
@@ -51,6 +52,11 @@ def install(version: str, site: Path) -> None:
         sys.exit(f"ONNX Runtime {version} cannot be installed: {done.stderr.strip()}")
 
 
+def cell(text: str) -> str:
+    """A cell of a Markdown table."""
+    return printable(text).replace("|", "/")
+
+
 def main(flags: Flags) -> int:
     failed = 0
     print("| bundle | ONNX Runtime | machine | verdict |\n|---|---|---|---|")
@@ -62,7 +68,7 @@ def main(flags: Flags) -> int:
                 reason = None if machine == "here" else unavailable(machine, version)
                 for bundle in flags.bundles:
                     if reason is not None:
-                        print(f"| {bundle.name} | {version} | {machine} | not run: {reason} |", flush=True)
+                        print(f"| {cell(bundle.name)} | {version} | {machine} | not run: {cell(reason)} |", flush=True)
                         continue
                     if machine == "here":
                         done = check_here(bundle, Path(place))
@@ -70,7 +76,7 @@ def main(flags: Flags) -> int:
                         done = run_python(CPUS[machine], version, [str(bundle / "check.py")])
                     failed += done.returncode != 0
                     verdict = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
-                    print(f"| {bundle.name} | {version} | {machine} | {verdict} |", flush=True)
+                    print(f"| {cell(bundle.name)} | {version} | {machine} | {cell(verdict)} |", flush=True)
     return failed
 
 

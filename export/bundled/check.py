@@ -44,16 +44,23 @@ def main() -> int:
         for outputs in run(given.bundle, expected, given.threads, given.kernels):
             found.add(outputs)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except Exception as error:  # the runtime raises its own exceptions
-        print(f"error: ONNX Runtime {ort.__version__} cannot run the file: {error}", file=sys.stderr)
+        print(f"error: ONNX Runtime {ort.__version__} cannot run the file: {printable(error)}", file=sys.stderr)
         return 2
     lines, passed = verdict(expected, found)
     changed = changed_files(given.bundle, expected)
-    print(f"{expected['about']}, on ONNX Runtime {ort.__version__}, {platform.machine()} {platform.system()}")
-    print("\n".join([*changed, *lines]))
+    print(
+        f"{printable(expected['about'])}, on ONNX Runtime {ort.__version__}, {platform.machine()} {platform.system()}"
+    )
+    print("\n".join(map(printable, [*changed, *lines])))
     return 0 if passed and not changed else 1
+
+
+def printable(text: object) -> str:
+    """`text` without what would steer a terminal; escapes in its place."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def read_expected(bundle: Path) -> dict[str, Any]:

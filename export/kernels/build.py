@@ -3,7 +3,8 @@
     python export/kernels/build.py [FOLDER [ARCHITECTURE]]      # another one, such as aarch64: with GCC's cross compiler
 
 Every instruction set is a translation unit of its own, chosen at run time, so the library runs on any processor of its
-architecture. Its name carries a hash of sources and flags: a library of other sources is never taken for this one's.
+architecture. Its name carries a hash of sources and flags, so that a library of other sources is never taken for this one's,
+and one of its own contents (`qat/compiled.py`).
 """
 
 import hashlib
@@ -12,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +42,7 @@ def sources() -> list[Path]:
 
 
 def library_name(architecture: str | None = None) -> str:
-    """File name of the library made of the present sources, for `architecture` (this machine's, by default)."""
+    """Name of the library made of the present sources, for `architecture` (this machine's, by default)."""
     digest = hashlib.sha256(repr((FLAGS, LIBRARY_FLAGS, ISA_FLAGS, architecture or machine())).encode())
     for path in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.hpp")]):
         digest.update(path.name.encode() + path.read_bytes())
@@ -62,20 +62,22 @@ def compiler(architecture: str | None = None) -> str | None:
 
 def build(folder: Path, architecture: str | None = None) -> Path:
     """Compile into `folder` for `architecture`, by default this machine's; returns the library's path. Raises BuildError."""
+    from qat.compiled import make_library
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return make_library(folder, library_name(architecture), lambda path: compile_library(path, architecture))
+
+
+def compile_library(path: Path, architecture: str | None = None) -> None:
+    """Compile the library into the file `path`, with object files beside it. Raises BuildError."""
     command = compiler(architecture)
     if command is None and architecture not in (None, machine()):
         raise BuildError(f"no compiler for {architecture} found: apt-get install g++-{architecture}-linux-gnu")
     if command is None:
         raise BuildError("no C++ compiler found (install g++ or clang++, or set CXX)")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / library_name(architecture)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        objects = compile_all(command, sources(), Path(place), architecture or machine(), LIBRARY_FLAGS)
-        made = Path(place) / path.name
-        # The runtime's process has libgcc's two or three helpers in a library of its own; ours carries them along.
-        _run([*command.split(), "-shared", "-static-libgcc", *map(str, objects), "-o", str(made)])
-        made.replace(path)  # another process may have been faster; both files are the same
-    return path
+    objects = compile_all(command, sources(), path.parent, architecture or machine(), LIBRARY_FLAGS)
+    # The runtime's process has libgcc's two or three helpers in a library of its own; ours carries them along.
+    _run([*command.split(), "-shared", "-static-libgcc", *map(str, objects), "-o", str(path)], path.parent)
 
 
 def compile_all(
@@ -86,16 +88,18 @@ def compile_all(
     def one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
         isa = ISA_FLAGS.get(architecture, {}).get(source.name, ())
-        _run([*command.split(), *FLAGS, *extra, *isa, f"-I{HERE}", "-c", str(source), "-o", str(made)])
+        _run([*command.split(), *FLAGS, *extra, *isa, f"-I{HERE}", "-c", str(source), "-o", str(made)], folder)
         return made
 
     with ThreadPoolExecutor(PARALLEL) as pool:
         return list(pool.map(one, files))
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], scratch: Path) -> None:
+    """Run a compiler whose temporary files lie in `scratch`, which goes with all that is in it."""
+    environment = os.environ | {"TMPDIR": str(scratch)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:
@@ -103,7 +107,8 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))
     try:
         print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE, *sys.argv[2:3]))
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         sys.exit(f"edgeqat kernels: {error}")

@@ -1,11 +1,13 @@
-"""Where the compiled kernels are: beside their sources if the installation had a compiler, else compiled now."""
+"""Where the compiled kernels are: in the user's cache, beside their sources if the installation had a compiler, else compiled
+now (`qat/compiled.py` says which places and files count)."""
 
 import os
 from functools import cache
 from pathlib import Path
 
-from export.kernels.build import HERE, BuildError, build, library_name
+from export.kernels.build import HERE, BuildError, compile_library, library_name
 from export.lowered import ExportError
+from qat.compiled import library as kept_library
 
 VARIABLE = "EDGEQAT_KERNELS"
 
@@ -14,18 +16,12 @@ VARIABLE = "EDGEQAT_KERNELS"
 def library() -> Path:
     """Path of the shared library. Raises ExportError that says how to get it.
 
-    In this order: the file that EDGEQAT_KERNELS names; the one built when the package was installed; one in the user's
-    cache folder; one compiled into there now.
+    The file that EDGEQAT_KERNELS names, which is the user's own affair; without one, that of these sources.
     """
     if named := os.environ.get(VARIABLE):
-        if not Path(named).is_file():
-            raise ExportError(f"{VARIABLE}={named}: no such file")
-        return Path(named)
-    for folder in (HERE, _cache_folder()):
-        if (folder / library_name()).is_file():
-            return folder / library_name()
+        return _named(Path(named))
     try:
-        return build(_cache_folder())
+        return kept_library(library_name(), HERE, compile_library)
     except (BuildError, OSError) as error:
         raise ExportError(
             f"a file of target ort-native needs edgeqat's kernels, and they are not built: {error}. Install a C++ compiler "
@@ -36,13 +32,16 @@ def library() -> Path:
 
 @cache
 def library_for(architecture: str) -> Path:
-    """Path of the library for another architecture, compiled into the cache folder. Raises ExportError."""
-    path = _cache_folder() / library_name(architecture)
+    """Path of the library for another architecture, compiled where there is none. Raises ExportError."""
     try:
-        return path if path.is_file() else build(_cache_folder(), architecture)
+        return kept_library(library_name(architecture), HERE, lambda path: compile_library(path, architecture))
     except (BuildError, OSError) as error:
         raise ExportError(f"edgeqat's kernels for {architecture} are not built: {error}") from error
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeqat"
+def _named(path: Path) -> Path:
+    if not path.exists():
+        raise ExportError(f"{VARIABLE}={path}: no such file")
+    if not path.is_file():
+        raise ExportError(f"{VARIABLE}={path}: is not a regular file; name the compiled library")
+    return path

@@ -113,6 +113,8 @@ def _check_jpegs(paths: Iterable[Path]) -> None:
 
 
 def _has_both_ends(path: Path) -> bool:
+    if not path.is_file():  # a pipe, which would wait for ever
+        return False
     try:
         with path.open("rb") as file:
             begins = file.read(2) == b"\xff\xd8"  # start of image

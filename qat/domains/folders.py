@@ -8,14 +8,24 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+from qat.images import SUFFIXES, ImageError, check_image, open_image
+from qat.terminal import printable
+
 NAMED = 5  # how many offenders a message lists
 
 
 class DataError(ValueError):
-    """The data on disk cannot be used; the message names the folder, class or file and what to do."""
+    """The data on disk cannot be used; the message names the folder, class or file and what to do.
+
+    A data loader's worker sends its traceback as the message; what is left of it here is its last error, which is ours.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith(f"Caught {type(self).__name__} in "):
+            message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(message)
 
 
 class ImageSource(Protocol):
@@ -49,10 +59,9 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> Image.Image:
         try:
-            with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{self.paths[index]}: not a readable image ({error})") from error
+            return open_image(self.paths[index])
+        except ImageError as error:
+            raise DataError(f"{error}; remove or replace it") from error
 
 
 @dataclass(frozen=True)
@@ -118,21 +127,20 @@ def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
 
 def check_readable(paths: Sequence[Path]) -> None:
     with ThreadPoolExecutor(8) as pool:
-        broken = [str(p) for p, fine in zip(paths, pool.map(_is_readable, paths), strict=True) if not fine]
+        broken = {str(p): fault for p, fault in zip(paths, pool.map(_fault, paths), strict=True) if fault is not None}
     if broken:
-        raise DataError(f"{len(broken)} unreadable image(s): {some(broken)}; remove or replace them")
+        first = next(iter(broken.values()))
+        raise DataError(f"{len(broken)} unreadable image(s): {some(list(broken))}; remove or replace them ({first})")
 
 
-def _is_readable(path: Path) -> bool:
+def _fault(path: Path) -> str | None:
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (8, 8))  # a JPEG decodes to an eighth of its size: a truncated one fails, quickly
-            image.load()
-        return True
-    except (OSError, UnidentifiedImageError, SyntaxError):
-        return False
+        check_image(path)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return ", ".join(map(printable, names[:NAMED])) + more

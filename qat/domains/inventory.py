@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qat.domains.domainnet_lists import DUPLICATES
 from qat.domains.folders import some
+from qat.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Inventory:
         dropped = sum(found.duplicates for found in self.found.values())
         problems = list(self.problems())
         head = (
-            f"DomainNet in {self.folder}: {'incomplete' if problems else 'complete'}, {self.used:,} of "
+            f"DomainNet in {printable(self.folder)}: {'incomplete' if problems else 'complete'}, {self.used:,} of "
             f"{sum(self.published.after.values()):,} images, {len(every)} of {self.published.classes} classes, "
             f"{dropped:,} duplicates dropped"
         )

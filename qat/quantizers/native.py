@@ -1,6 +1,6 @@
 """C++ sources of this package, compiled once by the system's compiler and called through ctypes.
 
-The library lies in the user's cache folder under a name made of source, flags, compiler and processor. Without a compiler
+The library's name is made of source, flags, compiler and processor; `qat/compiled.py` says where it lies. Without a compiler
 the callers use their plain PyTorch formulas, and one line on the log says so. EDGEQAT_NATIVE=0 asks for that.
 """
 
@@ -11,9 +11,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
+
+from qat.compiled import library as kept_library
 
 # Contraction would round differently from PyTorch; the other two change no result but let the compiler vectorise rint.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -48,41 +49,21 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 
 def _built(source: Path, compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    command = [*compiler.split(), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     key = "\n".join([source.read_text(), " ".join(FLAGS), version, _processor()])
-    path = _cache_folder() / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        _compile(source, compiler, path)
-    return path
+    name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    return kept_library(name, source.parent, lambda path: _compile(source, compiler, path))
 
 
 def _compile(source: Path, compiler: str, path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(path.parent)}  # which goes with all that is in it
     for attempt in OPTIONAL:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [*compiler.split(), *FLAGS, *attempt, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                made.replace(path)  # another process may have been faster; both files are the same
-                return
+        command = [*compiler.split(), *FLAGS, *attempt, str(source), "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        if done.returncode == 0:
+            return
     raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr.strip())
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    try:
-        folder = Path(base) / "edgeqat"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return _own_folder()
-
-
-@cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="edgeqat-"))
 
 
 def _processor() -> str:

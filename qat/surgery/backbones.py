@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.files import FileError, require_readable
 from qat.surgery.binary_nets import ARCHITECTURES
 
 
@@ -118,8 +119,10 @@ def _as_tuple(value: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...
 def _load_weights(model: nn.Module, path: Path) -> None:
     from timm.models import load_state_dict
 
-    if not path.is_file():
-        raise ValueError(f"--weights {path}: no such file")
+    try:
+        require_readable(path)
+    except FileError as error:
+        raise ValueError(f"--weights {error}") from error
     try:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)  # a pickle may run any code
     except Exception as error:

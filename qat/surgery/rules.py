@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.files import FileError, read_text
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.layers import LayerSpec
 from qat.surgery.swap import WEIGHTED, Rules
@@ -30,10 +31,10 @@ KEYS = {"layers": str, "weight_bits": int, "input_bits": int, "per_channel": boo
 def read_rules(path: Path) -> list[tuple[str, LayerSpec]]:
     """The rules of a TOML or JSON file, in order. Raises ValueError naming file, rule and entry that cannot be used."""
     try:
-        text = path.read_text()
+        text = read_text(path)
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"--rules {path}: cannot be read ({error.strerror})") from error
+    except FileError as error:
+        raise ValueError(f"--rules {error}") from error
     except ValueError as error:
         raise ValueError(f"--rules {path}: not {'JSON' if path.suffix == '.json' else 'TOML'} ({error})") from error
     rules = content.get("rules") if isinstance(content, dict) else None

@@ -6,6 +6,7 @@ metrics.jsonl    one JSON object per log entry       samples.npz      real image
 model.onnx, certificate.json, report.html            written by `qat export`, `qat certify`, `qat report`
 """
 
+import shutil
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.files import (
-    NUMBER,
     Kind,
     read_json,
     read_text,
@@ -47,11 +47,7 @@ NORMALIZATIONS = {
 
 KINDS = ("predicted", "label")
 SAVED = ("last.pt", "checkpoint.pt", "results.json")  # what makes a folder a run's
-# Entries that a finished run's results.json, a checkpoint, and last.pt must have.
-RESULTS: dict[str, Kind] = {
-    "method": str, "test_domain": str, "selected_step": int, "source_validation": dict, "target": NUMBER,
-    "train_seconds": NUMBER, "images_per_second": NUMBER, "classes": list,
-}  # fmt: skip
+# Entries that a checkpoint, and last.pt, must have.
 CHECKPOINT: dict[str, Kind] = {"model": dict, "classes": list}
 RESUMABLE: dict[str, Kind] = {
     "optimizer": dict, "schedule": dict, "progress": dict, "step": dict, "average": dict, "valley": dict, "step_sizes": dict,
@@ -87,17 +83,20 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_new = False  # whether `create` made it
 
     @classmethod
     def create(cls, recipe: Recipe) -> "RunFolder":
         """A new folder for `recipe`: its `out`, or a free default. Raises RecipeError when `out` holds a run or is a file."""
         check_out(recipe)
         path = default_folder(recipe) if recipe.out is None else recipe.out
+        is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"--out {path}: cannot be made ({reason_of(error)})") from error
         folder = cls(path)
+        folder.is_new = is_new
         if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
             kept = path / f"rules{recipe.rules.suffix}"  # the folder is complete without the file it was made from
             if not recipe.resume:
@@ -112,6 +111,11 @@ class RunFolder:
         if not path.is_dir():
             raise RecipeError(f"{path}: no such run folder")
         return cls(path)
+
+    def discard(self) -> None:
+        """Remove the folder of a run that could not begin, if `create` made it."""
+        if self.is_new and not self.has_run:
+            shutil.rmtree(self.path)
 
     @property
     def has_run(self) -> bool:
@@ -133,21 +137,10 @@ class RunFolder:
             return replace(recipe, rules=self / f"rules{recipe.rules.suffix}")
         return recipe
 
-    def results(self, *needed: str) -> dict[str, Any]:
-        """What the finished run measured. needed: entries that must be there; without any, all that a run writes.
-
-        Raises ValueError for entries that are missing or of the wrong type.
-        """
+    def results(self) -> dict[str, Any]:
+        """What the finished run measured; `qat/training/records.py` checks its entries. Raises FileError."""
         path = self.require("results.json")
-        results = require_entries(read_json(path), {}, str(path))
-        names = [name for name in RESULTS if name in results or name in (needed or RESULTS)]
-        require_entries(results, {name: RESULTS[name] for name in names}, str(path))
-        for domain, accuracy in results.get("source_validation", {}).items():
-            if not isinstance(accuracy, NUMBER):
-                raise RecipeError(f"{path}: accuracy of {domain!r} is {accuracy!r}, not a number")
-        if not all(isinstance(name, str) for name in results.get("classes", [])):
-            raise RecipeError(f"{path}: entry 'classes' holds something that is not a name")
-        return results
+        return require_entries(read_json(path), {}, str(path))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The log entries, oldest first. The last line of a run that was killed may be half-written: it is left out."""
@@ -204,7 +197,7 @@ class RunFolder:
         path = self.require(name)
         require_readable(path)
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return {key: stored[key] for key in stored.files}
         except Exception as error:
             raise RecipeError(f"{path}: cannot be read ({reason_of(error)})") from error
@@ -226,6 +219,11 @@ class RunFolder:
         is_batch = images.ndim == 4 and images.shape[1] == 3 and images.dtype == np.float32 and len(images) > 0
         if not is_batch or not np.isfinite(images).all():
             raise RecipeError(f"{path}: its images are not finite float32 numbers of shape (images, 3, height, width)")
+        size = self.recipe().image_size
+        if images.shape[2:] != (size, size):
+            raise RecipeError(
+                f"{path}: its images have {images.shape[2:]} pixels, the run was trained with {size} × {size}"
+            )
         if labels.shape != (len(images),) or labels.dtype != np.int64 or len(arrays["domains"]) != len(images):
             raise RecipeError(f"{path}: holds {len(images)} images, but not as many labels and domains")
         return Samples(images, labels, arrays["domains"])

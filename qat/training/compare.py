@@ -6,7 +6,8 @@ noisy half point does not fail a build; a real one does.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.files import read_json
+from qat.files import FileError, read_json, write_text
+from qat.terminal import printable
 from qat.training.checkpoint import RunFolder
 from qat.training.recipe import RecipeError
+from qat.training.records import TEXT, WHOLE, Each, Maybe, Shape, require
 
 RESAMPLES = 4000
 Predictions = Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -54,36 +57,45 @@ class Comparison:
         return not any(row.failed for row in self.rows)
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
+        names = [printable(row.name) for row in self.rows]
+        width = max(map(len, names))
         lines = [f"{'accuracy, %':<{width}}  baseline      run   change  images  p(drop <= {self.max_drop:g})"]
-        for row in self.rows:
+        for name, row in zip(names, self.rows, strict=True):
             verdict = "  FAILED" if row.failed else ""
             lines.append(
-                f"{row.name:<{width}}  {row.baseline:>8.2f} {row.run:>8.2f} {-row.drop:>+8.2f} {row.images:>7} "
+                f"{name:<{width}}  {row.baseline:>8.2f} {row.run:>8.2f} {-row.drop:>+8.2f} {row.images:>7} "
                 f"{row.beyond:>12.3f}{verdict}"
             )
-        return "\n".join([*lines, self._verdict()])
+        return "\n".join([*lines, self._verdict(printable)])
 
     def markdown(self) -> str:
         """A table for a pull request."""
         lines = ["| accuracy, % | baseline | run | change | images | |", "|---|---:|---:|---:|---:|---|"]
         for row in self.rows:
             mark = "**failed**" if row.failed else ""
-            lines.append(
-                f"| {row.name} | {row.baseline:.2f} | {row.run:.2f} | {-row.drop:+.2f} | {row.images} | {mark} |"
-            )
-        return "\n".join([*lines, "", self._verdict()])
+            name = markdown_text(row.name)
+            lines.append(f"| {name} | {row.baseline:.2f} | {row.run:.2f} | {-row.drop:+.2f} | {row.images} | {mark} |")
+        return "\n".join([*lines, "", self._verdict(markdown_text)])
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"passed": self.passed}
 
-    def _verdict(self) -> str:
-        failed = ", ".join(row.name for row in self.rows if row.failed)
+    def _verdict(self, shown: Callable[[str], str]) -> str:
+        failed = ", ".join(shown(row.name) for row in self.rows if row.failed)
         outcome = f"failed: {failed} lost more" if failed else "passed"
         return f"allowed drop {self.max_drop:g} points, alpha {self.alpha:g}: {outcome}"
 
 
 SOURCES = "source domains"
+COMPARED: Shape = {"test_domain": TEXT, "classes": Maybe([TEXT])}  # of results.json
+BASELINE: Shape = {"target": TEXT, "domains": Each([[WHOLE]]), "classes": Maybe([TEXT]), "recipe": Maybe({})}
+# What means something in GitHub's Markdown or in HTML; an underscore only at a word's edge.
+MARKUP = re.compile(r"[\\`*{}\[\]<>&|~#@!$^\"'=:/.]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def markdown_text(text: str) -> str:
+    """`text` as Markdown that shows it within a line or a table's cell: no link, picture, code, cell or HTML begins in it."""
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", printable(text))
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,11 @@ def compare_predictions(
         )
     pairs = {}
     for domain in first:
+        for predicted, label in (first[domain], second[domain]):
+            if predicted.ndim != 1 or predicted.shape != label.shape or not len(label):
+                raise RecipeError(
+                    f"{names}: {domain} has {predicted.size} predictions for {label.size} images; measure it again"
+                )
         if not np.array_equal(first[domain][1], second[domain][1]):
             raise RecipeError(
                 f"{names} were measured on different images of {domain}; use the same data, split and seed"
@@ -177,23 +194,32 @@ def write_baseline(run: Path, file: Path) -> None:
         "recipe": measured.recipe,
         "domains": domains,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, separators=(",", ":")) + "\n")
+    write_text(file, json.dumps(value, separators=(",", ":")) + "\n")
 
 
 def load_measured(path: Path) -> Measured:
     """What was measured of a run folder, or is in a stored baseline file."""
     if path.is_dir() or path.suffix != ".json":
         folder = RunFolder.open(path)
-        results = folder.results("test_domain")
+        results = folder.results()
+        require(results, COMPARED, folder / "results.json")
         recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else None
-        return Measured(folder.predictions(), str(results["test_domain"]), _classes(results), recipe)
+        return Measured(folder.predictions(), results["test_domain"], _classes(results), recipe)
     try:
-        value = json.loads(path.read_text())
-        domains = {d: (np.array(p, np.int64), np.array(label, np.int64)) for d, (p, label) in value["domains"].items()}
-        return Measured(domains, str(value["target"]), _classes(value), value.get("recipe"))
-    except (OSError, KeyError, ValueError) as error:
+        value = read_json(path)
+    except FileError as error:
         raise RecipeError(f"{path}: not a stored baseline ({error})") from None
+    try:
+        require(value, BASELINE, path)
+    except RecipeError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise RecipeError(f"{path}: not a stored baseline ({reason})") from None
+    domains = {}
+    for domain, both in value["domains"].items():
+        if len(both) != 2:
+            raise RecipeError(f"{path}: entry domains.{domain} has {len(both)} lists, expected predictions and labels")
+        domains[domain] = (np.array(both[0], np.int64), np.array(both[1], np.int64))
+    return Measured(domains, value["target"], _classes(value), value.get("recipe"))
 
 
 def _classes(value: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.domains.splits import Split
+from qat.terminal import printable
 from qat.training.checkpoint import Built, load_run
 from qat.training.compare import mcnemar
 from qat.training.data import split_of
 from qat.training.loaders import eval_batches
 from qat.training.recipe import Recipe, RecipeError
+from qat.training.records import classes_of
 
 Average = Literal["probabilities", "logits"]
 SAME = ("test_domain", "image_size", "trial_seed", "holdout")
@@ -61,19 +63,20 @@ class EnsembleTable:
         return asdict(self)
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
+        names = [printable(row.name) for row in self.rows]
+        width = max(map(len, names))
         heads = "".join(f"{f'm{i}':>8}" for i in range(len(self.members)))
         lines = [f"{'accuracy, %':<{width}}  images{heads}    mean  ensemble  over the mean (95 %)"]
-        for row in self.rows:
+        for name, row in zip(names, self.rows, strict=True):
             members = "".join(f"{value:>8.2f}" for value in row.members)
             low, high = row.interval
             lines.append(
-                f"{row.name:<{width}}  {row.images:>6}{members}{row.ensemble - row.gain:>8.2f}{row.ensemble:>10.2f}"
+                f"{name:<{width}}  {row.images:>6}{members}{row.ensemble - row.gain:>8.2f}{row.ensemble:>10.2f}"
                 f"  {row.gain:+.2f} ({low:+.2f} to {high:+.2f})"
             )
         target = self.rows[-1]
         lines += [
-            f"m{i}: {name}; on {target.name} the ensemble is {target.ensemble - target.members[i]:+.2f}, "
+            f"m{i}: {printable(name)}; on {names[-1]} the ensemble is {target.ensemble - target.members[i]:+.2f}, "
             f"McNemar p {target.mcnemar[i]:.3g}"
             for i, name in enumerate(self.members)
         ]
@@ -105,7 +108,7 @@ def load_members(runs: Sequence[Path], data_root: Path | None = None) -> tuple[l
         folder, recipe, model = load_run(run)
         recipes.append(recipe)
         built.append(model)
-        classes.append(folder.results()["classes"])
+        classes.append(classes_of(folder))
         for name in SAME:
             if getattr(recipe, name) != getattr(recipes[0], name):
                 raise RecipeError(

@@ -1,10 +1,12 @@
 """The report's pictures, each a function from recorded data to SVG text; those of the scale log are in `scale_figures`.
 
-Long curves are thinned to POINTS before they are drawn, text stays text, and what is dense is embedded as pixels.
+Long curves are thinned to POINTS before they are drawn, text stays text, and what is dense is embedded as pixels. Names come
+from files and folders: they pass through `shown` on their way into a picture.
 """
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +18,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from qat.quantizers.biper import quantization_error
+from qat.terminal import printable
 from qat.training.scale_log import KINDS, kind_of, layer_of
 
 BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
 COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")  # of runs and curves, in turn
 POINTS = 500  # of a curve
 PIXELS = 150  # per inch of embedded pixels
+LONGEST = 40  # characters of a name; a longer one would leave no room for the picture
 
 
 def accuracy_bars(domains: Sequence[str], runs: Mapping[str, Sequence[float]], colours: Sequence[str]) -> str:
@@ -29,9 +33,11 @@ def accuracy_bars(domains: Sequence[str], runs: Mapping[str, Sequence[float]], c
     figure, axes = new_figure(9 if len(runs) > 2 else 7, 2.8)
     places, width = np.arange(len(domains)), 0.8 / max(len(runs), 2)
     for index, ((name, values), colour) in enumerate(zip(runs.items(), colours, strict=True)):
-        bars = axes.bar(places + (index - (len(runs) - 1) / 2) * width, values, 0.94 * width, color=colour, label=name)
+        bars = axes.bar(
+            places + (index - (len(runs) - 1) / 2) * width, values, 0.94 * width, color=colour, label=shown(name)
+        )
         axes.bar_label(bars, fmt="%.1f" if len(runs) <= 4 else "%.0f", fontsize=8 if len(runs) <= 2 else 6)
-    axes.set_xticks(places, domains)
+    axes.set_xticks(places, [shown(domain) for domain in domains])
     axes.set_ylim(0, 112)
     axes.set_ylabel("top-1 accuracy, %")
     axes.legend(frameon=False, ncols=min(len(runs), 4), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8)
@@ -43,7 +49,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequen
     figure, (left, right) = new_figure(9, 2.9, columns=2)
     for (name, entries), colour in zip(runs.items(), colours, strict=True):
         steps, loss = series(entries, "loss")
-        left.plot(*thinned(steps, smooth(loss)), color=colour, linewidth=1.1, label=name)
+        left.plot(*thinned(steps, smooth(loss)), color=colour, linewidth=1.1, label=shown(name))
         steps, accuracy = series(entries, "source_mean")
         right.plot(steps, 100 * accuracy, color=colour, linewidth=1.1, marker=".", markersize=4)
     for axes, title in ((left, "training loss, smoothed"), (right, "held-out source accuracy, %")):
@@ -66,7 +72,9 @@ def step_curves(entries: Sequence[Mapping[str, Any]]) -> str:
         lines = [np.column_stack(thinned(steps, column)) for column in ratios.T]
         axes.add_collection(LineCollection(lines, linewidths=0.5, colors=BASELINE, alpha=0.6, rasterized=True))
         for index, colour in zip(furthest, COLOURS, strict=False):
-            axes.plot(*thinned(steps, ratios[:, index]), linewidth=1.2, color=colour, label=layer_of(names[index]))
+            axes.plot(
+                *thinned(steps, ratios[:, index]), linewidth=1.2, color=colour, label=shown(layer_of(names[index]))
+            )
         axes.set_title(f"{kind} steps ({len(names)})", fontsize=9)
         _step_axes(axes, bool(names))
         if names:
@@ -85,7 +93,7 @@ def step_medians(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Seque
             if names:
                 low, middle, high = (thinned(steps, row) for row in np.percentile(ratios, (5, 50, 95), axis=1))
                 axes.fill_between(low[0], low[1], high[1], color=colour, alpha=0.12, linewidth=0)
-                axes.plot(*middle, color=colour, linewidth=1.2, label=name)
+                axes.plot(*middle, color=colour, linewidth=1.2, label=shown(name))
                 drawn = True
         axes.set_title(f"{kind} steps", fontsize=9)
         _step_axes(axes, drawn)
@@ -138,7 +146,7 @@ def weight_histogram(name: str, scaled: NDArray[np.float32], qmin: int, qmax: in
             axes.axvline(code, color=THIRD, linewidth=0.6, zorder=0)
     axes.set_xlabel("weight / step (lines: codes)")
     axes.set_yticks([])
-    axes.set_title(name, fontsize=9)
+    axes.set_title(shown(name), fontsize=9)
     return svg(figure)
 
 
@@ -162,13 +170,15 @@ def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
 def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     """File size in MB and median latency in ms, one bar a file."""
     figure, (size, speed) = new_figure(7, 2.0, columns=2)
-    names = [entry["name"] for entry in latencies]
-    colours = [BASELINE, RUN, THIRD][: len(names)]
+    names = [shown(entry["name"], 20) for entry in latencies]
+    colours = [(BASELINE, RUN, THIRD)[index % 3] for index in range(len(names))]
     for axes, values, label in (
         (size, [entry["size"] / 1e6 for entry in latencies], "file size, MB"),
         (speed, [entry["median_ms"] for entry in latencies], "median latency, ms (batch 1, 1 thread)"),
     ):
-        bars = axes.barh(names, values, color=colours)
+        places = np.arange(len(names))
+        bars = axes.barh(places, values, color=colours)
+        axes.set_yticks(places, names, fontsize=8)
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.set_xlim(0, max(values) * 1.2)
         axes.set_xlabel(label)
@@ -183,7 +193,7 @@ def size_accuracy_latency(rows: Sequence[Mapping[str, Any]], accuracy: Mapping[s
     for row in rows:
         x, y = row["size"] / 1e6, accuracy[row["name"]]
         axes.scatter(x, y, s=1500 * row["median_ms"] / slowest, color=RUN, alpha=0.5)
-        axes.annotate(f"{row['name']}, {row['median_ms']:.2f} ms", (x, y), xytext=(0, -24), textcoords="offset points",
+        axes.annotate(f"{shown(row['name'])}, {row['median_ms']:.2f} ms", (x, y), xytext=(0, -24), textcoords="offset points",
                       ha="center", fontsize=8)  # fmt: skip
     axes.margins(0.35)
     axes.set_xlabel("file size, MB (disc area: median latency)")
@@ -222,12 +232,30 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     return figure, axes
 
 
+def shown(name: str, longest: int = LONGEST) -> str:
+    """A name as text of a picture: on one line, at most `longest` characters of its two ends, and no formula between dollar
+    signs. Matplotlib hides labels that are empty or begin with an underscore."""
+    text = printable(name) or "(no name)"
+    if text.startswith("_"):
+        text = f" {text}"
+    if len(text) > longest:
+        head, tail = (longest - 1) // 2, longest // 2
+        text = f"{text[:head]}…{text[-tail:]}"
+    return text.replace("$", r"\$")
+
+
 def svg(figure: Figure) -> str:
     """SVG without the XML header; ids are made unique so that several pictures share one page."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none"}):
+    with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        # The reader's fonts draw the text; those here only measure it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", dpi=PIXELS, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     unique = f"f{abs(hash(text)) % 10**10}"
-    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{unique}-", text)
+
+    def with_unique_ids(tag: re.Match[str]) -> str:
+        return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{unique}-", tag[0])
+
+    return re.sub("<[^<>]*>", with_unique_ids, text)  # within tags alone: a name may read like an id

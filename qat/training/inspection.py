@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from qat.objectives.scale_freeze import FreezeRule
+from qat.terminal import printable
 from qat.training.checkpoint import RunFolder
 from qat.training.recipe import RecipeError
+from qat.training.records import metrics_of
 from qat.training.scale_view import ScaleView, open_view
 
 
@@ -55,19 +57,20 @@ class Inspection:
     scales: tuple[ConflictedScale, ...]
 
     def __str__(self) -> str:
-        width = max(len(s.name) for s in self.scales)
+        names = [printable(s.name) for s in self.scales]
+        width = max(map(len, names))
         lines = [
-            f"{self.run}: {self.method}, {self.steps} steps, {self.windows} windows of K = {self.window}; threshold: "
-            f"{self.threshold}",
+            f"{printable(self.run)}: {printable(self.method)}, {self.steps} steps, {self.windows} windows of "
+            f"K = {self.window}; threshold: {self.threshold}",
             f"beyond the threshold: {self.below:.2%} of the scales, mean over windows; fair coins: {self.coin_below:.2%}",
             *([f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"] if self.silent else []),
             "",
             f"{'scale':<{width}}  kind    channels  conflict  cosine  disorder (fair coin)   frozen  "
             f"step {_at(self.first_step)} -> {_at(self.last_step)}",
         ]
-        for s in self.scales:
+        for name, s in zip(names, self.scales, strict=True):
             lines.append(
-                f"{s.name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.conflict:>8.1%}  {s.cosine:>+6.3f}  "
+                f"{name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.conflict:>8.1%}  {s.cosine:>+6.3f}  "
                 f"{_disorder(s.disorder):>8} ({s.coin_low:.2f}-{s.coin_high:.2f})  {s.frozen:>7.1%}  "
                 f"{_step(s.step_start)} -> {_step(s.step_end)}"
             )
@@ -84,7 +87,7 @@ def inspect_run(path: Path, top: int = 10) -> Inspection:
     view, folder = open_view(path), RunFolder.open(path)
     below, coin = view.share_below(np.arange(len(view.names)))
     never = np.asarray(view.silent.all(axis=0))
-    metrics = folder.metrics()
+    metrics = metrics_of(folder)
     recorded = _recorded(metrics)
     return Inspection(
         run=str(path),
@@ -140,7 +143,7 @@ def _disorder(value: float | None) -> str:
 
 def _first(names: Sequence[str], count: int = 6) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return ", ".join(map(printable, names[:count])) + more
 
 
 def _at(step: int | None) -> str:

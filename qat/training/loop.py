@@ -70,9 +70,14 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     elif isinstance(recipe, LsqRecipe) and not recipe.resume:
         rows = calibrated(recipe, built, split)
     folder = RunFolder.create(written)
-    if rows is not None:
-        write_json(folder / "calibration.json", [vars(row) | {"spec": str(row.spec)} for row in rows])
-    _Trainer(recipe, split, built, accelerator, folder, teacher).fit()
+    try:
+        if rows is not None:
+            write_json(folder / "calibration.json", [vars(row) | {"spec": str(row.spec)} for row in rows])
+        trainer = _Trainer(recipe, split, built, accelerator, folder, teacher)
+    except BaseException:
+        folder.discard()
+        raise
+    trainer.fit()
     return folder
 
 

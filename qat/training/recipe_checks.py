@@ -90,8 +90,8 @@ NOT_FOR_BINARY = (
     "rules", "activations", "activation_only", "weight_only", "power_of_two", "gradient_count", "damping",
     "freeze_oscillating",
 )  # fmt: skip
-PERIODIC_ALONE = ("frequency", "frequency_start", "learn_frequency", "reg_tau", "stage2_epochs", "stage2_steps", "stage2_lr",
-                  "stage2_weight_decay")  # fmt: skip
+SECOND_ALONE = ("stage2_epochs", "stage2_steps", "stage2_lr", "stage2_weight_decay")
+PERIODIC_ALONE = ("frequency", "frequency_start", "learn_frequency", "reg_tau", *SECOND_ALONE)  # fmt: skip
 
 
 def _check_effects(recipe: Recipe) -> None:
@@ -121,6 +121,11 @@ def _check_binary(recipe: BiperRecipe) -> None:
                     f"{flag(field)} has no effect with --binarizer {recipe.binarizer}, which has one stage and no sine; "
                     "leave it out"
                 )
+    if recipe.stage == 2:
+        for field in SECOND_ALONE:
+            if getattr(recipe, field) != getattr(default, field):
+                plain = flag(field.removeprefix("stage2_"))
+                raise RecipeError(f"{flag(field)} has no effect with --stage 2, a run by itself; use {plain}")
     if recipe.frequency_start is not None and recipe.learn_frequency:
         raise RecipeError("--frequency-start: a learned frequency has no schedule; leave one of the two out")
     if recipe.stage == 2 and recipe.binarizer == "biper" and recipe.init_from is None:

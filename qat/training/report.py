@@ -8,19 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import Environment
+from markupsafe import Markup
 from numpy.typing import NDArray
 from torch import nn
 
 from qat import __version__
+from qat.files import read_json
 from qat.quantizers.contract import Quantizer
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.swap import quantized_weights
+from qat.terminal import printable
 from qat.training import figures, scale_figures
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import require_same_classes
 from qat.training.inspection import conflicted, threshold_text
 from qat.training.loop import mean_steps
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.records import CERTIFICATE, LATENCIES, RECIPE, metrics_of, optional, require, results_of
 from qat.training.scale_log import KINDS
 from qat.training.scale_view import open_view
 
@@ -37,16 +41,17 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
     another domain, or is not finished.
     """
     _, _, built = load_run(folder.path)
-    results, first = folder.results(), baseline.results() if baseline else None
+    results, first = results_of(folder), results_of(baseline) if baseline else None
     for other in [*([baseline] if baseline else []), *beside]:
         _require_same_domain(folder, other)
     rows = _accuracy_rows(results, first)
-    latencies = _optional(folder, "latency.json") or []
+    latencies = optional(folder, "latency.json", LATENCIES) or []
+    certificate = optional(folder, "certificate.json", CERTIFICATE)
     steps = mean_steps(built.model)
-    recipe_values = json.loads((folder / "recipe.json").read_text())
-    environment = Environment(
-        autoescape=False, trim_blocks=True
-    )  # pictures are HTML; texts are our own or escaped below
+    recipe_values = read_json(folder / "recipe.json")
+    require(recipe_values, RECIPE, folder / "recipe.json")
+    # Whatever a file says is text; only pictures, which are Markup, are HTML.
+    environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown)
     shown = ({"full precision": baseline} if baseline else {}) | {"this run": folder}
     colours = (figures.BASELINE, figures.RUN) if baseline else (figures.RUN,)
     return environment.from_string(files("qat.training").joinpath(TEMPLATE).read_text()).render(
@@ -57,23 +62,28 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
         baseline=first,
         rows=rows,
         accuracy_figure=_accuracy_figure(shown, colours),
-        loss_figure=figures.loss_curves({name: run.metrics() for name, run in shown.items()}, colours),
+        loss_figure=Markup(figures.loss_curves({name: metrics_of(run) for name, run in shown.items()}, colours)),
         beside=_side_by_side([*([baseline] if baseline else []), folder, *beside]) if beside else None,
-        profile_figure=figures.step_profile(steps) if steps else "",
-        steps_figure=figures.step_curves(folder.metrics()) if steps else "",
+        profile_figure=Markup(figures.step_profile(steps)) if steps else "",
+        steps_figure=Markup(figures.step_curves(metrics_of(folder))) if steps else "",
         scales=_scales(folder, built.model),
         histograms=_histograms(built.model),
         frequency_figure=_frequency_figure(built.model),
         latencies=latencies,
-        latency_figure=figures.size_and_latency(latencies) if latencies else "",
-        certificate=_optional(folder, "certificate.json"),
-        table=_escape(str(built.table)) if built.table else "",
-        recipe_text=_escape(json.dumps(recipe_values, indent=2)),
+        latency_figure=Markup(figures.size_and_latency(latencies)) if latencies else "",
+        certificate=certificate,
+        table=str(built.table) if built.table else "",
+        recipe_text=json.dumps(recipe_values, indent=2),
     )
 
 
+def _shown(value: Any) -> Any:
+    """What the page shows of a value: text without characters that a page cannot hold."""
+    return printable(value, newlines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:
-    ours, theirs = folder.results(), other.results()
+    ours, theirs = results_of(folder), results_of(other)
     for name, a, b in (
         ("test domain", ours["test_domain"], theirs["test_domain"]),
         ("source domains", sorted(ours["source_validation"]), sorted(theirs["source_validation"])),
@@ -81,11 +91,6 @@ def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:
         if a != b:
             raise RecipeError(f"{other.path}: its {name} is {b}, {folder.path} has {a}; show like with like")
     require_same_classes(ours.get("classes"), theirs.get("classes"), str(folder.path), str(other.path))
-
-
-def _optional(folder: RunFolder, name: str) -> Any:
-    path = folder / name
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _percents(results: dict[str, Any]) -> dict[str, float]:
@@ -99,26 +104,27 @@ def _accuracy_rows(results: dict[str, Any], baseline: dict[str, Any] | None) -> 
     return [{"name": name, "run": value, "baseline": first.get(name)} for name, value in _percents(results).items()]
 
 
-def _accuracy_figure(runs: Mapping[str, RunFolder], colours: Sequence[str]) -> str:
-    found = {name: _percents(run.results()) for name, run in runs.items()}
+def _accuracy_figure(runs: Mapping[str, RunFolder], colours: Sequence[str]) -> Markup:
+    found = {name: _percents(results_of(run)) for name, run in runs.items()}
     domains = list(next(iter(found.values())))
-    return figures.accuracy_bars(domains, {n: [values[d] for d in domains] for n, values in found.items()}, colours)
+    percents = {name: [values[domain] for domain in domains] for name, values in found.items()}
+    return Markup(figures.accuracy_bars(domains, percents, colours))
 
 
 def _side_by_side(folders: Sequence[RunFolder]) -> dict[str, Any]:
     """Table and pictures of several runs; a column or colour each."""
     runs = labelled(folders)
     colours = [figures.COLOURS[i % len(figures.COLOURS)] for i in range(len(runs))]
-    percents = [_percents(run.results()) for run in runs.values()]
-    metrics = {name: run.metrics() for name, run in runs.items()}
+    percents = [_percents(results_of(run)) for run in runs.values()]
+    metrics = {name: metrics_of(run) for name, run in runs.items()}
     quantized = any(entry.get("steps") for entries in metrics.values() for entry in entries)
     return {
-        "names": [_escape(name) for name in runs],
+        "names": list(runs),
         "rows": [(domain, [p[domain] for p in percents]) for domain in percents[0]],
         "means": [float(np.mean(list(p.values())[:-1])) for p in percents],
         "accuracy_figure": _accuracy_figure(runs, colours),
-        "loss_figure": figures.loss_curves(metrics, colours),
-        "steps_figure": figures.step_medians(metrics, colours) if quantized else "",
+        "loss_figure": Markup(figures.loss_curves(metrics, colours)),
+        "steps_figure": Markup(figures.step_medians(metrics, colours)) if quantized else "",
     }
 
 
@@ -152,36 +158,32 @@ def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
         "threshold": threshold_text(view.rule),
         "silent": int(view.silent.all(axis=0).sum()),
         "count": len(view.names),
-        "curves": scale_figures.disorder_curves(view),
-        "maps": [scale_figures.disorder_map(view, kind) for kind in KINDS],
-        "conflict": scale_figures.conflict_curves(view),
-        "rows": conflicted(view, folder.metrics(), MOST_CONFLICTED),
+        "curves": Markup(scale_figures.disorder_curves(view)),
+        "maps": [Markup(scale_figures.disorder_map(view, kind)) for kind in KINDS],
+        "conflict": Markup(scale_figures.conflict_curves(view)),
+        "rows": conflicted(view, metrics_of(folder), MOST_CONFLICTED),
     }
 
 
-def _histograms(model: nn.Module) -> list[str]:
+def _histograms(model: nn.Module) -> list[Markup]:
     found = quantized_weights(model)
     picked = set(np.linspace(0, len(found) - 1, HISTOGRAMS).astype(int)) if found else set()
     return [_histogram(*found[i]) for i in sorted(picked)]
 
 
 @torch.no_grad()
-def _frequency_figure(model: nn.Module) -> str:
+def _frequency_figure(model: nn.Module) -> Markup:
     """BiPer's error by layer against its closed form; empty for a model without it."""
     layers: dict[str, tuple[float, float]] = {}
     for quantizer, weight in periodic_weights(model):
         magnitudes = quantizer.before_sign(weight.detach()).abs()
         error = (magnitudes - magnitudes.mean()).square().mean()
         layers[quantizer.name] = (float(quantizer.frequency) * float(weight.detach().abs().mean()), float(error))
-    return figures.frequency_error(layers) if layers else ""
+    return Markup(figures.frequency_error(layers)) if layers else Markup("")
 
 
-def _histogram(weight: nn.Parameter, quantizer: Quantizer) -> str:
+def _histogram(weight: nn.Parameter, quantizer: Quantizer) -> Markup:
     step = quantizer.step.view(-1, *[1] * (weight.dim() - 1)) if quantizer.step.dim() else quantizer.step
     scaled: NDArray[np.float32] = (weight.detach() / step).flatten().to(torch.float32).numpy()
     title = f"{quantizer.name} ({quantizer.spec.bits} bits)"
-    return figures.weight_histogram(title, scaled, quantizer.spec.qmin, quantizer.spec.qmax)
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(figures.weight_histogram(title, scaled, quantizer.spec.qmin, quantizer.spec.qmax))

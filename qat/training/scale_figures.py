@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from qat.training.figures import BASELINE, COLOURS, RUN, THIRD, new_figure, smooth, svg, thinned
+from qat.training.figures import BASELINE, COLOURS, RUN, THIRD, new_figure, shown, smooth, svg, thinned
 from qat.training.scale_log import KINDS, layer_of
 from qat.training.scale_view import ScaleView, frozen_spans
 
@@ -76,7 +76,7 @@ def disorder_map(view: ScaleView, kind: str) -> str:
     )
     _hatch(map_axes, found)
     map_axes.set_facecolor(SILENT)
-    map_axes.set_yticks(range(rows), found.labels, fontsize=6.5)
+    map_axes.set_yticks(range(rows), [shown(label) for label in found.labels], fontsize=6.5)
     map_axes.set_ylim(rows - 0.5, -0.5)
     map_axes.set_xlabel("step")
     map_axes.set_title(f"{TITLES[kind]} ({rows}): disorder over windows of {view.width} steps", fontsize=9)
@@ -122,7 +122,9 @@ def conflict_curves(view: ScaleView, names: int = 6) -> str:
             line = thinned(middle, smooth(cosine[:, group].mean(axis=1)))
             axes.plot(*line, color=BASELINE, linestyle=style, linewidth=1.4, label=f"mean of {kind} scales")
     for index, colour in zip(lowest, COLOURS, strict=False):
-        axes.plot(*thinned(middle, smooth(cosine[:, index])), color=colour, linewidth=1.1, label=view.names[index])
+        axes.plot(
+            *thinned(middle, smooth(cosine[:, index])), color=colour, linewidth=1.1, label=shown(view.names[index])
+        )
     axes.axhline(0, color="black", linewidth=0.5)
     reach = max(0.3, *(float(np.abs(line.get_ydata()).max()) for line in axes.get_lines()))
     axes.set_ylim(-1.05 * reach, 1.05 * reach)

@@ -4,7 +4,6 @@ Rows of float16 (scales, 4) in the order of `Seen`: disorder of the task stream 
 whose two gradients disagree in sign, cosine between them, share of channels frozen. scales.json names the scales.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qat.files import read_json, require_readable, write_json
 from qat.objectives.scale_freeze import Seen
+from qat.training.recipe import RecipeError
+from qat.training.records import TEXT, WHOLE, require
 
 COLUMNS = ("disorder", "conflict", "cosine", "frozen")
 KINDS = ("weight", "input", "stream")
@@ -24,7 +26,7 @@ class ScaleLog:
 
     def __init__(self, folder: Path, names: Sequence[str], window: int, resume_at: int = 0) -> None:
         self.path, self.row = folder / "scales.f16", len(names) * len(COLUMNS) * 2
-        (folder / "scales.json").write_text(json.dumps({"names": list(names), "window": window, "columns": COLUMNS}))
+        write_json(folder / "scales.json", {"names": list(names), "window": window, "columns": COLUMNS})
         self.path.touch()
         with self.path.open("r+b") as file:
             file.truncate(resume_at * self.row)
@@ -59,12 +61,19 @@ class ScaleHistory:
 
 
 def read_scales(folder: Path) -> ScaleHistory | None:
-    """The scale log of a run folder; None where the run kept none."""
+    """The scale log of a run folder; None where the run kept none. Raises ValueError naming the file that is damaged."""
     header = folder / "scales.json"
     if not header.exists():
         return None
-    found = json.loads(header.read_text())
-    flat = np.fromfile(folder / "scales.f16", np.float16)
+    found = read_json(header)
+    require(found, {"names": [TEXT], "window": WHOLE}, header)
+    if not found["names"] or found["window"] < 2:
+        raise RecipeError(
+            f"{header}: names {len(found['names'])} scales over windows of {found['window']} steps; 2 are needed"
+        )
+    values = folder / "scales.f16"
+    require_readable(values)
+    flat = np.fromfile(values, np.float16)
     width = len(found["names"]) * len(COLUMNS)
     steps = len(flat) // width
     return ScaleHistory(

@@ -14,6 +14,7 @@ from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.loaders import some_images
 from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
+from qat.training.records import classes_of
 
 SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout")
 SMOOTH = 0.1  # width of the median filter over recorded gradient norms, as a share of them
@@ -68,7 +69,7 @@ def teacher_of(recipe: Recipe, split: Split, built: Built) -> nn.Module | None:
             f"--teacher {recipe.teacher}: its images are normalised by other means and deviations; use the same "
             "--normalization"
         )
-    if tuple(folder.results()["classes"]) != tuple(split.classes):
+    if classes_of(folder) != tuple(split.classes):
         raise RecipeError(f"--teacher {recipe.teacher}: was trained on other classes")
     return teacher.model
 

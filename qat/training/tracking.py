@@ -25,7 +25,8 @@ class Tracker:
         self.file = self.path.open("a" if resume_at else "w")
         self.writer = _summary_writer(folder) if tensorboard else None
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[status]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(), console=Console(stderr=True),
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=steps, completed=resume_at, status="")

@@ -13,9 +13,8 @@ from qat.domains.splits import Split
 from qat.interrupts import Interrupted
 from qat.training.checkpoint import RunFolder, check_out, default_folder
 from qat.training.loop import run
-from qat.training.ranges import flag
 from qat.training.recipe import BiperRecipe, RecipeError
-from qat.training.recipe_checks import check
+from qat.training.recipe_checks import SECOND_ALONE, check
 
 
 def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder:
@@ -23,7 +22,6 @@ def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder
     if recipe.binarizer != "biper":
         return run(replace(recipe, stage=2), data)
     if recipe.stage == 2:
-        _refuse_second_settings(recipe)
         return run(recipe, data)
     out = recipe.out or default_folder(recipe)
     first = out / "stage1"
@@ -40,18 +38,11 @@ def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder
         raise Interrupted(stop.number, f"{stop} (both stages go on from --out {out})") from None
 
 
-def _refuse_second_settings(recipe: BiperRecipe) -> None:
-    """A run of stage 2 alone takes the flags of every run; those for a second stage would do nothing."""
-    for field in ("stage2_epochs", "stage2_steps", "stage2_lr", "stage2_weight_decay"):
-        if getattr(recipe, field) != getattr(BiperRecipe(), field):
-            plain = field.removeprefix("stage2_")
-            raise RecipeError(f"{flag(field)} has no effect with --stage 2; use {flag(plain)}")
-
-
 def _second(recipe: BiperRecipe, out: Path, first: Path) -> BiperRecipe:
     """The recipe of stage 2 into `out`, from the stage-1 folder `first`."""
+    given = {field: getattr(BiperRecipe(), field) for field in SECOND_ALONE}  # used up by what follows
     return replace(
-        recipe, stage=2, out=out, init_from=first, lr=recipe.stage2_lr, weight_decay=recipe.stage2_weight_decay,
+        recipe, **given, stage=2, out=out, init_from=first, lr=recipe.stage2_lr, weight_decay=recipe.stage2_weight_decay,
         epochs=None if recipe.epochs is None else recipe.stage2_epochs, steps=recipe.stage2_steps, weights=None,
         pretrained=False,
         resume=recipe.resume and (out / "last.pt").exists(),

@@ -184,3 +184,26 @@ def test_this_machines_emulators_compute_the_same(tiny: Exported, machine: str) 
         pytest.skip(reason)
     (found,) = certify_elsewhere(tiny.lowered, tiny.proto, "tiny.onnx", tiny.images[:2], (machine,))
     assert found.passed and found.images == 2 and found.codes > 10_000, str(found)
+
+
+def test_a_machine_in_a_folder_that_others_can_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = tmp_path / "edgeqat/wasm/node_modules"
+    (modules / "onnxruntime-web").mkdir(parents=True)
+    modules.parent.chmod(0o777)
+    monkeypatch.setattr(elsewhere.shutil, "which", lambda name: name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(elsewhere.WASM_VARIABLE, raising=False)
+    assert f"others can write {modules.parent}" in str(elsewhere.unavailable("wasm", "1.0"))
+    monkeypatch.setenv(elsewhere.WASM_VARIABLE, str(modules.parent))  # the user names it: the user's own affair
+    assert elsewhere.unavailable("wasm", "1.0") is None
+    monkeypatch.delenv(elsewhere.WASM_VARIABLE)
+    modules.parent.chmod(0o755)
+    assert elsewhere.unavailable("wasm", "1.0") is None
+
+
+def test_a_bundle_does_not_steer_the_terminal() -> None:
+    from export.bundled.check import printable
+
+    assert printable("a\x1b[2J\n\u202e b é") == "a\\x1b[2J\\n\\u202e b é"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from export.kernels.build import compiler, machine
+from export.kernels import build as kernels_build
+from export.kernels import library as kernels_library
+from export.kernels.build import HERE, compiler, library_name, machine
 
 ROOT = Path(__file__).parent.parent.parent
 ISAS = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod")}
@@ -38,3 +40,28 @@ def test_thousands_of_layers_under_sanitizers() -> None:
     command = [sys.executable, str(ROOT / "tools" / "sweep_kernels.py"), "--count", "2000", "--sanitize"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_planted_or_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file under the plain name, as it was found before, and one whose contents are not those it is named for."""
+    commands: list[list[str]] = []
+
+    def compile_nothing(command: list[str], scratch: Path) -> None:
+        commands.append(command)
+        Path(command[command.index("-o") + 1]).write_bytes(b"compiled")
+
+    monkeypatch.setattr(kernels_build, "_run", compile_nothing)
+    monkeypatch.setattr(kernels_library, "HERE", tmp_path / "absent")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(kernels_library.VARIABLE, raising=False)
+    folder = tmp_path / "edgeqat"
+    folder.mkdir(mode=0o700)
+    (folder / library_name()).write_bytes(b"planted")
+    named = library_name().removesuffix(".so")
+    (folder / f"{named}-{'0' * 64}.so").write_bytes(b"planted")
+    find = kernels_library.library.__wrapped__
+    found = find()
+    assert found.read_bytes() == b"compiled" and len(commands) == len(list(HERE.glob("*.cpp"))) + 1
+    assert find() == found and len(commands) == len(list(HERE.glob("*.cpp"))) + 1
+    found.write_bytes(b"compile")
+    assert find().read_bytes() == b"compiled" and len(commands) == 2 * len(list(HERE.glob("*.cpp"))) + 2

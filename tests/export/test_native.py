@@ -164,6 +164,9 @@ def test_without_a_library_the_error_says_how_to_get_it(monkeypatch: pytest.Monk
     monkeypatch.setenv("EDGEQAT_KERNELS", str(tmp_path / "gone.so"))
     with pytest.raises(ExportError, match=r"EDGEQAT_KERNELS=.*gone\.so: no such file"):
         session.load(proto)
+    monkeypatch.setenv("EDGEQAT_KERNELS", str(tmp_path))
+    with pytest.raises(ExportError, match=r"EDGEQAT_KERNELS=.*: is not a regular file"):
+        session.load(proto)
     kernels_library.library.cache_clear()
 
 

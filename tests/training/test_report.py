@@ -1,0 +1,323 @@
+"""The report and the other pages: names from files are text in them, and a file of the wrong kind is one error naming it."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from qat.cli import Report, execute, guarded
+from qat.deploy import write_report
+from qat.domains.synthetic import synthetic_domains
+from qat.training import figures, report
+from qat.training.checkpoint import RunFolder, load_run
+from qat.training.compare import compare_predictions, load_measured, write_baseline
+from qat.training.loop import run
+from qat.training.recipe import GaqatRecipe, RecipeError
+from qat.training.records import CERTIFICATE, LATENCIES, classes_of, metrics_of, optional, results_of
+from qat.training.results import table
+
+NAMES = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg/onload=alert(1)>",
+    "{{7*7}}",
+    "{% raw %}",
+    "a & b &lt; &#60;script&#62;",
+    "a | b ` c ` **d** _e_ [f](javascript:g) ~~h~~ @i #1 www.j.k http://l.m",
+    "</title></svg></pre><b>x</b>",
+    "]]> --> <!-- x",
+    "$x$ $y$",
+    r"$\frac{$",
+    "url(#a) id=\"b\" href=\"#c\"",
+    "写真 é",
+    "line\nfeed \x1b[31m \x00 \u202e \udcff",
+    "_hidden",
+    "n" * 400,
+    "",
+]  # fmt: skip
+CLEAN = [f"name{i}" for i in range(len(NAMES))]
+VOID = {"meta", "img", "br", "hr", "input", "link", "use", "path", "image"}
+
+
+class Elements(HTMLParser):
+    """Every element as (tag, its attributes' names), and the text of the page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[tuple[str, tuple[str, ...]]] = []
+        self.comments: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, tuple(name for name, _ in attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    def outside_pictures(self) -> list[str]:
+        return [
+            tag for tag, _ in self.found if tag in ("h1", "h2", "h3", "p", "table", "tr", "td", "th", "span", "pre")
+        ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "gaqat"
+    tiny = {"backbone": "test_resnet", "image_size": 32, "steps": 4, "batch_size": 4, "evaluate_every": 2, "workers": 0}
+    run(GaqatRecipe(**tiny, window=2, out=out), synthetic_domains(per_class=6, image_size=32, seed=0))  # type: ignore[arg-type]
+    return out
+
+
+def certificate(names: list[str]) -> dict[str, Any]:
+    return {
+        "passed": False, "file": names[0], "runtime": names[1], "images": 3, "layers": 4, "weight_codes": 5,
+        "integer_kernels": 6, "stored": {name: name for name in names}, "said": {name: name for name in names},
+        "levels": [{"level": name, "codes": 7, "mismatches": {name: 8}} for name in names],
+        "accuracy": dict.fromkeys(names, 0.5), "notes": names,
+        "fidelity": {
+            "codes": 1, "at_ties": 2, "same": 3, "answers": 4, "on_integers": 5, "unexplained": dict.fromkeys(names, 1),
+            "in_float": dict.fromkeys(names, 2), "biases": {name: name for name in names},
+        },
+    }  # fmt: skip
+
+
+def latencies(names: list[str]) -> list[dict[str, Any]]:
+    return [{"name": name, "size": 10**6, "median_ms": 1.5, "p95_ms": 2.5, "speedup": 1.0} for name in names[:5]]
+
+
+def with_names(run: Path, out: Path, names: list[str]) -> Path:
+    """A copy of a run's folder whose files hold `names` wherever they hold names of the user's."""
+    shutil.copytree(run, out)
+    results = json.loads((out / "results.json").read_text())
+    results |= {
+        "test_domain": names[0], "selection": names[1], "target": 0.5, "classes": names,
+        "source_validation": dict.fromkeys(names[1:], 0.25),
+    }  # fmt: skip
+    (out / "results.json").write_text(json.dumps(results))
+    (out / "certificate.json").write_text(json.dumps(certificate(names)))
+    (out / "latency.json").write_text(json.dumps(latencies(names)))
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for entry in entries:
+        if entry.get("steps"):
+            entry["steps"] |= {f"{name}.weight": float(entry["step"] + 1) for name in names}
+    (out / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    return out
+
+
+def test_names_are_text_in_the_report(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, loaded = [], load_run(trained)
+    for names, tail in ((CLEAN, "plain"), (NAMES, '"><img src=x onerror=alert(1)>')):
+        place = tmp_path / f"of {tail}"
+        folder = RunFolder(with_names(trained, place / "a", names))
+        recipe = json.loads((trained / "recipe.json").read_text()) | {"backbone": names[0], "method": names[1]}
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        beside = RunFolder(with_names(trained, place / f"b {tail}", names))
+        with monkeypatch.context() as patch:
+            patch.setattr(report, "load_run", lambda path: loaded)
+            patch.setattr(RunFolder, "recipe", lambda folder: loaded[1])
+            pages.append(report.render(folder, None, [beside]))
+    clean, hostile = map(Elements, pages)
+    assert set(hostile.found) <= set(clean.found)
+    assert hostile.outside_pictures() == clean.outside_pictures()
+    further = set(hostile.comments) - set(clean.comments)
+    assert all("mathdefault" in comment for comment in further), (
+        further
+    )  # of numbers at axes, where matplotlib writes them
+    for name in NAMES[:-5]:
+        assert hostile.text.count(name) >= 10, name
+    assert "49" not in {piece for piece in re.split(r"\W+", hostile.text) if piece} - set(re.split(r"\W+", clean.text))
+    assert not set("\x00\x1b\u202e") & set(pages[1])
+    pages[1].encode()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_is_an_image_of_the_name_and_nothing_else(name: str) -> None:
+    other = "plain"
+    rows = [{"name": n, "size": 10**6, "median_ms": 1.0} for n in (name, other)]
+    accuracy = {name: 50.0, other: 60.0}
+    found, plain = (ElementTree.fromstring(text) for text in (
+        figures.size_accuracy_latency(rows, accuracy),
+        figures.size_accuracy_latency([rows[0] | {"name": "one"}, rows[1]], {"one": 50.0, other: 60.0}),
+    ))  # fmt: skip
+    allowed = {(element.tag, attribute) for element in plain.iter() for attribute in element.attrib}
+    assert {(element.tag, attribute) for element in found.iter() for attribute in element.attrib} <= allowed
+    texts = ["".join(element.itertext()) for element in found.iter("{http://www.w3.org/2000/svg}text")]
+    visible = name.replace("\n", r"\x0a").replace("\x1b", r"\x1b").replace("\x00", r"\x00")
+    visible = visible.replace("\u202e", r"\u202e").replace("\udcff", r"\udcff")
+    visible = visible or "(no name)"
+    if len(visible) <= figures.LONGEST:
+        assert f"{visible}, 1.00 ms" in [text.strip() for text in texts]
+    else:
+        ends = [text.removesuffix(", 1.00 ms").split("…") for text in texts if "…" in text]
+        assert len(ends) == 1 and visible.startswith(ends[0][0]) and visible.endswith(ends[0][1]), texts
+    for draw in (
+        lambda: figures.accuracy_bars([name, other], {name: [1.0, 2.0], other: [3.0, 4.0]}, ["red", "blue"]),
+        lambda: figures.loss_curves({name: [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]}, ["red"]),
+        lambda: figures.size_and_latency(latencies([name, other])),
+        lambda: figures.weight_histogram(name, np.zeros(3, np.float32), -2, 1),
+    ):
+        ElementTree.fromstring(draw())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_markdown_shows_the_name_in_its_cell(name: str) -> None:
+    label = np.arange(4) % 2
+    predictions = {"plain": (label, label), name: (label, 1 - label)}
+    compared = compare_predictions({"plain": (label, label), name: (1 - label, 1 - label)}, predictions, name, 1.0)
+    text = compared.markdown()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and all(row.count("|") == 7 for row in rows)
+    cells = rows[-1].split("|")[1], text.splitlines()[-1].partition("failed: ")[2]
+    for cell in cells:
+        assert (
+            not set(cell) & set("<>`\\*[]{}~@\"'!") and "&#" in cell + "&#" and "://" not in cell and "www." not in cell
+        )
+        assert re.sub(r"&#\d+;", "", cell).count("&") == 0 and re.sub(r"&#\d+;", "", cell).count("#") == 0
+    shown = Elements(cells[0]).text.strip()
+    assert shown.endswith("(target)") and (not name.isprintable() or shown == f"{name} (target)".strip())
+
+
+VALUES: list[Any] = ["x", None, True, -1.5, [], {}, [1], {"a": "b"}, float("nan"), float("inf"), 10**400]
+MISSING = object()
+
+
+def mutants(value: Any) -> Iterator[tuple[str, Any]]:
+    """(what was done, `value` with one entry of another kind or gone), for every entry."""
+    for path in list(places(value)):
+        for new in (*VALUES, MISSING):
+            changed = copy.deepcopy(value)
+            holder = changed
+            for key in path[:-1]:
+                holder = holder[key]
+            if new is MISSING:
+                del holder[path[-1]]
+            else:
+                holder[path[-1]] = new
+            yield f"{path} {'gone' if new is MISSING else new!r}", changed
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+def refused(action: Any, path: Path, done: str) -> bool:
+    try:
+        action()
+    except RecipeError as error:
+        message = str(error)
+        assert message.startswith(f"{path}: ") and "\n" not in message, f"{done}: {message}"
+        return True
+    return False
+
+
+def test_results_of_the_wrong_kind_are_one_error_that_names_file_and_entry(trained: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    path = folder / "results.json"
+    results = json.loads((trained / "results.json").read_text())
+    results["settled"] = {
+        "biases": 3, "shifts": {"a": 0.1}, "left": {"b": "c"}, "source_validation_before": {"x": 0.5},
+    }  # fmt: skip
+    count = 0
+    for done, mutant in mutants(results):
+        path.write_text(json.dumps(mutant))
+        count += refused(lambda: table(folder), path, done)
+        refused(lambda: classes_of(folder), path, done)
+    assert count > 100
+    for top in ("x", [], None, 3):
+        path.write_text(json.dumps(top))
+        assert refused(lambda: results_of(folder), path, repr(top))
+    results["target"] = "50 %"
+    path.write_text(json.dumps(results))
+    with pytest.raises(RecipeError, match=r'results\.json: entry target is "50 %", expected a number'):
+        results_of(folder)
+
+
+def test_certificates_and_latencies_of_the_wrong_kind_are_refused_or_shown(trained: Path, tmp_path: Path) -> None:
+    from jinja2 import Environment
+
+    source = Path(report.__file__).with_name(report.TEMPLATE).read_text()
+    start, end = source.index("{% if latency_figure %}"), source.index("{% if table %}")
+    part = Environment(autoescape=True).from_string(source[start:end])
+    folder = RunFolder(tmp_path)
+    for file, shape, value in (
+        ("certificate.json", CERTIFICATE, certificate(["a", "b"])),
+        ("latency.json", LATENCIES, latencies(["a", "b"])),
+    ):
+        count = 0
+        for done, mutant in mutants(value):
+            (tmp_path / file).write_text(json.dumps(mutant))
+
+            def show(file: str = file, shape: Any = shape) -> None:
+                found = optional(folder, file, shape)
+                given = {"certificate": found} if file == "certificate.json" else {"latencies": found}
+                part.render(latency_figure="x", **given)
+
+            count += refused(show, tmp_path / file, done)
+        assert count > 50
+        (tmp_path / file).unlink()
+
+
+def test_metrics_of_the_wrong_kind_are_refused_or_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    folder = RunFolder(tmp_path)
+    good = [
+        {"step": s, "loss": 1.0, "source_mean": 0.5, "steps": {"a.weight": 1.0 + s, "b.input": 2.0}} for s in (1, 2)
+    ]
+    count = 0
+    for done, mutant in mutants(good[1]):
+        path.write_text(f"{json.dumps(good[0])}\n{json.dumps(mutant)}\n")
+        wrong = refused(lambda: metrics_of(folder), path, done)
+        count += wrong
+        if not wrong:
+            figures.relative_steps([e for e in metrics_of(folder) if e.get("steps")], "weight")
+            figures.series(metrics_of(folder), "loss")
+    assert count > 25
+
+
+def test_a_stored_baseline_of_the_wrong_kind_is_one_error(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    write_baseline(trained, path)
+    good = json.loads(path.read_text())
+    good["domains"] = {name: [both[0][:2], both[1][:2]] for name, both in list(good["domains"].items())[:2]}
+    good["recipe"] = {}
+    count = sum(_refused_baseline(path, done, mutant) for done, mutant in mutants(good))
+    assert count > 60
+
+
+def _refused_baseline(path: Path, done: str, mutant: Any) -> bool:
+    path.write_text(json.dumps(mutant))
+
+    def compare() -> None:
+        found = load_measured(path)
+        compare_predictions(found.predictions, found.predictions, found.target, 1.0, names=f"{path}: the two")
+
+    return refused(compare, path, done)
+
+
+def test_the_command_says_which_entry_and_writes_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "certificate.json").write_text(json.dumps(certificate(["a", "b"]) | {"weight_codes": "many"}))
+    assert guarded(lambda: execute(Report(folder))) == 2
+    assert 'certificate.json: entry weight_codes is "many", expected a whole number' in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+    (folder / "certificate.json").unlink()
+    assert write_report(folder).exists()
