@@ -25,6 +25,8 @@ READABLE = range(1, FORMAT + 1)
 MOVED = "scales_moved_ppm"  # quantizer -> how far its scale is from the trained one (`export/ties.py`)
 DIGESTS = ("sha256", "scale_sha256", "bias_sha256")  # of a layer; files of format 1 and 2 have only the first
 SAID = ("target", "storage", "runtime", "session_options", MOVED)
+FLOAT_TARGETS = ("fp32", "fp16", "qonnx")  # files whose weights are floats: there are no codes to sign
+FLOAT_RUNTIME = "1.18"  # the oldest that reads opset 20
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
 
 
@@ -72,6 +74,27 @@ def sign(
 ) -> onnx.ModelProto:
     """Write the metadata into `proto` (in place) and return it."""
     write_metadata(proto, describe(model, target, preprocessing, producer))
+    return proto
+
+
+def sign_float(proto: onnx.ModelProto, target: str, preprocessing: Preprocessing, producer: str) -> onnx.ModelProto:
+    """Write the metadata of a file without integer codes into `proto` (in place) and return it.
+
+    target: one of FLOAT_TARGETS.
+    """
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    value = {
+        "format": FORMAT,
+        "producer": producer,
+        "target": target,
+        "storage": "float",
+        "runtime": {"onnxruntime": f">={FLOAT_RUNTIME}", "opset": opset, "why": "a float file of opset 20"},
+        "session_options": {},
+        MOVED: {},
+        "input": asdict(preprocessing),
+        "layers": [],
+    }
+    write_metadata(proto, value)
     return proto
 
 

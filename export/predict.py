@@ -28,6 +28,8 @@ class Prediction:
 def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
     """Classify image files. Raises ExportError naming the model or the image that cannot be read."""
     metadata = read_metadata(read(model), str(model))
+    if metadata["target"] == "qonnx":
+        raise ExportError(f"{model}: is a QONNX file, for FINN; ONNX Runtime cannot run it: export for an ort target")
     loaded = session.load(model)
     return [_predict(loaded, metadata["input"], path) for path in images]
 

@@ -96,7 +96,9 @@ def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
     """`fp32` in half precision, float32 at its input and output."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    return convert_float_to_float16(fp32, keep_io_types=True)
+    half = ir.from_proto(convert_float_to_float16(fp32, keep_io_types=True))
+    half.graph.sort()  # the converter appends its casts behind their readers
+    return ir.to_proto(half)
 
 
 def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL") -> onnx.ModelProto:

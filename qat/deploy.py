@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from qat import __version__
-from qat.files import make_folder, write_atomically, write_json, write_text
+from qat.files import FileError, make_folder, write_atomically, write_json, write_text
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
 from qat.training.records import classes_of, results_of
@@ -53,27 +53,30 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
     """The ONNX model of `run` for `target`: "fp32", or one of export/targets.py, signed and with its preprocessing."""
     from export import session
     from export.lower import lower, lower_float
-    from export.metadata import sign
+    from export.metadata import sign, sign_float
     from export.native_graph import emit
     from export.passes import to_integers
     from export.targets import target_named
 
     folder, recipe, built = load_run(run)
     example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+    preprocessing = preprocessing_of(folder, recipe, built)
     if target in ("fp32", "fp16"):
         float_file = lower_float(built.model, example)
-        return float_file if target == "fp32" else session.fp16(float_file)
+        if target == "fp16":
+            float_file = session.fp16(float_file)
+        return sign_float(float_file, target, preprocessing, PRODUCER)
     if target == "qonnx" and built.table is not None:
         from export.qonnx import emit_qonnx
 
-        return emit_qonnx(lower(built.model, example, float_weights=True))
+        file = emit_qonnx(lower(built.model, example, float_weights=True))
+        return sign_float(file, target, preprocessing, PRODUCER)
     chosen = target_named("ort-int8" if target == "qonnx" else target)
     if built.table is None:
         raise RecipeError(
             f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
         )
     lowered = to_integers(lower(built.model, example), chosen)
-    preprocessing = preprocessing_of(folder, recipe, built)
     return sign(emit(lowered, chosen), lowered, chosen, preprocessing, PRODUCER)
 
 
@@ -103,7 +106,7 @@ def certify_run(
     if certificate.passed:
         try:
             certificate = dataclasses.replace(certificate, sha256=write_proof(model, certificate.proven()))
-        except OSError as error:
+        except FileError as error:
             note = f"the file could not be written, so it does not say where it was proven ({error})"
             certificate = dataclasses.replace(certificate, notes=(*certificate.notes, note))
     write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
@@ -164,7 +167,7 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
     from export.certificate import read
     from export.lower import lower
     from export.lowered import ExportError
-    from export.metadata import FORMAT, read_metadata
+    from export.metadata import FLOAT_TARGETS, FORMAT, read_metadata
     from export.passes import to_integers
     from export.targets import target_named
 
@@ -172,6 +175,8 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
     if built.table is None:
         raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
     metadata = read_metadata(read(model), str(model))
+    if metadata["target"] in FLOAT_TARGETS:
+        raise ExportError(f"{model}: is a float file (target {metadata['target']}), it has no codes to certify")
     if metadata["format"] < FORMAT:
         raise ExportError(
             f"{model}: was written by {metadata['producer']} in format {metadata['format']}, which this version does not "

@@ -157,6 +157,7 @@ def test_bench_rows_and_bytes_per_layer(tiny: Exported) -> None:
 def test_half_precision_baseline_runs(tiny: Exported) -> None:
     fp32 = lower_float(tiny.model, torch.from_numpy(tiny.images))
     half = session.fp16(fp32)
+    onnx.checker.check_model(half, full_check=True)
     weights = [sum(len(t.raw_data) for t in p.graph.initializer) for p in (fp32, half)]
     assert weights[1] < 0.55 * weights[0]
     a, b = (session.load(p).run(tiny.images)["logits"] for p in (fp32, half))

@@ -12,14 +12,26 @@ import jsonschema
 import numpy as np
 import onnx
 import pytest
+import torch
+from PIL import Image
 
 from export.lowered import ExportError
 from export.metadata import proof_of, read_metadata, write_metadata
 from export.verify import verify_file
 from qat.cli import Bundle, Certify, Compare, execute, guarded
-from qat.deploy import bundle_run, certificate_of, certify_run, compare_file, export_run, measure_file, write_report
+from qat.deploy import (
+    bundle_run,
+    certificate_of,
+    certify_run,
+    compare_file,
+    export_run,
+    measure_file,
+    predict,
+    write_report,
+)
 from qat.domains.synthetic import synthetic_domains
-from qat.training.checkpoint import RunFolder
+from qat.surgery.calibrate import in_full_precision
+from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_runs, write_baseline
 from qat.training.loop import run
 from qat.training.recipe import LsqRecipe, RecipeError
@@ -241,3 +253,33 @@ def test_the_example_gate_fails_where_there_is_nothing_to_judge(tmp_path: Path) 
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", gate.name]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "baselines/resnet18.json: not a stored baseline" in done.stdout
+
+
+@pytest.mark.parametrize("target", ["fp32", "fp16"])
+def test_a_float_file_is_checked_says_what_it_needs_and_predicts_as_the_float_net(
+    target: str, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file = export_run(runs[0], target, tmp_path / f"{target}.onnx")
+    onnx.checker.check_model(onnx.load(str(file)), full_check=True)
+    metadata = read_metadata(onnx.load(str(file)), str(file))
+    assert metadata["target"] == target and metadata["layers"] == []
+    pixels = np.random.default_rng(3).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    _, _, built = load_run(runs[0])
+    seen = (pixels.astype(np.float32) / 255 - np.float32(built.mean)) / np.float32(built.std)
+    with torch.no_grad(), in_full_precision(built.model):
+        logits = built.model(torch.from_numpy(seen.transpose(2, 0, 1)[None].astype(np.float32)))[0].double()
+    (found,) = predict(file, [tmp_path / "image.png"])
+    assert found.label == RunFolder.open(runs[0]).results()["classes"][int(logits.argmax())]
+    tolerance = 1e-5 if target == "fp32" else 5e-3  # float16 has 11 bits
+    assert found.probability == pytest.approx(float(logits.softmax(0).max()), abs=tolerance)
+    assert verify_file(file).passed
+    with pytest.raises(ExportError, match=f"is a float file \\(target {target}\\)"):
+        certify_run(runs[0], file)
+
+
+def test_a_qonnx_file_says_that_the_runtime_cannot_run_it(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    file = export_run(runs[0], "qonnx", tmp_path / "q.onnx")
+    assert read_metadata(onnx.load(str(file)), str(file))["target"] == "qonnx"
+    with pytest.raises(ExportError, match="for FINN"):
+        predict(file, [])
