@@ -1,0 +1,241 @@
+"""Signals and full disks: what a stopped run keeps, says and returns."""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qat import cli
+from qat.domains.synthetic import synthetic_domains
+from qat.files import FileError, write_text
+from qat.interrupts import Interrupted, StopRequest
+from qat.training import loop
+from qat.training.checkpoint import RunFolder
+from qat.training.loop import run
+from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.training.tracking import read_log
+from tests.training.test_run import TINY, same_model
+
+DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
+LONGER = TINY | {"steps": 7, "evaluate_every": 3}
+
+
+def signalled(recipe: Recipe, at: int, number: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    """Run `recipe`, and send this process a signal within step `at`."""
+    whole = loop._Trainer._train
+
+    def train(self: loop._Trainer, *args: object) -> None:
+        if self.progress.step == at - 1:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        whole(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Trainer, "_train", train)
+        run(recipe, DOMAINS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
+    at: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1, 2 and 5 lie between evaluations, 3 is followed by one."""
+    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=rf"after step {at} of 7, all saved; .* --resume --out .*cut") as stopped:
+        signalled(recipe, at, number, monkeypatch)
+    assert stopped.value.number == number and signal.getsignal(number) is before
+    assert RunFolder.open(tmp_path / "cut").load("last.pt")["progress"]["step"] == at
+    resumed = run(dataclasses.replace(recipe, resume=True), DOMAINS)
+    straight = run(dataclasses.replace(recipe, out=tmp_path / "straight"), DOMAINS)
+    assert same_model(straight, resumed)
+    assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4, 5, 6, 7]
+    evaluated = [[e for e in folder.metrics() if "source_mean" in e] for folder in (straight, resumed)]
+    assert [e["source_mean"] for e in evaluated[0]] == [e["source_mean"] for e in evaluated[1]]
+
+
+def test_the_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    with pytest.raises(KeyboardInterrupt):
+        signalled(recipe, 2, signal.SIGINT, monkeypatch, times=2)
+    assert not RunFolder(tmp_path / "cut").has_run
+    run(recipe, DOMAINS)  # nothing was saved, so the same command begins anew
+
+
+def test_outside_the_main_thread_no_signal_is_taken() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            found.append(stop.wanted)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def raises(error: BaseException) -> Callable[[], int]:
+    def action() -> int:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (Interrupted(signal.SIGINT, "stopped"), 130, "stopped"),
+        (Interrupted(signal.SIGTERM, "stopped"), 143, "stopped"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RecipeError("--lr must be"), 2, "error: --lr must be"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.json"), 2, "error: a.json: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),
+        (KeyError("classes"), 2, "error: KeyError: 'classes'; --debug shows where it came from"),
+        (MemoryError(), 2, "error: out of memory; use a smaller --batch-size"),
+        (ValueError("two\nlines"), 2, "error: two lines"),
+        (ValueError("a \x1b[31mname"), 2, r"error: a \x1b[31mname"),
+    ],
+)
+def test_every_end_is_one_line_and_a_code(
+    error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["qat", "compare"])
+    assert cli.guarded(raises(error)) == code
+    said = capsys.readouterr().err
+    assert said.startswith(words) and said.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["qat", "compare", "a", "b", "--debug"])
+    with pytest.raises(KeyError):
+        cli.guarded(raises(KeyError("classes")))
+    assert cli.arguments() == ["compare", "a", "b"]
+
+
+def test_sigterm_ends_a_command_with_143_and_its_temporary_files_are_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from qat.cli import guarded\n"
+        "from qat.files import write_atomically\n"
+        "def write(path):\n"
+        "    path.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def action():\n"
+        f"    write_atomically(Path({str(tmp_path / 'a.json')!r}), write)\n"
+        "    return 0\n"
+        "sys.exit(guarded(action))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "terminated\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    code = "import sys; from qat import cli; sys.exit(cli.guarded(lambda: cli.say('x' * 9) or 0))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the write begins, and fails in the middle."""
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(FileError, match=r"a\.json: cannot be written \(File too large\)"):
+            write_text(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_written_files_follow_links_make_folders_and_have_the_usual_mode(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "new"
+    write_text(tmp_path / "deep/er/a.json", "x")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "deep/er/a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_half_written_last_line_is_left_out_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    with caplog.at_level(logging.WARNING, "edgeqat"):
+        assert read_log(path) == [{"step": 1}, {"step": 2}]
+    assert "its last line, 3, was half-written" in caplog.text
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(FileError, match="line 2 is not JSON"):
+        read_log(path)
+
+
+def test_a_killed_run_whose_last_line_is_half_written_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    with pytest.raises(Interrupted):
+        signalled(recipe, 4, signal.SIGINT, monkeypatch)
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    resumed = run(dataclasses.replace(recipe, resume=True), DOMAINS)
+    assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_flipped_bit_in_last_pt_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    with pytest.raises(Interrupted):
+        signalled(recipe, 4, signal.SIGINT, monkeypatch)
+    content = bytearray((tmp_path / "cut/last.pt").read_bytes())
+    content[len(content) // 2] ^= 16
+    (tmp_path / "cut/last.pt").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"last\.pt: is damaged|last\.pt: is not a readable"):
+        run(dataclasses.replace(recipe, resume=True), DOMAINS)
+
+
+def test_training_that_diverged_is_no_finished_run(tmp_path: Path) -> None:
+    """Plain descent far above the stable rate: the loss grows to 1e9 and more without ever being nan."""
+    recipe = Recipe(**LONGER, out=tmp_path / "wild", optimizer="sgd", lr=3e3)
+    with pytest.raises(RecipeError, match=r"step \d+: (training has diverged|the loss is)"):
+        run(recipe, DOMAINS)
+    assert not (tmp_path / "wild/results.json").exists()
+
+
+def test_a_resumed_run_must_be_the_one_that_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    with pytest.raises(Interrupted):
+        signalled(recipe, 2, signal.SIGINT, monkeypatch)
+    written = (tmp_path / "cut/recipe.json").read_text()
+    for change, words in (({"lr": 0.5}, r"--lr 0\.0005 \(now 0\.5\)"), ({"steps": 9}, r"--steps 7 \(now 9\)")):
+        with pytest.raises(RecipeError, match=words):
+            run(dataclasses.replace(recipe, resume=True, **change), DOMAINS)
+    assert json.loads((tmp_path / "cut/recipe.json").read_text()) == json.loads(written)
+    run(dataclasses.replace(recipe, resume=True, workers=1), DOMAINS)
+
+
+@pytest.mark.parametrize("damage", ["rules", "optimizer", "schedule"])
+def test_a_run_that_could_not_begin_leaves_no_folder(damage: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    change = {
+        "rules": {"rules": tmp_path / "absent.toml"},
+        "optimizer": {"optimizer": "adamant"},
+        "schedule": {"schedule": "refined", "refine_from": tmp_path},
+    }[damage]
+    with pytest.raises(ValueError, match=r"absent|adamant|metrics"):
+        run(LsqRecipe(**LONGER, out=out, calibration_batches=2, **change), DOMAINS)
+    assert not out.exists()
