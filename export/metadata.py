@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel
 from export.packing import plane_widths, unpack
-from export.targets import TARGETS, Target
+from export.targets import RUNTIME_ON_AMX, TARGETS, Target
 
 KEY, FORMAT = "edgeqat", 3
 # 1: weights' multipliers were powers of two, scales were not moved. 2: no digests of scales, biases and the graph; INT4 files
@@ -47,7 +47,12 @@ def describe(model: LoweredModel, target: Target, preprocessing: Preprocessing, 
         "producer": producer,
         "target": target.name,
         "storage": target.storage,
-        "runtime": {"onnxruntime": f">={target.runtime}", "opset": target.opset, "why": target.why},
+        "runtime": {
+            "onnxruntime": f">={target.runtime}",
+            "onnxruntime_on_amx": f">={RUNTIME_ON_AMX}",
+            "opset": target.opset,
+            "why": target.why,
+        },
         "session_options": dict(target.session_options),
         MOVED: {tried.quantizer: tried.ppm for tried in model.tried if tried.ppm},
         "input": asdict(preprocessing),

@@ -15,6 +15,9 @@ Activations = Literal["", "uint8", "int8"]
 
 # On x86 without VNNI the runtime then widens before it adds; elsewhere the entry does nothing.
 PRECISE_X64 = (("session.x64quantprecision", "1"),)
+# The first ONNX Runtime whose QLinearConv is right on x86 processors with AMX or AVX-VNNI: 1.23.0 and 1.24.4 write garbage on
+# AMX for 20, 24 or 56 output channels (microsoft/onnxruntime#27671). Elsewhere each target's own `runtime` holds.
+RUNTIME_ON_AMX = "1.25.1"
 # What runtimes add in fewer than 32 bits; docs/arithmetic.md has the table of kernels.
 PAIR_LIMIT = 32_767  # two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
 LOWEST_BYTE = -127  # ARM adds two products with (input - 128) in 16 bits, where (-128)·(-128) twice overflows

@@ -1,5 +1,27 @@
 import os
+import random
+
+import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for every core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SLOW_TIMEOUT = 1800  # seconds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test, and every fixture made for it, draws the same numbers in whatever order tests run."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # what a library may draw from
+    torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.lsq_plus import LSQPlus
 from qat.quantizers.spec import QuantSpec
+from tests.nearness import ROUNDING, assert_near
 
 
 def plain() -> LSQ:
@@ -42,4 +43,4 @@ def test_backward_keeps_what_came_in_and_makes_the_quantized_tensor_again(make: 
     kept = [t for t in out.grad_fn.saved_tensors if t.shape == x.shape]  # type: ignore[union-attr]
     assert len(kept) == 1 and torch.equal(kept[0], x)
     for eager, compiled in zip(*gradients, strict=True):
-        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-5)
+        assert_near(compiled, eager, 64 * ROUNDING)  # sums of 4 to 120 terms, in another order
