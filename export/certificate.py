@@ -31,6 +31,7 @@ from export.fidelity import Fidelity, Outputs, Trained, fidelity
 from export.lowered import ExportError, LoweredModel, Tried
 from export.metadata import codes_of, different_descriptions, missing_options, read_metadata
 from export.native_file import KERNELS, quantizer_names
+from export.onnx_file import read
 from export.reference import IntegerReference
 from export.skeleton import quantizers_in_order
 from export.stress import adversarial, culprit, settings_that_differ
@@ -284,18 +285,6 @@ def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:
     return (
         () if model.quantizers else ("weight-only: the stored codes are proven, the layers compute in floating point",)
     )
-
-
-def read(file: Path) -> onnx.ModelProto:
-    """Parse an ONNX file. Raises ExportError naming it when it is missing or damaged."""
-    if not file.is_file():
-        raise ExportError(f"{file}: no such file")
-    try:
-        proto = onnx.load(str(file))
-        onnx.checker.check_model(proto)
-    except Exception as error:
-        raise ExportError(f"{file}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
-    return proto
 
 
 def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from export import session
-from export.certificate import read
 from export.lowered import ExportError
 from export.metadata import read_metadata
+from export.onnx_file import read
 
 
 @dataclass(frozen=True)

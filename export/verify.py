@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from export.certificate import INTEGER_KERNELS, layer_kernels, read
+from export.certificate import INTEGER_KERNELS, layer_kernels
 from export.metadata import broken_signatures, missing_options, proof_of, read_metadata, unsigned_parts
+from export.onnx_file import read
 from export.stress import settings_that_differ
 from export.targets import TARGETS
 
@@ -73,7 +74,7 @@ def verify_file(file: Path) -> FileCheck:
     return FileCheck(
         file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
         settings_that_differ(proto, images), (*missing_options(proto), *unsigned_parts(metadata)),
-        tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto)),
+        tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto, str(file))),
         is_plain(metadata["target"]),
     )  # fmt: skip
 

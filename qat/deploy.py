@@ -114,8 +114,8 @@ def write_proof(model: Path, proven: list[dict[str, object]]) -> str:
     """Record in the file `model` where its codes were proven; returns the SHA-256 of the new file."""
     import onnx
 
-    from export.certificate import read
     from export.metadata import record_proof
+    from export.onnx_file import read
 
     proto = read(model)
     record_proof(proto, proven)
@@ -131,9 +131,10 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
     from tempfile import TemporaryDirectory
 
     from export.bundle import write_bundle
-    from export.certificate import compare_stored, read
+    from export.certificate import compare_stored
     from export.lowered import ExportError
     from export.metadata import read_metadata
+    from export.onnx_file import read
     from export.targets import target_named
 
     if out.exists():
@@ -161,10 +162,10 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
 
     Raises ExportError for a file of an earlier format, which is not written so any more.
     """
-    from export.certificate import read
     from export.lower import lower
     from export.lowered import ExportError
     from export.metadata import FORMAT, read_metadata
+    from export.onnx_file import read
     from export.passes import to_integers
     from export.targets import target_named
 
@@ -173,9 +174,10 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
         raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
     metadata = read_metadata(read(model), str(model))
     if metadata["format"] < FORMAT:
+        producer = metadata.get("producer", "another program")
         raise ExportError(
-            f"{model}: was written by {metadata['producer']} in format {metadata['format']}, which this version does not "
-            f"write any more; export it again: qat export {run}"
+            f"{model}: was written by {producer} in format {metadata['format']}, which this version does not write any "
+            f"more; export it again: qat export {run}"
         )
     target = target_named(metadata["target"])
     return to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
@@ -186,10 +188,11 @@ def certificate_of(
 ) -> Certificate | Agreement:
     """The certificate alone."""
     from export.agreement import agree
-    from export.certificate import certify, read
+    from export.certificate import certify
     from export.elsewhere import machines_of
     from export.lower import trained_codes
     from export.metadata import describe, read_metadata
+    from export.onnx_file import read
     from export.targets import target_named
     from qat.training.data import split_of
     from qat.training.loaders import samples_of_test
@@ -237,8 +240,8 @@ def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificat
 
     import onnx
 
-    from export.certificate import read
     from export.ensemble import check_joined, split_members
+    from export.onnx_file import read
 
     proto = read(model)
     members = split_members(proto, str(model))
@@ -277,8 +280,8 @@ def compare_file(
 def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> Measured:
     """Predictions of a file on the held-out images of `recipe`'s data: every source domain's, and the whole target."""
     from export import session
-    from export.certificate import read
     from export.metadata import read_metadata
+    from export.onnx_file import read
     from qat.training.compare import Measured
     from qat.training.data import split_of
     from qat.training.evaluate import predictions
@@ -313,9 +316,9 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
 
 def measure_run(run: Path, model: Path) -> list[Latency]:
     """Latency and size of `model` against its own net in full precision; also writes latency.json into the run."""
-    from export.certificate import read
     from export.latency import compare
     from export.lower import lower_float
+    from export.onnx_file import read
 
     folder, recipe, built = load_run(run)
     images = folder.samples().images[:1]
