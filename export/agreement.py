@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export import session
-from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored, read
+from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored
 from export.fidelity import Trained
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.reference import IntegerReference

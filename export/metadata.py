@@ -5,6 +5,7 @@ Stored as one JSON text under the key `edgeqat` of the ONNX model's metadata, wh
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -227,6 +228,10 @@ def stored_codes(
     if f"{weight}/int4" in found:
         return found[f"{weight}/int4"].astype(np.int8)
     planes = [found[f"{weight}/p{i}"] for i in range(3) if f"{weight}/p{i}" in found]
-    if len(planes) != len(plane_widths(bits)) or any(p.dtype != np.uint8 for p in planes):
+    widths = plane_widths(bits)
+    if len(planes) != len(widths) or any(p.dtype != np.uint8 for p in planes):
+        return None
+    count = math.prod(shape)
+    if any(plane.shape != (-(-count * width // 8),) for plane, width in zip(planes, widths, strict=True)):
         return None
     return unpack([np.asarray(p, np.uint8) for p in planes], bits, shape)

@@ -16,7 +16,7 @@ from export.kernels.library import library
 from export.lowered import ExportError
 from export.metadata import wanted_options
 from export.native_file import is_native, reveal
-from export.onnx_file import read
+from export.onnx_file import parse
 from qat.files import reason_of
 
 LEVELS = {
@@ -56,10 +56,10 @@ def load(
 ) -> Session:
     """Load a file or a model on the CPU provider. Raises ExportError when ONNX Runtime refuses it.
 
-    A file is checked first (`export/onnx_file.py`); a model in memory is taken as it is. name: what messages call a model.
+    model: taken as it is. A file that a user named goes through `read` (`export/onnx_file.py`) first, which gives a model.
     level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph. without: names of
-    optimisers to switch off. Session options that the file's metadata asks for are applied, and edgeqat's kernels are
-    registered for a file that needs them.
+    optimisers to switch off. name: what messages call a model in memory. Session options that the file's metadata asks for are
+    applied, and edgeqat's kernels are registered for a file that needs them.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
@@ -70,16 +70,17 @@ def load(
     options.log_severity_level = 3
     if dump is not None:
         options.optimized_model_filepath = str(dump)
-    proto = model if isinstance(model, onnx.ModelProto) else read(Path(model))
+    proto = model if isinstance(model, onnx.ModelProto) else parse(Path(model))
     if not name:
         name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
     for key, value in wanted_options(proto, name).items():
         options.add_session_config_entry(key, value)
     if is_native(proto):
         _register_kernels(options)
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     try:
         made = ort.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=set(without)
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=set(without)
         )
     except Exception as error:
         raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {name}: {reason_of(error)}") from error
@@ -101,11 +102,11 @@ def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
     return convert_float_to_float16(fp32, keep_io_types=True)
 
 
-def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL") -> onnx.ModelProto:
-    """The graph ONNX Runtime runs for `model` at `level`."""
+def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL", name: str = "") -> onnx.ModelProto:
+    """The graph ONNX Runtime runs for `model`, which messages call `name`, at `level`."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        load(model, level=level, dump=path)
+        load(model, level=level, dump=path, name=name)
         return onnx.load(str(path))
 
 

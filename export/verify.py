@@ -68,12 +68,12 @@ def verify_file(file: Path) -> FileCheck:
     proto = read(file)
     metadata = read_metadata(proto, str(file))
     names = [entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"]
-    kernels = sum(kernel in INTEGER_KERNELS for kernel in layer_kernels(names, proto).values())
+    kernels = sum(kernel in INTEGER_KERNELS for kernel in layer_kernels(names, proto, str(file)).values())
     side = metadata["input"]["size"]
     images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
     return FileCheck(
         file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
-        settings_that_differ(proto, images), (*missing_options(proto), *unsigned_parts(metadata)),
+        settings_that_differ(proto, images, str(file)), (*missing_options(proto), *unsigned_parts(metadata)),
         tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto, str(file))),
         is_plain(metadata["target"]),
     )  # fmt: skip

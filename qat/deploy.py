@@ -282,18 +282,19 @@ def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> 
     from export import session
     from export.metadata import read_metadata
     from export.onnx_file import read
+    from export.predict import logits_of
     from qat.training.compare import Measured
     from qat.training.data import split_of
     from qat.training.evaluate import predictions
     from qat.training.loaders import seen_batches
 
     split = split_of(recipe, data_root)
-    expected = read_metadata(read(model), str(model))["input"]
-    loaded = session.load(model)
+    proto = read(model)
+    expected = read_metadata(proto, str(model))["input"]
+    loaded = session.load(proto, name=str(model))
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        first_output = next(iter(loaded.run(images.numpy()).values()))
-        return torch.from_numpy(first_output)
+        return torch.from_numpy(logits_of(loaded, images.numpy(), len(expected["classes"])))
 
     mean, std = (tuple(expected[key]) for key in ("mean", "std"))
     found: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
