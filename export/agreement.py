@@ -22,6 +22,7 @@ from export import session
 from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored
 from export.fidelity import Trained
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
+from export.onnx_file import read
 from export.reference import IntegerReference
 
 Carriers = dict[str, NDArray[np.uint8]]

@@ -312,7 +312,8 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
 def layer_kernels(layers: Iterable[str], proto: onnx.ModelProto, name: str = "") -> dict[str, str]:
     """Layer name -> operator type that runs it in the runtime's optimised graph ("none" where it cannot be found).
 
-    name: what messages call `proto`. A layer is known by its weight, its first plane or, where the runtime renamed a weight that it widened, its scale.
+    A layer is known by its weight, its first plane or, where the runtime renamed a weight that it widened, its scale.
+    name: what messages call `proto`.
     """
     readers = {i: node.op_type for node in session.optimized(proto, name=name).graph.node for i in node.input}
     kernels: dict[str, str] = {}

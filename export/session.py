@@ -58,8 +58,8 @@ def load(
 
     model: taken as it is. A file that a user named goes through `read` (`export/onnx_file.py`) first, which gives a model.
     level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph. without: names of
-    optimisers to switch off. name: what messages call a model in memory. Session options that the file's metadata asks for are
-    applied, and edgeqat's kernels are registered for a file that needs them.
+    optimisers to switch off. name: what messages call a model in memory. Session options that the file's metadata asks for
+    are applied, and edgeqat's kernels are registered for a file that needs them.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]

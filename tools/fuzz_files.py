@@ -240,7 +240,7 @@ def break_attribute(proto: onnx.ModelProto, dice: random.Random) -> None:
     elif kind == 1:
         node.attribute.add().CopyFrom(attribute)
     elif kind == 2:
-        attribute.type = dice.randrange(15)  # type: ignore[assignment]
+        attribute.type = dice.randrange(15)
     elif kind == 3:
         attribute.name = dice.choice(("axis", "pads", "strides", "group", "kernel_shape", "", "bits"))
     else:
