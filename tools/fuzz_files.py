@@ -50,7 +50,7 @@ CLASSES = ("ant", "bee", "cat", "dog", "elk")
 MOST_SECONDS = 10
 MEMORY = 8 << 30  # bytes of address space of a child
 CANARY = "nobody writes here\n"
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1")
+SANITIZERS = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Flags:
     seed: int = 0
     """Of the mutations."""
     sanitize: bool = False
-    """Run ort-native alone, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Run ort-native alone, on kernels built with AddressSanitizer."""
     keep: Path = Path("fuzz-failures")
     """Folder for files that failed, each with what it showed."""
     base: Path | None = None
@@ -129,8 +129,6 @@ ATTRIBUTES = (
     "to", "axes", "allowzero", "blocksize", "keepdims", "count_include_pad",
 )  # fmt: skip
 
-# How a change fails that cannot be made here, or that protobuf refuses.
-IMPOSSIBLE = (ValueError, IndexError, OverflowError, TypeError, RecursionError)
 Mutation = Callable[[onnx.ModelProto, random.Random], None]
 
 
@@ -383,7 +381,7 @@ def mutated(content: bytes, dice: random.Random) -> tuple[bytes, str]:
         change = dice.choice(MUTATIONS)
         try:
             change(proto, dice)
-        except IMPOSSIBLE:
+        except Exception:  # the change cannot be made here: an earlier one, or protobuf, is in its way
             continue
         done.append(change.__name__)
     return proto.SerializeToString(), "+".join(done) or "nothing"
@@ -544,7 +542,7 @@ def fuzz(base: Path, arena: Arena, flags: Flags) -> Findings:
 
 
 def build_sanitized(folder: Path) -> Path:
-    """The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in `folder`."""
+    """The kernels with AddressSanitizer, in `folder`."""
     command = compiler()
     if command is None:
         sys.exit("no C++ compiler found (install g++ or clang++, or set CXX)")
@@ -578,11 +576,14 @@ def restart_sanitized(flags: Flags, place: Path) -> int:
     base.mkdir()
     write_base_files(base, ("ort-native",))
     command = compiler() or "c++"
-    runtime = subprocess.check_output([*command.split(), "-print-file-name=libasan.so"], text=True).strip()
+    # Without the C++ library beside it AddressSanitizer does not find how exceptions are thrown.
+    preloaded = [
+        subprocess.check_output([*command.split(), f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
-        "LD_PRELOAD": str(Path(runtime).resolve()), "EDGEQAT_KERNELS": str(library),
+        "LD_PRELOAD": " ".join(str(Path(path).resolve()) for path in preloaded), "EDGEQAT_KERNELS": str(library),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096",
-        "UBSAN_OPTIONS": "halt_on_error=0:print_stacktrace=1",
     }  # fmt: skip
     line = [sys.executable, __file__, "--count", str(flags.count), "--seed", str(flags.seed), "--keep", str(flags.keep),
             "--targets", "ort-native", "--base", str(base)]  # fmt: skip
