@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export import session
-from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored, read
+from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored
 from export.fidelity import Trained
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
+from export.onnx_file import read
 from export.reference import IntegerReference
 from qat.terminal import in_lines
 

@@ -31,6 +31,7 @@ from export.fidelity import Fidelity, Outputs, Trained, fidelity
 from export.lowered import ExportError, LoweredModel, Tried
 from export.metadata import codes_of, different_descriptions, missing_options, read_metadata
 from export.native_file import KERNELS, quantizer_names
+from export.onnx_file import read
 from export.reference import IntegerReference
 from export.skeleton import quantizers_in_order
 from export.stress import adversarial, culprit, settings_that_differ
@@ -42,6 +43,7 @@ EXACT_LEVELS = ("EXTENDED", "ALL")
 # more where an image repeats one value, but none that is farther from a tie than float sums can be off.
 FLOAT_LEVEL_LIMIT = 1e-5
 TIE_WIDTH = 1e-3  # codes
+ABSENT = np.zeros((0, 0))  # of no layer's shape
 BATCH = 32
 SETTINGS_IMAGES = 8
 IMAGES_ELSEWHERE = 8  # emulated processors are slow
@@ -242,9 +244,9 @@ def certify(
     if missing:
         raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
     reference = IntegerReference(model, session.FloatOperators())
+    found = _outputs(session.load(proto, name=str(file)), images)
     levels = tuple(_level(reference, proto, names, images, level) for level in session.LEVELS)
     kernels = layer_kernels(model.layer_names, proto)
-    found = _outputs(session.load(proto), images)
     judged, expected = fidelity(reference, images, trained, found, BATCH)
     return Certificate(
         file=file.name,
@@ -287,18 +289,6 @@ def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:
     )
 
 
-def read(file: Path) -> onnx.ModelProto:
-    """Parse an ONNX file. Raises ExportError naming it when it is missing or damaged."""
-    if not file.is_file():
-        raise ExportError(f"{file}: no such file")
-    try:
-        proto = onnx.load(str(file))
-        onnx.checker.check_model(proto)
-    except Exception as error:
-        raise ExportError(f"{file}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
-    return proto
-
-
 def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:
     """Layers whose codes, scales or biases in the file differ from the lowered ones, and how."""
     found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
@@ -310,23 +300,23 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
             different[layer.name] = "its weight is not in the file"
             continue
         wrong = int((codes != layer.codes).sum()) if codes.shape == layer.codes.shape else layer.codes.size
+        bias = layer.float_bias if layer.bias_codes is None else layer.bias_codes
         if wrong:
             different[layer.name] = f"{wrong} of {layer.codes.size} weight codes differ"
-        elif not np.array_equal(found[f"{weight}/s"], layer.stored_scale):
+        elif not np.array_equal(found.get(f"{weight}/s", ABSENT), layer.stored_scale):
             different[layer.name] = "its weight scale differs"
-        elif not np.array_equal(
-            found[f"{layer.name}.bias"], layer.float_bias if layer.bias_codes is None else layer.bias_codes
-        ):
+        elif not np.array_equal(found.get(f"{layer.name}.bias", ABSENT), bias):
             different[layer.name] = "its bias differs"
     return different
 
 
-def layer_kernels(layers: Iterable[str], proto: onnx.ModelProto) -> dict[str, str]:
+def layer_kernels(layers: Iterable[str], proto: onnx.ModelProto, name: str = "") -> dict[str, str]:
     """Layer name -> operator type that runs it in the runtime's optimised graph ("none" where it cannot be found).
 
     A layer is known by its weight, its first plane or, where the runtime renamed a weight that it widened, its scale.
+    name: what messages call `proto`.
     """
-    readers = {i: node.op_type for node in session.optimized(proto).graph.node for i in node.input}
+    readers = {i: node.op_type for node in session.optimized(proto, name=name).graph.node for i in node.input}
     kernels: dict[str, str] = {}
     for layer in layers:
         tensors = (f"{layer}.weight", f"{layer}.weight/p0", f"{layer}.weight/s")

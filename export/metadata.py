@@ -5,6 +5,7 @@ Stored as one JSON text under the key `edgeqat` of the ONNX model's metadata, wh
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel
+from export.metadata_entries import check_description, check_proof, parsed_entries
 from export.packing import plane_widths, unpack
 from export.targets import RUNTIME_ON_AMX, TARGETS, Target
 
@@ -150,13 +152,14 @@ def _digest_of_digests(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
-    """Raises ExportError when the file has none, or one of a newer format."""
+    """Raises ExportError when the file has none, one of a newer format, or one that says what no file can mean."""
     found = next((p.value for p in proto.metadata_props if p.key == KEY), None)
     if found is None:
         raise ExportError(f"{name}: carries no edgeqat metadata; export it with `qat export`")
-    value: dict[str, Any] = json.loads(found)
+    value = parsed_entries(found, KEY, name)
     if value.get("format") not in READABLE:
         raise ExportError(f"{name}: metadata format {value.get('format')} is newer than this version reads ({FORMAT})")
+    check_description(value, name)
     return value
 
 
@@ -172,19 +175,25 @@ def record_proof(proto: onnx.ModelProto, proven: Sequence[Mapping[str, Any]]) ->
     onnx.helper.set_model_props(proto, others | {PROOF_KEY: json.dumps(record)})
 
 
-def proof_of(proto: onnx.ModelProto) -> list[dict[str, Any]]:
-    """Where the file's codes were proven; nothing if the graph has changed since."""
+def proof_of(proto: onnx.ModelProto, name: str = "the file") -> list[dict[str, Any]]:
+    """Where the file's codes were proven; nothing if the graph has changed since. Raises ExportError for a damaged record."""
     found = next((p.value for p in proto.metadata_props if p.key == PROOF_KEY), None)
     if found is None:
         return []
-    record = json.loads(found)
+    record = parsed_entries(found, PROOF_KEY, name)
+    check_proof(record, name)
     return list(record["proven"]) if record["graph_sha256"] == graph_digest(proto) else []
 
 
-def wanted_options(proto: onnx.ModelProto) -> dict[str, str]:
-    """Session options that the file's metadata asks for."""
-    found = next((p.value for p in proto.metadata_props if p.key == KEY), None)
-    return json.loads(found).get("session_options", {}) if found else {}
+def wanted_options(proto: onnx.ModelProto, name: str = "the model") -> dict[str, str]:
+    """Session options that the file's metadata asks for, each one of those that targets have.
+
+    Raises ExportError for any other: some of the runtime's options write files, so a file must not choose freely.
+    """
+    if not any(p.key == KEY for p in proto.metadata_props):
+        return {}
+    options: dict[str, str] = read_metadata(proto, name).get("session_options", {})
+    return options
 
 
 def unsigned_parts(metadata: Mapping[str, Any]) -> tuple[str, ...]:
@@ -203,7 +212,7 @@ def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(
         f"session option {key}={value} is not in the metadata: without it codes may be wrong on some machines"
         for key, value in target.session_options
-        if found["session_options"].get(key) != value
+        if found.get("session_options", {}).get(key) != value
     )
 
 
@@ -247,6 +256,10 @@ def stored_codes(
     if f"{weight}/int4" in found:
         return found[f"{weight}/int4"].astype(np.int8)
     planes = [found[f"{weight}/p{i}"] for i in range(3) if f"{weight}/p{i}" in found]
-    if len(planes) != len(plane_widths(bits)) or any(p.dtype != np.uint8 for p in planes):
+    widths = plane_widths(bits)
+    if len(planes) != len(widths) or any(p.dtype != np.uint8 for p in planes):
+        return None
+    count = math.prod(shape)
+    if any(plane.shape != (-(-count * width // 8),) for plane, width in zip(planes, widths, strict=True)):
         return None
     return unpack([np.asarray(p, np.uint8) for p in planes], bits, shape)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export import session
-from export.certificate import read
 from export.lowered import ExportError
 from export.metadata import read_metadata
+from export.onnx_file import read
 from qat.images import ImageError, open_image
 
 
@@ -27,18 +27,33 @@ class Prediction:
 
 def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
     """Classify image files. Raises ExportError naming the model or the image that cannot be read."""
-    metadata = read_metadata(read(model), str(model))
-    if metadata["target"] == "qonnx":
-        raise ExportError(f"{model}: is a QONNX file, for FINN; ONNX Runtime cannot run it: export for an ort target")
-    loaded = session.load(model)
+    proto = read(model)
+    metadata = read_metadata(proto, str(model))
+    loaded = session.load(proto, name=str(model))
     return [_predict(loaded, metadata["input"], path) for path in images]
 
 
 def _predict(loaded: session.Session, expected: dict[str, Any], path: Path) -> Prediction:
-    (logits,) = (np.asarray(v, np.float64) for v in loaded.run(preprocess(path, expected)).values())
-    shifted = np.exp(logits[0] - logits[0].max())
+    logits = logits_of(loaded, preprocess(path, expected), len(expected["classes"]))[0]
+    if not np.isfinite(logits).all():
+        raise ExportError(f"{loaded.name}: answers {path} with numbers that are not finite")
+    shifted = np.exp(logits - logits.max())
     best = int(shifted.argmax())
     return Prediction(path, expected["classes"][best], float(shifted[best] / shifted.sum()))
+
+
+def logits_of(loaded: session.Session, images: NDArray[np.float32], classes: int) -> NDArray[np.float64]:
+    """The answers N_K of a file to N images, K the number of its `classes`.
+
+    Raises ExportError where it answers with something else.
+    """
+    answers = np.asarray(next(iter(loaded.run(images).values())))
+    if answers.shape != (len(images), classes) or answers.dtype.kind != "f":
+        raise ExportError(
+            f"{loaded.name}: answers {len(images)} image(s) with {answers.dtype} {list(answers.shape)}, and its metadata "
+            f"names {classes} classes"
+        )
+    return answers.astype(np.float64)
 
 
 def preprocess(path: Path, expected: dict[str, Any]) -> NDArray[np.float32]:

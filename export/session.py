@@ -16,6 +16,8 @@ from export.kernels.library import library
 from export.lowered import ExportError
 from export.metadata import wanted_options
 from export.native_file import is_native, reveal
+from export.onnx_file import parse
+from qat.files import reason_of
 
 LEVELS = {
     "DISABLE": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -28,13 +30,19 @@ LEVELS = {
 class Session:
     """A loaded file: `run(images)` gives its outputs by name."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(self, session: ort.InferenceSession, name: str) -> None:
         self.session = session
+        self.name = name
         self.input_name = session.get_inputs()[0].name
         self.output_names = [o.name for o in session.get_outputs()]
 
     def run(self, images: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
-        return dict(zip(self.output_names, self.session.run(None, {self.input_name: images}), strict=True))
+        """Raises ExportError when ONNX Runtime cannot compute them."""
+        try:
+            found = self.session.run(None, {self.input_name: images})
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime {ort.__version__} cannot run {self.name}: {reason_of(error)}") from error
+        return dict(zip(self.output_names, found, strict=True))
 
 
 def load(
@@ -44,12 +52,14 @@ def load(
     threads: int = 1,
     dump: Path | None = None,
     without: Sequence[str] = (),
+    name: str = "",
 ) -> Session:
     """Load a file or a model on the CPU provider. Raises ExportError when ONNX Runtime refuses it.
 
+    model: taken as it is. A file that a user named goes through `read` (`export/onnx_file.py`) first, which gives a model.
     level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph. without: names of
-    optimisers to switch off. Session options that the file's metadata asks for are applied, and edgeqat's kernels are
-    registered for a file that needs them.
+    optimisers to switch off. name: what messages call a model in memory. Session options that the file's metadata asks for
+    are applied, and edgeqat's kernels are registered for a file that needs them.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
@@ -60,28 +70,21 @@ def load(
     options.log_severity_level = 3
     if dump is not None:
         options.optimized_model_filepath = str(dump)
-    header = _header(model)
-    for key, value in wanted_options(header).items():
-        options.add_session_config_entry(key, str(value))
-    if is_native(header):
+    proto = model if isinstance(model, onnx.ModelProto) else parse(Path(model))
+    if not name:
+        name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
+    for key, value in wanted_options(proto, name).items():
+        options.add_session_config_entry(key, value)
+    if is_native(proto):
         _register_kernels(options)
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
-    if isinstance(source, str) and not Path(source).is_file():
-        raise ExportError(f"{source}: no such file")
     try:
-        return Session(
-            ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=set(without))
+        made = ort.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=set(without)
         )
     except Exception as error:
-        name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
-        raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {name}: {error}") from error
-
-
-def _header(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
-    """The model itself, or what its file says without external data (nothing, where there is no readable file)."""
-    if isinstance(model, onnx.ModelProto):
-        return model
-    return onnx.load(str(model), load_external_data=False) if Path(model).is_file() else onnx.ModelProto()
+        raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {name}: {reason_of(error)}") from error
+    return Session(made, name)
 
 
 def _register_kernels(options: ort.SessionOptions) -> None:
@@ -101,11 +104,11 @@ def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
     return ir.to_proto(half)
 
 
-def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL") -> onnx.ModelProto:
-    """The graph ONNX Runtime runs for `model` at `level`."""
+def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL", name: str = "") -> onnx.ModelProto:
+    """The graph ONNX Runtime runs for `model`, which messages call `name`, at `level`."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        load(model, level=level, dump=path)
+        load(model, level=level, dump=path, name=name)
         return onnx.load(str(path))
 
 

@@ -19,15 +19,18 @@ from export.skeleton import is_mark, mark_name, only_reader, weight_layer
 Uint8 = NDArray[np.uint8]
 
 
-def settings_that_differ(proto: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, int]:
-    """Codes that differ from the default (ALL, one thread, one batch) at EXTENDED, with 2 threads, in batches of 1."""
+def settings_that_differ(proto: onnx.ModelProto, images: NDArray[np.float32], name: str = "") -> dict[str, int]:
+    """Codes that differ from the default (ALL, one thread, one batch) at EXTENDED, with 2 threads, in batches of 1.
+
+    name: what messages call `proto`.
+    """
     names = quantizer_tensors(proto)
     instrumented = session.with_outputs(proto, names)
-    default = session.load(instrumented).run(images)
+    default = session.load(instrumented, name=name).run(images)
     others: dict[str, Mapping[str, NDArray[np.generic]]] = {
-        "EXTENDED": session.load(instrumented, level="EXTENDED").run(images),
-        "2 threads": session.load(instrumented, threads=2).run(images),
-        "batches of 1": _one_by_one(session.load(instrumented), images, default),
+        "EXTENDED": session.load(instrumented, level="EXTENDED", name=name).run(images),
+        "2 threads": session.load(instrumented, threads=2, name=name).run(images),
+        "batches of 1": _one_by_one(session.load(instrumented, name=name), images, default),
     }
     counts = {setting: sum(int((found[n] != default[n]).sum()) for n in names) for setting, found in others.items()}
     return {setting: count for setting, count in counts.items() if count}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from export.certificate import INTEGER_KERNELS, layer_kernels, read
+from export.certificate import INTEGER_KERNELS, layer_kernels
 from export.metadata import broken_signatures, missing_options, proof_of, read_metadata, unsigned_parts
+from export.onnx_file import read
 from export.stress import settings_that_differ
 from export.targets import TARGETS
 from qat.terminal import in_lines
@@ -68,13 +69,13 @@ def verify_file(file: Path) -> FileCheck:
     proto = read(file)
     metadata = read_metadata(proto, str(file))
     names = [entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"]
-    kernels = sum(kernel in INTEGER_KERNELS for kernel in layer_kernels(names, proto).values())
+    kernels = sum(kernel in INTEGER_KERNELS for kernel in layer_kernels(names, proto, str(file)).values())
     side = metadata["input"]["size"]
     images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
     return FileCheck(
         file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
-        settings_that_differ(proto, images), (*missing_options(proto), *unsigned_parts(metadata)),
-        tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto)),
+        settings_that_differ(proto, images, str(file)), (*missing_options(proto), *unsigned_parts(metadata)),
+        tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto, str(file))),
         is_plain(metadata["target"]),
     )  # fmt: skip
 

@@ -117,8 +117,8 @@ def write_proof(model: Path, proven: list[dict[str, object]]) -> str:
     """Record in the file `model` where its codes were proven; returns the SHA-256 of the new file."""
     import onnx
 
-    from export.certificate import read
     from export.metadata import record_proof
+    from export.onnx_file import read
 
     proto = read(model)
     record_proof(proto, proven)
@@ -134,9 +134,10 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
     from tempfile import TemporaryDirectory
 
     from export.bundle import write_bundle
-    from export.certificate import compare_stored, read
+    from export.certificate import compare_stored
     from export.lowered import ExportError
     from export.metadata import read_metadata
+    from export.onnx_file import read
     from export.targets import target_named
 
     if out.exists():
@@ -164,10 +165,10 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
 
     Raises ExportError for a file of an earlier format, which is not written so any more.
     """
-    from export.certificate import read
     from export.lower import lower
     from export.lowered import ExportError
     from export.metadata import FLOAT_TARGETS, FORMAT, read_metadata
+    from export.onnx_file import read
     from export.passes import to_integers
     from export.targets import target_named
 
@@ -178,9 +179,10 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
     if metadata["target"] in FLOAT_TARGETS:
         raise ExportError(f"{model}: is a float file (target {metadata['target']}), it has no codes to certify")
     if metadata["format"] < FORMAT:
+        producer = metadata.get("producer", "another program")
         raise ExportError(
-            f"{model}: was written by {metadata['producer']} in format {metadata['format']}, which this version does not "
-            f"write any more; export it again: qat export {run}"
+            f"{model}: was written by {producer} in format {metadata['format']}, which this version does not write any "
+            f"more; export it again: qat export {run}"
         )
     target = target_named(metadata["target"])
     return to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
@@ -191,10 +193,11 @@ def certificate_of(
 ) -> Certificate | Agreement:
     """The certificate alone."""
     from export.agreement import agree
-    from export.certificate import certify, read
+    from export.certificate import certify
     from export.elsewhere import machines_of
     from export.lower import trained_codes
     from export.metadata import describe, read_metadata
+    from export.onnx_file import read
     from export.targets import target_named
     from qat.training.data import split_of
     from qat.training.loaders import samples_of_test
@@ -241,8 +244,8 @@ def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificat
 
     import onnx
 
-    from export.certificate import read
     from export.ensemble import check_joined, split_members
+    from export.onnx_file import read
 
     proto = read(model)
     members = split_members(proto, str(model))
@@ -281,20 +284,21 @@ def compare_file(
 def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> Measured:
     """Predictions of a file on the held-out images of `recipe`'s data: every source domain's, and the whole target."""
     from export import session
-    from export.certificate import read
     from export.metadata import read_metadata
+    from export.onnx_file import read
+    from export.predict import logits_of
     from qat.training.compare import Measured
     from qat.training.data import split_of
     from qat.training.evaluate import predictions
     from qat.training.loaders import seen_batches
 
     split = split_of(recipe, data_root)
-    expected = read_metadata(read(model), str(model))["input"]
-    loaded = session.load(model)
+    proto = read(model)
+    expected = read_metadata(proto, str(model))["input"]
+    loaded = session.load(proto, name=str(model))
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        first_output = next(iter(loaded.run(images.numpy()).values()))
-        return torch.from_numpy(first_output)
+        return torch.from_numpy(logits_of(loaded, images.numpy(), len(expected["classes"])))
 
     mean, std = (tuple(expected[key]) for key in ("mean", "std"))
     found: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
@@ -317,9 +321,9 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
 
 def measure_run(run: Path, model: Path) -> list[Latency]:
     """Latency and size of `model` against its own net in full precision; also writes latency.json into the run."""
-    from export.certificate import read
     from export.latency import compare
     from export.lower import lower_float
+    from export.onnx_file import read
 
     folder, recipe, built = load_run(run)
     images = folder.samples().images[:1]

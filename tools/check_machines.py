@@ -3,7 +3,7 @@
     uv run tools/check_machines.py                                      # the whole suite, ten times: hours
     uv run tools/check_machines.py tests/quantizers tests/training --processes 2
 
-A library takes the newest instructions that the processor has unless an environment variable says otherwise; each setting below
+A library takes the newest instructions that the processor has unless an environment variable says otherwise; each setting
 hides some of them. Every run has its own order of tests; its seed is in the table, `--randomly-seed SEED` repeats it.
 """
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from export import session
 from export.agreement import QuantizerResult, agree, from_reals, with_real_outputs
-from export.certificate import read
 from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredModel
 from export.metadata import read_metadata
+from export.onnx_file import read
 from export.openvino_session import FLOAT32, OpenvinoSession, openvino_runtime, version
 from export.passes import to_integers
 from export.reference import IntegerReference

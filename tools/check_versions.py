@@ -22,6 +22,7 @@ from export.elsewhere import CPUS, run_python, unavailable
 from qat.terminal import printable
 
 ROOT = Path(__file__).parents[1]
+PROJECT = ("pyproject.toml", "--output-file")
 NUMPY_BEFORE_2 = "numpy==1.26.4"  # what ONNX Runtime before 1.19 was built against
 
 
@@ -79,8 +80,7 @@ def suite_at_the_lowest_versions(tests: tuple[str, ...], place: Path) -> subproc
     wanted = place / "lowest.txt"
     uv(["venv", "--quiet", str(place)], environment)
     uv(
-        ["pip", "compile", "--quiet", "--resolution", "lowest-direct", "--group", "dev", "pyproject.toml"]
-        + ["--output-file", str(wanted)],
+        ["pip", "compile", "--quiet", "--resolution", "lowest-direct", "--group", "dev", *PROJECT, str(wanted)],
         environment,
     )
     uv(["pip", "install", "--quiet", "--requirement", str(wanted)], environment)

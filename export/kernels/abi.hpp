@@ -62,6 +62,7 @@ enum Slot : int {
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
   kGetTensorMutableData = 51,
+  kGetTensorElementType = 60,
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
@@ -74,6 +75,8 @@ enum Slot : int {
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
   kKernelInfoGetInputCount = 230,
+  kKernelInfoGetOutputCount = 231,
+  kKernelInfoGetOutputName = 233,
   kKernelInfoGetConstantInput = 249,
   kKernelContextParallelFor = 274,
 };
@@ -109,6 +112,9 @@ struct Api {
   Status* type_info(const Value* value, TypeInfo** out) const {
     return at<Status* (*)(const Value*, TypeInfo**)>(kGetTensorTypeAndShape)(value, out);
   }
+  Status* element_type(const TypeInfo* info, int* out) const {
+    return at<Status* (*)(const TypeInfo*, int*)>(kGetTensorElementType)(info, out);
+  }
   Status* rank(const TypeInfo* info, size_t* out) const {
     return at<Status* (*)(const TypeInfo*, size_t*)>(kGetDimensionsCount)(info, out);
   }
@@ -132,6 +138,13 @@ struct Api {
   }
   Status* input_count(const KernelInfo* info, size_t* out) const {
     return at<Status* (*)(const KernelInfo*, size_t*)>(kKernelInfoGetInputCount)(info, out);
+  }
+  Status* output_count(const KernelInfo* info, size_t* out) const {
+    return at<Status* (*)(const KernelInfo*, size_t*)>(kKernelInfoGetOutputCount)(info, out);
+  }
+  Status* output_name(const KernelInfo* info, size_t index, char* out, size_t* size) const {
+    using Function = Status* (*)(const KernelInfo*, size_t, char*, size_t*);
+    return at<Function>(kKernelInfoGetOutputName)(info, index, out, size);
   }
   Status* input(const KernelContext* context, size_t index, const Value** out) const {
     return at<Status* (*)(const KernelContext*, size_t, const Value**)>(kKernelContextGetInput)(context, index, out);

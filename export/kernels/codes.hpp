@@ -24,11 +24,14 @@ inline std::vector<int> plane_widths(int bits) {
 inline std::vector<int8_t> unpack(const std::vector<Plane>& planes, int bits, int64_t count) {
   const std::vector<int> widths = plane_widths(bits);
   if (planes.size() != widths.size()) throw std::invalid_argument("has another number of weight planes than its bits need");
-  std::vector<uint8_t> raw(static_cast<size_t>(count), 0);
+  for (size_t p = 0; p < planes.size(); ++p) {
+    const int per_byte = 8 / widths[p];
+    if (planes[p].size != (count + per_byte - 1) / per_byte) throw std::invalid_argument("has a weight plane of wrong size");
+  }
+  std::vector<uint8_t> raw(static_cast<size_t>(count), 0);  // only now: the planes show that there are so many
   int shift = 0;
   for (size_t p = 0; p < planes.size(); ++p) {
     const int width = widths[p], per_byte = 8 / width;
-    if (planes[p].size != (count + per_byte - 1) / per_byte) throw std::invalid_argument("has a weight plane of wrong size");
     for (int64_t i = 0; i < count; ++i) {
       const int part = planes[p].data[i / per_byte] >> (i % per_byte * width) & ((1 << width) - 1);
       raw[i] = uint8_t(raw[i] | part << shift);

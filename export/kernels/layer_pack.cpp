@@ -43,7 +43,7 @@ void Layer::check() const {
   if (int64_t(s.bias.size()) != s.outputs || int64_t(s.multiplier.size()) != s.outputs)
     refuse("needs one bias and one scale per output channel");
   if (s.carry < 1 || s.carry > 127) refuse("its carry is not between 1 and 127");
-  if (s.input_zero < 0 || s.input_high > 255 || s.input_zero > s.input_high) refuse("its input grid is not within a byte");
+  if (s.input_zero < 0 || s.input_high < 1 || s.input_high > 255 || s.input_zero > s.input_high) refuse("its input grid is not within a byte");
   for (const int8_t code : s.codes)
     if (code * s.carry < -128 || code * s.carry > 127) refuse("weight code " + std::to_string(code) + " times its carry is no byte");
   for (int64_t o = 0; o < s.outputs; ++o) {

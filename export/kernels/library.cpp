@@ -1,16 +1,17 @@
 // The library's one entry: ONNX Runtime calls RegisterCustomOps when a session names the library.
 #include <cstdlib>
-#include <new>
+#include <memory>
 
 #include "runtime.hpp"
 
 namespace edgeqat {
 namespace {
 
-// A kernel with the interface it was made with.
+// A kernel with the interface it was made with, and how messages name it.
 struct Instance {
   abi::Api api;
-  Kernel* kernel;
+  std::unique_ptr<Kernel> kernel;
+  std::string name;
 };
 
 const Operator& self(const abi::CustomOp* op) { return *static_cast<const Operator*>(op); }
@@ -22,7 +23,8 @@ abi::Status* failed(const abi::Api& api, const char* op, const char* what) {
 abi::Status* create(const abi::CustomOp* op, const void* const* slots, const abi::KernelInfo* info, void** kernel) {
   const abi::Api api{slots};
   try {
-    *kernel = new Instance{api, self(op).make(Info{api, info})};
+    const Info asked{api, info};
+    *kernel = new Instance{api, std::unique_ptr<Kernel>(self(op).make(asked)), "node of " + asked.made()};
     return nullptr;
   } catch (const std::exception& error) {
     return failed(api, self(op).op_name, error.what());
@@ -35,14 +37,12 @@ abi::Status* compute(void* kernel, abi::KernelContext* context) {
     instance.kernel->compute(Call{instance.api, context});
     return nullptr;
   } catch (const std::exception& error) {
-    return failed(instance.api, "kernel", error.what());
+    return failed(instance.api, instance.name.c_str(), error.what());
   }
 }
 
 void destroy(void* kernel) {
-  auto* instance = static_cast<Instance*>(kernel);
-  delete instance->kernel;
-  delete instance;
+  delete static_cast<Instance*>(kernel);
 }
 
 }  // namespace
@@ -74,21 +74,18 @@ Operator::Operator(
   end_version = [](const CustomOp*) { return 1 << 30; };
 }
 
+constexpr int64_t kMostWindow = 4096;
+
 Window window_of(const Info& info) {
   Window w;
   const char* axes[2] = {"_h", "_w"};
   for (int axis = 0; axis < 2; ++axis) {
-    w.kernel[axis] = info.integer((std::string("kernel") + axes[axis]).c_str());
-    w.stride[axis] = info.integer((std::string("stride") + axes[axis]).c_str());
-    w.dilation[axis] = info.integer((std::string("dilation") + axes[axis]).c_str());
-    if (w.kernel[axis] < 1 || w.stride[axis] < 1 || w.dilation[axis] < 1)
-      throw std::invalid_argument("has a window that is not positive");
+    w.kernel[axis] = info.integer((std::string("kernel") + axes[axis]).c_str(), 1, kMostWindow);
+    w.stride[axis] = info.integer((std::string("stride") + axes[axis]).c_str(), 1, kMostWindow);
+    w.dilation[axis] = info.integer((std::string("dilation") + axes[axis]).c_str(), 1, kMostWindow);
   }
   const char* sides[4] = {"pad_top", "pad_left", "pad_bottom", "pad_right"};
-  for (int side = 0; side < 4; ++side) {
-    w.pads[side] = info.integer(sides[side]);
-    if (w.pads[side] < 0) throw std::invalid_argument("has negative padding");
-  }
+  for (int side = 0; side < 4; ++side) w.pads[side] = info.integer(sides[side], 0, kMostWindow);
   return w;
 }
 

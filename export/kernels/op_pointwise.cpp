@@ -6,18 +6,17 @@
 namespace edgeqat {
 namespace {
 
+constexpr Reads kFirstRead{"first summand", abi::kUint8}, kSecondRead{"second summand", abi::kUint8};
+constexpr Reads kImagesRead{"images", abi::kFloat};
+constexpr int64_t kMostPlaces = 1 << 16;
+
 class Tables {
  public:
-  Tables(const Info& info, size_t input) {
-    if (const Tensor given = info.constant(input)) {
-      if (given.size() % 256 || given.size() > 256 * kMaxTables) throw std::invalid_argument("has a table of wrong size");
-      tables_.assign(given.codes(), given.codes() + given.size());
-    }
-  }
+  // `first` is the place of the first output that goes through a table.
+  Tables(const Info& info, size_t input, size_t first) : tables_(read_tables(info, input, first)) {}
   // Writes the outputs from `first` on.
   void write(const Call& call, size_t first, const uint8_t* codes, const std::vector<int64_t>& shape) const {
-    int64_t count = 1;
-    for (const int64_t d : shape) count *= d;
+    const int64_t count = product_of(shape);
     for (size_t i = 0; i < tables_.size() / 256; ++i)
       if (auto* to = static_cast<uint8_t*>(call.output(first + i, shape)))
         chosen_isa().translate(tables_.data() + 256 * i, codes, size_t(count), to);
@@ -34,36 +33,39 @@ PoolShape shape_of(const Tensor& x) {
   s.height = x.shape[1];
   s.width = x.shape[2];
   s.channels = x.shape[3];
+  if (s.height < 1 || s.width < 1 || s.channels < 1) refuse("reads images without pixels");
   return s;
 }
 
 Grid grid_of(const Info& info) {
-  return {info.real("y_scale"), int(info.integer("y_zero")), int(info.integer("y_low")), int(info.integer("y_high"))};
+  const Grid grid = {info.positive("y_scale"), info.byte("y_zero"), info.byte("y_low"), info.byte("y_high")};
+  if (grid.low > grid.high) refuse("has a lowest code above its highest");
+  return grid;
 }
 
 // Output 0, or a place of our own where only the tables' outputs are read.
 uint8_t* own_output(const Call& call, const std::vector<int64_t>& shape, std::vector<uint8_t>& place) {
   if (auto* to = static_cast<uint8_t*>(call.output(0, shape))) return to;
-  size_t count = 1;
-  for (const int64_t d : shape) count *= size_t(d);
-  place.resize(count);
+  place.resize(size_t(product_of(shape)));
   return place.data();
 }
 
 struct WindowPool : Kernel {
   WindowPool(const Info& info, bool average)
-      : average(average), window(window_of(info)), out_height(info.integer("out_h")), out_width(info.integer("out_w")),
-        tables(info, 1) {
+      : average(average), window(window_of(info)), out_height(info.integer("out_h", 1, kMostPlaces)),
+        out_width(info.integer("out_w", 1, kMostPlaces)), tables(info, 1, 1) {
     if (!average) return;
-    from = {info.real("x_scale"), int(info.integer("x_zero")), 0, 255};
+    from = {info.positive("x_scale"), info.byte("x_zero"), 0, 255};
     to = grid_of(info);
-    counts_padding = info.integer("count_include_pad") != 0;
+    counts_padding = info.flag("count_include_pad");
   }
   void compute(const Call& call) const override {
-    const Tensor x = call.input(0);
+    const Tensor x = call.input(0, kCodesRead);
     PoolShape s = shape_of(x);
     s.out_height = out_height;
     s.out_width = out_width;
+    check_places(0, s.height, out_height);
+    check_places(1, s.width, out_width);
     const std::vector<int64_t> shape = {s.batch, out_height, out_width, s.channels};
     std::vector<uint8_t> place;
     uint8_t* y = own_output(call, shape, place);
@@ -72,6 +74,11 @@ struct WindowPool : Kernel {
     else
       max_pool(x.codes(), s, window, y, call.pool());
     tables.write(call, 1, y, shape);
+  }
+  // Rounded down or up (ceil_mode), as many places as the window has in an image of `size`.
+  void check_places(int axis, int64_t size, int64_t places) const {
+    const int64_t whole = window.outputs(axis, size);
+    if (places != whole && places != whole + 1) refuse("has an output of another size than its window makes");
   }
   bool average, counts_padding = false;
   Window window;
@@ -82,9 +89,9 @@ struct WindowPool : Kernel {
 
 struct GlobalPool : Kernel {
   explicit GlobalPool(const Info& info)
-      : zero(int(info.integer("x_zero"))), multiplier(info.real("multiplier")), to(grid_of(info)), tables(info, 1) {}
+      : zero(info.byte("x_zero")), multiplier(info.positive("multiplier")), to(grid_of(info)), tables(info, 1, 1) {}
   void compute(const Call& call) const override {
-    const Tensor x = call.input(0);
+    const Tensor x = call.input(0, kCodesRead);
     const PoolShape s = shape_of(x);
     const std::vector<int64_t> shape = {s.batch, 1, 1, s.channels};
     std::vector<uint8_t> place;
@@ -101,9 +108,9 @@ struct GlobalPool : Kernel {
 struct Add : Kernel {
   explicit Add(const Info& info)
       : ratio_first(info.real("ratio_first")), ratio_second(info.real("ratio_second")), offset(info.real("offset")),
-        to(grid_of(info)), tables(info, 2) {}
+        to(grid_of(info)), tables(info, 2, 1) {}
   void compute(const Call& call) const override {
-    const Tensor a = call.input(0), b = call.input(1);
+    const Tensor a = call.input(0, kFirstRead), b = call.input(1, kSecondRead);
     if (a.shape != b.shape) throw std::invalid_argument("adds codes of different shapes");
     std::vector<uint8_t> place;
     uint8_t* y = own_output(call, a.shape, place);
@@ -116,38 +123,46 @@ struct Add : Kernel {
 };
 
 struct Translate : Kernel {
-  explicit Translate(const Info& info) : tables(info, 1) {}
+  explicit Translate(const Info& info) : tables(info, 1, 0) {}
   void compute(const Call& call) const override {
-    const Tensor x = call.input(0);
+    const Tensor x = call.input(0, kCodesRead);
     tables.write(call, 0, x.codes(), x.shape);
   }
   Tables tables;
 };
 
 struct Image : Kernel {
-  explicit Image(const Info& info) : to(grid_of(info)) {
-    if (!(to.scale > 0)) throw std::invalid_argument("has a step that is not positive");
-  }
+  explicit Image(const Info& info) : to(grid_of(info)) {}
   void compute(const Call& call) const override {
-    const Tensor x = call.input(0);
+    const Tensor x = call.input(0, kImagesRead);
     if (x.shape.size() != 4) throw std::invalid_argument("reads an input that is no batch of images");
     PoolShape s;
     s.batch = x.shape[0];
     s.channels = x.shape[1];
     s.height = x.shape[2];
     s.width = x.shape[3];
+    if (s.height < 1 || s.width < 1 || s.channels < 1) refuse("reads images without pixels");
     auto* y = static_cast<uint8_t*>(call.output(0, {s.batch, s.height, s.width, s.channels}));
-    if (y) quantize_images(static_cast<const float*>(x.data), s, to, y, call.pool());
+    if (y) quantize_images(x.reals(), s, to, y, call.pool());
   }
   Grid to;
 };
 
+// A kernel, or a refusal that names the node by what it makes.
+template <typename Made, typename... Rest>
+Kernel* named(const Info& info, Rest... rest) {
+  try {
+    return new Made(info, rest...);
+  } catch (const std::exception& error) {
+    refuse("node of " + info.made() + ": " + error.what());
+  }
+}
 template <typename Made>
 Kernel* make(const Info& info) {
-  return new Made(info);
+  return named<Made>(info);
 }
-Kernel* make_max_pool(const Info& info) { return new WindowPool(info, false); }
-Kernel* make_average_pool(const Info& info) { return new WindowPool(info, true); }
+Kernel* make_max_pool(const Info& info) { return named<WindowPool>(info, false); }
+Kernel* make_average_pool(const Info& info) { return named<WindowPool>(info, true); }
 
 const Operator kMaxPool("QMaxPool", 2, 1, 1 + kMaxTables, abi::kUint8, make_max_pool);
 const Operator kAveragePool("QAveragePool", 2, 1, 1 + kMaxTables, abi::kUint8, make_average_pool);

@@ -1,5 +1,5 @@
-"""`python -m tests.quantizers.compiled`: Triton's machine code (PTX) of every kernel, as JSON by name; a process of its own, since
-Triton brings an LLVM that does not get on with the libraries of other tests (see test_triton.py)."""
+"""`python -m tests.quantizers.compiled`: Triton's machine code (PTX) of every kernel, as JSON by name; alone, since
+Triton can take its process down (see test_triton.py)."""
 
 import itertools
 import json

@@ -1,0 +1,154 @@
+"""The operators of `export/kernels` as a file may use them: inputs' types, attributes' ranges, outputs' shapes.
+
+The kernels check the same again when they are made and when they run; here a file is refused before a runtime sees it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import AttributeProto, TensorProto
+
+from export.lowered import ExportError
+
+Shape = tuple[int, ...]
+BYTES, FLOATS, WIDE, CODES = (
+    (TensorProto.UINT8,),
+    (TensorProto.FLOAT,),
+    (TensorProto.INT32,),
+    (TensorProto.UINT8, TensorProto.INT8),
+)
+MOST_TABLES = 4
+WINDOW = range(1, 4097)
+PADDING = range(4097)
+BYTE = range(256)
+FLAG = range(2)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: (name, possible element types) per input, how many are needed, how many outputs it can have."""
+
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    required: int
+    outputs: int
+
+
+_LAYER = (
+    ("codes", BYTES), ("weight scale", FLOATS), ("bias", WIDE), ("weight codes", CODES), ("weight codes", BYTES),
+    ("weight codes", BYTES), ("second summand", BYTES), ("tables", BYTES),
+)  # fmt: skip
+_POOL = (("codes", BYTES), ("tables", BYTES))
+OPERATORS: dict[str, Operator] = {
+    "QConv": Operator(_LAYER, 4, 2 + MOST_TABLES),
+    "QGemm": Operator(_LAYER, 4, 2 + MOST_TABLES),
+    "QConvFloat": Operator(_LAYER[:6], 4, 1),
+    "QGemmFloat": Operator(_LAYER[:6], 4, 1),
+    "QMaxPool": Operator(_POOL, 1, 1 + MOST_TABLES),
+    "QAveragePool": Operator(_POOL, 1, 1 + MOST_TABLES),
+    "QGlobalPool": Operator(_POOL, 1, 1 + MOST_TABLES),
+    "QAdd": Operator((("first summand", BYTES), ("second summand", BYTES), ("tables", BYTES)), 2, 1 + MOST_TABLES),
+    "QTables": Operator(_POOL, 2, MOST_TABLES),
+    "QImage": Operator((("images", FLOATS),), 1, 1),
+}
+WINDOWED = ("QConv", "QConvFloat", "QMaxPool", "QAveragePool")
+# Attribute -> its possible numbers, wherever it stands.
+RANGES = {
+    "bits": range(1, 9), "carry": range(1, 128), "channels_in": range(1, 1 << 20), "channels_out": range(1, 1 << 20),
+    "groups": range(1, 1 << 20), "x_zero": BYTE, "x_high": range(1, 256), "y_zero": BYTE, "y_low": BYTE, "y_high": BYTE,
+    "sum_low": BYTE, "sum_high": BYTE, "one_bit": FLAG, "threshold": FLAG, "other_first": FLAG, "count_include_pad": FLAG,
+    "rank": range(1, 9), "out_h": range(1, 1 << 16), "out_w": range(1, 1 << 16),
+    **{f"{what}_{axis}": WINDOW for what in ("kernel", "stride", "dilation") for axis in "hw"},
+    **{f"pad_{side}": PADDING for side in ("top", "left", "bottom", "right")},
+}  # fmt: skip
+
+
+def check_native(node: onnx.NodeProto, where: str) -> None:
+    """Raises ExportError beginning with `where` when a native node is none that `export/native_graph.py` writes."""
+    operator = OPERATORS[node.op_type]
+    if not operator.required <= len(node.input) <= len(operator.inputs) or not all(node.input[: operator.required]):
+        raise ExportError(
+            f"{where}: has {len(node.input)} inputs; it needs {operator.required} to {len(operator.inputs)}"
+        )
+    if len(node.output) > operator.outputs:
+        raise ExportError(f"{where}: has {len(node.output)} outputs; {operator.outputs} are possible")
+    for attribute in node.attribute:
+        possible = RANGES.get(attribute.name)
+        if possible is None:
+            continue
+        if attribute.type != AttributeProto.INT or attribute.i not in possible:
+            found = attribute.i if attribute.type == AttributeProto.INT else "no integer"
+            raise ExportError(
+                f"{where}: attribute {attribute.name} is {found}; {possible[0]} to {possible[-1]} are possible"
+            )
+    labels = [list(a.strings) for a in node.attribute if a.name == "codes"]
+    if labels and len(labels[0]) > operator.outputs:
+        raise ExportError(f"{where}: names codes of {len(labels[0])} outputs; {operator.outputs} are possible")
+
+
+def native_outputs(
+    node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape]], where: str
+) -> tuple[list[tuple[int, Shape]], int]:
+    """((element type, shape) of every output, multiply-adds) of a native node whose inputs have the `types` given.
+
+    Raises ExportError naming an input of another type or rank.
+    """
+    operator = OPERATORS[node.op_type]
+    for (what, possible), tensor in zip(operator.inputs, node.input, strict=False):
+        if tensor and types[tensor][0] not in possible:
+            found = TensorProto.DataType.Name(types[tensor][0])
+            wanted = " or ".join(TensorProto.DataType.Name(one) for one in possible)
+            raise ExportError(f"{where}: its {what} {tensor!r} is {found}, not {wanted}")
+    numbers = {a.name: a.i for a in node.attribute if a.type == AttributeProto.INT}
+    shape = types[node.input[0]][1]
+    rank = {"QGemm": 2, "QGemmFloat": 2, "QAdd": len(shape), "QTables": len(shape)}.get(node.op_type, 4)
+    if len(shape) != rank:
+        raise ExportError(f"{where}: its input {node.input[0]!r} has {len(shape)} axes, not {rank}")
+    made = _shape(node, shape, numbers, where)
+    element = TensorProto.FLOAT if node.op_type.endswith("Float") else TensorProto.UINT8
+    return [(element, made)] * len(node.output), _work(node, made, numbers)
+
+
+def _shape(node: onnx.NodeProto, shape: Shape, numbers: Mapping[str, int], where: str) -> Shape:
+    match node.op_type:
+        case "QConv" | "QConvFloat":
+            height, width = (_places(numbers, axis, size, where) for axis, size in zip("hw", shape[1:3], strict=True))
+            return (shape[0], height, width, _number(numbers, "channels_out", where))
+        case "QGemm" | "QGemmFloat":
+            return (shape[0], _number(numbers, "channels_out", where))
+        case "QMaxPool" | "QAveragePool":
+            return (shape[0], _number(numbers, "out_h", where), _number(numbers, "out_w", where), shape[3])
+        case "QGlobalPool":
+            return (shape[0], 1, 1, shape[3])
+        case "QImage":
+            return (shape[0], shape[2], shape[3], shape[1])
+        case _:
+            return shape
+
+
+def _places(numbers: Mapping[str, int], axis: str, size: int, where: str) -> int:
+    """How many places a window has along `axis` of an image of `size`."""
+    first, last = ("pad_top", "pad_bottom") if axis == "h" else ("pad_left", "pad_right")
+    kernel, stride, dilation = (_number(numbers, f"{what}_{axis}", where) for what in ("kernel", "stride", "dilation"))
+    free = size + _number(numbers, first, where) + _number(numbers, last, where) - dilation * (kernel - 1) - 1
+    if free < 0:
+        raise ExportError(f"{where}: has a kernel larger than its padded image")
+    return free // stride + 1
+
+
+def _work(node: onnx.NodeProto, made: Shape, numbers: Mapping[str, int]) -> int:
+    """Multiply-adds, or codes looked at."""
+    count = 1
+    for size in made:
+        count *= size
+    if node.op_type in WINDOWED:
+        count *= numbers.get("kernel_h", 1) * numbers.get("kernel_w", 1)
+    if node.op_type in ("QConv", "QConvFloat", "QGemm", "QGemmFloat"):
+        count *= max(numbers.get("channels_in", 1) // numbers.get("groups", 1), 1)
+    return count
+
+
+def _number(numbers: Mapping[str, int], name: str, where: str) -> int:
+    if name not in numbers:
+        raise ExportError(f"{where}: has no integer attribute {name}")
+    return numbers[name]
