@@ -30,7 +30,9 @@ def read(file: Path) -> onnx.ModelProto:
         metadata = read_metadata(proto, name)
         size = metadata["input"]["size"]
         if metadata["target"] == "qonnx":
-            raise ExportError(f"{file}: is a QONNX file, for FINN; ONNX Runtime cannot run it: export for an ort target")
+            raise ExportError(
+                f"{file}: is a QONNX file, for FINN; ONNX Runtime cannot run it: export for an ort target"
+            )
     if PROOF_KEY in keys:
         proof_of(proto, name)
     check_graph(proto, name, size)
