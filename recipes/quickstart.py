@@ -13,6 +13,7 @@ import tyro
 from qat.cli import DEBUG_HELP, arguments, guarded
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
+from qat.interrupts import Interrupted
 from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
@@ -78,7 +79,13 @@ def quickstart(flags: Quickstart) -> int:
     return 0 if certificate.passed and comparison.passed else 1
 
 
+def begin(flags: Quickstart) -> int:
+    """The quickstart; stopped by a signal it says that it cannot be resumed."""
+    try:
+        return quickstart(flags)
+    except Interrupted as stop:
+        raise Interrupted(stop.number, "stopped; the quickstart takes minutes and begins anew: run it again") from None
+
+
 if __name__ == "__main__":
-    sys.exit(
-        guarded(lambda: quickstart(tyro.cli(Quickstart, description=f"{__doc__}\n\n{DEBUG_HELP}", args=arguments())))
-    )
+    sys.exit(guarded(lambda: begin(tyro.cli(Quickstart, description=f"{__doc__}\n\n{DEBUG_HELP}", args=arguments()))))

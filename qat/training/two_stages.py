@@ -35,7 +35,9 @@ def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder
             run(replace(recipe, out=first, resume=recipe.resume and (first / "last.pt").exists()), data)
         return run(_second(recipe, out, first), data)
     except Interrupted as stop:
-        raise Interrupted(stop.number, f"{stop} (both stages go on from --out {out})") from None
+        stopped = str(stop).split(",")[0]
+        message = f"{stopped}, all saved; to go on with both stages, repeat the command with --resume --out {out}"
+        raise Interrupted(stop.number, message) from None
 
 
 def _second(recipe: BiperRecipe, out: Path, first: Path) -> BiperRecipe:
