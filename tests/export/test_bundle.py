@@ -169,11 +169,12 @@ def test_the_record_of_where_a_file_was_proven_holds_for_its_graph_alone(tiny: E
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny.proto)
     assert proof_of(proto) == []
-    record_proof(proto, [{"machine": "x86_64"}])
-    record_proof(proto, [{"machine": "wasm"}])  # replaces the older one
+    first, second = ({"machine": m, "runtime": "ONNX Runtime 1.32.0", "images": 8} for m in ("x86_64", "wasm"))
+    record_proof(proto, [first])
+    record_proof(proto, [second])  # replaces the older one
     onnx.save(proto, str(tmp_path / "proven.onnx"))
     read = onnx.load(str(tmp_path / "proven.onnx"))
-    assert proof_of(read) == [{"machine": "wasm"}]
+    assert proof_of(read) == [second]
     read.graph.initializer[0].raw_data = bytes(len(read.graph.initializer[0].raw_data))
     assert proof_of(read) == []
 

@@ -16,6 +16,7 @@ import pytest
 from qat.cli import Report, execute, guarded
 from qat.deploy import write_report
 from qat.domains.synthetic import synthetic_domains
+from qat.files import FileError
 from qat.training import figures, report
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_predictions, load_measured, write_baseline
@@ -219,7 +220,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def refused(action: Any, path: Path, done: str) -> bool:
     try:
         action()
-    except RecipeError as error:
+    except (RecipeError, FileError) as error:
         message = str(error)
         assert message.startswith(f"{path}: ") and "\n" not in message, f"{done}: {message}"
         return True
