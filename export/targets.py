@@ -15,6 +15,7 @@ Activations = Literal["", "uint8", "int8"]
 
 # On x86 without VNNI the runtime then widens before it adds; elsewhere the entry does nothing.
 PRECISE_X64 = (("session.x64quantprecision", "1"),)
+PRECISE_SINCE = "ONNX Runtime 1.25 to 1.29 end the process when session.x64quantprecision is set"
 # The first ONNX Runtime whose QLinearConv is right on x86 processors with AMX or AVX-VNNI: 1.23.0 and 1.24.4 write garbage on
 # AMX for 20, 24 or 56 output channels (microsoft/onnxruntime#27671). Elsewhere each target's own `runtime` holds.
 RUNTIME_ON_AMX = "1.25.1"
@@ -65,10 +66,15 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "ort-native", storage="packed", pair_sums_saturate=False, native=True, session_options=PRECISE_X64,
-            runtime="1.23", why="edgeqat's kernels are tested from ONNX Runtime 1.23 on",
+            runtime="1.30", why=PRECISE_SINCE,
         ),
-        Target("ort-int8-vnni", pair_sums_saturate=False, session_options=PRECISE_X64),
-        Target("ort-packed-vnni", storage="packed", pair_sums_saturate=False, session_options=PRECISE_X64),
+        Target(
+            "ort-int8-vnni", pair_sums_saturate=False, session_options=PRECISE_X64, runtime="1.30", why=PRECISE_SINCE
+        ),
+        Target(
+            "ort-packed-vnni", storage="packed", pair_sums_saturate=False, session_options=PRECISE_X64,
+            runtime="1.30", why=PRECISE_SINCE,
+        ),
         Target("qdq", pair_sums_saturate=False, keeps_scales=True, qdq="uint8"),
         Target("qdq-symmetric", pair_sums_saturate=False, keeps_scales=True, qdq="int8"),
         Target(

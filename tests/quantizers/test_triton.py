@@ -23,7 +23,13 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="this PyTorch comes wit
 def in_its_own_process(module: str, **variables: str) -> str:
     """What a module prints. Triton is never imported here: its crash must be one failed test, not the end of the suite."""
     done = subprocess.run(
-        [sys.executable, "-m", module], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+        [sys.executable, "-m", module],
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
     )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr}"
     return done.stdout
