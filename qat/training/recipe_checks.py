@@ -121,6 +121,8 @@ def _check_binary(recipe: BiperRecipe) -> None:
                     f"{flag(field)} has no effect with --binarizer {recipe.binarizer}, which has one stage and no sine; "
                     "leave it out"
                 )
+    if recipe.stage == 2 and recipe.binarizer == "biper" and recipe.init_from is None:
+        raise RecipeError("--stage 2 begins from a stage-1 run: name its folder with --init-from")
     if recipe.stage == 2:
         for field in SECOND_ALONE:
             if getattr(recipe, field) != getattr(default, field):
@@ -128,8 +130,6 @@ def _check_binary(recipe: BiperRecipe) -> None:
                 raise RecipeError(f"{flag(field)} has no effect with --stage 2, a run by itself; use {plain}")
     if recipe.frequency_start is not None and recipe.learn_frequency:
         raise RecipeError("--frequency-start: a learned frequency has no schedule; leave one of the two out")
-    if recipe.stage == 2 and recipe.binarizer == "biper" and recipe.init_from is None:
-        raise RecipeError("--stage 2 begins from a stage-1 run: name its folder with --init-from")
 
 
 def _check_grids(recipe: LsqRecipe) -> None:

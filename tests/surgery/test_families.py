@@ -44,5 +44,5 @@ def test_unknown_backbone_and_weights_that_do_not_fit_are_named(tmp_path) -> Non
     torch.save({"a.weight": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match=r"other\.pt: does not fit the backbone; missing or of another shape: "):
         create_backbone("mobilenetv2_035", 5, weights=file)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="No such file"):
         create_backbone("mobilenetv2_035", 5, weights=tmp_path / "absent.pt")

@@ -74,5 +74,5 @@ def test_bad_files_are_named_with_what_to_do(text: str, message: str, tmp_path: 
     with pytest.raises(ValueError, match=message) as caught:
         read_rules(path)
     assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="No such file"):
         read_rules(tmp_path / "absent.toml")
