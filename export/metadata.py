@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel
-from export.metadata_entries import check_description, check_proof, parsed_entries
+from export.metadata_entries import FLOAT_TARGETS, check_description, check_proof, parsed_entries
 from export.packing import plane_widths, unpack
 from export.targets import RUNTIME_ON_AMX, TARGETS, Target
 
@@ -27,7 +27,6 @@ READABLE = range(1, FORMAT + 1)
 MOVED = "scales_moved_ppm"  # quantizer -> how far its scale is from the trained one (`export/ties.py`)
 DIGESTS = ("sha256", "scale_sha256", "bias_sha256")  # of a layer; files of format 1 and 2 have only the first
 SAID = ("target", "storage", "runtime", "session_options", MOVED)
-FLOAT_TARGETS = ("fp32", "fp16", "qonnx")  # files whose weights are floats: there are no codes to sign
 FLOAT_RUNTIME = "1.18"  # the oldest that reads opset 20
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
 
@@ -89,6 +88,7 @@ def sign_float(proto: onnx.ModelProto, target: str, preprocessing: Preprocessing
 
     target: one of FLOAT_TARGETS.
     """
+    assert target in FLOAT_TARGETS
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     value = {
         "format": FORMAT,

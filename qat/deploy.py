@@ -167,7 +167,8 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
     """
     from export.lower import lower
     from export.lowered import ExportError
-    from export.metadata import FLOAT_TARGETS, FORMAT, read_metadata
+    from export.metadata import FORMAT, read_metadata
+    from export.metadata_entries import FLOAT_TARGETS
     from export.onnx_file import read
     from export.passes import to_integers
     from export.targets import target_named

@@ -16,6 +16,8 @@ from qat.quantizers import fused
 ROOT = Path(__file__).parents[2]
 
 
+# Marked slow so that `.ci/run` can give them a pytest of one process: a worker of pytest-xdist dies, without a word and not
+# every time, when it comes to them.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="this PyTorch comes without Triton")
 
@@ -35,6 +37,7 @@ def in_its_own_process(module: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_agree_with_the_plain_formula_in_the_interpreter() -> None:
     printed = in_its_own_process("tests.quantizers.interpreted", TRITON_INTERPRET="1")
@@ -46,6 +49,7 @@ def machine_code() -> dict[str, str]:
     return dict(json.loads(in_its_own_process("tests.quantizers.compiled")))
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("element", ["*fp32", "*bf16"])
 @pytest.mark.parametrize("inner", [1, None])
