@@ -180,7 +180,7 @@ def _check_texts(texts: list[bytes], here: str) -> None:
         try:
             decoded = text.decode()
         except UnicodeDecodeError as error:
-            raise ExportError(f"{here}: is no text") from error
+            raise ExportError(f"{here}: is not text") from error
         if len(decoded) > MOST_PARTS:
             raise ExportError(f"{here}: is a text of {len(decoded)} characters")
 

@@ -78,7 +78,7 @@ class Walk:
         declared = inputs[0].type.tensor_type
         dims = [dim.dim_value if dim.HasField("dim_value") else None for dim in declared.shape.dim]
         if declared.elem_type != TensorProto.FLOAT or len(dims) != 4:
-            raise ExportError(f"{self.name}: its input {inputs[0].name!r} is no float32 batch of images N_3_H_W")
+            raise ExportError(f"{self.name}: its input {inputs[0].name!r} is not a float32 batch of images N_3_H_W")
         usual = (1, 3, size, size)
         shape = tuple(usual[axis] if dim is None else dim for axis, dim in enumerate(dims))
         known = tuple(dim for dim in shape if dim is not None)
