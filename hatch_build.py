@@ -20,8 +20,8 @@ class KernelsHook(BuildHookInterface):
         folder = Path(self.root) / "export" / "kernels"
         sys.path.insert(0, self.root)
         try:
+            from edgeqat import compiled  # noqa: F401  what `build` imports later; both need the standard library alone
             from export.kernels import build as kernels
-            from qat import compiled  # noqa: F401  what `build` imports later; both need the standard library alone
         finally:
             sys.path.pop(0)
         if os.environ.get("EDGEQAT_BUILD_KERNELS", "1") == "0":

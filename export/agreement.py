@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from edgeqat.terminal import in_lines
 from export import session
 from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored
 from export.fidelity import Trained
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.onnx_file import read
 from export.reference import IntegerReference
-from qat.terminal import in_lines
 
 Carriers = dict[str, NDArray[np.uint8]]
 ROUNDING_LEVELS = tuple(f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL"))

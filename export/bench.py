@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgeqat.terminal import printable
 from export import latency, session
-from qat.terminal import printable
 
 FP32, STATIC = "fp32", "ort static int8"
 LOADS = 3

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from edgeqat.terminal import in_lines
 from export import session
 from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import PLATFORMS
@@ -35,7 +36,6 @@ from export.onnx_file import read
 from export.reference import IntegerReference
 from export.skeleton import quantizers_in_order
 from export.stress import adversarial, culprit, settings_that_differ
-from qat.terminal import in_lines
 
 INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", *KERNELS}
 EXACT_LEVELS = ("EXTENDED", "ALL")

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeqat.compiled import cache_folder, distrust
 from export.lowered import ExportError
-from qat.compiled import cache_folder, distrust
 
 ARM64_VARIABLE, WASM_VARIABLE = "EDGEQAT_ARM64", "EDGEQAT_WASM"
 BASE_FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"

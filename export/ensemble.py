@@ -16,11 +16,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from edgeqat.terminal import printable
 from export import session
 from export.lowered import ExportError
 from export.metadata import MOVED, read_metadata, write_metadata
 from export.stress import quantizer_tensors
-from qat.terminal import printable
 
 Average = Literal["probabilities", "logits"]
 AVERAGES: tuple[Average, ...] = get_args(Average)

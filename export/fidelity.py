@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgeqat.terminal import in_lines
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
 from export.rounding import NEGLIGIBLE_CODES, bias_roundings, largest_results
 from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, modules_of, quantizers_in_order, weight_layer
-from qat.terminal import in_lines
 
 FLOAT_SUM = 2.0**-22  # two sums in float32, each off by half a bit a few times
 FUNCTION = 1e-3  # codes

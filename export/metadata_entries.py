@@ -10,9 +10,9 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from edgeqat.files import FileError, reason_of, require_entries
 from export.lowered import ExportError
 from export.targets import TARGETS
-from qat.files import FileError, reason_of, require_entries
 
 MOST_TEXT = (
     16 << 20

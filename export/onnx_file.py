@@ -9,10 +9,10 @@ from pathlib import Path
 
 import onnx
 
+from edgeqat.files import FileError, reason_of, require_readable
 from export.graph_checks import check_graph
 from export.lowered import ExportError
 from export.metadata import KEY, PROOF_KEY, proof_of, read_metadata
-from qat.files import FileError, reason_of, require_readable
 
 MOST_BYTES = (1 << 31) - 1  # of one protobuf message
 

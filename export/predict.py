@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeqat.images import ImageError, open_image
 from export import session
 from export.lowered import ExportError
 from export.metadata import read_metadata
 from export.onnx_file import read
-from qat.images import ImageError, open_image
 
 
 @dataclass(frozen=True)

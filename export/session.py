@@ -12,12 +12,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edgeqat.files import reason_of
 from export.kernels.library import library
 from export.lowered import ExportError
 from export.metadata import wanted_options
 from export.native_file import is_native, reveal
 from export.onnx_file import parse
-from qat.files import reason_of
 
 LEVELS = {
     "DISABLE": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from edgeqat.terminal import in_lines
 from export.certificate import INTEGER_KERNELS, layer_kernels
 from export.metadata import broken_signatures, missing_options, proof_of, read_metadata, unsigned_parts
 from export.onnx_file import read
 from export.stress import settings_that_differ
 from export.targets import TARGETS
-from qat.terminal import in_lines
 
 IMAGES = 8
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
-from qat.files import reason_of
-from qat.interrupts import Interrupted, Terminated, termination_raises
-from qat.terminal import printable, say
+from edgeqat.files import reason_of
+from edgeqat.interrupts import Interrupted, Terminated, termination_raises
+from edgeqat.terminal import printable, say
 from qat.training.ranges import COMMAND, out_of_range
 
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy"}  # our words -> the runtime's
@@ -315,8 +315,8 @@ def _certify(command: Certify) -> int:
 
 
 def _compare(command: Compare) -> int:
+    from edgeqat.files import write_json, write_text
     from qat import deploy
-    from qat.files import write_json, write_text
     from qat.training.compare import compare_runs, write_baseline
 
     if command.update_baseline:
@@ -338,7 +338,7 @@ def _compare(command: Compare) -> int:
 
 
 def _inspect(command: Inspect) -> int:
-    from qat.files import write_json
+    from edgeqat.files import write_json
     from qat.training.inspection import inspect_run
 
     inspection = inspect_run(command.run, command.top)
@@ -349,8 +349,8 @@ def _inspect(command: Inspect) -> int:
 
 
 def _ensemble(command: Ensemble) -> int:
+    from edgeqat.files import write_json
     from qat import deploy
-    from qat.files import write_json
     from qat.training.ensemble import evaluate_ensemble
 
     table = evaluate_ensemble(command.runs, command.average, command.data_root)

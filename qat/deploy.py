@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from edgeqat.files import FileError, make_folder, write_atomically, write_json, write_text
 from qat import __version__
-from qat.files import FileError, make_folder, write_atomically, write_json, write_text
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
 from qat.training.records import classes_of, results_of

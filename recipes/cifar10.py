@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from tyro.conf import OmitArgPrefixes
 
+from edgeqat.terminal import say
 from qat.cli import choose, guarded
-from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.data import split_of
 from qat.training.loop import run

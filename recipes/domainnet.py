@@ -17,11 +17,11 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
+from edgeqat.terminal import say
 from qat.cli import choose, guarded
 from qat.domains.domainnet import read_domainnet
 from qat.domains.inventory import PUBLISHED
 from qat.domains.miniature import MINIATURE, write_miniature
-from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError

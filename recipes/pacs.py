@@ -11,9 +11,9 @@ code is 1 when it lost more than a point.
 
 import sys
 
+from edgeqat.terminal import say
 from qat.cli import choose, guarded
 from qat.domains.folders import read_domains
-from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError

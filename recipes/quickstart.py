@@ -10,11 +10,11 @@ from pathlib import Path
 
 import tyro
 
+from edgeqat.interrupts import Interrupted
+from edgeqat.terminal import say
 from qat.cli import DEBUG_HELP, arguments, guarded
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.interrupts import Interrupted
-from qat.terminal import say
 from qat.training.compare import compare_runs
 from qat.training.loop import run
 from qat.training.ranges import COMMAND, out_of_range

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from qat import compiled
+from edgeqat import compiled
 
 ROOT = Path(__file__).parent.parent
 NAME = "kernels-0123456789abcdef.so"
@@ -370,7 +370,7 @@ def test_programs_in_others_folders_are_named(home: Path, tmp_path: Path) -> Non
 PROGRAM = """
 import os, subprocess, sys, time
 from pathlib import Path
-from qat import compiled
+from edgeqat import compiled
 def make(path):
     with open(os.environ["RUNS"], "a") as log: log.write("run\\n")
     time.sleep(float(os.environ.get("SLOW", 0)))

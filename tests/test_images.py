@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeqat import images
+from edgeqat.images import ImageError, check_image, open_image
 from export.lowered import ExportError
 from export.predict import preprocess
-from qat import images
 from qat.domains.batches import EvalImages
 from qat.domains.domainnet import _check_jpegs
 from qat.domains.folders import DataError, FolderImages, check_readable, read_domains
 from qat.domains.splits import Subset
-from qat.images import ImageError, check_image, open_image
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,7 +153,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     """50,000 × 50,000 pixels that are there: three megabytes on disk, 7.5 GB in memory."""
     (tmp_path / "image.png").write_bytes(png(50_000, 50_000))
     code = (
-        "import resource, sys; from pathlib import Path; from qat.images import ImageError, open_image\n"
+        "import resource, sys; from pathlib import Path; from edgeqat.images import ImageError, open_image\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: open_image(Path(sys.argv[1]))\nexcept ImageError: pass\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted([*ROOT.glob("qat/**/*.py"), *ROOT.glob("export/**/*.py")])
+FILES = sorted(path for package in ("edgeqat", "qat", "export") for path in ROOT.glob(f"{package}/**/*.py"))
 
 # Layer of qat -> the layers of qat it may import.
 LAYERS = {
@@ -31,8 +31,7 @@ TORCH_IN_EXPORT = {
     "export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py", "export/agreement.py",
     "export/bundle.py", "export/across.py", "export/fidelity.py",
 }  # fmt: skip
-# Modules at the bottom of both packages: they import nothing but the standard library, numpy and pillow.
-BOTTOM = {"qat.compiled", "qat.files", "qat.images", "qat.interrupts", "qat.terminal"}
+# What `edgeqat`, below both packages, may import beside itself.
 ON_THE_GROUND = sys.stdlib_module_names | {"numpy", "PIL"}
 EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py", "qat/settle.py"}
 
@@ -60,11 +59,11 @@ def test_a_file_imports_only_what_is_below_it(path: Path) -> None:
                 assert name in doors, f"{name} imports {module}; its one door is {', '.join(doors)}"
         if package == "qat" and parts[0] == "export":
             assert name in EXPORT_FROM_QAT and not at_top, f"{name} imports {module}"
-        if package == "qat" and parts[0] == "qat" and len(parts) > 1 and len(rest) > 1 and module not in BOTTOM:
+        if package == "qat" and parts[0] == "qat" and len(parts) > 1 and len(rest) > 1:
             assert parts[1] in LAYERS[rest[0]], f"{name} imports {module}"
-        if f"qat.{path.stem}" in BOTTOM and len(rest) == 1 and package == "qat":
-            assert parts[0] in ON_THE_GROUND or module in BOTTOM, f"{name} imports {module}"
-        if package == "export" and parts[0] == "qat" and module not in BOTTOM:
+        if package == "edgeqat":
+            assert parts[0] in ON_THE_GROUND | {"edgeqat"}, f"{name} imports {module}"
+        if package == "export" and parts[0] == "qat":
             assert name == "export/lower.py", f"{name} imports {module}"
         if package == "export" and parts[0] == "torch":
             assert name in TORCH_IN_EXPORT, f"{name} imports {module}"
@@ -85,4 +84,10 @@ def test_training_loads_neither_onnx_nor_the_runtime() -> None:
         "import sys, qat.surgery.swap, qat.quantizers.lsq, qat.domains.folders, qat.surgery.calibrate\n"
         "print([m for m in ('timm', 'brevitas', 'onnxruntime') if m in sys.modules])"
     )
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["export.predict", "export.verify", "export.session", "export.bundled.check"])
+def test_what_a_device_runs_loads_neither_torch_nor_qat(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'torchvision', 'timm', 'qat') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeqat.terminal import in_lines, printable, say
 from qat import cli
 from qat.cli import guarded
 from qat.domains.folders import DataError, read_domains
 from qat.domains.inventory import PUBLISHED, Found, Inventory
-from qat.terminal import in_lines, printable, say
 from qat.training.compare import compare_predictions
 from qat.training.ensemble import Answers, compare_ensemble
 

@@ -26,7 +26,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.files import write_json
+from edgeqat.files import write_json
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import WEIGHTED, quantize_, uniform_rules

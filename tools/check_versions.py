@@ -18,8 +18,8 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
+from edgeqat.terminal import printable
 from export.elsewhere import CPUS, run_python, unavailable
-from qat.terminal import printable
 
 ROOT = Path(__file__).parents[1]
 PROJECT = ("pyproject.toml", "--output-file")

@@ -4,7 +4,7 @@
 
 Every instruction set is a translation unit of its own, chosen at run time, so the library runs on any processor of its
 architecture. Its name carries a hash of sources and flags, so that a library of other sources is never taken for this one's,
-and one of its own contents (`qat/compiled.py`).
+and one of its own contents (`edgeqat/compiled.py`).
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def compiler(architecture: str | None = None) -> str | None:
 
 def build(folder: Path, architecture: str | None = None) -> Path:
     """Compile into `folder` for `architecture`, by default this machine's; returns the library's path. Raises BuildError."""
-    from qat.compiled import make_library
+    from edgeqat.compiled import make_library
 
     folder.mkdir(parents=True, exist_ok=True)
     return make_library(folder, library_name(architecture), lambda path: compile_library(path, architecture))

@@ -1,13 +1,13 @@
 """Where the compiled kernels are: in the user's cache, beside their sources if the installation had a compiler, else compiled
-now (`qat/compiled.py` says which places and files count)."""
+now (`edgeqat/compiled.py` says which places and files count)."""
 
 import os
 from functools import cache
 from pathlib import Path
 
+from edgeqat.compiled import library as kept_library
 from export.kernels.build import HERE, BuildError, compile_library, library_name
 from export.lowered import ExportError
-from qat.compiled import library as kept_library
 
 VARIABLE = "EDGEQAT_KERNELS"
 

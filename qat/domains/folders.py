@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qat.images import SUFFIXES, ImageError, check_image, open_image
-from qat.terminal import printable
+from edgeqat.images import SUFFIXES, ImageError, check_image, open_image
+from edgeqat.terminal import printable
 
 NAMED = 5  # how many offenders a message lists
 

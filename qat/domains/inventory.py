@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeqat.terminal import printable
 from qat.domains.domainnet_lists import DUPLICATES
 from qat.domains.folders import some
-from qat.terminal import printable
 
 
 @dataclass(frozen=True)

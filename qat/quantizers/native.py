@@ -1,7 +1,7 @@
 """C++ sources of this package, compiled once by the system's compiler and called through ctypes.
 
-The library's name is made of source, flags, compiler and processor; `qat/compiled.py` says where it lies. Without a compiler
-the callers use their plain PyTorch formulas, and one line on the log says so. EDGEQAT_NATIVE=0 asks for that.
+The library's name is made of source, flags, compiler and processor; `edgeqat/compiled.py` says where it lies. Without a
+compiler the callers use their plain PyTorch formulas, and one line on the log says so. EDGEQAT_NATIVE=0 asks for that.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from qat.compiled import library as kept_library
+from edgeqat.compiled import library as kept_library
 
 # Contraction would round differently from PyTorch; the other two change no result but let the compiler vectorise rint.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

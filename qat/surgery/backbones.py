@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.files import FileError, require_readable
+from edgeqat.files import FileError, require_readable
 from qat.surgery.binary_nets import ARCHITECTURES
 
 

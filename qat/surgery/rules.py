@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from qat.files import FileError, read_text
+from edgeqat.files import FileError, read_text
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.layers import LayerSpec
 from qat.surgery.swap import WEIGHTED, Rules

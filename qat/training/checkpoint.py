@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qat.files import (
+from edgeqat.files import (
     Kind,
     read_json,
     read_text,

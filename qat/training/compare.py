@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.files import FileError, read_json, write_text
-from qat.terminal import printable
+from edgeqat.files import FileError, read_json, write_text
+from edgeqat.terminal import printable
 from qat.training.checkpoint import RunFolder
 from qat.training.recipe import RecipeError
 from qat.training.records import TEXT, WHOLE, Each, Maybe, Shape, require

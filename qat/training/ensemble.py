@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgeqat.terminal import printable
 from qat.domains.splits import Split
-from qat.terminal import printable
 from qat.training.checkpoint import Built, load_run
 from qat.training.compare import mcnemar
 from qat.training.data import split_of

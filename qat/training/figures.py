@@ -17,8 +17,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from edgeqat.terminal import printable
 from qat.quantizers.biper import quantization_error
-from qat.terminal import printable
 from qat.training.scale_log import KINDS, kind_of, layer_of
 
 BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"

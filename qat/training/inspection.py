@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from edgeqat.terminal import printable
 from qat.objectives.scale_freeze import FreezeRule
-from qat.terminal import printable
 from qat.training.checkpoint import RunFolder
 from qat.training.recipe import RecipeError
 from qat.training.records import metrics_of

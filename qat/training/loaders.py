@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from edgeqat.interrupts import leave_signals_to_the_parent
 from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
 from qat.domains.cifar import EpochBatches, crop_flip
 from qat.domains.splits import Split, Subset
 from qat.domains.transforms import eval_transform, train_transform
-from qat.interrupts import leave_signals_to_the_parent
 from qat.training.checkpoint import Built, Samples
 from qat.training.recipe import Recipe
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from edgeqat.files import write_json
+from edgeqat.interrupts import Interrupted, StopRequest
 from qat.domains.folders import Domain
 from qat.domains.splits import Split, Subset, leave_one_domain_out
-from qat.files import write_json
-from qat.interrupts import Interrupted, StopRequest
 from qat.objectives.averaging import Average, LossValley
 from qat.settle import settle_
 from qat.surgery.backbones import create_optimizer

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from qat.files import read_json
+from edgeqat.files import read_json
 from qat.training.checkpoint import RunFolder
 from qat.training.recipe import RecipeError
 

@@ -12,12 +12,12 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from torch import nn
 
+from edgeqat.files import read_json
+from edgeqat.terminal import printable
 from qat import __version__
-from qat.files import read_json
 from qat.quantizers.contract import Quantizer
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.swap import quantized_weights
-from qat.terminal import printable
 from qat.training import figures, scale_figures
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import require_same_classes

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from edgeqat.terminal import printable
 from qat.settle import LARGE_SHIFT
-from qat.terminal import printable
 from qat.training.checkpoint import RunFolder
 from qat.training.records import results_of
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qat.files import read_json, require_readable, write_json
+from edgeqat.files import read_json, require_readable, write_json
 from qat.objectives.scale_freeze import Seen
 from qat.training.recipe import RecipeError
 from qat.training.records import TEXT, WHOLE, require

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from qat.files import FileError, read_text, reason_of, require_entries, write_text
+from edgeqat.files import FileError, read_text, reason_of, require_entries, write_text
 
 log = logging.getLogger("edgeqat")
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgeqat.interrupts import Interrupted
 from qat.domains.folders import Domain
 from qat.domains.splits import Split
-from qat.interrupts import Interrupted
 from qat.training.checkpoint import RunFolder, check_out, default_folder
 from qat.training.loop import run
 from qat.training.recipe import BiperRecipe, RecipeError

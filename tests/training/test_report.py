@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from edgeqat.files import FileError
 from qat.cli import Report, execute, guarded
 from qat.deploy import write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.files import FileError
 from qat.training import figures, report
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_predictions, load_measured, write_baseline

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from edgeqat.files import FileError, write_atomically
 from qat import cli
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.files import FileError, write_atomically
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_runs, mcnemar, write_baseline
 from qat.training.evaluate import accuracy

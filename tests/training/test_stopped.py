@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from edgeqat.files import FileError, write_text
+from edgeqat.interrupts import Interrupted, StopRequest
 from qat import cli
 from qat.domains.synthetic import synthetic_domains
-from qat.files import FileError, write_text
-from qat.interrupts import Interrupted, StopRequest
 from qat.training import loop
 from qat.training.checkpoint import RunFolder
 from qat.training.loop import run
@@ -129,7 +129,7 @@ def test_sigterm_ends_a_command_with_143_and_its_temporary_files_are_removed(tmp
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from qat.cli import guarded\n"
-        "from qat.files import write_atomically\n"
+        "from edgeqat.files import write_atomically\n"
         "def write(path):\n"
         "    path.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
