@@ -7,6 +7,7 @@ norm and clip activation behind it) whose result is read by anything but one lay
 has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit codes.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,25 +22,46 @@ LAYOUTS = {
     "flatten", "reshape", "view", "permute", "transpose", "contiguous", "max_pool2d", "dropout", "getitem", "squeeze",
     "unsqueeze", "chunk", "split", "unbind", "pixel_shuffle", "channel_shuffle", "pad", "clone", "detach", "to", "type",
     "type_as", "float", "expand", "expand_as", "repeat", "roll", "flip", "reshape_as", "view_as", "t", "swapaxes", "movedim",
-    "unflatten", "narrow", "tensor_split", "nearest",
+    "unflatten", "narrow", "tensor_split", "nearest", "copy", "alias", "split_with_sizes",
 }  # fmt: skip
 # Products of two activations, or of a weight, that no quantizer reaches yet. (Times a table: `multiplies_table`.)
 UNSUPPORTED_MULTIPLIES = {
-    "einsum", "baddbmm", "addmm", "scaled_dot_product_attention", "multi_head_attention_forward", "bilinear",
-    "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "einsum", "baddbmm", "addmm", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell", "conv3d", "conv_transpose3d", "tensordot", "inner", "mv", "dot", "vdot", "addbmm", "addmv",
+    "chain_matmul", "multi_dot", "transformer_encoder_layer_fwd", "native_multi_head_attention",
 }  # fmt: skip
+IMAGE = re.compile(r"#input\d+")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """sites: addresses whose output is quantized to 8 bits. on_grid: layers whose input comes from such a site.
-    relus: (address, convolution, upper clip) of each ReLU whose result that convolution alone reads.
-    absorbed: addresses of the batch norms and clips that go into the layer before them."""
+    """Where 8-bit quantizers stand.
+
+    sites:    addresses whose output is quantized to 8 bits; `#input0` and so on are the model's own inputs.
+    on_grid:  layers whose input comes from such a site.
+    relus:    (address, convolution, upper clip) of each ReLU whose result that convolution alone reads.
+    absorbed: addresses of the batch norms and clips that go into the layer before them.
+    """
 
     sites: tuple[str, ...]
     on_grid: frozenset[str]
     relus: tuple[tuple[str, str, float], ...] = ()
     absorbed: frozenset[str] = frozenset()
+
+
+def path_of(address: str) -> str:
+    """The module that makes the operation."""
+    return address.partition("#")[0]
+
+
+def is_image(address: str) -> bool:
+    """Whether it is the address of one of the model's own inputs."""
+    return IMAGE.fullmatch(address) is not None
+
+
+def unsupported(trace: Trace) -> list[Call]:
+    """The operations that multiply in a way that no quantizer reaches."""
+    return [call for call in trace.calls if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call)]
 
 
 def plan_sites(
@@ -48,11 +70,8 @@ def plan_sites(
     """Decide the 8-bit sites of a traced model.
 
     binary_inputs: layers that read one-bit codes. in_float: layers that are not quantized.
-    Raises ValueError naming a multiply that cannot be quantized, or a layer that would binarize the model's input.
+    Raises ValueError naming a layer that would binarize the model's input.
     """
-    for call in trace.calls:
-        if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call):
-            raise ValueError(f"{call.address}: quantize_ cannot quantize the products of {call.kind} yet")
     flow = _Flow(trace, in_float)
     sites: dict[str, None] = {}
     for call in trace.calls:
@@ -62,19 +81,13 @@ def plan_sites(
                 sites[flow.producer[end].address] = None
         if is_join(call):
             for value in call.inputs:
-                origin = flow.origin(value)
-                if origin is None:
-                    raise ValueError(
-                        f"{call.address}: the model's input joins a {call.kind} before any layer quantizes it"
-                    )
-                sites[origin.address] = None
+                sites[flow.source(value)] = None
     for address in flow.read_by_binary(binary_inputs, in_float):
         sites[address] = None
     on_grid, elsewhere = set[str](), set[str]()
     for call in trace.calls:
         if call.kind in MULTIPLIES:
-            origin = flow.origin(call.inputs[0])
-            (on_grid if origin is not None and origin.address in sites else elsewhere).add(call.layer)
+            (on_grid if flow.source(call.inputs[0]) in sites else elsewhere).add(call.layer)
     absorbed = frozenset(part for call in trace.calls if is_integer(call) for part in flow.absorbed(call))
     return Plan(tuple(sites), frozenset(on_grid - elsewhere), tuple(flow.relus_of_one_conv(trace)), absorbed)
 
@@ -98,6 +111,7 @@ class _Flow:
         self.in_float = in_float
         self.calls, self.producer, self.readers = trace.calls, trace.producer(), trace.consumers()
         self.outputs = set(trace.model_outputs)
+        self.images = {value: f"#input{position}" for position, value in enumerate(trace.model_inputs)}
 
     def unit_end(self, call: Call) -> int:
         """The value behind the batch norm and clip that the runtime absorbs into `call`."""
@@ -177,7 +191,16 @@ class _Flow:
 
     def origin(self, value: int) -> Call | None:
         """The call that computed `value`, looking back through layout operations; None for the model's input."""
+        return self.producer.get(self._moved_from(value))
+
+    def source(self, value: int) -> str:
+        """Address of what computed `value`, looking back through layout operations: a call, or one of the model's inputs."""
+        first = self._moved_from(value)
+        return self.producer[first].address if first in self.producer else self.images[first]
+
+    def _moved_from(self, value: int) -> int:
         call = self.producer.get(value)
         while call is not None and call.kind in LAYOUTS:
-            call = self.producer.get(call.inputs[0])
-        return call
+            value = call.inputs[0]
+            call = self.producer.get(value)
+        return value

@@ -22,8 +22,9 @@ from torch import nn
 
 from edgeqat.files import FileError, read_text
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.decide import Rules
 from qat.surgery.layers import LayerSpec
-from qat.surgery.swap import WEIGHTED, Rules
+from qat.surgery.observe import WEIGHTED
 
 KEYS = {"layers": str, "weight_bits": int, "input_bits": int, "per_channel": bool, "offset": bool}
 

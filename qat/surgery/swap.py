@@ -2,27 +2,29 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ, Init
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.binarize import BIPER, Binarizer, activation_quantizer
-from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, QuantLinear, wraps
+from qat.surgery.decide import QuantizationPlan, Rules, plan_quantization
+from qat.surgery.example import Example
+from qat.surgery.layers import LayerSpec, QuantConv2d, QuantLinear
+from qat.surgery.observe import WEIGHTED, Observation, observe
 from qat.surgery.operands import QuantOperands
-from qat.surgery.plan import JOINS, Plan, is_join, plan_sites
+from qat.surgery.plan import Plan
 from qat.surgery.sites import run_with_sites
-from qat.surgery.table import LayerRow, OperationRow, QuantizationTable
-from qat.surgery.trace import MULTIPLIES, Call, Trace, trace_calls
-from qat.surgery.witness import check_witnessed
+from qat.surgery.table import QuantizationTable, table_of
 
-Rules = Sequence[tuple[str, LayerSpec]]
-
-WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+WRAPPED = (
+    nn.parallel.DistributedDataParallel,
+    torch._dynamo.OptimizedModule,
+)
 WRAPPERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: QuantConv2d.from_float,
     nn.Linear: QuantLinear.from_float,
@@ -72,7 +74,7 @@ def binary_rules(
 def quantize_(
     model: nn.Module,
     rules: Rules,
-    example: Tensor,
+    example: Example,
     *,
     stream: QuantSpec | None = QuantSpec(8),  # noqa: B008  (frozen)
     weight_init: Init = "lsq",
@@ -80,77 +82,75 @@ def quantize_(
     """Quantize `model` in place.
 
     rules:   ordered (glob over layer names, LayerSpec); the first match decides.
-    example: N_C_H_W float input for the one pass that finds every operation.
+    example: what the model's forward takes, for the passes that find every operation: a tensor (N_C_H_W for images), a
+             tuple of its arguments, or a dict of them by name.
     stream:  grid of the tensors that join integer operations (residual adds, concats, pools); None: no such quantizers,
              for weight-only quantization.
     weight_init: how weight steps start, "lsq" (the paper's) or "mse" (least squared error).
 
     A weight that is computed or used outside its layer is quantized where it is used, under the name of the layer or the
-    parameter. Layers that the example's pass does not run, or runs on constants alone, are left and listed.
+    parameter; a weight with several users gets one scale for all. Layers that the example's pass does not run, or runs on
+    constants alone, are left and listed.
 
-    Raises ValueError, before anything is changed: a rule that decides nothing, a layer no rule reaches, a weight with two
-    users, an operation that cannot be quantized yet, multiply-adds that PyTorch's dispatcher sees and the trace does not
-    (`qat/surgery/witness.py`). Raises RuntimeError in a later forward pass for a convolution, linear
+    Three steps, each to be read by itself: `observe` traces the model, `plan_quantization` decides, `apply` changes it.
+
+    Raises ValueError, before anything is changed: a rule that decides nothing, a layer no rule reaches, an operation that
+    cannot be quantized without a FLOAT rule, a value that cannot be followed, multiply-adds that PyTorch's dispatcher sees
+    and the trace does not (`qat/surgery/witness.py`). Raises RuntimeError in a later forward pass for a convolution, linear
     or join that the example's pass did not have.
     """
+    require_plain(model)
+    _open_attention(model)
+    seen = observe(model, example)
+    plan = plan_quantization(seen, rules, stream)
+    quantized = apply(model, seen, plan, stream, weight_init)
+    return table_of(seen, plan, quantized)
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raises ValueError for a model that is quantized already, or inside a wrapper that hides its code."""
     if quantizers(model):
         raise ValueError("quantize_: the model is quantized already")
-    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHTED)}
-    _open_attention(model)
-    trace = trace_calls(model, example, frozenset(layers))
-    calls = _calls_by_layer(trace, layers)
-    awake = calls.keys() | {name.removesuffix(".weight") for call in trace.calls for name in call.parameters}
-    asleep = {n: "constant" if n in trace.on_constants else "idle" for n in layers if n not in awake}
-    specs = _decide(list(dict.fromkeys((*layers, *calls))), rules, asleep)
-    binary = frozenset(n for n, s in specs.items() if s.input is not None and s.input.bits == 1)
-    in_float = frozenset(n for n, s in specs.items() if s == FLOAT)
-    plan = plan_sites(trace, binary, in_float) if stream is not None else Plan((), frozenset())
-    witnessed = check_witnessed(model, example, trace)
-    wrapped: dict[str, nn.Module] = {}
-    operands: dict[str, QuantOperands] = {}
-    for name, asked in specs.items():
-        if asked == FLOAT:
-            continue
-        spec = _input_from_stream(asked, stream) if stream is not None and name in plan.on_grid else asked
-        its = calls.get(name, [])
-        if all(call.path == name for call in its) and (not its or wraps(layers[name])):
-            wrapped[name] = _wrap(layers[name], spec, name, weight_init)
-        else:
-            (call,) = its
-            operands[call.address] = QuantOperands(name, call.kind, spec, trace.weights[call.address], weight_init)
+    inner = getattr(model, "module", None)
+    if isinstance(model, WRAPPED) or (isinstance(model, nn.DataParallel) and isinstance(inner, nn.Module)):
+        raise ValueError(
+            f"quantize_: the model is inside {type(model).__name__}; quantize the model itself, calibrate it, and wrap or "
+            "compile it after that"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "quantize_: a scripted or traced model has no Python code to follow; quantize the model it came from"
+        )
+
+
+def apply(
+    model: nn.Module, seen: Observation, plan: QuantizationPlan, stream: QuantSpec | None, weight_init: Init
+) -> dict[str, nn.Module]:
+    """Third step of `quantize_`: put the plan's quantizers into `model`; returns the quantized layers by name."""
+    wrapped = {name: _wrap(seen.layers[name], spec, name, weight_init) for name, spec in plan.wrapped.items()}
+    operands = {
+        address: QuantOperands(asked.name, asked.kind, asked.spec, asked.weight, weight_init)
+        for address, asked in plan.operands.items()
+    }
+    quantized = wrapped | {module.name: module for module in operands.values()}
+    for layers in plan.shared:
+        _share_weight_quantizer([quantized[name] for name in layers if name in quantized])
     for name, layer in wrapped.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer)
-    quantized = wrapped | {o.name: o for o in operands.values()}
-    sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites}
-    joins = frozenset(trace.constant | {call.address for call in trace.calls if call.kind in JOINS or is_join(call)})
-    relus = _relus_taken_over(plan, quantized)
-    in_sight = frozenset(trace.weights) - operands.keys()
-    run_with_sites(model, sites, operands, joins, frozenset(wrapped), relus, in_sight)
+        for alias in seen.aliases.get(name, [name]):
+            parent, _, attribute = alias.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer)
+    sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites.sites}
+    run_with_sites(model, sites, operands, _relus_taken_over(plan.sites, quantized), plan.known)
     _move_like(model)
-    rows = _rows(specs, layers, quantized, calls, asleep, len(example))
-    return QuantizationTable(tuple(rows), plan.sites, *_operations(trace, plan, len(example)), witnessed)
+    return quantized
 
 
-def _calls_by_layer(trace: Trace, layers: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
-    """The convolution and linear calls of each layer. Raises ValueError for what one pair of quantizers cannot serve."""
-    calls: dict[str, list[Call]] = {}
-    for call in trace.calls:
-        if call.kind not in MULTIPLIES:
-            continue
-        if len(call.inputs) > 1:
-            raise ValueError(
-                f"{call.address}: the weight of this {call.kind} depends on the image; quantize_ cannot quantize it yet"
-            )
-        before = calls.setdefault(call.layer, [])
-        shared = call.layer in layers and wraps(layers[call.layer]) and call.path == call.layer
-        if before and not (shared and before[0].path == call.path):  # a module may run several times
-            raise ValueError(
-                f"{call.address}: {call.kind} uses the weight of {call.layer!r}, which {before[0].address} uses too; "
-                "quantize_ cannot quantize a weight with two users yet, give each a layer of its own"
-            )
-        before.append(call)
-    return calls
+def _share_weight_quantizer(layers: Sequence[nn.Module]) -> None:
+    """Layers with one weight have one scale: the parameters of the first one's quantizer."""
+    first, *others = layers
+    for other in others:
+        for name, parameter in first.weight_quantizer.named_parameters():  # type: ignore[union-attr]
+            setattr(other.weight_quantizer, name, parameter)
 
 
 def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, LSQ]:
@@ -221,72 +221,11 @@ def _open_attention(model: nn.Module) -> None:
             module.fused_attn = False  # type: ignore[assignment]
 
 
-def _decide(names: Sequence[str], rules: Rules, asleep: Mapping[str, str]) -> dict[str, LayerSpec]:
-    decided: dict[str, LayerSpec] = {}
-    used: set[str] = set()
-    for name in names:
-        for pattern, spec in rules:
-            if fnmatch.fnmatchcase(name, pattern):
-                decided[name] = FLOAT if name in asleep else spec
-                used.add(pattern)
-                break
-    if missed := [name for name in names if name not in decided]:
-        raise ValueError(
-            f"quantize_: no rule reaches {', '.join(missed)}; add a rule (FLOAT leaves a layer in floating point)"
-        )
-    for pattern, _ in rules:
-        if pattern not in used:
-            matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-            why = (
-                f"earlier rules take all it matches ({', '.join(matches)})"
-                if matches
-                else "it matches no conv or linear"
-            )
-            raise ValueError(f"quantize_: rule {pattern!r} decides nothing: {why}")
-    return decided
-
-
-def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
-    """A layer that wants at least the stream's bits reads the stream's codes as they are."""
-    if spec.input is not None and spec.input.bits >= stream.bits:
-        return replace(spec, input=None)
-    return spec
-
-
 def _wrap(layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> nn.Module:
     for kind, wrap in WRAPPERS.items():
         if isinstance(layer, kind):
             return wrap(layer, spec, name, init)
     raise ValueError(f"layer {name!r}: {type(layer).__name__} cannot be quantized yet; give it a FLOAT rule")
-
-
-def _rows(
-    specs: dict[str, LayerSpec],
-    layers: dict[str, nn.Module],
-    quantized: dict[str, nn.Module],
-    calls: dict[str, list[Call]],
-    asleep: dict[str, str],
-    samples: int,
-) -> Iterator[LayerRow]:
-    for name, spec in specs.items():
-        its = calls.get(name, [])
-        linear = its[0].kind == "linear" if its else isinstance(layers[name], nn.Linear)
-        reads_stream = name in quantized and getattr(quantized[name], "input_quantizer", None) is None
-        weights = math.prod(layers[name].weight.shape) if name in layers else 0  # type: ignore[arg-type]
-        macs = sum(call.multiplications for call in its) // samples
-        kind = asleep.get(name, "linear" if linear else "conv")
-        yield LayerRow(name, kind, spec.weight, spec.input, reads_stream, macs, weights)
-
-
-def _operations(trace: Trace, plan: Plan, samples: int) -> tuple[tuple[OperationRow, ...], tuple[OperationRow, ...]]:
-    """Products of activations that run on integers, and whatever multiplies in floating point."""
-    products: list[OperationRow] = []
-    in_float: list[OperationRow] = []
-    for call in trace.calls:
-        row = OperationRow(call.address, call.kind, call.multiplications // samples)
-        if row.multiplications and call.kind not in MULTIPLIES and call.address not in plan.absorbed:
-            (products if is_join(call) and plan.sites else in_float).append(row)
-    return tuple(products), tuple(in_float)
 
 
 def _move_like(model: nn.Module) -> None:

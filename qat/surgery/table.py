@@ -1,9 +1,18 @@
 """What `quantize_` did, with every multiplication of the model accounted for."""
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
 
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.decide import QuantizationPlan
+from qat.surgery.explain import Explanation
+from qat.surgery.observe import Observation
+from qat.surgery.plan import is_join
+from qat.surgery.trace import MULTIPLIES
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,13 @@ class QuantizationTable:
     products: tuple[OperationRow, ...] = ()
     in_float: tuple[OperationRow, ...] = ()
     witnessed: int = 0
+    explanation: Explanation | None = field(default=None, repr=False, compare=False)
+
+    def explain(self, name: str) -> str:
+        """Why a layer, an operation or a quantizer is as it is; see `Explanation.of`."""
+        if self.explanation is None:
+            raise ValueError("this table was not made by quantize_, so it explains nothing")
+        return self.explanation.of(name)
 
     @property
     def multiplications(self) -> int:
@@ -80,6 +96,47 @@ class QuantizationTable:
         lines.append(f"{self.multiplications:,} multiplications an image, {self.float_share:.2%} in floating point")
         lines.append(f"{self.witnessed:,} multiply-adds an image seen by PyTorch's dispatcher, none outside these rows")
         return "\n".join(lines)
+
+
+def table_of(seen: Observation, plan: QuantizationPlan, quantized: Mapping[str, nn.Module]) -> QuantizationTable:
+    """What was done to an observed model by a plan that gave these quantized layers."""
+    rows = tuple(_row(name, seen, plan, quantized) for name in plan.specs if name in seen.layers or name in seen.calls)
+    products, in_float = _operations(seen, plan)
+    witnessed = sum(seen.witnessed.values()) // seen.samples
+    return QuantizationTable(rows, plan.sites.sites, products, in_float, witnessed, Explanation(seen, plan))
+
+
+def _row(name: str, seen: Observation, plan: QuantizationPlan, quantized: Mapping[str, nn.Module]) -> LayerRow:
+    spec, calls = plan.specs[name], seen.calls.get(name) or seen.elsewise.get(name, [])
+    linear = calls[0].kind == "linear" if calls else isinstance(seen.layers[name], nn.Linear)
+    kind = seen.asleep.get(name, "linear" if linear else "conv")
+    reads_stream = name in quantized and getattr(quantized[name], "input_quantizer", None) is None
+    weights = math.prod(seen.layers[name].weight.shape) if name in seen.layers else 0  # type: ignore[arg-type]
+    macs = sum(call.multiplications for call in calls) // seen.samples
+    return LayerRow(name, kind, spec.weight, spec.input, reads_stream, macs, weights)
+
+
+def _operations(seen: Observation, plan: QuantizationPlan) -> tuple[tuple[OperationRow, ...], tuple[OperationRow, ...]]:
+    """Products of activations that run on integers, and whatever multiplies in floating point."""
+    products: list[OperationRow] = []
+    in_float: list[OperationRow] = []
+    others = {call.address for calls in seen.elsewise.values() for call in calls}
+    for call in seen.trace.calls:
+        row = OperationRow(call.address, call.kind, call.multiplications // seen.samples)
+        is_layer = call.kind in MULTIPLIES or call.address in others
+        if row.multiplications and not is_layer and call.address not in plan.sites.absorbed:
+            (products if is_join(call) and plan.sites.sites else in_float).append(row)
+    for name, calls in seen.elsewise.items():
+        if name not in seen.layers:
+            multiply_adds = _witnessed_in(name, calls[0].path, seen)
+            in_float.append(OperationRow(name, calls[0].kind, multiply_adds // seen.samples))
+    return tuple(products), tuple(in_float)
+
+
+def _witnessed_in(name: str, path: str, seen: Observation) -> int:
+    if name == path:
+        return sum(count for where, count in seen.witnessed.items() if f"{where}.".startswith(f"{path}."))
+    return sum(call.multiplications for call in seen.elsewise[name])
 
 
 def _by_kind(rows: tuple[OperationRow, ...], total: int) -> str:

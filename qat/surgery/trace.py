@@ -1,15 +1,19 @@
-"""Which tensor operations a model performs, at which address, and what flows where.
+"""Which tensor operations a model performs, at which address (`qat/surgery/frames.py`), and what flows where.
 
-An address is `module path # kind ordinal`, for example `layer1.0#add0`: the first addition that module `layer1.0` performs
-itself in a forward pass. timm's residual adds, concatenations and pools are functions, not modules, so the model is run
-under a `TorchFunctionMode`; forward hooks tell the mode which module is at work. The model's code is not rewritten.
+timm's residual adds, concatenations and pools are functions, not modules, so the model is run under a `TorchFunctionMode`;
+forward hooks tell the mode which module is at work. The model's code is not rewritten. Values are followed through writes in
+place, casts and properties; what leaves PyTorch (numpy, Python numbers) is refused by name, since nothing can follow it.
 """
 
 import math
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,75 +21,41 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qat.surgery.counting import multiplications
+from qat.surgery.example import Example, arguments_of, tensors_in, twice
+from qat.surgery.frames import Location
+from qat.surgery.open_forms import Unquantizable, is_weight, open_form
 
 MULTIPLIES = {"conv1d", "conv2d", "linear"}  # of an activation and a weight
 ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "multiply": "mul", "matmul": "matmul"}
-ALIASES |= {"rmatmul": "matmul", "bmm": "matmul", "concat": "cat", "concatenate": "cat", "hardtanh": "clip"}
-ALIASES |= {"relu6": "clip", "clamp": "clip", "clamp_min": "clip", "clamp_max": "clip", "relu": "clip"}
 ALIASES |= {
-    "native_batch_norm": "batch_norm",
-    "isub": "sub",
-    "rsub": "sub",
-    "itruediv": "div",
-    "truediv": "div",
+    "rmatmul": "matmul",
+    "bmm": "matmul",
+    "mm": "matmul",
+    "concat": "cat",
+    "concatenate": "cat",
+    "hardtanh": "clip",
 }
+ALIASES |= {"relu6": "clip", "clamp": "clip", "clamp_min": "clip", "clamp_max": "clip", "relu": "clip"}
+ALIASES |= {"native_batch_norm": "batch_norm", "isub": "sub", "rsub": "sub", "itruediv": "div", "truediv": "div"}
+ALIASES |= {"T": "t", "mT": "transpose", "H": "t", "mH": "transpose", "data": "detach"}
+# Where a value leaves PyTorch, so that nothing can follow it.
+LEAVES = {"numpy", "tolist", "item", "array", "bool", "int", "float_number", "index", "tensor"}
+NUMBERS = {"__bool__", "__int__", "__float__", "__index__"}
+CASTS = {"to", "type", "type_as", "float", "half", "double", "bfloat16"}
+STATISTICS = {"batch_norm", "instance_norm"}  # write into buffers that the same pass does not read
+TORCH = str(Path(torch.__file__).parent)
 
 
 @lru_cache(maxsize=4096)
 def kind_of(function: Callable[..., Any]) -> str:
-    """The operation's plain name: `add_`, `__iadd__` and `Tensor.add` are all `add`."""
-    name = getattr(function, "__name__", type(function).__name__).strip("_")
+    """The operation's plain name: `add_`, `__iadd__` and `Tensor.add` are all `add`; of a property, the property's."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if name == "__get__":
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    if name == "__float__":
+        return "float_number"
+    name = name.strip("_")
     return ALIASES.get(name, name)
-
-
-class Location:
-    """Where in the module tree execution is, kept by forward hooks; copied with the model it belongs to."""
-
-    def __init__(self) -> None:
-        self.stack: list[str] = [""]
-        self.ordinals: dict[tuple[str, str], int] = defaultdict(int)
-
-    def reset(self) -> None:
-        """Start of a forward pass; also clears what an exception in an earlier pass left behind."""
-        self.stack[:] = [""]
-        self.ordinals.clear()
-
-    @property
-    def path(self) -> str:
-        return self.stack[-1]
-
-    def address(self, kind: str) -> str:
-        """Address of the call being made; counts it."""
-        key = (self.path, kind)
-        ordinal = self.ordinals[key]
-        self.ordinals[key] = ordinal + 1
-        return f"{self.path}#{kind}{ordinal}"
-
-    def watch(self, model: nn.Module, skip: type[nn.Module] | tuple[()] = ()) -> list[Any]:
-        """Hook every module of `model` but those of type `skip`, which count as their parents; returns the handles."""
-        handles = []
-        for path, module in model.named_modules():
-            if path and not isinstance(module, skip):
-                handles.append(module.register_forward_pre_hook(_Enter(self, path)))
-                handles.append(module.register_forward_hook(_Leave(self)))
-        return handles
-
-
-# Hooks are objects and not closures so that copy.deepcopy(model) takes the copied Location along.
-class _Enter:
-    def __init__(self, location: Location, path: str) -> None:
-        self.location, self.path = location, path
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.location.stack.append(self.path)
-
-
-class _Leave:
-    def __init__(self, location: Location) -> None:
-        self.location = location
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.location.stack.pop()
 
 
 @dataclass(frozen=True)
@@ -95,6 +65,7 @@ class Call:
     layer: of a convolution or linear, its name: that of the module that owns the weight, whoever makes the call; of the
            parameter, where no layer owns it; else of the module that computes the weight.
     multiplications: of the whole call, all samples of the example together.
+    where: the code that makes the call, from the operation outwards to its module's call: tells two calls of one kind apart.
     """
 
     address: str
@@ -108,6 +79,7 @@ class Call:
     output_shape: tuple[int, ...] = ()
     layer: str = ""
     multiplications: int = 0
+    where: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -117,6 +89,12 @@ class Trace:
     weights: address -> the weight that a convolution or linear was called with.
     on_constants: names of the layers that were called without anything that depends on the image.
     constant: addresses of all calls of that kind.
+    written_back: addresses of operations in place whose result is read through the tensor that they wrote to.
+    starts: (module path, method) -> how many operations of each kind the module had made when its forward called the method;
+            None where that differs from call to call.
+    where: address -> the code that makes the operation, as in `Call`.
+    parameter_of: address of a convolution or linear -> the parameter it multiplies by, and whether that is turned round.
+    repeated: paths of the modules that their parent called several times.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -125,6 +103,11 @@ class Trace:
     constant: set[str] = field(default_factory=set)
     model_inputs: tuple[int, ...] = ()
     model_outputs: tuple[int, ...] = ()
+    written_back: set[str] = field(default_factory=set)
+    starts: dict[tuple[str, str], dict[str, int] | None] = field(default_factory=dict)
+    where: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    parameter_of: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    repeated: set[str] = field(default_factory=set)
 
     def producer(self) -> dict[int, Call]:
         return {value: call for call in self.calls for value in call.outputs}
@@ -137,63 +120,208 @@ class Trace:
         return readers
 
 
+@dataclass
+class _Value:
+    """A tensor's number in the flow, and how often its memory had been written to when it got it.
+
+    written_by: address of an operation in place that gave the tensor this value under another Python object.
+    """
+
+    number: int
+    writes: int
+    written_by: str = ""
+
+
 class _Recorder(TorchFunctionMode):
-    def __init__(self, location: Location, parameter_names: dict[int, str], layers: frozenset[str]) -> None:
+    def __init__(self, location: Location, model: nn.Module, layers: frozenset[str]) -> None:
         super().__init__()
-        self.location, self.parameter_names, self.layers = location, parameter_names, layers
+        self.location, self.layers = location, layers
+        self.parameter_names = {id(p): name for name, p in model.named_parameters()}
+        self.modules = dict(model.named_modules())
         self.trace = Trace()
-        self.values: dict[int, int] = {}
-        self.alive: list[Any] = []  # ids stay unique only while their tensors live
+        self.values: dict[int, _Value] = {}
+        self.writes: dict[int, int] = defaultdict(int)  # by address of the memory
+        self.writers: dict[int, str] = {}
+        self.alive: list[Any] = []  # ids and addresses stay unique only while their tensors live
+        self.methods: dict[int, tuple[FrameType, str]] = {}
         self.count = 0
 
     def number(self, tensor: Tensor) -> int:
+        """A new number for what `tensor` holds now."""
         self.alive.append(tensor)
-        self.values[id(tensor)] = self.count
+        self.values[id(tensor)] = _Value(self.count, self.writes[_memory(tensor)])
         self.count += 1
         return self.count - 1
+
+    def read(self, tensor: Tensor) -> int | None:
+        """The number of what `tensor` holds; None when it does not depend on the image.
+
+        Raises ValueError when something else was written into its memory since.
+        """
+        value, memory = self.values.get(id(tensor)), _memory(tensor)
+        known = 0 if value is None else value.writes
+        if self.writes.get(memory, 0) > known:
+            raise ValueError(
+                f"{self.writers[memory]}: writes in place into a tensor that is read again through another view of it; "
+                "quantize_ cannot follow that, write it as an expression (torch.cat, torch.where, x = x + y)"
+            )
+        if value is None:
+            return None
+        if value.written_by:
+            self.trace.written_back.add(value.written_by)
+        return value.number
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = list(_tensors((args, kwargs or {})))
-        inputs = tuple(self.values[id(t)] for t in tensors if id(t) in self.values)
-        parameters = tuple(self.parameter_names[id(t)] for t in tensors if id(t) in self.parameter_names)
-        out = func(*args, **(kwargs or {}))
-        produced = [t for t in _tensors(out) if t.is_floating_point()]
+        kwargs = kwargs or {}
         kind = kind_of(func)
+        opened = open_form(kind, args, kwargs)
+        if opened is not None:
+            with self:
+                return _in_the_open(opened, self.location.path, args, kwargs)
+        tensors = list(tensors_in((args, kwargs)))
+        inputs = tuple(number for t in tensors if (number := self.read(t)) is not None)
+        if kind in LEAVES and inputs:
+            raise ValueError(
+                f"{_words(self.location.path)}: takes what depends on the image out of PyTorch ({func.__name__}), where "
+                "quantize_ cannot follow it; write it with tensor operations (torch.where for a decision)"
+            )
+        versions = [_version(t) for t in tensors]
+        out = func(*args, **kwargs)
+        written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        produced = list(tensors_in(out))
+        if kind == "set" or (written and not produced):
+            produced = written
+        if self.location.stack[-1].times > 1:
+            self.trace.repeated.add(self.location.path)
+        starts = dict(self.location.stack[-1].counts)
         address = self.location.address(kind)
+        where = self._where(starts) if produced else ()
+        self.trace.where.setdefault(address, where)
         layer = ""
         if kind in MULTIPLIES:
-            weight = weight_operand(args, kwargs or {})
+            weight = weight_operand(args, kwargs)
             layer = self.layer_of(weight, address)
             self.trace.weights[address] = weight.detach()
+            if (parameter := self._parameter(weight)) is not None:
+                self.trace.parameter_of[address] = parameter
             if not inputs:
                 self.trace.on_constants.add(layer)
-        if inputs and produced and kind != "get":
-            if kind == "interpolate" and "nearest" in str((kwargs or {}).get("mode", "nearest")):
-                kind = "nearest"  # only repeats values
-            call = Call(
-                address, self.location.path, kind, inputs,
-                tuple(self.number(t) for t in produced), parameters,
-                _pools_space(kind, args, produced[0]), _ceiling(func, args, kwargs or {}), tuple(produced[0].shape),
-                layer, multiplications(kind, args, kwargs or {}, produced[0]),
-            )  # fmt: skip
-            self.trace.calls.append(call)
-        elif produced and not inputs:
-            self.trace.constant.add(address)
+        if not inputs or not produced:
+            if produced:
+                self.trace.constant.add(address)
+            return out
+        if written and kind not in STATISTICS:
+            out, produced = self._note_writes(written, out, produced, address)
+        outputs = tuple(self.number(t) for t in produced)
+        if written and kind not in STATISTICS:
+            self._same_value(written, produced, address)
+        if kind in CASTS and not (tensors[0].is_floating_point() and produced[0].is_floating_point()):
+            kind = "cast"  # to integers or back, which rounds
+        if kind == "copy":
+            inputs = inputs[-1:]  # what was there before is gone
+        if kind == "interpolate" and "nearest" in str(kwargs.get("mode", "nearest")):
+            kind = "nearest"  # only repeats values
+        parameters = tuple(self.parameter_names[id(t)] for t in tensors if id(t) in self.parameter_names)
+        call = Call(
+            address, self.location.path, kind, inputs, outputs, parameters, _pools_space(kind, args, produced[0]),
+            _ceiling(func, args, kwargs), tuple(produced[0].shape), layer, multiplications(kind, args, kwargs, produced[0]),
+            where,
+        )  # fmt: skip
+        self.trace.calls.append(call)
         return out
 
+    def _note_writes(
+        self, written: list[Tensor], out: Any, produced: list[Tensor], address: str
+    ) -> tuple[Any, list[Tensor]]:
+        """Count the writes. Gives the result another Python object, which tells its readers from those of the tensor that
+        was written to."""
+        for tensor in written:
+            self.writes[_memory(tensor)] += 1
+            self.writers[_memory(tensor)] = address
+        if isinstance(out, Tensor) and any(out is tensor for tensor in written):
+            out = out.view_as(out)
+            produced = [out]
+        return out, produced
+
+    def _same_value(self, written: list[Tensor], produced: list[Tensor], address: str) -> None:
+        for tensor in written:
+            value = self.values[id(produced[0])]
+            self.alive.append(tensor)
+            self.values[id(tensor)] = _Value(value.number, value.writes, address)
+
+    def _where(self, counts: dict[str, int]) -> tuple[tuple[str, int], ...]:
+        """The Python code at work, from the operation out to its module's call, without PyTorch's own; notes at what counts
+        the methods on the way began."""
+        module = self.modules.get(self.location.path)
+        where: list[tuple[str, int]] = []
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+            code = frame.f_code
+            if not code.co_filename.startswith(TORCH):
+                where.append((f"{code.co_filename}:{code.co_qualname}", frame.f_lasti))
+                self._note_method(frame, module, counts)
+            frame = frame.f_back
+        return tuple(where)
+
+    def _note_method(self, frame: FrameType, module: nn.Module | None, counts: dict[str, int]) -> None:
+        name = frame.f_code.co_name
+        if module is None or id(frame) in self.methods or name == "forward" or not hasattr(type(module), name):
+            return
+        if frame.f_locals.get("self") is not module:
+            return
+        self.methods[id(frame)] = frame, name
+        key = self.location.path, name
+        before = self.trace.starts.get(key, counts)
+        self.trace.starts[key] = counts if before == counts else None
+
+    def _parameter(self, weight: Tensor) -> tuple[str, bool] | None:
+        """Name of the parameter that `weight` is, or is the transpose of."""
+        if id(weight) in self.parameter_names:
+            return self.parameter_names[id(weight)], False
+        base = weight._base
+        if is_weight(weight) and base is not None and id(base) in self.parameter_names:
+            return self.parameter_names[id(base)], weight.stride() != base.stride()
+        return None
+
     def layer_of(self, weight: Tensor, address: str) -> str:
+        """Name of a convolution or linear after its weight; see `Call`."""
+        path = self.location.path
+        if path in self.layers and getattr(self.modules[path], "weight", None) is weight:
+            return path
         name = self.parameter_names.get(id(weight))
         owner = None if name is None else name.rpartition(".")[0]
         if owner in self.layers and name == f"{owner}.weight":
             return owner
-        if self.location.path in self.layers:
-            return self.location.path  # it computes its weight from its parameters
-        return name or address.replace("#", "." if self.location.path else "")
+        if path in self.layers:
+            return path  # it computes its weight from its parameters
+        return name or address.replace("#", "." if path else "")
 
 
-def weight_operand(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _in_the_open(form: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return form(*args, **kwargs)
+    except Unquantizable as error:
+        raise ValueError(f"{_words(path)}: {error}") from error
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0  # a layout without a storage of its own cannot be written to through a view
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _words(path: str) -> str:
+    return f"module {path!r}" if path else "the model's own forward"
+
+
+def weight_operand(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The weight of a call of `conv2d` or `linear`."""
     return args[1] if len(args) > 1 else kwargs["weight"]
 
@@ -219,38 +347,58 @@ def _pools_space(kind: str, args: tuple[Any, ...], out: Tensor) -> bool:
     return out.numel() == args[0].shape[0] * args[0].shape[1]
 
 
-def _tensors(tree: Any) -> Iterable[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
-
-
 @torch.no_grad()
-def trace_calls(model: nn.Module, example: Tensor, layers: frozenset[str] = frozenset()) -> Trace:
-    """Run `model` once in eval mode on `example` (N_C_H_W) and return its calls; the model is left as it was.
+def trace_calls(
+    model: nn.Module, example: Example, layers: frozenset[str] = frozenset(), *, training: bool = False
+) -> Trace:
+    """Run `model` once on `example` and return its calls; the model is left as it was.
 
     layers: names of its convolution and linear modules, which their calls are named after.
+    training: in training mode, on every sample twice, instead of in eval mode.
+    Raises ValueError naming the module for a value that cannot be followed.
     """
-    location, training = Location(), {m: m.training for m in model.modules()}
-    handles = location.watch(model)
-    recorder = _Recorder(location, {id(p): name for name, p in model.named_parameters()}, layers)
-    try:
-        model.eval()
-        model(example)  # some models fill a cache in their first pass, with operations that do not come again
-        location.reset()
-        source = recorder.number(example)
+    location = Location()
+    args, kwargs = arguments = arguments_of(model, example)
+    if training:
+        args, kwargs = twice(arguments)
+    recorder = _Recorder(location, model, layers)
+    with in_mode(model, training), watched(location, model):
+        model(*args, **kwargs)  # some models fill a cache in their first pass, with operations that do not come again
+        location.begin()
+        sources = tuple(recorder.number(tensor) for tensor in tensors_in((args, kwargs)))
         with recorder:
-            out = model(example)
+            out = model(*args, **kwargs)
+        numbers = [recorder.read(tensor) for tensor in tensors_in(out)]
+    recorder.methods.clear()
+    recorder.trace.model_inputs = sources
+    recorder.trace.model_outputs = tuple(number for number in numbers if number is not None)
+    return recorder.trace
+
+
+@contextmanager
+def watched(location: Location, model: nn.Module) -> Iterator[None]:
+    """While it is open, `location` knows which module is at work."""
+    handles = location.watch(model)
+    try:
+        yield
     finally:
+        location.end()
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run `model` in training or eval mode without a trace: modes, buffers and random numbers are put back."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    try:
+        with torch.random.fork_rng(devices):
+            model.train(training)
+            yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for module, mode in modes.items():
             module.training = mode
-    outputs = tuple(recorder.values[id(t)] for t in _tensors(out) if id(t) in recorder.values)
-    recorder.trace.model_inputs, recorder.trace.model_outputs = (source,), outputs
-    return recorder.trace

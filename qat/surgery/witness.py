@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from qat.surgery.counting import CONTRACTIONS
-from qat.surgery.trace import Location, Trace
+from qat.surgery.example import Example, arguments_of, with_tensors
+from qat.surgery.frames import Location
+from qat.surgery.trace import Trace, in_mode, watched
 
 aten = torch.ops.aten
 
@@ -64,31 +66,26 @@ class _Witness(TorchDispatchMode):
 
 
 @torch.no_grad()
-def witness(model: nn.Module, example: Tensor) -> Counter[str]:
-    """Multiply-adds that depend on the image, by path of the module that makes them, for the whole of `example` (N_C_H_W).
+def witness(model: nn.Module, example: Example) -> Counter[str]:
+    """Multiply-adds that depend on the image, by path of the module that makes them, for the whole of `example`.
 
     Run in eval mode on two batches of its shape; the model is left as it was. A contraction whose operands are the
     same both times does not depend on the image.
     """
-    location, training = Location(), {m: m.training for m in model.modules()}
+    location = Location()
+    given = arguments_of(model, example)
     generator = torch.Generator().manual_seed(0)
-    first_batch = torch.randn(example.shape, generator=generator).to(example)
-    images = [first_batch, -1.5 * first_batch]  # their signs and sizes differ
-    handles = location.watch(model)
+    first_batch = with_tensors(list(given), lambda tensor: _random_like(tensor, generator))
+    second_batch = with_tensors(first_batch, lambda tensor: -1.5 * tensor if tensor.is_floating_point() else tensor)
     passes = []
-    try:
-        model.eval()
-        model(images[0])  # some models fill a cache in their first pass
-        for batch in images:
-            location.reset()
+    with in_mode(model, training=False), watched(location, model):
+        args, kwargs = first_batch
+        model(*args, **kwargs)  # some models fill a cache in their first pass
+        for args, kwargs in (first_batch, second_batch):  # signs and sizes differ
+            location.begin()
             with _Witness(location) as seen:
-                model(batch)
+                model(*args, **kwargs)
             passes.append(seen.calls)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     first, second = passes
     alike = [call[:2] for call in first] == [call[:2] for call in second]
     work: Counter[str] = Counter()
@@ -98,22 +95,28 @@ def witness(model: nn.Module, example: Tensor) -> Counter[str]:
     return work
 
 
-def check_witnessed(model: nn.Module, example: Tensor, trace: Trace) -> int:
-    """Multiply-adds of one image, as the dispatcher counts them.
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of another image; what is no floating point, such as flags and lengths, stays."""
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=generator).to(tensor)
 
+
+def check_witnessed(seen: Mapping[str, int], trace: Trace, licensed: frozenset[str] = frozenset()) -> None:
+    """Compare the dispatcher's count, by module path, with what the trace accounts for.
+
+    licensed: modules that a rule leaves in floating point, whose functions hide their products.
     Raises ValueError naming the first module that multiplies what depends on the image without the trace knowing of it.
     """
     traced: Counter[str] = Counter()
     for call in trace.calls:
         if call.kind in CONTRACTIONS:
             traced[call.path] += call.multiplications
-    seen = witness(model, example)
     for path, multiply_adds in seen.items():
-        if multiply_adds > traced[path]:
+        if multiply_adds > traced[path] and path not in licensed and not any(name.startswith("#") for name in licensed):
             where = f"module {path!r}" if path else "the model's own forward"
             raise ValueError(
                 f"{where}: makes {multiply_adds:,} multiply-adds that depend on the image, and quantize_ can follow "
                 f"{traced[path]:,} of them; something before it hides where its input comes from, such as a write into a "
                 "buffer (buf[:] = x), .data or numpy: write it as an expression of x"
             )
-    return sum(seen.values()) // len(example)

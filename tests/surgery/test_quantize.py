@@ -180,7 +180,7 @@ class Unused(TinyNet):
 
 def test_layers_that_see_no_image_are_left_and_listed() -> None:
     model = Unused().eval()
-    table = quantize_(model, uniform_rules(4, 4, EDGES), X)
+    table = quantize_(model, [("auxiliary", FLOAT), *uniform_rules(4, 4, EDGES)], X)
     kinds = {row.name: (row.kind, row.weight, row.macs) for row in table.rows}
     assert kinds["auxiliary"] == ("idle", None, 0) and kinds["positions"] == ("constant", None, 0)
     assert type(model.auxiliary) is nn.Linear and type(model.positions) is nn.Linear
@@ -188,12 +188,31 @@ def test_layers_that_see_no_image_are_left_and_listed() -> None:
     model(X)
 
 
-def test_an_idle_layer_that_wakes_up_raises() -> None:
+def test_a_layer_that_runs_in_training_alone_needs_a_float_rule() -> None:
+    with pytest.raises(ValueError, match=r"auxiliary run in training alone.*\('auxiliary', FLOAT\)"):
+        quantize_(Unused(), uniform_rules(4, 4, EDGES), X)
     model = Unused()
+    quantize_(model, [("auxiliary", FLOAT), *uniform_rules(4, 4, EDGES)], X)
+    calibrate(model, [X])
+    model.train()(X).sum().backward()
+    assert model.auxiliary.weight.grad is not None
+
+
+class Sleeper(Unused):
+    awake = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = TinyNet.forward(self, x)
+        return out + self.auxiliary(x.new_ones(1, 13)) if self.awake else out
+
+
+def test_an_idle_layer_that_wakes_up_raises() -> None:
+    model = Sleeper()
     quantize_(model, uniform_rules(4, 4, EDGES), X)
     calibrate(model, [X])
+    model.awake = True
     with pytest.raises(RuntimeError, match=r"auxiliary#linear0: this operation was not there"):
-        model.train()(X)
+        model(X)
 
 
 class Fork(TinyNet):

@@ -1,0 +1,200 @@
+"""Second step of `quantize_`: what is quantized, how and why. Reads an `Observation`, changes nothing."""
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from qat.quantizers.spec import QuantSpec
+from qat.surgery.layers import FLOAT, LayerSpec, wraps
+from qat.surgery.observe import Observation
+from qat.surgery.plan import JOINS, Plan, is_join, path_of, plan_sites
+from qat.surgery.sites import Addresses
+from qat.surgery.training_paths import in_training, tallies
+
+Rules = Sequence[tuple[str, LayerSpec]]
+
+
+@dataclass(frozen=True)
+class OperandsPlan:
+    """A convolution or linear whose operands are quantized where it multiplies them."""
+
+    name: str
+    kind: str
+    spec: LayerSpec
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What `quantize_` is going to do.
+
+    specs:   what the rules ask for, by layer. patterns: the rule that decided each.
+    wrapped: the layers whose modules are replaced. operands: by address, those quantized where they multiply.
+    shared:  layers with one weight among them, which get one weight quantizer.
+    sites:   the 8-bit quantizers of operations without weights.
+    known:   addresses, for the modules that apply them.
+    """
+
+    specs: Mapping[str, LayerSpec]
+    patterns: Mapping[str, str]
+    wrapped: Mapping[str, LayerSpec]
+    operands: Mapping[str, OperandsPlan]
+    shared: tuple[tuple[str, ...], ...]
+    sites: Plan
+    known: Addresses
+
+
+def plan_quantization(seen: Observation, rules: Rules, stream: QuantSpec | None) -> QuantizationPlan:
+    """Decide every layer and every operation of an observed model.
+
+    stream: grid of the tensors that join integer operations; None: no such quantizers.
+    Raises ValueError naming a layer that no rule reaches, a rule that decides nothing, an operation that needs a FLOAT rule,
+    layers with one weight and different rules.
+    """
+    asked, patterns = _by_rules(seen, rules)
+    _require_licences(seen, asked)
+    specs = {name: FLOAT if name in seen.asleep else spec for name, spec in asked.items()}
+    specs, shared = _with_shared_weights(seen, specs)
+    binary = frozenset(name for name, spec in specs.items() if spec.input is not None and spec.input.bits == 1)
+    in_float = frozenset(name for name, spec in specs.items() if spec == FLOAT)
+    sites = plan_sites(seen.trace, binary, in_float) if stream is not None else Plan((), frozenset())
+    wrapped: dict[str, LayerSpec] = {}
+    operands: dict[str, OperandsPlan] = {}
+    for name, spec in specs.items():
+        if spec == FLOAT:
+            continue
+        if stream is not None and name in sites.on_grid:
+            spec = _input_from_stream(spec, stream)
+        calls = seen.calls.get(name, [])
+        if all(call.path == name for call in calls) and (not calls or wraps(seen.layers[name])):
+            wrapped[name] = spec
+        else:
+            address = calls[0].address
+            operands[address] = OperandsPlan(name, calls[0].kind, spec, seen.trace.weights[address])
+    known = _addresses(seen, sites, wrapped, operands)
+    return QuantizationPlan(specs, patterns, wrapped, operands, shared, sites, known)
+
+
+def _by_rules(seen: Observation, rules: Rules) -> tuple[dict[str, LayerSpec], dict[str, str]]:
+    """The spec of every name, and the pattern that gave it: the first that matches."""
+    decided: dict[str, LayerSpec] = {}
+    patterns: dict[str, str] = {}
+    used: set[str] = set()
+    missed: list[str] = []
+    for name in seen.names:
+        found = {alias: _first_match(alias, rules) for alias in seen.aliases.get(name, [name])}
+        for match in found.values():
+            if match is not None:
+                used.add(match[0])
+        match = found[name]
+        if match is None:
+            missed.append(name)
+            continue
+        for alias, other in found.items():
+            if other is None or other[1] != match[1]:
+                raise ValueError(
+                    f"quantize_: {name} and {alias} are one module, and rules decide them differently; give both names the "
+                    "same rule"
+                )
+        patterns[name], decided[name] = match
+    if missed:
+        raise ValueError(
+            f"quantize_: no rule reaches {', '.join(missed)}; add a rule (FLOAT leaves a layer in floating point)"
+        )
+    for pattern, _ in rules:
+        if pattern not in used:
+            raise ValueError(f"quantize_: rule {pattern!r} decides nothing: {_why_unused(pattern, seen.names)}")
+    return decided, patterns
+
+
+def _first_match(name: str, rules: Rules) -> tuple[str, LayerSpec] | None:
+    for pattern, spec in rules:
+        if fnmatch.fnmatchcase(name, pattern):
+            return pattern, spec
+    return None
+
+
+def _why_unused(pattern: str, names: Sequence[str]) -> str:
+    matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if matches:
+        return f"earlier rules take all it matches ({', '.join(matches)})"
+    return "it matches no conv or linear"
+
+
+def _require_licences(seen: Observation, asked: Mapping[str, LayerSpec]) -> None:
+    """What cannot be quantized, and what only training runs, stays in floating point only where a FLOAT rule says so."""
+    for name, calls in seen.elsewise.items():
+        if asked[name] != FLOAT:
+            raise ValueError(
+                f"{calls[0].address}: quantize_ cannot quantize the products of {calls[0].kind}; put ({name!r}, FLOAT) "
+                "before the other rules to leave them in floating point"
+            )
+    unlicensed = [name for name in seen.in_training_alone if asked[name] != FLOAT]
+    if unlicensed:
+        raise ValueError(
+            f"quantize_: {', '.join(unlicensed)} run in training alone, as auxiliary heads do, and will not be in the file; "
+            f"put ({unlicensed[0]!r}, FLOAT) before the other rules to train them in floating point"
+        )
+
+
+def _with_shared_weights(
+    seen: Observation, specs: Mapping[str, LayerSpec]
+) -> tuple[dict[str, LayerSpec], tuple[tuple[str, ...], ...]]:
+    """One weight has one grid: with one scale for all of it where it is used turned round, too."""
+    specs = dict(specs)
+    shared = []
+    for parameter, layers in seen.tied.items():
+        first, *others = layers
+        for other in others:
+            if specs[other].weight != specs[first].weight:
+                raise ValueError(
+                    f"quantize_: {first} and {other} share the weight {parameter}, and rules give it different bits; give "
+                    "both the same rule"
+                )
+        weight = specs[first].weight
+        if weight is None:
+            continue
+        if parameter in seen.turned:
+            for name in layers:
+                specs[name] = replace(specs[name], weight=replace(weight, axis=None))
+        shared.append(tuple(layers))
+    return specs, tuple(shared)
+
+
+def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
+    """A layer that wants at least the stream's bits reads the stream's codes as they are."""
+    if spec.input is not None and spec.input.bits >= stream.bits:
+        return replace(spec, input=None)
+    return spec
+
+
+def _addresses(
+    seen: Observation, sites: Plan, wrapped: Mapping[str, LayerSpec], operands: Mapping[str, OperandsPlan]
+) -> Addresses:
+    trace = seen.trace
+    joins = frozenset(trace.constant | {call.address for call in trace.calls if call.kind in JOINS or is_join(call)})
+    quantized = [*sites.sites, *operands]
+    relus = [address for address, _, _ in sites.relus]
+    shifted: dict[str, str | None] = {}
+    counted: dict[str, dict[str, int]] = {}
+    in_float = set(trace.weights) - operands.keys()
+    if seen.trained is not None:
+        shifted = in_training(trace, seen.trained, [*quantized, *relus])
+        counted = tallies(seen.trained, [address for address in quantized if path_of(address) not in trace.repeated])
+        in_float |= set(_only_in_training(seen, wrapped))
+    written_back = trace.written_back.intersection(sites.sites)
+    return Addresses(
+        joins, frozenset(in_float), frozenset(wrapped), frozenset(written_back), shifted, counted,
+        frozenset(trace.repeated), dict(trace.starts),
+    )  # fmt: skip
+
+
+def _only_in_training(seen: Observation, wrapped: Mapping[str, LayerSpec]) -> Iterator[str]:
+    """Addresses of the convolutions and linears that eval mode does not make."""
+    assert seen.trained is not None
+    for address in seen.trained.weights:
+        path = path_of(address)
+        if address not in seen.trace.weights and path not in wrapped:
+            yield address

@@ -1,0 +1,133 @@
+"""First step of `quantize_`: what the model computes, in eval mode and in training, before anything is changed."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from qat.surgery.example import Example, samples_of
+from qat.surgery.plan import unsupported
+from qat.surgery.trace import MULTIPLIES, Call, Trace, trace_calls
+from qat.surgery.witness import check_witnessed, witness
+
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one pass in each mode shows.
+
+    layers:    every convolution and linear module by name; the first, where it has several.
+    aliases:   all names of a layer that has more than one.
+    trace:     the calls in eval mode. trained: in training mode; None where the model does not run in it on the example.
+    calls:     name of a layer -> its calls, of whatever multiplies by a weight.
+    elsewise:  name of a module -> its calls that multiply in a way that no quantizer reaches.
+    asleep:    layers that the example does not reach: "idle", or "constant" where they see nothing of the image.
+    in_training_alone: those of them that run in training.
+    tied:      name of a parameter -> the layers that multiply by it, where they are several. turned: those parameters of
+               which one layer uses the transpose.
+    witnessed: multiply-adds by module path, as PyTorch's dispatcher counts them.
+    samples:   images in the example.
+    """
+
+    layers: Mapping[str, nn.Module]
+    aliases: Mapping[str, list[str]]
+    trace: Trace
+    trained: Trace | None
+    calls: Mapping[str, list[Call]]
+    elsewise: Mapping[str, list[Call]]
+    asleep: Mapping[str, str]
+    in_training_alone: list[str]
+    tied: Mapping[str, list[str]]
+    turned: frozenset[str]
+    witnessed: Counter[str]
+    samples: int
+
+    @property
+    def names(self) -> list[str]:
+        """All that rules decide: layers, computed weights, and modules that multiply in another way."""
+        return list(dict.fromkeys((*self.layers, *self.calls, *self.elsewise)))
+
+
+def observe(model: nn.Module, example: Example) -> Observation:
+    """Run `model` on `example` and note what it computes; the model is left as it was.
+
+    Raises ValueError naming what cannot be followed, and a weight that depends on the image.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    trace = trace_calls(model, example, frozenset(layers))
+    trace.calls = _named_apart(trace.calls)
+    calls: dict[str, list[Call]] = defaultdict(list)
+    for call in trace.calls:
+        if call.kind in MULTIPLIES:
+            _require_one_activation(call)
+            calls[call.layer].append(call)
+    elsewise: dict[str, list[Call]] = defaultdict(list)
+    for call in unsupported(trace):
+        elsewise[call.path or call.address].append(call)
+    read = {name.removesuffix(".weight") for call in trace.calls for name in call.parameters}
+    awake = calls.keys() | elsewise.keys() | read
+    asleep = {name: "constant" if name in trace.on_constants else "idle" for name in layers if name not in awake}
+    trained = _in_training(model, example, frozenset(layers))
+    running = {call.layer for call in trained.calls if call.kind in MULTIPLIES} if trained is not None else set()
+    tied, turned = _tied(trace)
+    witnessed = witness(model, example)
+    check_witnessed(witnessed, trace, frozenset(elsewise))
+    return Observation(
+        layers, _aliases(model), trace, trained, dict(calls), dict(elsewise), asleep,
+        [name for name in asleep if name in running], tied, turned, witnessed, samples_of(example),
+    )  # fmt: skip
+
+
+def _require_one_activation(call: Call) -> None:
+    if len(call.inputs) > 1:
+        raise ValueError(
+            f"{call.address}: the weight of this {call.kind} depends on the image; quantize_ cannot quantize it, compute the "
+            "product with torch.matmul, which takes two activations"
+        )
+
+
+def _named_apart(calls: list[Call]) -> list[Call]:
+    """Each user of a weight under a name of its own: the module that owns it under its own, or else the first user."""
+    owners: dict[str, str] = {}
+    for call in calls:
+        if call.kind in MULTIPLIES and (call.layer not in owners or call.path == call.layer):
+            owners[call.layer] = call.path if call.path == call.layer else call.address
+    renamed = []
+    for call in calls:
+        if call.kind in MULTIPLIES and owners[call.layer] not in (call.path, call.address):
+            call = replace(call, layer=call.address.replace("#", ".") if call.path else call.address[1:])
+        renamed.append(call)
+    return renamed
+
+
+def _tied(trace: Trace) -> tuple[dict[str, list[str]], frozenset[str]]:
+    users: dict[str, list[str]] = defaultdict(list)
+    turned: dict[str, set[bool]] = defaultdict(set)
+    for call in trace.calls:
+        parameter = trace.parameter_of.get(call.address)
+        if call.kind not in MULTIPLIES or parameter is None:
+            continue
+        name, is_turned = parameter
+        turned[name].add(is_turned)
+        if call.layer not in users[name]:
+            users[name].append(call.layer)
+    tied = {name: layers for name, layers in users.items() if len(layers) > 1}
+    return tied, frozenset(name for name in tied if len(turned[name]) > 1)
+
+
+def _in_training(model: nn.Module, example: Example, layers: frozenset[str]) -> Trace | None:
+    """None for a model whose forward in training mode wants more than the example, such as targets."""
+    try:
+        return trace_calls(model, example, layers, training=True)
+    except Exception:
+        return None
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, WEIGHTED):
+            names[id(module)].append(name)
+    return {several[0]: several for several in names.values() if len(several) > 1}

@@ -1,0 +1,333 @@
+"""Products that PyTorch makes in one function, written out as the matrix products, linears and convolutions they consist of.
+
+A fused attention or an einsum hides its products from whoever watches functions. Each form here computes the same from
+`matmul`, `linear` and `conv2d`, which have addresses and can be quantized. Both the trace and the quantized model run them
+in place of the function; the model's code stays as it is.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Form = Callable[..., Any]
+
+
+class Unquantizable(ValueError):
+    """An option of a function that has no open form."""
+
+
+def open_form(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form | None:
+    """What computes the call of a function of this kind in the open; None where it is open already."""
+    if kind == "matmul":
+        return _matmul_form(args)
+    if kind == "einsum":
+        return _einsum if _is_open_einsum(args) else None
+    return FORMS.get(kind)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(q kᵀ · scale + mask) v; query: (..., L, E), key: (..., S, E), value: (..., S, V)."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if is_causal:
+        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:  # of booleans: True where a position may be seen
+        scores = _masked(scores, ~attn_mask if attn_mask.dtype == torch.bool else attn_mask)
+    weights = scores.softmax(dim=-1)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ value
+
+
+def multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward`; query: (L, N, E) or (L, E), key and value: (S, N, E) or (S, E).
+
+    Raises Unquantizable for options that no vision model uses: bias_k, add_zero_attn, static_k.
+    """
+    if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
+        raise Unquantizable(
+            "MultiheadAttention with add_bias_kv, add_zero_attn or static keys cannot be quantized; build it without them"
+        )
+    is_batched = query.dim() == 3
+    if not is_batched:
+        same = query is key and key is value
+        query = query.unsqueeze(1)
+        key, value = (query, query) if same else (key.unsqueeze(1), value.unsqueeze(1))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias, (q_proj_weight, k_proj_weight, v_proj_weight))
+    length, batch, width = q.shape
+    source = k.shape[0]
+    head = width // num_heads
+    q = q.reshape(length, batch, num_heads, head).permute(1, 2, 0, 3)
+    k = k.reshape(source, batch, num_heads, head).permute(1, 2, 0, 3)
+    v = v.reshape(source, batch, num_heads, head).permute(1, 2, 0, 3)
+    scores = (q * (1 / math.sqrt(head))) @ k.transpose(-2, -1)
+    if attn_mask is not None:
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.reshape(batch, num_heads, length, source)
+        scores = _masked(scores, attn_mask)
+    if key_padding_mask is not None:
+        scores = _masked(scores, key_padding_mask.reshape(batch, 1, 1, source))
+    weights = scores.softmax(dim=-1)
+    if training and dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    mixed = (weights @ v).permute(2, 0, 1, 3).reshape(length, batch, width)
+    out = F.linear(mixed, out_proj_weight, out_proj_bias)
+    shown = None
+    if need_weights:
+        shown = weights.mean(dim=1) if average_attn_weights else weights
+        shown = shown if is_batched else shown.squeeze(0)
+    return (out if is_batched else out.squeeze(1)), shown
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """In a boolean mask of `nn.MultiheadAttention`, True hides a position."""
+    return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _projected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    separate: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v: by one linear where all three come from one tensor, else by a linear each."""
+    if weight is not None and query is key and key is value:
+        q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+        return q, k, v
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    weights = separate if weight is None else weight.chunk(3)
+    q, k, v = (
+        F.linear(x, w, b)  # type: ignore[arg-type]
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    return q, k, v
+
+
+def conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """The convolution that a transposed one equals: of the image spread with zeros, with the kernel turned round.
+
+    x: (N, C, H, W) or (C, H, W); weight: (C, O / groups, kH, kW).
+    """
+    if x.dim() == 3:
+        return conv_transpose2d(
+            x.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation
+        ).squeeze(0)
+    strides, paddings, extras, dilations = map(_pair, (stride, padding, output_padding, dilation))
+    spread = _spread(x, strides)
+    pads: list[int] = []
+    for axis in (1, 0):  # F.pad counts from the last axis
+        reach = dilations[axis] * (weight.shape[2 + axis] - 1) - paddings[axis]
+        pads += [reach, reach + extras[axis]]
+    spread = F.pad(spread, [max(pad, 0) for pad in pads])
+    left, right, top, bottom = (max(-pad, 0) for pad in pads)
+    if left or right or top or bottom:
+        spread = spread[..., top : spread.shape[-2] - bottom, left : spread.shape[-1] - right]
+    parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    turned = parts.transpose(1, 2).reshape(-1, weight.shape[0] // groups, *weight.shape[2:]).flip(2, 3)
+    return F.conv2d(spread, turned, bias, 1, 0, dilations, groups)
+
+
+def _spread(x: Tensor, strides: tuple[int, int]) -> Tensor:
+    """stride - 1 zeros between neighbours."""
+    down, right = strides
+    if (down, right) == (1, 1):
+        return x
+    batch, channels, height, width = x.shape
+    cells = F.pad(x.reshape(batch, channels, height, 1, width, 1), [0, right - 1, 0, 0, 0, down - 1])
+    spread = cells.reshape(batch, channels, height * down, width * right)
+    return spread[..., : (height - 1) * down + 1, : (width - 1) * right + 1]
+
+
+def conv_transpose1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """As `conv_transpose2d`, of (N, C, L) or (C, L), by way of one row."""
+    numbers = [value if isinstance(value, int) else value[0] for value in (stride, padding, output_padding, dilation)]
+    step, pad, extra, gap = numbers
+    row = conv_transpose2d(
+        x.unsqueeze(-2), weight.unsqueeze(2), bias, (1, step), (0, pad), (0, extra), groups, (1, gap)
+    )
+    return row.squeeze(-2)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value * 2 if len(value) == 1 else value
+    return int(first), int(second)
+
+
+def addmm(base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta · base + alpha · first @ second; also `baddbmm`, for (B, n, m) operands."""
+    product = first @ second
+    product = product if alpha == 1 else product * alpha
+    return product + (base if beta == 1 else base * beta)
+
+
+def is_weight(operand: Any) -> bool:
+    """Whether a matrix is a parameter, or a view of all of one, such as its transpose."""
+    if not isinstance(operand, Tensor) or operand.dim() != 2:
+        return False
+    if isinstance(operand, nn.Parameter):
+        return True
+    base = operand._base
+    return isinstance(base, nn.Parameter) and base.dim() == 2 and base.numel() == operand.numel()
+
+
+def _matmul_form(args: tuple[Any, ...]) -> Form | None:
+    """x @ W, or W @ x, with a parameter W is a linear."""
+    if len(args) != 2 or not all(isinstance(arg, Tensor) for arg in args):
+        return None
+    first, second = args
+    if is_weight(second) and not is_weight(first) and first.dim() > 1:
+        return _times_weight
+    if is_weight(first) and not is_weight(second) and second.dim() > 1:
+        return _weight_times
+    return None
+
+
+def _times_weight(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight.t())
+
+
+def _weight_times(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x.transpose(-2, -1), weight).transpose(-2, -1)
+
+
+def _is_open_einsum(args: tuple[Any, ...]) -> bool:
+    """Whether it multiplies two tensors, with every label once in a tensor and none left to broadcasting."""
+    if not args or not isinstance(args[0], str) or "." in args[0] or len(_operands(args)) != 2:
+        return False
+    sources, _, _ = args[0].replace(" ", "").partition("->")
+    first, _, second = sources.partition(",")
+    return len(set(first)) == len(first) and len(set(second)) == len(second)
+
+
+def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    rest = args[1:]
+    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+
+
+def _einsum(*args: Any) -> Tensor:
+    """Two operands by one product: of matrices, or of a matrix and a weight, whose axes are put in order before and after."""
+    first, second = _operands(args)
+    equation = args[0].replace(" ", "")
+    sources, arrow, result = equation.partition("->")
+    left, _, right = sources.partition(",")
+    if not arrow:
+        result = "".join(sorted(label for label in set(left + right) if (left + right).count(label) == 1))
+    if _is_parameter(first) and not _is_parameter(second):
+        first, second, left, right = second, first, right, left
+    first, left = _summed(first, left, right + result)
+    second, right = _summed(second, right, left + result)
+    sizes = dict(zip(left, first.shape, strict=True)) | dict(zip(right, second.shape, strict=True))
+    shared = [label for label in left if label in right and label in result]
+    summed = [label for label in left if label in right and label not in result]
+    own = [label for label in left if label not in right]
+    others = [label for label in right if label not in left]
+
+    def ordered(tensor: Tensor, labels: str, groups: tuple[list[str], ...]) -> Tensor:
+        axes = [labels.index(label) for group in groups for label in group]
+        shape = [sizes[label] for label in shared] + [_size(group, sizes) for group in groups[1:]]
+        return tensor.permute(axes).reshape(shape)
+
+    if _is_parameter(second) and not shared:
+        weight = second.permute([right.index(label) for label in (*others, *summed)])
+        weight = weight.reshape(_size(others, sizes), _size(summed, sizes))
+        x = first.permute([left.index(label) for label in (*own, *summed)])
+        x = x.reshape([sizes[label] for label in own] + [_size(summed, sizes)])
+        product = F.linear(x, weight)
+    else:
+        product = ordered(first, left, (shared, own, summed)) @ ordered(second, right, (shared, summed, others))
+    labels = [*shared, *own, *others]
+    product = product.reshape([sizes[label] for label in labels])
+    return product.permute([labels.index(label) for label in result])
+
+
+def _is_parameter(operand: Tensor) -> bool:
+    return isinstance(operand, nn.Parameter)
+
+
+def _summed(tensor: Tensor, labels: str, wanted: str) -> tuple[Tensor, str]:
+    """Sum over the labels that nobody else has."""
+    for label in labels:
+        if label not in wanted:
+            tensor = tensor.sum(dim=labels.index(label))
+            labels = labels.replace(label, "")
+    return tensor, labels
+
+
+def _size(labels: list[str], sizes: dict[str, int]) -> int:
+    return math.prod(sizes[label] for label in labels)
+
+
+FORMS: dict[str, Form] = {
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "multi_head_attention_forward": multi_head_attention,
+    "conv_transpose2d": conv_transpose2d,
+    "conv_transpose1d": conv_transpose1d,
+    "addmm": addmm,
+    "baddbmm": addmm,
+}
