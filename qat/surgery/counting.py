@@ -44,6 +44,10 @@ def multiplications(kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         return out.numel() * args[0].shape[-1]
     if kind in ("baddbmm", "addmm"):
         return out.numel() * args[1].shape[-1]
+    if kind in ("mv", "dot", "vdot"):
+        return int(args[0].numel())
+    if kind == "addmv":
+        return int(args[1].numel())
     if kind == "einsum":
         return _einsum(args)
     return 0 if kind in WITHOUT else out.numel() * PER_ELEMENT.get(kind, 1)

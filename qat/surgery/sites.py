@@ -257,7 +257,7 @@ class Entry:
                 f"{name}: the image has a quantizer, which forward applies; call the model itself, or quantize the part "
                 "that you call"
             )
-        return quantizers.quantize_images(args, kwargs)  # type: ignore[no-any-return]
+        return quantizers.quantize_images(args, kwargs)
 
     def _check_tally(self, frame: Frame, name: str) -> None:
         if name != "forward" or not frame.training:

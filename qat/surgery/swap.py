@@ -201,9 +201,12 @@ def parameter_groups(
         {"params": [p for p in named if p.dim() <= 1], "weight_decay": weight_decay if decay_norms else 0.0},
     ]
     by_size: dict[float, list[nn.Parameter]] = {}
+    grouped: set[int] = set()
     for name, quantizer in quantizers(model).items():
         size = 1.0 if step_sizes is None else step_sizes[name]
-        by_size.setdefault(size, []).extend(quantizer.parameters())
+        own = [p for p in quantizer.parameters() if id(p) not in grouped]  # layers that share a weight share its scale
+        grouped |= {id(p) for p in own}
+        by_size.setdefault(size, []).extend(own)
     groups += [{"params": by_size[size], "weight_decay": 0.0, "lr": step_lr * size} for size in sorted(by_size)]
     return [group for group in groups if group["params"]]
 

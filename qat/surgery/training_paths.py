@@ -33,8 +33,8 @@ def in_training(evaluated: Trace, trained: Trace, addresses: Iterable[str]) -> d
                     "repeated into a module of its own"
                 )
         by_code = dict(zip(_numbered(codes), eval_addresses, strict=True))
-        for code, address in zip(_numbered(training_codes), training_addresses, strict=True):
-            same = by_code.get(code)
+        for numbered, address in zip(_numbered(training_codes), training_addresses, strict=True):
+            same = by_code.get(numbered)
             if same != address:
                 shifted[address] = same
     return shifted

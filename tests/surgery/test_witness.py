@@ -54,24 +54,32 @@ class Hiding(nn.Module):
         return self.head(torch.relu(self.second(x)).mean((2, 3)))
 
 
+FOLLOWED = {"a write into a buffer", "index_copy"}
+
+
 @pytest.mark.parametrize("hiding", HIDING)
 def test_a_hidden_input_is_either_followed_or_refused_with_the_module(hiding: str) -> None:
-    """Never a table that calls the layers behind it constant."""
+    """Never a table that calls the layers behind it constant: so were certified nets with all but one layer in float."""
     model = Hiding(HIDING[hiding]).eval()
-    try:
-        table = quantize_(model, uniform_rules(4, 4), IMAGE)
-    except ValueError as error:
-        assert "module 'second'" in str(error) or "hides where its input comes from" in str(error)
-        assert type(model).__name__ == "Hiding" and isinstance(model.second, nn.Conv2d) and not hasattr(model, "sites")
+    if hiding not in FOLLOWED:
+        with pytest.raises(
+            ValueError, match=r"takes what depends on the image out of PyTorch|through another view of it|hides where"
+        ):
+            quantize_(model, uniform_rules(4, 4), IMAGE)
+        assert type(model) is Hiding and type(model.second) is nn.Conv2d and not hasattr(model, "stream_quantizers")
         return
+    table = quantize_(model, uniform_rules(4, 4), IMAGE)
     assert {row.name: row.kind for row in table.rows} == {"first": "conv", "second": "conv", "head": "linear"}
     assert all(row.weight is not None for row in table.rows)
 
 
-def test_a_write_into_a_buffer_is_refused() -> None:
-    """What once was certified as 100.0 % quantized with all but the first layer in floating point."""
+def test_multiply_adds_that_the_trace_does_not_know_are_refused() -> None:
+    """The dispatcher's count against a trace that misses a layer."""
+    model = Hiding(into_a_buffer).eval()
+    trace = trace_calls(model, IMAGE, frozenset({"first", "second", "head"}))
+    trace.calls = [call for call in trace.calls if call.layer != "second"]
     with pytest.raises(ValueError, match=r"module 'second': makes 5,184 multiply-adds .* can follow 0 of them"):
-        quantize_(Hiding(into_a_buffer).eval(), uniform_rules(4, 4), IMAGE)  # 6 · 6 pixels · 4 · 4 · 9
+        check_witnessed(witness(model, IMAGE), trace)  # 6 · 6 pixels · 4 · 4 · 9
 
 
 class Tables(nn.Module):
@@ -97,7 +105,7 @@ def test_multiply_adds_are_those_counted_by_hand_and_constants_are_none(samples:
     by_hand = {"conv": 4 * 4 * 4 * 27, "up": 4 * 4 * 4 * 4 * 4, "": 4 * 6 + 4 * 4}  # einsum first adds over h and w
     assert dict(witness(model, images)) == {path: samples * count for path, count in by_hand.items()}
     trace = trace_calls(model, images, frozenset({"conv", "up", "positions"}))
-    assert check_witnessed(model, images, trace) == sum(by_hand.values())
+    check_witnessed(witness(model, images), trace)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -109,6 +117,12 @@ def test_the_model_is_left_as_it_was() -> None:
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def hidden_copy(x: Tensor) -> np.ndarray:
+    """x in NumPy, by a way that no function mode sees."""
+    with torch._C.DisableTorchFunction():
+        return x.detach().numpy()
+
+
 class Flickering(nn.Module):
     """Constant at first sight: which table is read depends on the image."""
 
@@ -117,7 +131,8 @@ class Flickering(nn.Module):
         self.conv, self.table = nn.Conv2d(3, 4, 3), nn.Linear(2, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = torch.arange(4.0).reshape(2, 2) + float(x.detach().sum() > 0)
+        numbers = hidden_copy(x).sum()
+        rows = torch.arange(4.0).reshape(2, 2) + float(numbers > 0)
         return self.conv(x).mean((2, 3)) + self.table(rows)[:1]
 
 
