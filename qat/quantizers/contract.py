@@ -15,6 +15,7 @@ from qat.quantizers.spec import QuantSpec
 SMALLEST_STEP = 1e-10
 # What of a spec decides which numbers the codes stand for; the sign is apart, since calibration may decide it.
 GRID_FIELDS = ("bits", "axis", "offset", "power_of_two", "symmetric")
+NONE = -1  # in a state dict
 
 
 class Quantizer(nn.Module):
@@ -39,17 +40,26 @@ class Quantizer(nn.Module):
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
         raise NotImplementedError(f"{type(self).__name__} defines no codes")
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict keeps besides tensors: the grid that the step was trained for."""
-        grid = {field: getattr(self.spec, field) for field in GRID_FIELDS}
-        return {"signed": self.spec.signed, "initialized": self.initialized, "grid": grid}
+    def get_extra_state(self) -> Tensor:
+        """What a state dict keeps besides parameters: sign, whether a step is set, and the grid that it was trained for.
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError when the state dict comes from a quantizer of another grid: its step means other numbers."""
-        grid = state.get("grid")  # state dicts of earlier versions have none
+        One number each, int64, -1 for None; a tensor, because safetensors and others save nothing else.
+        """
+        values = [self.spec.signed, self.initialized, *(getattr(self.spec, field) for field in GRID_FIELDS)]
+        return torch.tensor([NONE if value is None else int(value) for value in values])
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        """Take over sign and initialization; a dict is what earlier versions saved.
+
+        Raises ValueError when the state dict comes from a quantizer of another grid: its step means other numbers.
+        """
+        read = _read_state(state) if isinstance(state, Tensor) else state
+        grid = read.get("grid")  # the first versions saved none
         if grid is not None:
             self._require_same_grid(grid)
-        self.initialized = state["initialized"]
+        self.initialized = read["initialized"]
+        if read["signed"] is not None:
+            self.spec = self.spec.with_sign(read["signed"])
 
     def _require_same_grid(self, grid: Mapping[str, Any]) -> None:
         different = [field for field in GRID_FIELDS if grid.get(field) != getattr(self.spec, field)]
@@ -60,6 +70,13 @@ class Quantizer(nn.Module):
                 f"quantizer {self.name!r}: the state dict was trained with {theirs}, this model has {ours}; quantize the "
                 "model by the rules that it was trained with"
             )
+
+
+def _read_state(state: Tensor) -> dict[str, Any]:
+    signed, initialized, bits, axis, *flags = state.tolist()
+    names = ("offset", "power_of_two", "symmetric")
+    grid = {"bits": bits, "axis": None if axis == NONE else axis} | dict(zip(names, map(bool, flags), strict=True))
+    return {"signed": None if signed == NONE else bool(signed), "initialized": bool(initialized), "grid": grid}
 
 
 def require_finite(x: Tensor, what: str) -> None:

@@ -13,7 +13,6 @@ the parameter, so that no optimizer can turn a step negative and nothing has to 
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from qat.quantizers import fused
 from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step, require_finite
 from qat.quantizers.power_of_two import power_of_two
-from qat.quantizers.recompute import Origin, origin_of, remember, under_compile
+from qat.quantizers.recompute import Origin, is_checkpointed, origin_of, remember, under_compile
 from qat.quantizers.spec import Grid, QuantSpec
 
 Init = Literal["lsq", "mse"]
@@ -140,7 +139,8 @@ class LSQ(Quantizer):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return under_compile(lambda x, step: FakeQuantizeLSQ.apply(x, step, grid, scale), x, raw_step)
         with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
-            out = FakeQuantizeLSQ.apply(x, raw_step, grid, scale, origin_of(x))
+            origin = None if is_checkpointed() else origin_of(x)
+            out = FakeQuantizeLSQ.apply(x, raw_step, grid, scale, origin)
             remember(out, x, raw_step, grid, quantize)
         return out
 
@@ -164,7 +164,7 @@ class LSQ(Quantizer):
         if self.spec.gradient_count == "numel":
             return float((max(x.numel(), 1) * self.spec.qmax) ** -0.5)
         shared = x.numel() // (1 if self.spec.axis is None else x.shape[self.spec.axis])
-        count = shared if self.is_weight else shared // x.shape[0]
+        count = shared if self.is_weight else shared // max(x.shape[0], 1)
         return float((max(count, 1) * self.spec.qmax) ** -0.5)
 
     def _require_step(self) -> None:
@@ -173,11 +173,6 @@ class LSQ(Quantizer):
                 f"quantizer {self.name or type(self).__name__!r} has no step yet: run calibrate(model, loader) or load a "
                 "checkpoint before using the model"
             )
-
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        super().set_extra_state(state)
-        if state["signed"] is not None:
-            self.spec = self.spec.with_sign(state["signed"])
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {'step set' if self.initialized else 'no step yet'}"

@@ -85,6 +85,8 @@ def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
     """While it is open, autograd keeps the origins of those `operands` that have one, whatever view of them it saves."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()  # `under_compile` has seen to it
+    if is_checkpointed():
+        return nullcontext()  # everything is computed again anyway, and what a hook here kept would not be
     found = {x.data_ptr(): (x.numel(), origin) for x in operands if (origin := origin_of(x)) is not None}
     if not found:
         return nullcontext()
@@ -96,6 +98,11 @@ def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
         return _View(origin, tuple(saved.shape), saved.stride()).get
 
     return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+def is_checkpointed() -> bool:
+    """Whether somebody else's hooks decide what autograd keeps, as activation checkpointing's do."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _unpack(packed: Callable[[], Tensor]) -> Tensor:
