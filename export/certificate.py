@@ -12,7 +12,7 @@ Checked for one file:
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -28,16 +27,17 @@ from edgeqat.terminal import in_lines
 from export import session
 from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import PLATFORMS
+from export.feeds import Feeds, Given
 from export.fidelity import Fidelity, Outputs, Trained, fidelity
 from export.lowered import ExportError, LoweredModel, Tried
 from export.metadata import codes_of, different_descriptions, missing_options, read_metadata
-from export.native_file import KERNELS, quantizer_names
+from export.native_file import quantizer_names
 from export.onnx_file import read
 from export.reference import IntegerReference
+from export.runtime_checks import INTEGER_KERNELS, layer_kernels, settings_that_differ
 from export.skeleton import quantizers_in_order
-from export.stress import adversarial, culprit, settings_that_differ
+from export.stress import adversarial, culprit
 
-INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", *KERNELS}
 EXACT_LEVELS = ("EXTENDED", "ALL")
 # At DISABLE and BASIC the runtime adds floats in another order. That decides results near a tie: about 3 codes in a million,
 # more where an image repeats one value, but none that is farther from a tie than float sums can be off.
@@ -223,13 +223,14 @@ def _listed(found: Mapping[str, object]) -> str:
 def certify(
     model: LoweredModel,
     file: Path,
-    images: Images,
+    images: Given,
     labels: NDArray[np.int64],
     trained: Trained,
     on: tuple[str, ...] = (),
     described: Mapping[str, Any] | None = None,
 ) -> Certificate:
-    """Prove `file` against the canonical `model` and the trained net on real `images` (N_3_H_W float32, normalised).
+    """Prove `file` against the canonical `model` and the trained net on real `images`: N_3_H_W float32, normalised, or
+    whatever the net takes; `Feeds` where that is more than one tensor.
 
     labels: (N,) classes of the images; no accuracy is given where the first output is not N_C. trained: the trained net:
     images -> (carrier codes per quantizer, outputs by name). on: machines to run the file on besides this one
@@ -271,8 +272,18 @@ def certify(
         accuracy=_accuracy({"trained net": expected, "ONNX Runtime": found}, labels),
         notes=(*model.notes, *_weight_only_note(model), *missing_options(proto)),
         tried=tuple(model.tried),
-        elsewhere=certify_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
+        elsewhere=_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
     )
+
+
+def _elsewhere(
+    model: LoweredModel, proto: onnx.ModelProto, name: str, images: Given, on: tuple[str, ...]
+) -> tuple[Elsewhere, ...]:
+    if isinstance(images, Feeds):
+        if on:
+            raise ExportError(f"--on {','.join(on)}: a model with several inputs is proven on this machine alone")
+        return ()
+    return certify_elsewhere(model, proto, name, images, on)
 
 
 def _accuracy(outputs: Mapping[str, Outputs], labels: NDArray[np.int64]) -> dict[str, float]:
@@ -310,22 +321,8 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
     return different
 
 
-def layer_kernels(layers: Iterable[str], proto: onnx.ModelProto, name: str = "") -> dict[str, str]:
-    """Layer name -> operator type that runs it in the runtime's optimised graph ("none" where it cannot be found).
-
-    A layer is known by its weight, its first plane or, where the runtime renamed a weight that it widened, its scale.
-    name: what messages call `proto`.
-    """
-    readers = {i: node.op_type for node in session.optimized(proto, name=name).graph.node for i in node.input}
-    kernels: dict[str, str] = {}
-    for layer in layers:
-        tensors = (f"{layer}.weight", f"{layer}.weight/p0", f"{layer}.weight/s")
-        kernels[layer] = next((readers[tensor] for tensor in tensors if tensor in readers), "none")
-    return kernels
-
-
 def _level(
-    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Images, level: str
+    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Given, level: str
 ) -> LevelResult:
     instrumented = session.load(session.with_outputs(proto, names), level=level)
     plain = session.load(proto, level=level)
@@ -334,7 +331,7 @@ def _level(
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         found = instrumented.run(batch)
-        expected, outputs = reference.run(torch.from_numpy(batch), given={name: found[name] for name in names})
+        expected, outputs = reference.run(batch, given={name: found[name] for name in names})
         farthest = max(farthest, reference.farthest_from_tie)
         for name in names:
             wrong[name] += int((expected[name] != found[name]).sum())
@@ -350,19 +347,19 @@ def _level(
 
 
 def _culprit(
-    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Images, level: str
+    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Given, level: str
 ) -> tuple[str, ...]:
     instrumented = session.with_outputs(proto, names)
 
     def differs(without: tuple[str, ...]) -> bool:
         outputs = session.load(instrumented, level=level, without=without).run(images)
-        expected, _ = reference.run(torch.from_numpy(images), given={name: outputs[name] for name in names})
+        expected, _ = reference.run(images, given={name: outputs[name] for name in names})
         wrong = sum(int((expected[n] != outputs[n]).sum()) for n in names)
         return wrong > FLOAT_LEVEL_LIMIT * sum(expected[n].size for n in names)
 
     return culprit(differs)
 
 
-def _outputs(loaded: session.Session, images: Images) -> Outputs:
+def _outputs(loaded: session.Session, images: Given) -> Outputs:
     parts = [loaded.run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in loaded.output_names}

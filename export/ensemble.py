@@ -20,7 +20,7 @@ from edgeqat.terminal import printable
 from export import session
 from export.lowered import ExportError
 from export.metadata import MOVED, read_metadata, write_metadata
-from export.stress import quantizer_tensors
+from export.runtime_checks import quantizer_tensors
 
 Average = Literal["probabilities", "logits"]
 AVERAGES: tuple[Average, ...] = get_args(Average)

@@ -18,6 +18,7 @@ answers     The file, run freely, answers as the trained net does but for DIFFER
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeqat.terminal import in_lines
+from export.feeds import Given
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
 from export.rounding import NEGLIGIBLE_CODES, bias_roundings, largest_results
@@ -41,9 +43,8 @@ OUTPUT_SHARE, FUNCTION_SHARE, WEIGHT_ONLY_SHARE = 1e-5, 1e-4, 1e-3
 DIFFERING_ANSWERS = 0.01  # share of answers that may differ
 LEVEL = 0.01  # certainty to fail a file whose answers differ by no more: its images are a sample
 
-Images = NDArray[np.float32]
-Outputs = Mapping[str, Images]
-Trained = Callable[[Images], tuple[Mapping[str, NDArray[np.uint8]], Outputs]]
+Outputs = Mapping[str, NDArray[np.float32]]
+Trained = Callable[[Any], tuple[Mapping[str, NDArray[np.uint8]], Outputs]]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def within_share(differing: int, count: int, share: float, level: float) -> bool
 
 
 def fidelity(
-    reference: IntegerReference, images: Images, trained: Trained, found: Outputs, batch: int
+    reference: IntegerReference, images: Given, trained: Trained, found: Outputs, batch: int
 ) -> tuple[Fidelity, Outputs]:
     """Judge the definition, and the outputs `found` that the file gave, on `images`; also returns the trained net's outputs.
 
@@ -140,7 +141,7 @@ def fidelity(
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
         follower.codes, expected = trained(part)
-        _, defined = reference.run(torch.from_numpy(part), follow=follower)
+        _, defined = reference.run(part, follow=follower)
         follower.compare_outputs(defined, expected)
         parts.append(expected)
     from_training = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -181,7 +182,7 @@ def _wrong_biases(follower: "_Follower", roundings: Mapping[str, float]) -> dict
     return wrong
 
 
-def compare_answers(first: Images, second: Images) -> tuple[int, int]:
+def compare_answers(first: NDArray[np.float32], second: NDArray[np.float32]) -> tuple[int, int]:
     """(answers, how many are alike): the largest of axis 1 per image, and per place where there are several."""
     if first.ndim < 2:
         return 0, 0

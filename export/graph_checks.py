@@ -10,7 +10,7 @@ from collections.abc import Container, Sized
 import onnx
 from onnx import AttributeProto, TensorProto
 
-from export.graph_limits import check_limits
+from export.graph_limits import Tensors, check_limits
 from export.lowered import DOMAIN, ExportError
 from export.native_checks import OPERATORS as NATIVE
 from export.native_checks import check_native
@@ -52,7 +52,7 @@ ANY: Container[int] = range(-(1 << 62), 1 << 62)
 NO_FIELDS = ("g", "graphs", "sparse_tensor", "sparse_tensors", "tp", "type_protos", "tensors")
 
 
-def check_graph(proto: onnx.ModelProto, name: str, size: int | None) -> None:
+def check_graph(proto: onnx.ModelProto, name: str, size: int | Tensors | None) -> None:
     """Raises ExportError naming the file `name` and the first node or tensor that no edgeqat file has.
 
     size: pixels of a side of its images, where the file says it.

@@ -45,10 +45,13 @@ DECIDING: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 
-def check_limits(proto: onnx.ModelProto, name: str, size: int | None) -> None:
+Tensors = Mapping[str, Mapping[str, Any]]  # input -> its shape without the batch, and its type, as metadata say them
+
+
+def check_limits(proto: onnx.ModelProto, name: str, size: int | Tensors | None) -> None:
     """Raises ExportError naming the file `name` and the node that asks for too much, or for what nobody can tell.
 
-    size: pixels of a side of the images, where the file says it.
+    size: pixels of a side of the images, where the file says it; or its inputs, where it takes tensors.
     """
     Walk(proto, name, size).run()
 
@@ -56,7 +59,7 @@ def check_limits(proto: onnx.ModelProto, name: str, size: int | None) -> None:
 class Walk:
     """Nodes in their order, with the type of every tensor and the values of the small ones that shapes may depend on."""
 
-    def __init__(self, proto: onnx.ModelProto, name: str, size: int | None) -> None:
+    def __init__(self, proto: onnx.ModelProto, name: str, size: int | Tensors | None) -> None:
         self.graph, self.name = proto.graph, name
         self.opsets = list(proto.opset_import)
         self.opset = next((o.version for o in self.opsets if o.domain in ("", "ai.onnx")), 13)
@@ -66,7 +69,7 @@ class Walk:
             self.types[tensor.name] = (tensor.data_type, tuple(tensor.dims))
             if math.prod(tensor.dims) <= SMALL:
                 self.values[tensor.name] = np.asarray(numpy_helper.to_array(tensor))
-        pixels = self._read_input(size)
+        pixels = self._read_tensors(size) if isinstance(size, Mapping) else self._read_input(size)
         self.most_work = WORK_PER_PIXEL * pixels
         self.most_bytes = min(max(BYTES_PER_PIXEL * pixels, LEAST_BYTES), MOST_BYTES)
 
@@ -88,6 +91,30 @@ class Walk:
             raise ExportError(f"{self.name}: its input of shape {list(known)} is impossible or too large")
         self.types[inputs[0].name] = (TensorProto.FLOAT, known)
         return max(known[0] * known[2] * known[3], LEAST_PIXELS)
+
+    def _read_tensors(self, said: Tensors) -> int:
+        """Note the types of all inputs; returns how many positions their samples have, at least `LEAST_PIXELS`."""
+        positions = 0
+        for value in self.graph.input:
+            if value.name in self.types:
+                continue
+            if value.name not in said:
+                raise ExportError(f"{self.name}: its metadata says nothing of its input {value.name!r}")
+            declared = value.type.tensor_type
+            dims = [dim.dim_value if dim.HasField("dim_value") else None for dim in declared.shape.dim]
+            entry = said[value.name]
+            expected = (1, *entry["shape"])
+            element = helper.np_dtype_to_tensor_dtype(np.dtype(entry["dtype"]))
+            fits = len(dims) == len(expected) and all(
+                dim in (None, size) for dim, size in zip(dims[1:], expected[1:], strict=True)
+            )
+            if declared.elem_type != element or not fits:
+                raise ExportError(
+                    f"{self.name}: its input {value.name!r} is not the {entry['dtype']} {list(expected)} of its metadata"
+                )
+            self.types[value.name] = (element, expected)
+            positions += math.prod(expected)
+        return max(positions, LEAST_PIXELS)
 
     def run(self) -> None:
         readers = Counter(tensor for node in self.graph.node for tensor in set(node.input) if tensor)

@@ -7,11 +7,13 @@ quantizers themselves.
 import contextlib
 import copy
 import dataclasses
+import inspect
 import io
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,6 +28,7 @@ from export.skeleton import modules_of
 from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.quantizers.contract import Quantizer
+from qat.surgery.example import Arguments, Example, arguments_of, with_leaves, with_tensors
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.operands import QuantOperands
 from qat.surgery.swap import computed_weights, quantizers
@@ -34,10 +37,14 @@ from qat.surgery.witness import witness
 OPSET = 20
 
 
-def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> LoweredModel:
+def lower(
+    model: nn.Module, example: Example, *, float_weights: bool = False, input_names: Sequence[str] = ()
+) -> LoweredModel:
     """Lower a trained, quantized `model` in eval mode.
 
-    example: one batch of N_C_H_W float32 images; its height and width become the file's, its batch size does not.
+    example: what the model's forward takes, N_C_H_W float32 for images; its height and width become the file's, its batch
+             size does not.
+    input_names: of the file, one for each tensor of the example; `input` where there is one, else forward's own.
     float_weights: whether layers with a quantized input and a float weight may remain. The runtime's optimiser quantizes
              such weights by rules of its own, so the integer targets cannot keep their promise for them.
     Raises ExportError naming a quantizer without a step, or the operation that has no ONNX form.
@@ -57,17 +64,18 @@ def lower(model: nn.Module, example: Tensor, *, float_weights: bool = False) -> 
             f"layer {bare[0]!r} has a quantized input and a float weight (activation-only): ONNX Runtime would quantize that "
             "weight by itself, and its codes would not be trained ones; export target fp32 or qonnx, or quantize weights too"
         )
-    layers = {f"{layer.name}.weight": layer for layer in _layers(model, example)}
+    layers = {f"{layer.name}.weight": layer for layer in _layers(model, one_sample(model, example))}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
     _check_finite(model)
-    example = example[:1].cpu()
+    example = with_tensors(example, lambda tensor: tensor[:1].cpu())
+    arguments = arguments_of(model, example)
     multiply_adds = sum(witness(model, example).values())
     with torch.no_grad():
-        outputs = list(named_outputs(model(example)))
+        outputs = list(named_outputs(call(model, arguments)))
     passes = _Passes(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer, passes)
-    skeleton = export_onnx(model, example, outputs)
+    skeleton = export_onnx(model, arguments, input_names or names_of_inputs(model, example), outputs)
     _name_norm_biases(skeleton, model)
     for repeated, first in passes.repeated.items():
         if first in layers:
@@ -122,31 +130,39 @@ def _check_finite(model: nn.Module) -> None:
             raise ExportError(f"{name}: holds NaN or infinity; the training diverged, export an earlier checkpoint")
 
 
-def lower_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+def lower_float(model: nn.Module, example: Example, input_names: Sequence[str] = ()) -> onnx.ModelProto:
     """The same trained model in full precision, quantizers passing everything through: the FP32 file to compare with."""
     model = copy.deepcopy(model).cpu().eval()
     for quantizer in quantizers(model).values():
         quantizer.forward = _identity
+    arguments = one_sample(model, example)
     with torch.no_grad():
-        outputs = list(named_outputs(model(example[:1].cpu())))
-    return ir.to_proto(export_onnx(model, example, outputs))
+        outputs = list(named_outputs(call(model, arguments)))
+    return ir.to_proto(export_onnx(model, arguments, input_names or names_of_inputs(model, example), outputs))
 
 
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
-@torch.no_grad()
 def trained_codes(
     model: nn.Module, images: NDArray[np.float32]
 ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
-    """What the trained net itself computes in eval mode for `images` (N_C_H_W): carrier codes of every activation
-    quantizer, and its outputs by name."""
+    """What the trained net of one input computes for `images` (N_C_H_W); see `codes_and_outputs`."""
+    return codes_and_outputs(model, ((torch.from_numpy(images),), {}))
+
+
+@torch.no_grad()
+def codes_and_outputs(
+    model: nn.Module, arguments: Arguments
+) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
+    """What the trained net itself computes in eval mode: carrier codes of every activation quantizer, and its outputs by
+    name."""
     codes: dict[str, NDArray[np.uint8]] = {}
     passes = _Passes(model)
     handles = [q.register_forward_hook(_recorder(passes, codes)) for q in quantizers(model).values() if not q.is_weight]
     try:
-        outputs = named_outputs(model(torch.from_numpy(images)))
+        outputs = named_outputs(call(model, arguments))
     finally:
         for handle in (*handles, passes.handle):
             handle.remove()
@@ -187,9 +203,58 @@ def _recorder(
     return record
 
 
-def export_onnx(model: nn.Module, example: Tensor, outputs: Sequence[str]) -> ir.Model:
-    """torch.onnx export with one dynamic batch dimension; input `input` N_C_H_W float32, outputs of the given names."""
-    batch = example[:1].repeat(2, 1, 1, 1).cpu()  # a batch of one would be taken for a constant
+def one_sample(model: nn.Module, example: Example) -> Arguments:
+    """Arguments of a call of `model` on the first sample of the example, on the CPU."""
+    args, kwargs = with_tensors(list(arguments_of(model, example)), lambda tensor: tensor[:1].cpu())
+    return args, kwargs
+
+
+def call(model: nn.Module, arguments: Arguments) -> Any:
+    args, kwargs = arguments
+    return model(*args, **kwargs)
+
+
+def names_of_inputs(model: nn.Module, example: Example) -> list[str]:
+    """`input` for a model of one tensor, as recipes write it; else forward's own names."""
+    return ["input"] if isinstance(example, Tensor) else input_names_of(model, example)
+
+
+def input_names_of(model: nn.Module, example: Example) -> list[str]:
+    """Name of each tensor of the example: of forward's parameter, of its key in a dict, numbered within a list."""
+    args, kwargs = arguments_of(model, example)
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*args, **kwargs)
+    names: list[str] = []
+    for parameter, value in bound.arguments.items():
+        _collect_names(parameter, value, signature.parameters[parameter].kind, names)
+    return names
+
+
+def _collect_names(name: str, value: object, kind: Any, names: list[str]) -> None:
+    if isinstance(value, Tensor):
+        names.append(name)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _collect_names(str(key), inner, None, names)
+    elif isinstance(value, (tuple, list)):
+        for index, inner in enumerate(value):
+            _collect_names(f"{name}{index}", inner, None, names)
+
+
+def export_onnx(model: nn.Module, arguments: Arguments, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """torch.onnx export with one dynamic batch dimension, the first of every tensor; inputs and outputs of the given names.
+
+    arguments: of one call on one sample.
+    """
+    # A batch of one would be taken for a constant.
+    args, kwargs = with_tensors(list(arguments), lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
+    batch = torch.export.Dim("batch")
+    positional, named = with_leaves((args, kwargs), lambda leaf: _dynamic(leaf, batch))
+    shapes = positional
+    if args and isinstance(args[-1], dict):
+        args = (*args, {})  # torch.onnx takes a dict at the end for named arguments
+    if kwargs:
+        shapes = dict(zip(inspect.signature(model.forward).parameters, positional, strict=False)) | named
     console, exporter_log = io.StringIO(), logging.getLogger("torch.onnx")
     level = exporter_log.level
     try:
@@ -197,8 +262,8 @@ def export_onnx(model: nn.Module, example: Tensor, outputs: Sequence[str]) -> ir
         with warnings.catch_warnings(), contextlib.redirect_stdout(console):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                model, (batch,), dynamo=True, opset_version=OPSET, input_names=["input"], output_names=list(outputs),
-                dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+                model, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, input_names=list(inputs),
+                output_names=list(outputs), dynamic_shapes=shapes, verbose=False,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(f"torch.onnx could not export the model: {_root_cause(error)}") from error
@@ -207,6 +272,10 @@ def export_onnx(model: nn.Module, example: Tensor, outputs: Sequence[str]) -> ir
     if program is None:
         raise ExportError("torch.onnx gave no program")
     return program.model
+
+
+def _dynamic(leaf: object, batch: Any) -> Any:
+    return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
 def _root_cause(error: BaseException) -> str:
@@ -224,14 +293,14 @@ def _marker(quantizer: Quantizer, passes: _Passes) -> Callable[[Tensor], Tensor]
     return mark
 
 
-def _layers(model: nn.Module, example: Tensor) -> Iterator[LoweredLayer]:
+def _layers(model: nn.Module, arguments: Arguments) -> Iterator[LoweredLayer]:
     """All layers with a quantized weight. A weight that is computed is taken from a forward pass."""
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, (QuantConv2d, QuantLinear)) and module.weight_quantizer is not None:
             kind = "conv" if isinstance(module, QuantConv2d) else "linear"
             yield _layer(module.weight_quantizer, module.weight, module.bias, kind, parameters)
-    for operands, weight, bias in _computed(model, example):
+    for operands, weight, bias in _computed(model, arguments):
         assert operands.weight_quantizer is not None
         kind = "linear" if operands.kind == "linear" else "conv"
         yield _layer(operands.weight_quantizer, weight, bias, kind, parameters)
@@ -253,7 +322,7 @@ def _layer(
 
 
 @torch.no_grad()
-def _computed(model: nn.Module, example: Tensor) -> list[tuple[QuantOperands, Tensor, Tensor | None]]:
+def _computed(model: nn.Module, arguments: Arguments) -> list[tuple[QuantOperands, Tensor, Tensor | None]]:
     """Every `QuantOperands` with the weight and bias it is given in a forward pass."""
     seen: list[tuple[QuantOperands, Tensor, Tensor | None]] = []
 
@@ -265,7 +334,7 @@ def _computed(model: nn.Module, example: Tensor) -> list[tuple[QuantOperands, Te
     handles = [module.register_forward_pre_hook(record) for module in found]
     try:
         if found:
-            model(example[:1].cpu())
+            call(model, arguments)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from export.feeds import Feeds, Given
 from export.lowered import ExportError, LoweredLayer, LoweredModel
 from export.metadata_entries import FLOAT_TARGETS, check_description, check_proof, parsed_entries
 from export.packing import plane_widths, unpack
@@ -41,7 +42,61 @@ class Preprocessing:
     classes: tuple[str, ...]
 
 
-def describe(model: LoweredModel, target: Target, preprocessing: Preprocessing, producer: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Tensors:
+    """The inputs of a model that does not say how an image file becomes them.
+
+    tensors: input name -> its shape without the batch, and its type.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, names: Sequence[str], values: Sequence[Any]) -> "Tensors":
+        """values: one torch tensor or array per name, N_... each."""
+        entries = {
+            name: {"shape": [int(size) for size in value.shape[1:]], "dtype": str(value.dtype).removeprefix("torch.")}
+            for name, value in zip(names, values, strict=True)
+        }
+        return cls(entries)
+
+
+Source = Preprocessing | Tensors | Mapping[str, Any]
+
+
+def _as_entry(source: Source) -> dict[str, Any]:
+    return dict(source) if isinstance(source, Mapping) else asdict(source)
+
+
+def image_input(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The metadata's `input` of the file `name`, which takes images. Raises ExportError for one that takes tensors."""
+    entry: dict[str, Any] = metadata["input"]
+    if "tensors" in entry:
+        inputs = ", ".join(
+            f"{key} {value['dtype']} {['N', *value['shape']]}" for key, value in entry["tensors"].items()
+        )
+        raise ExportError(
+            f"{name}: takes tensors ({inputs}) and does not say how an image becomes them; export it with classes=, mean= "
+            "and std= (qat.export_onnx), or run it in ONNX Runtime"
+        )
+    return entry
+
+
+def random_inputs(metadata: Mapping[str, Any], samples: int) -> Given:
+    """Normal numbers, and zeros for integers, of the shapes that a file's metadata states."""
+    entry, generator = metadata["input"], np.random.default_rng(0)
+    if "tensors" not in entry:
+        return generator.normal(size=(samples, 3, entry["size"], entry["size"])).astype(np.float32)
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, value in entry["tensors"].items():
+        shape = (samples, *value["shape"])
+        is_float = value["dtype"].startswith("float")
+        numbers = generator.normal(size=shape) if is_float else np.zeros(shape)
+        arrays[name] = numbers.astype(value["dtype"])
+    return next(iter(arrays.values())) if len(arrays) == 1 else Feeds(arrays)
+
+
+def describe(model: LoweredModel, target: Target, source: Source, producer: str) -> dict[str, Any]:
     """What a file of `model` for `target` says of itself, but for its digests."""
     return {
         "format": FORMAT,
@@ -56,7 +111,7 @@ def describe(model: LoweredModel, target: Target, preprocessing: Preprocessing, 
         },
         "session_options": dict(target.session_options),
         MOVED: {tried.quantizer: tried.ppm for tried in model.tried if tried.ppm},
-        "input": asdict(preprocessing),
+        "input": _as_entry(source),
         "layers": [_entry(layer) for layer in model.layers.values()],
     }
 
@@ -75,15 +130,13 @@ def _entry(layer: LoweredLayer) -> dict[str, Any]:
     return entry if layer.input_quantizer else entry | {"reads": "float"}
 
 
-def sign(
-    proto: onnx.ModelProto, model: LoweredModel, target: Target, preprocessing: Preprocessing, producer: str
-) -> onnx.ModelProto:
+def sign(proto: onnx.ModelProto, model: LoweredModel, target: Target, source: Source, producer: str) -> onnx.ModelProto:
     """Write the metadata into `proto` (in place) and return it."""
-    write_metadata(proto, describe(model, target, preprocessing, producer))
+    write_metadata(proto, describe(model, target, source, producer))
     return proto
 
 
-def sign_float(proto: onnx.ModelProto, target: str, preprocessing: Preprocessing, producer: str) -> onnx.ModelProto:
+def sign_float(proto: onnx.ModelProto, target: str, source: Source, producer: str) -> onnx.ModelProto:
     """Write the metadata of a file without integer codes into `proto` (in place) and return it.
 
     target: one of FLOAT_TARGETS.
@@ -98,7 +151,7 @@ def sign_float(proto: onnx.ModelProto, target: str, preprocessing: Preprocessing
         "runtime": {"onnxruntime": f">={FLOAT_RUNTIME}", "opset": opset, "why": "a float file of opset 20"},
         "session_options": {},
         MOVED: {},
-        "input": asdict(preprocessing),
+        "input": _as_entry(source),
         "layers": [],
     }
     write_metadata(proto, value)

@@ -29,6 +29,11 @@ SESSION_OPTIONS = frozenset(option for target in TARGETS.values() for option in 
 
 DESCRIPTION = {"format": int, "target": str, "input": dict, "layers": list, "sha256": str}
 INPUT = {"size": int, "mean": list, "std": list, "classes": list}
+TENSOR = {"shape": list, "dtype": str}
+TYPES = ("float32", "float16", "float64", "int64", "int32", "int8", "uint8", "bool")
+MOST_INPUTS, MOST_AXES = 64, 8
+EXTENTS = range(1, 1 << 20)
+MOST_VALUES = 1 << 27  # of one input's sample
 LAYER = {"name": str, "bits": int, "carry": int, "shape": list, "sha256": str}
 PROOF = {"graph_sha256": str, "proven": list}
 PROVEN = {"machine": str, "runtime": str, "images": int}
@@ -78,7 +83,28 @@ def _check_target(target: str, where: str) -> None:
         raise ExportError(f"{where} target is {_short(target)}; there are {', '.join(known)}")
 
 
+def _check_tensors(value: Any, where: str) -> None:
+    if not isinstance(value, dict) or not 1 <= len(value) <= MOST_INPUTS:
+        raise ExportError(f"{where} input.tensors is {_short(value)}; it needs 1 to {MOST_INPUTS} named entries")
+    _check_names(list(value), f"{where} input.tensors", unique=True)
+    for name, entry in value.items():
+        parts = _require(entry, TENSOR, f"{where} input.tensors[{_short(name)}]")
+        shape, kind = parts["shape"], parts["dtype"]
+        if len(shape) > MOST_AXES or not all(type(size) is int and size in EXTENTS for size in shape):
+            raise ExportError(
+                f"{where} input.tensors[{_short(name)}] has shape {_short(shape)}, which no input can have"
+            )
+        if math.prod(shape) > MOST_VALUES or kind not in TYPES:
+            raise ExportError(
+                f"{where} input.tensors[{_short(name)}] is {_short(kind)} {_short(shape)}; up to {MOST_VALUES} of "
+                f"{', '.join(TYPES)} are possible"
+            )
+
+
 def _check_input(value: Any, where: str) -> None:
+    if isinstance(value, dict) and "tensors" in value:
+        _check_tensors(value["tensors"], where)
+        return
     entries = _require(value, INPUT, f"{where} input")
     if entries["size"] not in SIZES:
         raise ExportError(f"{where} input.size is {_short(entries['size'])}; {SIZES[0]} to {SIZES[-1]} are possible")

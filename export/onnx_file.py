@@ -28,7 +28,7 @@ def read(file: Path) -> onnx.ModelProto:
     size = None
     if KEY in keys:
         metadata = read_metadata(proto, name)
-        size = metadata["input"]["size"]
+        size = metadata["input"].get("size", metadata["input"].get("tensors"))
         if metadata["target"] == "qonnx":
             raise ExportError(
                 f"{file}: is a QONNX file, for FINN; ONNX Runtime cannot run it: export for an ort target"

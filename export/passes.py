@@ -103,12 +103,13 @@ def gemms_from_matmuls(model: LoweredModel) -> bool:
         bias = _added_constant(node, len(layer.scale))
         last = node if bias is None else bias
         shape = last.outputs[0].shape
-        if shape is None or any(not isinstance(d, int) for d in list(shape)[1:]):
+        if shape is None or sum(not isinstance(size, int) for size in shape) > 1:
             raise ExportError(
                 f"layer {layer.name!r}: its output has several dynamic axes; only the batch may be dynamic"
             )
         name, graph = last.outputs[0].name, model.skeleton.graph
-        ends = {"in": [-1, layer.codes.shape[1]], "out": [-1, *(int(d) for d in list(shape)[1:])]}  # type: ignore[arg-type]
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        ends = {"in": [-1, layer.codes.shape[1]], "out": sizes if -1 in sizes else [-1, *sizes[1:]]}
         shapes = {k: _new_constant(graph, f"{name}/shape_{k}", np.array(v, np.int64)) for k, v in ends.items()}
         flat = ir.node("Reshape", [node.inputs[0], shapes["in"]], name=f"{name}/flatten")
         operands = [flat.outputs[0], mark.outputs[0]]

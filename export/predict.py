@@ -12,7 +12,7 @@ from PIL import Image
 from edgeqat.images import ImageError, open_image
 from export import session
 from export.lowered import ExportError
-from export.metadata import read_metadata
+from export.metadata import image_input, read_metadata
 from export.onnx_file import read
 
 
@@ -28,9 +28,9 @@ class Prediction:
 def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
     """Classify image files. Raises ExportError naming the model or the image that cannot be read."""
     proto = read(model)
-    metadata = read_metadata(proto, str(model))
+    expected = image_input(read_metadata(proto, str(model)), str(model))
     loaded = session.load(proto, name=str(model))
-    return [_predict(loaded, metadata["input"], path) for path in images]
+    return [_predict(loaded, expected, path) for path in images]
 
 
 def _predict(loaded: session.Session, expected: dict[str, Any], path: Path) -> Prediction:

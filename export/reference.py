@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.arithmetic import constant_of_sum
+from export.feeds import Feeds, named
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.skeleton import code_of_fill, constant, is_mark, mark_name, moves_codes, weight_layer
 from export.thresholds import code_thresholds
@@ -146,6 +147,17 @@ class WindowMean:
 Value = Tensor | Codes | Accumulator | Sum | Product | Joined | Mean | WindowMean
 Follow = Callable[[ir.Node, dict[ir.Value, "Value"]], None]
 
+
+def _inputs(images: Tensor | NDArray[np.generic] | Feeds, graph: ir.Graph) -> list[Tensor]:
+    """The graph's inputs in its order; numbers of floating point in float32."""
+    if isinstance(images, Tensor):
+        given = [images]
+    else:
+        names = [str(value.name) for value in graph.inputs]
+        given = [torch.from_numpy(array) for array in named(images, names).values()]
+    return [tensor.float() if tensor.is_floating_point() else tensor for tensor in given]
+
+
 FloatOperator = Callable[[ir.Node, list[NDArray[np.generic] | None]], list[NDArray[np.generic]]]
 
 
@@ -169,11 +181,14 @@ class IntegerReference:
 
     @torch.no_grad()
     def run(
-        self, images: Tensor, given: Mapping[str, NDArray[np.generic]] | None = None, follow: Follow | None = None
+        self,
+        images: Tensor | NDArray[np.generic] | Feeds,
+        given: Mapping[str, NDArray[np.generic]] | None = None,
+        follow: Follow | None = None,
     ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
         graph = self.model.skeleton.graph
         self.farthest_from_tie = 0.0
-        values: dict[ir.Value, Value] = {graph.inputs[0]: images.float()}
+        values: dict[ir.Value, Value] = dict(zip(graph.inputs, _inputs(images, graph), strict=False))
         computed: dict[str, NDArray[np.uint8]] = {}
         readers = Counter(v for node in graph for v in node.inputs if v is not None)
         for node in graph:

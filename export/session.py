@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgeqat.files import reason_of
+from export.feeds import Feeds, named
 from export.kernels.library import library
 from export.lowered import ExportError
 from export.metadata import wanted_options
@@ -33,13 +34,13 @@ class Session:
     def __init__(self, session: ort.InferenceSession, name: str) -> None:
         self.session = session
         self.name = name
-        self.input_name = session.get_inputs()[0].name
+        self.input_names = [i.name for i in session.get_inputs()]
         self.output_names = [o.name for o in session.get_outputs()]
 
-    def run(self, images: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
+    def run(self, images: NDArray[np.generic] | Feeds) -> dict[str, NDArray[np.generic]]:
         """Raises ExportError when ONNX Runtime cannot compute them."""
         try:
-            found = self.session.run(None, {self.input_name: images})
+            found = self.session.run(None, named(images, self.input_names))
         except Exception as error:
             raise ExportError(f"ONNX Runtime {ort.__version__} cannot run {self.name}: {reason_of(error)}") from error
         return dict(zip(self.output_names, found, strict=True))

@@ -1,8 +1,8 @@
-"""Stress for a file: the runtime must compute the same codes whatever the level, the number of threads and the batch, and
-the defined ones for adversarial codes through every layer.
+"""Stress for a file: the runtime must compute the defined codes for adversarial codes through every layer; and which of its
+optimisers is to blame where it does not.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -12,28 +12,11 @@ from numpy.typing import NDArray
 
 from export import session
 from export.lowered import DOMAIN, LoweredModel, LoweredQuantizer
-from export.native_file import KERNELS, code_outputs, layer_part
+from export.native_file import KERNELS, layer_part
 from export.reference import Codes, accumulate, quantize
 from export.skeleton import is_mark, mark_name, only_reader, weight_layer
 
 Uint8 = NDArray[np.uint8]
-
-
-def settings_that_differ(proto: onnx.ModelProto, images: NDArray[np.float32], name: str = "") -> dict[str, int]:
-    """Codes that differ from the default (ALL, one thread, one batch) at EXTENDED, with 2 threads, in batches of 1.
-
-    name: what messages call `proto`.
-    """
-    names = quantizer_tensors(proto)
-    instrumented = session.with_outputs(proto, names)
-    default = session.load(instrumented, name=name).run(images)
-    others: dict[str, Mapping[str, NDArray[np.generic]]] = {
-        "EXTENDED": session.load(instrumented, level="EXTENDED", name=name).run(images),
-        "2 threads": session.load(instrumented, threads=2, name=name).run(images),
-        "batches of 1": _one_by_one(session.load(instrumented, name=name), images, default),
-    }
-    counts = {setting: sum(int((found[n] != default[n]).sum()) for n in names) for setting, found in others.items()}
-    return {setting: count for setting, count in counts.items() if count}
 
 
 # The runtime's optimisers that touch quantized graphs, by the names it knows them by.
@@ -65,27 +48,6 @@ def culprit(differs: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
         else:
             return group
     return group
-
-
-def quantizer_tensors(proto: onnx.ModelProto) -> list[str]:
-    """Names of the uint8 tensors that quantizers write: what comes out of QuantizeLinear, behind its clip if it has one."""
-    clipped = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "Clip"}
-    written = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
-    return [clipped.get(name, name) for name in written] + [name for name, _, _ in code_outputs(proto)]
-
-
-def _one_by_one(
-    loaded: session.Session, images: NDArray[np.float32], whole: Mapping[str, NDArray[np.generic]]
-) -> dict[str, NDArray[np.generic]]:
-    """The outputs of `loaded` for one image at a time, put together as they lie in `whole`, those of all images at once."""
-    runs = [loaded.run(images[i : i + 1]) for i in range(len(images))]
-    return {name: _joined([run[name] for run in runs], whole[name].shape) for name in whole}
-
-
-def _joined(parts: list[NDArray[np.generic]], shape: tuple[int, ...]) -> NDArray[np.generic]:
-    """`parts` side by side along the axis that grew to `shape`: the batch is not first everywhere, as in MViT's attention."""
-    grown = [axis for axis, (part, all_) in enumerate(zip(parts[0].shape, shape, strict=True)) if part != all_]
-    return np.concatenate(parts, axis=grown[0]) if grown else parts[0]
 
 
 PATTERNS: dict[str, Callable[[tuple[int, ...], LoweredQuantizer], Uint8]] = {

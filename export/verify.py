@@ -5,13 +5,10 @@ same codes whatever the level, the number of threads and the batch.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from edgeqat.terminal import in_lines
-from export.certificate import INTEGER_KERNELS, layer_kernels
-from export.metadata import broken_signatures, missing_options, proof_of, read_metadata, unsigned_parts
+from export.metadata import broken_signatures, missing_options, proof_of, random_inputs, read_metadata, unsigned_parts
 from export.onnx_file import read
-from export.stress import settings_that_differ
+from export.runtime_checks import INTEGER_KERNELS, layer_kernels, settings_that_differ
 from export.targets import TARGETS
 
 IMAGES = 8
@@ -70,8 +67,7 @@ def verify_file(file: Path) -> FileCheck:
     metadata = read_metadata(proto, str(file))
     names = [entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"]
     kernels = sum(kernel in INTEGER_KERNELS for kernel in layer_kernels(names, proto, str(file)).values())
-    side = metadata["input"]["size"]
-    images = np.random.default_rng(0).normal(size=(IMAGES, 3, side, side)).astype(np.float32)
+    images = random_inputs(metadata, IMAGES)
     return FileCheck(
         file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
         settings_that_differ(proto, images, str(file)), (*missing_options(proto), *unsigned_parts(metadata)),

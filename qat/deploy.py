@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +14,7 @@ import torch
 
 from edgeqat.files import FileError, make_folder, write_atomically, write_json, write_text
 from qat import __version__
+from qat.proof import write_proof
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
 from qat.training.records import classes_of, results_of
@@ -111,19 +111,6 @@ def certify_run(
             certificate = dataclasses.replace(certificate, notes=(*certificate.notes, note))
     write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
     return certificate
-
-
-def write_proof(model: Path, proven: list[dict[str, object]]) -> str:
-    """Record in the file `model` where its codes were proven; returns the SHA-256 of the new file."""
-    import onnx
-
-    from export.metadata import record_proof
-    from export.onnx_file import read
-
-    proto = read(model)
-    record_proof(proto, proven)
-    write_atomically(model, lambda path: onnx.save(proto, str(path)))
-    return hashlib.sha256(model.read_bytes()).hexdigest()
 
 
 def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
@@ -285,7 +272,7 @@ def compare_file(
 def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> Measured:
     """Predictions of a file on the held-out images of `recipe`'s data: every source domain's, and the whole target."""
     from export import session
-    from export.metadata import read_metadata
+    from export.metadata import image_input, read_metadata
     from export.onnx_file import read
     from export.predict import logits_of
     from qat.training.compare import Measured
@@ -295,7 +282,7 @@ def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> 
 
     split = split_of(recipe, data_root)
     proto = read(model)
-    expected = read_metadata(proto, str(model))["input"]
+    expected = image_input(read_metadata(proto, str(model)), str(model))
     loaded = session.load(proto, name=str(model))
 
     def predict(images: torch.Tensor) -> torch.Tensor:

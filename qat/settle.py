@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers.contract import Quantizer
+from qat.surgery.example import Example
 from qat.surgery.layers import QuantConv2d, QuantLinear
+from qat.surgery.sites import example_of
 from qat.surgery.swap import quantizers
 
 if TYPE_CHECKING:
@@ -56,22 +58,24 @@ class Settlement:
 
 
 @torch.no_grad()
-def settle_(model: nn.Module, example: Tensor) -> Settlement:
+def settle_(model: nn.Module, example: Example | None = None) -> Settlement:
     """Round the biases and move the scales of a trained, quantized `model` in place, as every target for ONNX Runtime has
     them. Settling twice is settling once.
 
-    example: N_C_H_W float32 images, of the size the file will have. Raises ExportError, with the model as it was, when it
-    cannot be lowered to integers; the message names the layer.
+    example: what forward takes, of the size the file will have; None: as it was given to `quantize_`.
+
+    Raises ExportError, with the model as it was, when it cannot be lowered to integers; the message names the layer.
     """
     from export.lower import lower
     from export.passes import to_integers
 
-    lowered = to_integers(lower(model, example))
+    given = example_of(model, example)
+    lowered = to_integers(lower(model, given))
     left: dict[str, str] = {}
     moved = _settle_steps(model, lowered, left)
     scaled = _settle_weight_scales(model, lowered)
     if scaled:  # a bias is rounded in units of the scales as the model now holds them
-        lowered = to_integers(lower(model, example))
+        lowered = to_integers(lower(model, given))
     shifts, biases = _settle_biases(model, lowered, left)
     return Settlement(biases, shifts, scaled, moved, left)
 

@@ -46,15 +46,18 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 def with_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`tree` with every tensor changed, its dicts, lists and tuples as they were."""
-    if isinstance(tree, Tensor):
-        return change(tree)
+    return with_leaves(tree, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def with_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """`tree` with everything changed that is no dict, list or tuple."""
     if isinstance(tree, dict):
-        return {key: with_tensors(value, change) for key, value in tree.items()}
+        return {key: with_leaves(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(with_tensors(value, change) for value in tree))
+        return type(tree)(*(with_leaves(value, change) for value in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(with_tensors(value, change) for value in tree)
-    return tree
+        return type(tree)(with_leaves(value, change) for value in tree)
+    return change(tree)
 
 
 def samples_of(example: Example) -> int:

@@ -92,18 +92,22 @@ def multi_head_attention(
             "MultiheadAttention with add_bias_kv, add_zero_attn or static keys cannot be quantized; build it without them"
         )
     is_batched = query.dim() == 3
+    same_source = query is key and key is value
     if not is_batched:
-        same = query is key and key is value
         query = query.unsqueeze(1)
-        key, value = (query, query) if same else (key.unsqueeze(1), value.unsqueeze(1))
+        key, value = (query, query) if same_source else (key.unsqueeze(1), value.unsqueeze(1))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias, (q_proj_weight, k_proj_weight, v_proj_weight))
-    length, batch, width = q.shape
-    source = k.shape[0]
+    # Samples first: everything between is then laid out as images are, and the transposes meet those of batch_first.
+    query = query.transpose(0, 1)
+    key, value = (query, query) if same_source else (key.transpose(0, 1), value.transpose(0, 1))
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+    q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias, separate)
+    batch, length, width = q.shape
+    source = k.shape[1]
     head = width // num_heads
-    q = q.reshape(length, batch, num_heads, head).permute(1, 2, 0, 3)
-    k = k.reshape(source, batch, num_heads, head).permute(1, 2, 0, 3)
-    v = v.reshape(source, batch, num_heads, head).permute(1, 2, 0, 3)
+    q = q.reshape(batch, length, num_heads, head).transpose(1, 2)
+    k = k.reshape(batch, source, num_heads, head).transpose(1, 2)
+    v = v.reshape(batch, source, num_heads, head).transpose(1, 2)
     scores = (q * (1 / math.sqrt(head))) @ k.transpose(-2, -1)
     if attn_mask is not None:
         if attn_mask.dim() == 3:
@@ -114,8 +118,8 @@ def multi_head_attention(
     weights = scores.softmax(dim=-1)
     if training and dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
-    mixed = (weights @ v).permute(2, 0, 1, 3).reshape(length, batch, width)
-    out = F.linear(mixed, out_proj_weight, out_proj_bias)
+    mixed = (weights @ v).transpose(1, 2).reshape(batch, length, width)
+    out = F.linear(mixed, out_proj_weight, out_proj_bias).transpose(0, 1)
     shown = None
     if need_weights:
         shown = weights.mean(dim=1) if average_attn_weights else weights

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
-from qat.surgery.example import with_tensors
+from qat.surgery.example import Example, with_tensors
 from qat.surgery.frames import Frame, Location
 from qat.surgery.open_forms import open_form
 from qat.surgery.operands import QuantOperands
@@ -63,6 +63,7 @@ class StreamQuantizers(nn.ModuleDict):
     operands: address of a convolution or linear outside the quantized layers -> its quantizers.
     relus: addresses of ReLUs in front of a quantizer that clips as they do. In training they are passed over, which saves a
            pass over memory forward and one backward and changes no bit: an unsigned quantizer's own clip at 0 is the ReLU.
+    example:  what the model was quantized with, without its numbers.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class StreamQuantizers(nn.ModuleDict):
         operands: dict[str, QuantOperands],
         relus: dict[str, LSQ],
         known: Addresses,
+        example: Example = (),
     ) -> None:
         super().__init__({_key(address): quantizer for address, quantizer in quantizers.items()})
         if operands:
             self.operands = nn.ModuleDict({_key(address): module for address, module in operands.items()})
         self.relus, self.known = relus, known
+        self.example = with_tensors(example, lambda tensor: tensor.to("meta"))  # shapes alone
         self.guests = False  # whether another library's layers stand in for ours and multiply as they please
         watched = (*quantizers, *known.joins, *relus)
         self.watched = {(path_of(address), _kind(address)) for address in watched}
@@ -109,6 +112,20 @@ class StreamQuantizers(nn.ModuleDict):
 
         changed: tuple[tuple[Any, ...], dict[str, Any]] = with_tensors((args, kwargs), quantize)
         return changed
+
+
+def example_of(model: nn.Module, given: Example | None = None) -> Example:
+    """`given`, or one like the example that `model` was quantized with: zeros of its shapes.
+
+    Raises ValueError for a model that is not quantized.
+    """
+    stream = getattr(model, "stream_quantizers", None)
+    if not isinstance(stream, StreamQuantizers):
+        raise ValueError("the model is not quantized: call quantize_(model, rules, example) first")
+    if given is not None:
+        return given
+    made: Example = with_tensors(stream.example, lambda shape: torch.zeros(shape.shape, dtype=shape.dtype))
+    return made
 
 
 def image_address(position: int) -> str:
@@ -325,9 +342,10 @@ def run_with_sites(
     operands: dict[str, QuantOperands],
     relus: dict[str, LSQ],
     known: Addresses,
+    example: Example = (),
 ) -> None:
     """Make `model` and its parts apply `quantizers` at their addresses; see `StreamQuantizers`."""
-    model.stream_quantizers = StreamQuantizers(quantizers, operands, relus, known)
+    model.stream_quantizers = StreamQuantizers(quantizers, operands, relus, known, example)
     location = Location()
     owners = {"", *(path_of(address) for address in (*quantizers, *operands, *relus))}
     location.watch(model, skip=Quantizer)

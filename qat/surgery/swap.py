@@ -32,9 +32,10 @@ WRAPPERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 
 def uniform_rules(
-    weight_bits: int, input_bits: int, first_and_last: Iterable[str] = (), edge_bits: int = 8
+    weight_bits: int, input_bits: int | None = None, first_and_last: Iterable[str] = (), edge_bits: int = 8
 ) -> list[tuple[str, LayerSpec]]:
-    """The usual rules: the named first and last layers at `edge_bits`, all others at the given bits.
+    """The usual rules: the named first and last layers at `edge_bits`, all others at the given bits; inputs have as many as
+    weights unless `input_bits` says otherwise.
 
     Weights are signed with one step per output channel, inputs have one step and take their sign from data.
     """
@@ -42,7 +43,9 @@ def uniform_rules(
     def spec(weights: int, inputs: int) -> LayerSpec:
         return LayerSpec(QuantSpec.of_weight(weights), QuantSpec(inputs))
 
-    return [(name, spec(edge_bits, edge_bits)) for name in first_and_last] + [("*", spec(weight_bits, input_bits))]
+    return [(name, spec(edge_bits, edge_bits)) for name in first_and_last] + [
+        ("*", spec(weight_bits, weight_bits if input_bits is None else input_bits))
+    ]
 
 
 UNBINARIZED = ("*downsample*", "*shortcut*")  # weighted shortcuts of timm's nets and ours
@@ -103,7 +106,7 @@ def quantize_(
     _open_attention(model)
     seen = observe(model, example)
     plan = plan_quantization(seen, rules, stream)
-    quantized = apply(model, seen, plan, stream, weight_init)
+    quantized = apply(model, seen, plan, example, stream, weight_init)
     return table_of(seen, plan, quantized)
 
 
@@ -124,7 +127,12 @@ def require_plain(model: nn.Module) -> None:
 
 
 def apply(
-    model: nn.Module, seen: Observation, plan: QuantizationPlan, stream: QuantSpec | None, weight_init: Init
+    model: nn.Module,
+    seen: Observation,
+    plan: QuantizationPlan,
+    example: Example,
+    stream: QuantSpec | None,
+    weight_init: Init,
 ) -> dict[str, nn.Module]:
     """Third step of `quantize_`: put the plan's quantizers into `model`; returns the quantized layers by name."""
     wrapped = {name: _wrap(seen.layers[name], spec, name, weight_init) for name, spec in plan.wrapped.items()}
@@ -140,7 +148,7 @@ def apply(
             parent, _, attribute = alias.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer)
     sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites.sites}
-    run_with_sites(model, sites, operands, _relus_taken_over(plan.sites, quantized), plan.known)
+    run_with_sites(model, sites, operands, _relus_taken_over(plan.sites, quantized), plan.known, example)
     _move_like(model)
     return quantized
 
@@ -182,7 +190,7 @@ def computed_weights(model: nn.Module) -> list[QuantOperands]:
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,
-    step_lr: float,
+    step_lr: float | None = None,
     *,
     step_sizes: Mapping[str, float] | None = None,
     decay_norms: bool = False,
@@ -190,10 +198,13 @@ def parameter_groups(
     """Optimizer groups: weights with decay; biases and norms without, unless `decay_norms`; steps without, at
     their own learning rate.
 
+    step_lr: of the quantizers' steps; None: the optimizer's own.
     step_sizes: by quantizer, what `step_lr` is multiplied with (`sizes_of_steps`). Adam and its kind move every parameter by
     about its learning rate, and the steps of one model lie between 0.001 and 1: with one rate for all, the large ones stand
-    still or the small ones are thrown about.
+    still or the small ones are thrown about. Raises ValueError for step_sizes without a step_lr.
     """
+    if step_sizes is not None and step_lr is None:
+        raise ValueError("parameter_groups: step_sizes multiply step_lr; give both")
     known = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, object]] = [
@@ -207,7 +218,11 @@ def parameter_groups(
         own = [p for p in quantizer.parameters() if id(p) not in grouped]  # layers that share a weight share its scale
         grouped |= {id(p) for p in own}
         by_size.setdefault(size, []).extend(own)
-    groups += [{"params": by_size[size], "weight_decay": 0.0, "lr": step_lr * size} for size in sorted(by_size)]
+    for size in sorted(by_size):
+        group: dict[str, object] = {"params": by_size[size], "weight_decay": 0.0}
+        if step_lr is not None:
+            group["lr"] = step_lr * size
+        groups.append(group)
     return [group for group in groups if group["params"]]
 
 

@@ -8,10 +8,11 @@ import onnx
 import pytest
 import torch
 
-from export.certificate import Certificate, LevelResult, certify, compare_stored, layer_kernels
+from export.certificate import Certificate, LevelResult, certify, compare_stored
 from export.fidelity import fidelity
 from export.lowered import ExportError
 from export.reference import IntegerReference
+from export.runtime_checks import layer_kernels
 from qat.surgery.swap import quantizers
 from tests.export.conftest import Exported
 

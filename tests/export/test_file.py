@@ -20,7 +20,8 @@ from export.lowered import ExportError
 from export.metadata import Preprocessing, broken_signatures, read_metadata, sign
 from export.passes import to_integers
 from export.predict import predict, preprocess
-from export.stress import OPTIMIZERS, adversarial, culprit, settings_that_differ
+from export.runtime_checks import settings_that_differ
+from export.stress import OPTIMIZERS, adversarial, culprit
 from export.targets import TARGETS
 from export.verify import verify_file
 from tests.export.conftest import Exported, build_tiny

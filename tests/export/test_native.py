@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export import session
-from export.certificate import certify, compare_stored, layer_kernels
+from export.certificate import certify, compare_stored
 from export.kernels import library as kernels_library
 from export.kernels.build import HERE, compiler
 from export.lower import lower, trained_codes
@@ -22,6 +22,7 @@ from export.native_file import is_native, quantizer_names
 from export.native_graph import emit, requantizing_table
 from export.passes import to_integers
 from export.reference import Codes, IntegerReference, quantize
+from export.runtime_checks import layer_kernels
 from export.targets import TARGETS
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, uniform_rules

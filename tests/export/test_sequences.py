@@ -11,7 +11,7 @@ from export.lower import lower
 from export.lowered import LoweredModel
 from export.passes import to_integers
 from export.reference import IntegerReference
-from export.stress import settings_that_differ
+from export.runtime_checks import settings_that_differ
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, uniform_rules
 

@@ -9,13 +9,14 @@ import torch
 from onnx import numpy_helper
 
 from export import session
-from export.certificate import INTEGER_KERNELS, certify, compare_stored, layer_kernels
+from export.certificate import certify, compare_stored
 from export.graph import emit_qdq
 from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
 from export.metadata import Preprocessing, missing_options, sign
 from export.native_graph import emit
 from export.passes import check_sums, to_integers
+from export.runtime_checks import INTEGER_KERNELS, layer_kernels
 from export.targets import TARGETS, carry_of, plan_layer, saturates, target_named
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from tests.export.conftest import Exported, build_tiny

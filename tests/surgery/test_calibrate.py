@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from qat.quantizers.lsq import least_squares_step
 from qat.quantizers.spec import QuantSpec
@@ -161,13 +162,21 @@ def test_a_state_dict_of_another_kind_of_grid_is_refused(change: dict[str, bool]
         other.load_state_dict(trained.state_dict())
 
 
-def test_a_state_dict_of_before_grids_were_recorded_still_loads() -> None:
+@pytest.mark.parametrize("had_grid", [True, False])
+def test_a_state_dict_of_earlier_versions_still_loads(had_grid: bool) -> None:
+    """They saved a dict; the first ones without the grid."""
     trained = fresh()
     calibrate(trained, [X])
     old = trained.state_dict()
-    for name, value in old.items():
-        if name.endswith("_extra_state"):
-            del value["grid"]
+    for name, quantizer in quantizers(trained).items():
+        spec = quantizer.spec
+        entry: dict[str, object] = {"signed": spec.signed, "initialized": quantizer.initialized}
+        if had_grid:
+            fields = ("bits", "axis", "offset", "power_of_two", "symmetric")
+            entry["grid"] = {field: getattr(spec, field) for field in fields}
+        (key,) = [path for path, module in trained.named_modules() if module is quantizer]
+        assert isinstance(old[f"{key}._extra_state"], Tensor), name
+        old[f"{key}._extra_state"] = entry
     model = fresh()
     model.load_state_dict(old)
     assert torch.equal(model.eval()(X), trained.eval()(X))

@@ -1,0 +1,231 @@
+"""Export and certify a quantized model of one's own, trained in one's own loop: no recipe, no run folder.
+
+`export` is imported inside the functions: training needs neither onnx nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from edgeqat.extras import require
+from edgeqat.files import write_atomically
+from qat import __version__
+from qat.surgery.example import Example, arguments_of, tensors_in, with_tensors
+from qat.surgery.sites import example_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+
+    from export.agreement import Agreement
+    from export.certificate import Certificate
+    from export.feeds import Feeds
+    from export.metadata import Preprocessing, Tensors
+
+PRODUCER = f"edgeqat {__version__}"
+PathLike = str | os.PathLike[str]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: PathLike,
+    target: str = "ort-int8",
+    *,
+    example: Example | None = None,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Path:
+    """Write the ONNX file of a trained, quantized `model`; returns its path. Nothing is left when the export fails.
+
+    target:    one of export/targets.py, such as "ort-int8", "ort-packed" or "ort-native"; "fp32", "fp16" or "qonnx" for float
+               files.
+    example:   what forward takes, where another size is wanted than that of `quantize_`; the batch stays open.
+    classes, mean, std: names of the answers, and of the red, green and blue channels in [0, 1], for an image classifier. All
+               three make a file that `qat predict FILE IMAGES` runs; without them it takes tensors.
+
+    Inputs have the names of forward's parameters; outputs their keys where forward returns a dict, else `logits`, or
+    `output0` and so on. Call `qat.settle_` after training and before measuring: it rounds what the file will round.
+    Raises ExportError naming the layer or operation that the target cannot have.
+    """
+    require("onnx", "onnxruntime", extra="export")
+    import onnx
+
+    proto = exported(model, target, example, _preprocessing(model, example, classes, mean, std))
+    onnx.checker.check_model(proto)
+    destination = Path(path)
+    write_atomically(destination, lambda part: onnx.save(proto, str(part)))
+    return destination
+
+
+def exported(
+    model: nn.Module, target: str, example: Example | None, source: Preprocessing | Tensors
+) -> onnx.ModelProto:
+    """The ONNX model of `model` for `target`, signed."""
+    from export import session
+    from export.lower import input_names_of, lower, lower_float
+    from export.metadata import sign, sign_float
+    from export.metadata_entries import FLOAT_TARGETS
+    from export.native_graph import emit
+    from export.passes import to_integers
+    from export.qonnx import emit_qonnx
+    from export.targets import target_named
+
+    given = example_of(model, example)
+    names = input_names_of(model, given)
+    if target in FLOAT_TARGETS:
+        if target == "qonnx":
+            file = emit_qonnx(lower(model, given, float_weights=True, input_names=names))
+        else:
+            file = lower_float(model, given, names)
+        if target == "fp16":
+            file = session.fp16(file)
+        return sign_float(file, target, source, PRODUCER)
+    chosen = target_named(target)
+    lowered = to_integers(lower(model, given, input_names=names), chosen)
+    return sign(emit(lowered, chosen), lowered, chosen, source, PRODUCER)
+
+
+def certify(
+    model: nn.Module,
+    path: PathLike,
+    images: Any,
+    labels: Any = None,
+    *,
+    example: Example | None = None,
+    on: str = "",
+) -> Certificate | Agreement:
+    """Prove that a file holds the codes of `model` and that ONNX Runtime computes what `model` computes, on `images`.
+
+    images:  a tensor N_..., as forward takes it; a tuple or a dict of them where forward takes several. 16 real ones are a
+             beginning; all of a test set is better.
+    labels:  (N,) classes, for accuracies; may be left out.
+    example: as it was given to `export_onnx`.
+    on:      other platforms to prove it on, comma-separated: "arm64,wasm" (emulated; what is missing is named).
+
+    Returns the whole certificate (print it; `passed` tells), which is also recorded in the file when it passes. What the file
+    says of classes and preprocessing is not compared: the model does not know them. A plain QDQ file, whose arithmetic the
+    runtime chooses, gets an `Agreement`.
+    Raises ExportError when the file is damaged or is not of this model.
+    """
+    require("onnx", "onnxruntime", extra="export")
+    import numpy as np
+
+    from export.agreement import agree
+    from export.certificate import certify as certify_lowered
+    from export.elsewhere import machines_of
+    from export.lower import input_names_of, lower
+    from export.lowered import ExportError
+    from export.metadata import describe, read_metadata
+    from export.metadata_entries import FLOAT_TARGETS
+    from export.onnx_file import read
+    from export.passes import to_integers
+    from export.targets import target_named
+
+    file = Path(path)
+    metadata = read_metadata(read(file), str(file))
+    if metadata["target"] in FLOAT_TARGETS:
+        raise ExportError(f"{file}: is a float file (target {metadata['target']}), it has no codes to certify")
+    target = target_named(metadata["target"])
+    given = example_of(model, example)
+    names = input_names_of(model, given)
+    lowered = to_integers(lower(model, given, input_names=names), target)
+    feeds = _feeds(model, images, given, names)
+    answers = np.zeros(0, np.int64) if labels is None else np.asarray(labels, np.int64)
+    with _on_cpu(model) as ready:
+
+        def trained(part: Any) -> tuple[Mapping[str, NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]:
+            return _trained(ready, part, given, names)
+
+        if target.qdq:
+            return agree(lowered, file, target.name, feeds, answers, trained)  # type: ignore[arg-type]
+        described = describe(lowered, target, metadata["input"], PRODUCER)
+        certificate = certify_lowered(lowered, file, feeds, answers, trained, machines_of(on), described)
+    if certificate.passed:
+        certificate = _recorded(certificate, file)
+    return certificate
+
+
+def _recorded(certificate: Certificate, file: Path) -> Certificate:
+    """The certificate with the digest of the file that says where it was proven."""
+    import dataclasses
+
+    from qat.proof import write_proof
+
+    return dataclasses.replace(certificate, sha256=write_proof(file, certificate.proven()))
+
+
+def _trained(model: nn.Module, part: Any, given: Example, names: Sequence[str]) -> Any:
+    """Codes and outputs of the model for arrays, put where the example has its tensors."""
+    from export.feeds import Feeds
+    from export.lower import codes_and_outputs
+
+    arrays = part.arrays if isinstance(part, Feeds) else {names[0]: part}
+    tensors = iter([torch.from_numpy(arrays[name]) for name in names])
+    args, kwargs = with_tensors(list(arguments_of(model, given)), lambda tensor: next(tensors))
+    return codes_and_outputs(model, (args, kwargs))
+
+
+def _feeds(model: nn.Module, images: Any, given: Example, names: Sequence[str]) -> NDArray[np.float32] | Feeds:
+    """What the user gave as arrays, by name where the net has several inputs."""
+    from export.feeds import Feeds
+
+    arrays = [tensor.detach().cpu().numpy() for tensor in tensors_in(arguments_of(model, images))]
+    if len(arrays) != len(names):
+        raise ValueError(
+            f"certify: images hold {len(arrays)} tensors, the model takes {len(names)}: {', '.join(names)}"
+        )
+    return arrays[0] if len(names) == 1 else Feeds(dict(zip(names, arrays, strict=True)))
+
+
+@contextmanager
+def _on_cpu(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the model in eval mode on the CPU, where the file runs."""
+    import copy
+
+    yield copy.deepcopy(model).cpu().eval()
+
+
+def _preprocessing(
+    model: nn.Module,
+    example: Example | None,
+    classes: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Preprocessing | Tensors:
+    """What the file says of its input: how an image becomes it, or its tensors alone.
+
+    Raises ValueError for some of classes, mean and std without the others, or for what is no image.
+    """
+    from export.lower import input_names_of
+    from export.metadata import Preprocessing, Tensors
+
+    given = example_of(model, example)
+    tensors = list(tensors_in(arguments_of(model, given)))
+    parts = {"classes": classes, "mean": mean, "std": std}
+    missing = [name for name, value in parts.items() if value is None]
+    if len(missing) == len(parts):
+        return Tensors.of(input_names_of(model, given), tensors)
+    if missing or classes is None or mean is None or std is None:
+        raise ValueError(
+            f"export_onnx: {', '.join(missing)} missing; a file for image files says classes, mean and std, all three"
+        )
+    shape = tuple(tensors[0].shape[1:])
+    if len(tensors) > 1 or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
+        raise ValueError(
+            f"export_onnx: classes, mean and std describe square images of 3 channels, the model takes {shape}; leave them "
+            "out"
+        )
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"export_onnx: mean {list(mean)} and std {list(std)} need three numbers each")
+    means = float(mean[0]), float(mean[1]), float(mean[2])
+    deviations = float(std[0]), float(std[1]), float(std[2])
+    return Preprocessing(shape[1], means, deviations, tuple(classes))
