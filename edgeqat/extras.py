@@ -1,17 +1,34 @@
 """Optional parts of an installation, named with the command that adds them."""
 
-import importlib.util
+import importlib
+
+# Library, as it is imported -> the extra of pyproject.toml that installs it.
+EXTRAS = {
+    "torch": "torch",
+    "accelerate": "train", "rich": "train", "safetensors": "train", "tensorboard": "train", "timm": "train",
+    "torchmetrics": "train", "torchvision": "train",
+    "jinja2": "report", "matplotlib": "report",
+    "brevitas": "brevitas",
+    "onnx": "export", "onnx_ir": "export", "onnxruntime": "export", "onnxscript": "export",
+}  # fmt: skip
 
 
-def require(*modules: str, extra: str) -> None:
-    """Raises ImportError when one of `modules`, which the extra `extra` installs, is not there."""
-    missing = [module for module in modules if not _is_there(module)]
-    if missing:
-        raise ImportError(f'{", ".join(missing)}: not installed; add it with: pip install "edgeqat[{extra}]"')
+class MissingExtra(ImportError):
+    """A library that an extra would install."""
 
 
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # of a module that stands in sys.modules without a specification
-        return False
+def require(*libraries: str) -> None:
+    """Raises MissingExtra when one of `libraries` is not there."""
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+        except ModuleNotFoundError as error:
+            raise naming_extra(error) from error
+
+
+def naming_extra(error: ModuleNotFoundError) -> ImportError:
+    """The error in words that say how to install what is missing; as it is, where no extra has it."""
+    library = (error.name or "").partition(".")[0]
+    if library not in EXTRAS:
+        return error
+    return MissingExtra(f'{library} is not installed; add it with: pip install "edgeqat[{EXTRAS[library]}]"')

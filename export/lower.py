@@ -251,8 +251,6 @@ def export_onnx(model: nn.Module, arguments: Arguments, inputs: Sequence[str], o
     batch = torch.export.Dim("batch")
     positional, named = with_leaves((args, kwargs), lambda leaf: _dynamic(leaf, batch))
     shapes = positional
-    if args and isinstance(args[-1], dict):
-        args = (*args, {})  # torch.onnx takes a dict at the end for named arguments
     if kwargs:
         shapes = dict(zip(inspect.signature(model.forward).parameters, positional, strict=False)) | named
     console, exporter_log = io.StringIO(), logging.getLogger("torch.onnx")
@@ -261,10 +259,12 @@ def export_onnx(model: nn.Module, arguments: Arguments, inputs: Sequence[str], o
         exporter_log.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(console):
             warnings.simplefilter("ignore")
+            captured = _captured(model, args, kwargs, shapes)
             program = torch.onnx.export(
-                model, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, input_names=list(inputs),
-                output_names=list(outputs), dynamic_shapes=shapes, verbose=False,
-            )  # fmt: skip
+                captured, dynamo=True, opset_version=OPSET, input_names=list(inputs), output_names=list(outputs), verbose=False
+            )
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(f"torch.onnx could not export the model: {_root_cause(error)}") from error
     finally:
@@ -272,6 +272,22 @@ def export_onnx(model: nn.Module, arguments: Arguments, inputs: Sequence[str], o
     if program is None:
         raise ExportError("torch.onnx gave no program")
     return program.model
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
+    """The model's graph, with its batch open.
+
+    Captured here and not by torch.onnx, which tries other ways where the batch turns out to be a number, and fixes it.
+    """
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        if "Constraints violated" not in str(error):
+            raise
+        raise ExportError(
+            "the model fixes its batch to a number, so its file would run no other: write x.shape[0] where its forward has "
+            "len(x) or a number"
+        ) from error
 
 
 def _dynamic(leaf: object, batch: Any) -> Any:

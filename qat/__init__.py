@@ -7,6 +7,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from edgeqat.extras import naming_extra
+
 __version__ = "0.1.0"
 
 # A training step is thousands of small parallel regions, and the threads of OpenMP meet after each. Waiting actively for one
@@ -20,7 +22,6 @@ PUBLIC = {
     "uniform_rules": "qat.surgery.swap",
     "binary_rules": "qat.surgery.swap",
     "parameter_groups": "qat.surgery.swap",
-    "quantizers": "qat.surgery.swap",
     "QuantizationTable": "qat.surgery.table",
     "LayerSpec": "qat.surgery.layers",
     "FLOAT": "qat.surgery.layers",
@@ -39,7 +40,7 @@ PUBLIC = {
 }
 __all__ = [
     "FLOAT", "LSQ", "LSQPlus", "LayerSpec", "QuantSpec", "QuantizationTable", "Quantizer", "begin", "binary_rules",
-    "calibrate", "certify", "export_onnx", "parameter_groups", "pause", "quantize_", "quantizers", "restore_norm_statistics",
+    "calibrate", "certify", "export_onnx", "parameter_groups", "pause", "quantize_", "restore_norm_statistics",
     "set_norm_mode", "settle_", "uniform_rules",
 ]  # fmt: skip
 
@@ -47,7 +48,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'qat' has no attribute {name!r}; public are {', '.join(__all__)}")
-    value = getattr(importlib.import_module(PUBLIC[name]), name)
+    try:
+        value = getattr(importlib.import_module(PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        raise naming_extra(error) from error
     globals()[name] = value
     return value
 
@@ -74,6 +78,5 @@ if TYPE_CHECKING:
     from qat.surgery.swap import binary_rules as binary_rules
     from qat.surgery.swap import parameter_groups as parameter_groups
     from qat.surgery.swap import quantize_ as quantize_
-    from qat.surgery.swap import quantizers as quantizers
     from qat.surgery.swap import uniform_rules as uniform_rules
     from qat.surgery.table import QuantizationTable as QuantizationTable

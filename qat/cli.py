@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
+from edgeqat.extras import MissingExtra, naming_extra
 from edgeqat.files import reason_of
 from edgeqat.interrupts import Interrupted, Terminated, termination_raises
 from edgeqat.terminal import printable, say
@@ -166,6 +167,16 @@ class Inspect:
     """Also write them as JSON."""
 
 
+@dataclass(frozen=True)
+class Explain:
+    """Say why a layer or an operation of a run is quantized or not, who reads it, and with how many bits."""
+
+    run: Positional[Path]
+    """Run folder."""
+    name: Positional[str]
+    """Of a layer (layer1.0.conv1), an operation (layer1.0#add0) or a quantizer (layer1.0.conv1.weight)."""
+
+
 Command = (
     Annotated[Export, subcommand("export")]
     | Annotated[Certify, subcommand("certify")]
@@ -176,6 +187,7 @@ Command = (
     | Annotated[Ensemble, subcommand("ensemble")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Inspect, subcommand("inspect")]
+    | Annotated[Explain, subcommand("explain")]
 )
 
 
@@ -254,16 +266,23 @@ def explained(error: Exception) -> str:
         return ": ".join([*names, error.strerror])
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"out of memory; use a smaller --batch-size or --image-size ({reason_of(error)})"
-    if isinstance(error, ValueError) and str(error):
+    if isinstance(error, ModuleNotFoundError):
+        error = naming_extra(error)
+    if isinstance(error, ValueError | MissingExtra) and str(error):
         return " ".join(str(error).split())
     return f"{type(error).__name__}: {reason_of(error)}; {DEBUG} shows where it came from"
 
 
-def execute(command: Export | Certify | Bundle | Bench | Predict | Compare | Ensemble | Report | Inspect) -> int:
-    from qat import deploy
-
+def execute(command: Any) -> int:
+    """Run a parsed command; returns its exit code."""
     if problem := out_of_range(command, COMMAND):
         raise ValueError(problem)
+    if isinstance(command, Predict):  # a device that runs files has no PyTorch
+        return _predict(command)
+    if isinstance(command, Certify) and len(command.paths) == 1:
+        return _verify(command.paths[0])
+    from qat import deploy
+
     match command:
         case Export(run, target, out):
             say(deploy.export_run(run, target, out))
@@ -271,9 +290,6 @@ def execute(command: Export | Certify | Bundle | Bench | Predict | Compare | Ens
             return _certify(command)
         case Bundle(run, model, out, images):
             say(deploy.bundle_run(run, model, out, images))
-        case Predict(model, images):
-            for found in deploy.predict(model, images):
-                say(printable(f"{found.image}: {found.label} ({found.probability:.1%})"))
         case Bench(runs, target):
             settings = {"threads": command.threads, "batch": command.batch, "rounds": command.rounds}
             say(
@@ -289,6 +305,24 @@ def execute(command: Export | Certify | Bundle | Bench | Predict | Compare | Ens
             say(deploy.write_report(run, baseline, beside))
         case Inspect():
             return _inspect(command)
+        case Explain(run, name):
+            say(printable(deploy.explain(run, name)))
+    return 0
+
+
+def _verify(model: Path) -> int:
+    from export.verify import verify_file
+
+    check = verify_file(model)
+    say(check)
+    return 0 if check.passed else 1
+
+
+def _predict(command: Predict) -> int:
+    from export.predict import predict
+
+    for found in predict(command.model, command.images):
+        say(printable(f"{found.image}: {found.label} ({found.probability:.1%})"))
     return 0
 
 
@@ -296,10 +330,6 @@ def _certify(command: Certify) -> int:
     from qat import deploy
 
     match command.paths:
-        case (model,):
-            check = deploy.verify_file(model)
-            say(check)
-            return 0 if check.passed else 1
         case (run, model):
             certificate = deploy.certify_run(run, model, command.images, command.data_root, command.on)
             say(certificate)

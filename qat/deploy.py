@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from export.latency import Latency
     from export.lowered import LoweredModel
     from export.metadata import Preprocessing
-    from export.predict import Prediction
-    from export.verify import FileCheck
     from qat.training.compare import Comparison, Measured
 
 PRODUCER = f"edgeqat {__version__}"
@@ -338,18 +336,12 @@ def write_report(run: Path, baseline: Path | None = None, beside: Sequence[Path]
     return path
 
 
-def verify_file(model: Path) -> FileCheck:
-    """Check a file alone: signature, kernels, settings."""
-    from export import verify
-
-    return verify.verify_file(model)
-
-
-def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
-    """Classify image files with an exported file."""
-    from export import predict as on_file
-
-    return on_file.predict(model, images)
+def explain(run: Path, name: str) -> str:
+    """Why a layer, an operation or a quantizer of `run` is as it is (`qat/surgery/explain.py`)."""
+    _, _, built = load_run(run)
+    if built.table is None:
+        raise RecipeError(f"{run}: is a full-precision run, nothing in it is quantized")
+    return built.table.explain(name)
 
 
 def bench_runs(

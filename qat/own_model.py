@@ -56,7 +56,7 @@ def export_onnx(
     `output0` and so on. Call `qat.settle_` after training and before measuring: it rounds what the file will round.
     Raises ExportError naming the layer or operation that the target cannot have.
     """
-    require("onnx", "onnxruntime", extra="export")
+    require("onnx", "onnxruntime", "onnxscript")
     import onnx
 
     proto = exported(model, target, example, _preprocessing(model, example, classes, mean, std))
@@ -116,7 +116,7 @@ def certify(
     runtime chooses, gets an `Agreement`.
     Raises ExportError when the file is damaged or is not of this model.
     """
-    require("onnx", "onnxruntime", extra="export")
+    require("onnx", "onnxruntime", "onnxscript")
     import numpy as np
 
     from export.agreement import agree

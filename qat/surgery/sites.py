@@ -186,7 +186,7 @@ class SiteMode(TorchFunctionMode):
             return out
         if address in self.quantizers.known.written_back:
             return out.copy_(quantizer(out.clone()))  # others read the sum through the tensor that it was written to
-        return quantizer(out)
+        return _quantized(out, quantizer)
 
     def _multiply(self, func: Any, kind: str, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A convolution or linear that is no quantized layer's own."""
@@ -221,6 +221,13 @@ def _require_recording(frame: Frame, address: str) -> None:
             f"{address}: runs without gradients inside a module that has them, as under torch.no_grad or a checkpoint of a "
             "function, where its quantizer would not be trained; checkpoint a whole module, with use_reentrant=False"
         )
+
+
+def _quantized(out: Any, quantizer: LSQ) -> Any:
+    """A result quantized; of several results, such as a sort's, those in floating point."""
+    if isinstance(out, Tensor):
+        return quantizer(out)
+    return with_tensors(out, lambda tensor: quantizer(tensor) if tensor.is_floating_point() else tensor)
 
 
 def _joins_tensors(args: tuple[Any, ...]) -> bool:
