@@ -249,10 +249,8 @@ def export_onnx(model: nn.Module, arguments: Arguments, inputs: Sequence[str], o
     # A batch of one would be taken for a constant.
     args, kwargs = with_tensors(list(arguments), lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
     batch = torch.export.Dim("batch")
-    positional, named = with_leaves((args, kwargs), lambda leaf: _dynamic(leaf, batch))
-    shapes = positional
-    if kwargs:
-        shapes = dict(zip(inspect.signature(model.forward).parameters, positional, strict=False)) | named
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = with_leaves(dict(bound), lambda leaf: _dynamic(leaf, batch))
     console, exporter_log = io.StringIO(), logging.getLogger("torch.onnx")
     level = exporter_log.level
     try:
@@ -261,7 +259,12 @@ def export_onnx(model: nn.Module, arguments: Arguments, inputs: Sequence[str], o
             warnings.simplefilter("ignore")
             captured = _captured(model, args, kwargs, shapes)
             program = torch.onnx.export(
-                captured, dynamo=True, opset_version=OPSET, input_names=list(inputs), output_names=list(outputs), verbose=False
+                captured,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                verbose=False,
             )
     except ExportError:
         raise

@@ -116,6 +116,8 @@ def gemms_from_matmuls(model: LoweredModel) -> bool:
         if bias is not None:
             operands.append(next(v for v in bias.inputs if v is not None and constant(v) is not None))
             model.layers[mark_name(mark)] = replace(layer, bias=np.asarray(constant(operands[2]), np.float64))
+        elif layer.bias is not None:  # it is no constant of the graph, which adds it after the product
+            model.layers[mark_name(mark)] = replace(layer, bias=None, bias_parameter="")
         gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
         flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
         flat.outputs[0].shape = ir.Shape([None, layer.codes.shape[1]])

@@ -412,14 +412,19 @@ def _average_pool(node: ir.Node, source: Codes) -> WindowMean:
 
 
 def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:
+    """Of an image, or of a sequence (N, C, L) as an image of one row."""
     get = node.attributes
-    top, left, bottom, right = get["pads"].as_ints() if "pads" in get else (0, 0, 0, 0)
-    padded = F.pad(carrier, (left, right, top, bottom), value=0.0)  # 0 is the smallest carrier code
+    kernel, stride = list(get["kernel_shape"].as_ints()), list(get["strides"].as_ints())
+    pads = list(get["pads"].as_ints()) if "pads" in get else [0] * (2 * len(kernel))
+    dilation = list(get["dilations"].as_ints()) if "dilations" in get else [1] * len(kernel)
     ceil = "ceil_mode" in get and get["ceil_mode"].as_int() == 1
-    dilation = tuple(get["dilations"].as_ints()) if "dilations" in get else (1, 1)
-    return F.max_pool2d(
-        padded, tuple(get["kernel_shape"].as_ints()), tuple(get["strides"].as_ints()), 0, dilation, ceil
-    )
+    if is_sequence := len(kernel) == 1:
+        kernel, stride, dilation, pads = [1, *kernel], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
+        carrier = carrier.unsqueeze(2)
+    top, left, bottom, right = pads
+    padded = F.pad(carrier, (left, right, top, bottom), value=0.0)  # 0 is the smallest carrier code
+    pooled = F.max_pool2d(padded, tuple(kernel), tuple(stride), 0, tuple(dilation), ceil)
+    return pooled.squeeze(2) if is_sequence else pooled
 
 
 def _codes(value: Value | None, node: ir.Node) -> Codes:

@@ -11,6 +11,7 @@ from qat.surgery.plan import unsupported
 from qat.surgery.trace import MULTIPLIES, Call, Trace, trace_calls
 from qat.surgery.witness import check_witnessed, witness
 
+WRITES = {"setitem", "index_put", "index_copy", "index_fill", "index_add", "scatter", "scatter_add", "masked_scatter"}
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -60,6 +61,11 @@ def observe(model: nn.Module, example: Example) -> Observation:
     trace.calls = _named_apart(trace.calls)
     calls: dict[str, list[Call]] = defaultdict(list)
     for call in trace.calls:
+        if call.kind in WRITES:
+            raise ValueError(
+                f"{call.address}: writes what depends on the image into a part of a tensor ({call.kind}), which no integer "
+                "file can; build the tensor with torch.cat or torch.where"
+            )
         if call.kind in MULTIPLIES:
             _require_one_activation(call)
             calls[call.layer].append(call)

@@ -144,8 +144,10 @@ def _projected(
     if weight is not None and query is key and key is value:
         q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
         return q, k, v
-    biases = (None, None, None) if bias is None else bias.chunk(3)
-    weights = separate if weight is None else weight.chunk(3)
+    width = query.shape[-1]
+    parts = [slice(index * width, (index + 1) * width) for index in range(3)]  # a split would not become a constant
+    biases = (None, None, None) if bias is None else tuple(bias[part] for part in parts)
+    weights = separate if weight is None else tuple(weight[part] for part in parts)
     q, k, v = (
         F.linear(x, w, b)  # type: ignore[arg-type]
         for x, w, b in zip((query, key, value), weights, biases, strict=True)

@@ -594,7 +594,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "average_padded": lambda x: F.avg_pool2d(x, 3, 2, 1), "average_ceil": lambda x: F.avg_pool2d(x, 5, 3, ceil_mode=True),
     "adaptive_max": lambda x: F.adaptive_max_pool2d(x, 1), "adaptive_average": lambda x: F.adaptive_avg_pool2d(x, 3),
     "power": lambda x: F.lp_pool2d(x.clamp_min(0.01), 2.0, 2), "mean_of_rows": lambda x: x.mean(2, keepdim=True),
-    "amax": lambda x: x.amax((2, 3), keepdim=True), "generalized_mean": lambda x: F.avg_pool2d(x.clamp_min(0.01) ** 3, 2) ** (1 / 3),
+    "amax": lambda x: x.amax((2, 3), keepdim=True), "generalized_mean": lambda x: F.avg_pool2d(x ** 3, 2).clamp_min(0.01) ** (1 / 3),
 }  # fmt: skip
 for _name, _pool in POOLS.items():
     STRUCTURES[f"pool_{_name}"] = lambda pool=_pool: (
