@@ -27,8 +27,8 @@ X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(8) % 5
 PUBLIC = {
     "FLOAT", "LSQ", "LSQPlus", "LayerSpec", "QuantSpec", "QuantizationTable", "Quantizer", "begin", "binary_rules",
-    "calibrate", "certify", "export_onnx", "parameter_groups", "pause", "quantize_", "restore_norm_statistics", "set_norm_mode", "settle_",
-    "uniform_rules",
+    "calibrate", "certify", "export_onnx", "parameter_groups", "pause", "quantize_", "restore_norm_statistics",
+    "set_norm_mode", "settle_", "uniform_rules",
 }  # fmt: skip
 
 

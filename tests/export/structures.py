@@ -578,8 +578,8 @@ def _activation(act: nn.Module) -> nn.Module:
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.1), "prelu": lambda: nn.PReLU(8), "elu": nn.ELU, "selu": nn.SELU, "silu": nn.SiLU,
-    "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "mish": nn.Mish, "hardswish": nn.Hardswish, "softplus": nn.Softplus,
-    "hardsigmoid": nn.Hardsigmoid, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "hardtanh": nn.Hardtanh, "relu6": nn.ReLU6,
+    "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "mish": nn.Mish, "softplus": nn.Softplus,
+    "hardswish": nn.Hardswish, "hardsigmoid": nn.Hardsigmoid, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "hardtanh": nn.Hardtanh, "relu6": nn.ReLU6,
     "square_of_relu": lambda: Lambda(lambda s, x: F.relu(x) ** 2), "softsign": nn.Softsign, "clamp": lambda: Lambda(
         lambda s, x: x.clamp(-1, 2)),
 }  # fmt: skip
@@ -590,11 +590,13 @@ for _name, _make in ACTIVATIONS.items():
 # ------------------------------------------------------------------------------------------------ pools, norms, layout
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "max": lambda x: F.max_pool2d(x, 2), "max_overlapping": lambda x: F.max_pool2d(x, 3, 2, 1), "average": lambda x: F.avg_pool2d(x, 2),
+    "max": lambda x: F.max_pool2d(x, 2), "max_overlapping": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "average": lambda x: F.avg_pool2d(x, 2),
     "average_padded": lambda x: F.avg_pool2d(x, 3, 2, 1), "average_ceil": lambda x: F.avg_pool2d(x, 5, 3, ceil_mode=True),
     "adaptive_max": lambda x: F.adaptive_max_pool2d(x, 1), "adaptive_average": lambda x: F.adaptive_avg_pool2d(x, 3),
     "power": lambda x: F.lp_pool2d(x.clamp_min(0.01), 2.0, 2), "mean_of_rows": lambda x: x.mean(2, keepdim=True),
-    "amax": lambda x: x.amax((2, 3), keepdim=True), "generalized_mean": lambda x: F.avg_pool2d(x ** 3, 2).clamp_min(0.01) ** (1 / 3),
+    "amax": lambda x: x.amax((2, 3), keepdim=True),
+    "generalized_mean": lambda x: F.avg_pool2d(x ** 3, 2).clamp_min(0.01) ** (1 / 3),
 }  # fmt: skip
 for _name, _pool in POOLS.items():
     STRUCTURES[f"pool_{_name}"] = lambda pool=_pool: (
@@ -602,7 +604,8 @@ for _name, _pool in POOLS.items():
     )  # fmt: skip
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
-    "group": lambda: nn.GroupNorm(2, 8), "instance": lambda: nn.InstanceNorm2d(8, affine=True), "local": lambda: nn.LocalResponseNorm(3),
+    "group": lambda: nn.GroupNorm(2, 8), "instance": lambda: nn.InstanceNorm2d(8, affine=True),
+    "local": lambda: nn.LocalResponseNorm(3),
     "layer_of_channels": lambda: Lambda(lambda s, x: s.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), norm=nn.LayerNorm(8)),
     "root_mean_square": lambda: Lambda(lambda s, x: x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()),
     "frozen": lambda: Lambda(lambda s, x: x * torch.linspace(0.5, 1.5, 8).view(-1, 1, 1) + 0.1),
@@ -892,7 +895,7 @@ def linear_attention() -> nn.Module:
 @structure
 def non_local() -> nn.Module:
     def block(s: Any, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
+        n, _, h, w = x.shape
         q, k, v = s.q(x).flatten(2).transpose(1, 2), s.k(x).flatten(2), s.v(x).flatten(2).transpose(1, 2)
         return x + s.out(((q @ k).softmax(-1) @ v).transpose(1, 2).reshape(n, 4, h, w))
 
