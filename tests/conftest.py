@@ -1,11 +1,16 @@
 import os
 import random
+import signal
+import sys
 
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for every core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_TIMEOUT = 1800  # seconds
 
@@ -25,3 +30,13 @@ def pytest_runtest_setup() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # what a library may draw from
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """PyTorch's loaders leave a handler of SIGCHLD behind. On virtual machines with AMX the kernel was seen to fail to
+    deliver a signal that has a handler, and to end the process: with SIGSEGV, in the next wait for a child."""
+    loaders = sys.modules.get("torch.utils.data._utils.signal_handling")
+    if loaders is not None and loaders._SIGCHLD_handler_set:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        loaders._SIGCHLD_handler_set = False

@@ -87,7 +87,8 @@ def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
         return nullcontext()  # `under_compile` has seen to it
     if is_checkpointed():
         return nullcontext()  # everything is computed again anyway, and what a hook here kept would not be
-    found = {x.data_ptr(): (x.numel(), origin) for x in operands if (origin := origin_of(x)) is not None}
+    made = [(x, origin) for x in operands if (origin := origin_of(x)) is not None]
+    found = {x.data_ptr(): (x.numel(), origin) for x, origin in made if x.numel()}  # empty ones all lie at address 0
     if not found:
         return nullcontext()
 

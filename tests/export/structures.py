@@ -579,7 +579,8 @@ def _activation(act: nn.Module) -> nn.Module:
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.1), "prelu": lambda: nn.PReLU(8), "elu": nn.ELU, "selu": nn.SELU, "silu": nn.SiLU,
     "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "mish": nn.Mish, "softplus": nn.Softplus,
-    "hardswish": nn.Hardswish, "hardsigmoid": nn.Hardsigmoid, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "hardtanh": nn.Hardtanh, "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish, "hardsigmoid": nn.Hardsigmoid, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu6": nn.ReLU6,
+    "hardtanh": nn.Hardtanh,
     "square_of_relu": lambda: Lambda(lambda s, x: F.relu(x) ** 2), "softsign": nn.Softsign, "clamp": lambda: Lambda(
         lambda s, x: x.clamp(-1, 2)),
 }  # fmt: skip
