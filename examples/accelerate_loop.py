@@ -1,6 +1,6 @@
 """Hugging Face accelerate on several processes: each calibrates on its own part of the data, all get the same scales.
 
-uv run accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py --steps 50
+uv run torchrun --nproc_per_node 2 examples/accelerate_loop.py --steps 50
 """
 
 import argparse

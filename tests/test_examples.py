@@ -29,17 +29,7 @@ def test_an_example_exports_what_is_certified(name: str, tmp_path: Path) -> None
 
 
 def test_two_processes_calibrate_to_the_same_scales(tmp_path: Path) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     out = run([*launch, str(EXAMPLES / "accelerate_loop.py"), "--steps", "4"], tmp_path)
     assert "2 processes, scales alike: True" in out and ": certified on ONNX Runtime" in out
 
