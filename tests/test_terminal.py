@@ -100,10 +100,10 @@ def test_folders_of_hostile_names_are_named_on_one_line(tmp_path: Path) -> None:
 def test_a_label_from_a_files_metadata_does_not_steer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from export import predict
     from export.predict import Prediction
-    from qat import deploy
 
-    monkeypatch.setattr(deploy, "predict", lambda model, images: [Prediction(Path("x.jpg"), HOSTILE, 0.5)])
+    monkeypatch.setattr(predict, "predict", lambda model, images: [Prediction(Path("x.jpg"), HOSTILE, 0.5)])
     assert cli.execute(cli.Predict(Path("m.onnx"), (Path("x.jpg"),))) == 0
     only_its_own_lines(capsys.readouterr().out.removesuffix("\n"), 1)
 

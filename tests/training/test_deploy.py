@@ -17,6 +17,7 @@ from PIL import Image
 
 from export.lowered import ExportError
 from export.metadata import proof_of, read_metadata, write_metadata
+from export.predict import predict
 from export.verify import verify_file
 from qat.cli import Bundle, Certify, Compare, execute, guarded
 from qat.deploy import (
@@ -26,7 +27,6 @@ from qat.deploy import (
     compare_file,
     export_run,
     measure_file,
-    predict,
     write_report,
 )
 from qat.domains.synthetic import synthetic_domains
