@@ -23,11 +23,15 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", LINES)
+LONG = {"timm_loop.py", "torchvision_models.py", "detector_backbone.py"}  # whole backbones: a minute and more each
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in LINES])
 def test_an_example_exports_what_is_certified(name: str, tmp_path: Path) -> None:
     assert ": certified on ONNX Runtime" in run([sys.executable, str(EXAMPLES / name), *LINES[name]], tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_calibrate_to_the_same_scales(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     out = run([*launch, str(EXAMPLES / "accelerate_loop.py"), "--steps", "4"], tmp_path)
