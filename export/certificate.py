@@ -48,6 +48,10 @@ BATCH = 32
 SETTINGS_IMAGES = 8
 IMAGES_ELSEWHERE = 8  # emulated processors are slow
 
+NOT_COMPARED = (
+    "what the file says of classes and preprocessing was compared with nothing: a model without a run has neither"
+)
+
 SCHEMA, VERSION = "edgeqat.certificate", 2
 
 Images = NDArray[np.float32]
@@ -134,7 +138,7 @@ class Certificate:
         lines = [
             f"{self.file}: {verdict} on ONNX Runtime {self.runtime}, {self.machine}, with {self.images} images",
             f"  stored   {self.weight_codes:,} weight codes, scales and biases of {self.layers} layers: "
-            f"{_verdict(self.stored, 'as trained')}; classes, preprocessing, target: {_verdict(self.said, 'as in the run')}",
+            f"{_verdict(self.stored, 'as trained')}; {self._said()}",
             *(f"           {name}: {what}" for name, what in (self.stored | self.said).items()),
             f"  computed {self._levels()}",
             *(line for level in self.levels for line in level.faults()),
@@ -147,6 +151,12 @@ class Certificate:
             f"  unproven other images, speed, {self._untried()}",
         ]
         return in_lines([*lines, *(f"  note     {note}" for note in self.notes)])
+
+    def _said(self) -> str:
+        """What became of the file's claims about itself."""
+        if NOT_COMPARED in self.notes:
+            return f"target and layers: {_verdict(self.said, 'as in the model')}"
+        return f"classes, preprocessing, target: {_verdict(self.said, 'as in the run')}"
 
     def _levels(self) -> str:
         """All levels in one line; `LevelResult.faults` says more of those that fail."""
@@ -235,7 +245,7 @@ def certify(
     labels: (N,) classes of the images; no accuracy is given where the first output is not N_C. trained: the trained net:
     images -> (carrier codes per quantizer, outputs by name). on: machines to run the file on besides this one
     (`export/elsewhere.py`), on the first images. described: what the run would say of the file (`export/metadata.py`), to
-    compare with what the file says.
+    compare with what the file says; an empty `input` in it is compared with nothing, and the certificate says so.
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
@@ -270,7 +280,7 @@ def certify(
         different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
         adversarial=adversarial(model, proto),
         accuracy=_accuracy({"trained net": expected, "ONNX Runtime": found}, labels),
-        notes=(*model.notes, *_weight_only_note(model), *missing_options(proto)),
+        notes=(*model.notes, *_weight_only_note(model), *missing_options(proto), *_input_note(described)),
         tried=tuple(model.tried),
         elsewhere=_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
     )
@@ -292,6 +302,10 @@ def _accuracy(outputs: Mapping[str, Outputs], labels: NDArray[np.int64]) -> dict
     return {
         n: float((p.argmax(1) == labels).mean()) for n, p in firsts.items() if p.ndim == 2 and len(p) == len(labels)
     }
+
+
+def _input_note(described: Mapping[str, Any] | None) -> tuple[str, ...]:
+    return () if described is None or described["input"] else (NOT_COMPARED,)
 
 
 def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:

@@ -17,8 +17,10 @@ from torch import nn
 from edgeqat.extras import require
 from edgeqat.files import write_atomically
 from qat import __version__
-from qat.surgery.example import Example, arguments_of, tensors_in, with_tensors
+from qat.surgery.batches import inputs_of
+from qat.surgery.example import Example, arguments_of, tensors_in, with_leaves, with_tensors
 from qat.surgery.sites import example_of
+from qat.surgery.wrappers import require_float32, unwrapped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,23 +55,31 @@ def export_onnx(
                three make a file that `qat predict FILE IMAGES` runs; without them it takes tensors.
 
     Inputs have the names of forward's parameters; outputs their keys where forward returns a dict, else `logits`, or
-    `output0` and so on. Call `qat.settle_` after training and before measuring: it rounds what the file will round.
-    Raises ExportError naming the layer or operation that the target cannot have.
+    `output0` and so on. Call `qat.settle_` after training and before measuring: it rounds what the file will round. A model
+    that is compiled or wrapped for several processes is exported without its wrapper.
+    Raises ExportError naming the layer or operation that the target cannot have, or a name that two tensors of the file would
+    have; ValueError for a model that is not float32, or for classes, mean and std that do not go with it.
     """
     require("onnx", "onnxruntime", "onnxscript")
     import onnx
 
-    proto = exported(model, target, example, _preprocessing(model, example, classes, mean, std))
-    onnx.checker.check_model(proto)
+    from export.metadata import read_metadata
+
     destination = Path(path)
+    model = unwrapped(model)
+    given = example_of(model, example)
+    require_float32(model, "export_onnx")
+    proto = exported(model, target, given, _preprocessing(model, given, classes, mean, std))
+    _require_distinct_names(proto)
+    read_metadata(proto, str(destination))  # as whoever gets the file will read it
+    _require_as_many(classes, proto)
+    onnx.checker.check_model(proto)
     write_atomically(destination, lambda part: onnx.save(proto, str(part)))
     return destination
 
 
-def exported(
-    model: nn.Module, target: str, example: Example | None, source: Preprocessing | Tensors
-) -> onnx.ModelProto:
-    """The ONNX model of `model` for `target`, signed."""
+def exported(model: nn.Module, target: str, given: Example, source: Preprocessing | Tensors) -> onnx.ModelProto:
+    """The ONNX model of `model` for `target`, signed. given: what forward takes, of the size the file will have."""
     from export import session
     from export.lower import input_names_of, lower, lower_float
     from export.metadata import sign, sign_float
@@ -79,7 +89,6 @@ def exported(
     from export.qonnx import emit_qonnx
     from export.targets import target_named
 
-    given = example_of(model, example)
     names = input_names_of(model, given)
     if target in FLOAT_TARGETS:
         if target == "qonnx":
@@ -105,8 +114,8 @@ def certify(
 ) -> Certificate | Agreement:
     """Prove that a file holds the codes of `model` and that ONNX Runtime computes what `model` computes, on `images`.
 
-    images:  a tensor N_..., as forward takes it; a tuple or a dict of them where forward takes several. 16 real ones are a
-             beginning; all of a test set is better.
+    images:  a tensor or array N_..., as forward takes it; a tuple or a dict of them where forward takes several; or a batch
+             of your loader, whose labels are left out. 16 real ones are a beginning; all of a test set is better.
     labels:  (N,) classes, for accuracies; may be left out.
     example: as it was given to `export_onnx`.
     on:      other platforms to prove it on, comma-separated: "arm64,wasm" (emulated; what is missing is named).
@@ -114,11 +123,10 @@ def certify(
     Returns the whole certificate (print it; `passed` tells), which is also recorded in the file when it passes. What the file
     says of classes and preprocessing is not compared: the model does not know them. A plain QDQ file, whose arithmetic the
     runtime chooses, gets an `Agreement`.
-    Raises ExportError when the file is damaged or is not of this model.
+    Raises ExportError when the file is damaged or is not of this model; ValueError for images or labels that do not go with
+    it, or a model that is not float32.
     """
     require("onnx", "onnxruntime", "onnxscript")
-    import numpy as np
-
     from export.agreement import agree
     from export.certificate import certify as certify_lowered
     from export.elsewhere import machines_of
@@ -130,16 +138,19 @@ def certify(
     from export.passes import to_integers
     from export.targets import target_named
 
+    model = unwrapped(model)
+    given = example_of(model, example)
+    require_float32(model, "certify")
     file = Path(path)
     metadata = read_metadata(read(file), str(file))
     if metadata["target"] in FLOAT_TARGETS:
         raise ExportError(f"{file}: is a float file (target {metadata['target']}), it has no codes to certify")
     target = target_named(metadata["target"])
-    given = example_of(model, example)
+    machines = machines_of(on)
     names = input_names_of(model, given)
-    lowered = to_integers(lower(model, given, input_names=names), target)
     feeds = _feeds(model, images, given, names)
-    answers = np.zeros(0, np.int64) if labels is None else np.asarray(labels, np.int64)
+    answers = _answers(labels, len(feeds))
+    lowered = to_integers(lower(model, given, input_names=names), target)
     with _on_cpu(model) as ready:
 
         def trained(part: Any) -> tuple[Mapping[str, NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]:
@@ -147,8 +158,8 @@ def certify(
 
         if target.qdq:
             return agree(lowered, file, target.name, feeds, answers, trained)  # type: ignore[arg-type]
-        described = describe(lowered, target, metadata["input"], PRODUCER)
-        certificate = certify_lowered(lowered, file, feeds, answers, trained, machines_of(on), described)
+        described = describe(lowered, target, {}, PRODUCER)  # the model knows neither classes nor preprocessing
+        certificate = certify_lowered(lowered, file, feeds, answers, trained, machines, described)
     if certificate.passed:
         certificate = _recorded(certificate, file)
     return certificate
@@ -175,15 +186,81 @@ def _trained(model: nn.Module, part: Any, given: Example, names: Sequence[str]) 
 
 
 def _feeds(model: nn.Module, images: Any, given: Example, names: Sequence[str]) -> NDArray[np.float32] | Feeds:
-    """What the user gave as arrays, by name where the net has several inputs."""
+    """What the user gave as arrays, by name where the net has several inputs.
+
+    Raises ValueError for what the file, made from `given`, does not take: another type, number of axes or size; no image at
+    all; NaN or infinity.
+    """
+    import numpy as np
+
     from export.feeds import Feeds
 
-    arrays = [tensor.detach().cpu().numpy() for tensor in tensors_in(arguments_of(model, images))]
-    if len(arrays) != len(names):
+    tensors_given = with_leaves(images, lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf)
+    taken = inputs_of(model, tensors_given, "certify: images", given)
+    tensors = [tensor.detach().cpu() for tensor in tensors_in(list(taken))]
+    wanted = list(tensors_in(list(arguments_of(model, given))))
+    if len(tensors) != len(wanted):
         raise ValueError(
-            f"certify: images hold {len(arrays)} tensors, the model takes {len(names)}: {', '.join(names)}"
+            f"certify: images hold {len(tensors)} tensors, the file takes {len(wanted)}: {', '.join(names)}"
         )
+    for name, tensor, like in zip(names, tensors, wanted, strict=True):
+        if tensor.shape[1:] != like.shape[1:]:
+            raise ValueError(
+                f"certify: images for {name!r} have shape {list(tensor.shape)}, the file takes {['N', *like.shape[1:]]}; "
+                "pass images of that size, or the example= that the file was exported with"
+            )
+        if not len(tensor):
+            raise ValueError(f"certify: images for {name!r} are none; pass a few real ones")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"certify: images for {name!r} hold NaN or infinity; pass finite ones")
+    arrays = [tensor.numpy() for tensor in tensors]
     return arrays[0] if len(names) == 1 else Feeds(dict(zip(names, arrays, strict=True)))
+
+
+def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
+    """Labels as (N,) integers, none where there are none. Raises ValueError for what are no classes of N images."""
+    import numpy as np
+
+    if labels is None:
+        return np.zeros(0, np.int64)
+    found = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if found.shape != (samples,) or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"certify: labels are {found.dtype} {list(found.shape)}; {samples} images need {samples} class numbers, or leave "
+            "labels out"
+        )
+    return found.astype(np.int64)
+
+
+def _require_distinct_names(proto: onnx.ModelProto) -> None:
+    """Raises ExportError where an input or output of the model has the name of another tensor of its file."""
+    from collections import Counter
+
+    from export.lowered import ExportError
+
+    graph = proto.graph
+    written = [name for node in graph.node for name in node.output if name]
+    stored = [tensor.name for tensor in graph.initializer]
+    counts = Counter([*(value.name for value in graph.input), *stored, *written])
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ExportError(
+            f"export_onnx: two tensors of the file would have the name {twice[0]!r}; rename the parameter of forward, or the "
+            "key of what it returns, that has it"
+        )
+
+
+def _require_as_many(classes: Sequence[str] | None, proto: onnx.ModelProto) -> None:
+    """Raises ValueError where the file's first output is not one number for each of `classes`."""
+    if classes is None:
+        return
+    sizes = [dim.dim_value for dim in proto.graph.output[0].type.tensor_type.shape.dim]
+    if len(sizes) != 2 or sizes[1] != len(classes):
+        name = proto.graph.output[0].name
+        raise ValueError(
+            f"export_onnx: classes has {len(classes)} names, and the first output, {name!r}, has sizes "
+            f"{['N', *sizes[1:]]}; give one name for each number of an image"
+        )
 
 
 @contextmanager
@@ -196,7 +273,7 @@ def _on_cpu(model: nn.Module) -> Iterator[nn.Module]:
 
 def _preprocessing(
     model: nn.Module,
-    example: Example | None,
+    given: Example,
     classes: Sequence[str] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -208,8 +285,7 @@ def _preprocessing(
     from export.lower import input_names_of
     from export.metadata import Preprocessing, Tensors
 
-    given = example_of(model, example)
-    tensors = list(tensors_in(arguments_of(model, given)))
+    tensors = list(tensors_in(list(arguments_of(model, given))))
     parts = {"classes": classes, "mean": mean, "std": std}
     missing = [name for name, value in parts.items() if value is None]
     if len(missing) == len(parts):
@@ -218,14 +294,23 @@ def _preprocessing(
         raise ValueError(
             f"export_onnx: {', '.join(missing)} missing; a file for image files says classes, mean and std, all three"
         )
+    if isinstance(classes, str):
+        raise ValueError(f"export_onnx: classes is the text {classes!r}; give a list of names")
     shape = tuple(tensors[0].shape[1:])
     if len(tensors) > 1 or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
         raise ValueError(
             f"export_onnx: classes, mean and std describe square images of 3 channels, the model takes {shape}; leave them "
             "out"
         )
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"export_onnx: mean {list(mean)} and std {list(std)} need three numbers each")
-    means = float(mean[0]), float(mean[1]), float(mean[2])
-    deviations = float(std[0]), float(std[1]), float(std[2])
-    return Preprocessing(shape[1], means, deviations, tuple(classes))
+    return Preprocessing(shape[1], _three("mean", mean), _three("std", std), tuple(classes))
+
+
+def _three(name: str, numbers: Sequence[float]) -> tuple[float, float, float]:
+    """Raises ValueError where `numbers` are not three, one for each channel."""
+    try:
+        red, green, blue = (float(number) for number in numbers)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"export_onnx: {name} is {numbers!r}; it needs three numbers, of red, green and blue"
+        ) from error
+    return red, green, blue

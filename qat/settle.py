@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from edgeqat.extras import require
 from qat.quantizers.contract import Quantizer
 from qat.surgery.example import Example
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.sites import example_of
 from qat.surgery.swap import quantizers
+from qat.surgery.wrappers import require_float32, unwrapped
 
 if TYPE_CHECKING:
     from export.lowered import LoweredModel
@@ -64,12 +66,16 @@ def settle_(model: nn.Module, example: Example | None = None) -> Settlement:
 
     example: what forward takes, of the size the file will have; None: as it was given to `quantize_`.
 
-    Raises ExportError, with the model as it was, when it cannot be lowered to integers; the message names the layer.
+    Raises ExportError, with the model as it was, when it cannot be lowered to integers; the message names the layer. Raises
+    ValueError for a model that is not float32.
     """
+    require("onnx", "onnxruntime", "onnxscript")
     from export.lower import lower
     from export.passes import to_integers
 
+    model = unwrapped(model)
     given = example_of(model, example)
+    require_float32(model, "settle_")
     lowered = to_integers(lower(model, given))
     left: dict[str, str] = {}
     moved = _settle_steps(model, lowered, left)

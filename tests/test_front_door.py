@@ -170,7 +170,7 @@ def test_calibrate_takes_batches_as_loaders_give_them(kind: str) -> None:
     ("batch", "words"),
     [
         ("text", "batch 0: is a str"),
-        ({"left": X, "right": X}, "is a dict of left, right, and forward takes one tensor of 4 axes"),
+        ({"left": X, "right": X}, "is a dict of left, right, and forward takes a float32 tensor of 4 axes"),
         ((1, 2), "begins with a int"),
     ],
 )

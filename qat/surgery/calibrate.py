@@ -1,8 +1,9 @@
 """Initialise the activation quantizers from data: sign and step (`specs/algorithms.md` §3.1)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from qat.quantizers.contract import Quantizer, require_finite
 from qat.quantizers.lsq import LSQ, Init, starting_step
 from qat.quantizers.lsq_plus import LSQPlus, least_squares_range
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.batches import inputs_of
 from qat.surgery.binarize import signs_seen
-from qat.surgery.example import Arguments, arguments_of, tensors_in, with_tensors
-from qat.surgery.sites import example_of
+from qat.surgery.example import tensors_in, with_tensors
 from qat.surgery.swap import computed_weights, quantized_weights, quantizers
+from qat.surgery.wrappers import unwrapped
 
 SAMPLES_PER_BATCH = 16_384
 
@@ -34,12 +36,18 @@ class CalibrationRow:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], init: Init = "mse", *, overwrite: bool = False
+    model: nn.Module,
+    loader: Iterable[Any],
+    init: Init = "mse",
+    *,
+    batches: int | None = 32,
+    overwrite: bool = False,
 ) -> list[CalibrationRow]:
-    """Set sign and step of every activation quantizer from `batches`, run in full precision.
+    """Set sign and step of every activation quantizer from batches of `loader`, run in full precision.
 
-    batches: as a loader gives them: images N_C_H_W, (images, labels), dicts of what forward takes and more; what forward does
-             not take is left out. A few are enough: every batch is run.
+    loader: batches of images N_C_H_W, of (images, labels), or of dicts of what forward takes and more; what forward does not
+            take is left out.
+    batches: how many of them are run, the first ones; None: all. Each adds to the memory that calibrating takes.
     init: "lsq", the paper's 2 · mean|x| / sqrt(Qp); or "mse", the step of least squared quantization error.
     overwrite: replace the steps that quantizers already have. Without it a model that was calibrated, trained or loaded is
     refused, since its learned steps would be lost.
@@ -48,6 +56,9 @@ def calibrate(
     quantizer has its step already, or a one-bit activation never saw a negative value; RuntimeError naming a quantizer that
     no batch reached.
     """
+    if batches is not None and batches < 1:
+        raise ValueError(f"calibrate: batches={batches}; one batch at least is needed, None takes all")
+    model = unwrapped(model)
     found = {name: q for name, q in quantizers(model).items() if isinstance(q, LSQ) and not q.is_weight}
     taken = [name for name, quantizer in found.items() if quantizer.initialized]
     if taken and not overwrite:
@@ -59,8 +70,8 @@ def calibrate(
     device = next(model.parameters()).device
     seen = 0
     with in_full_precision(model, samples), signs_seen(model):
-        for batch in batches:
-            args, kwargs = _inputs_of(model, batch, f"calibrate: batch {seen}")
+        for batch in islice(loader, batches):
+            args, kwargs = inputs_of(model, batch, f"calibrate: batch {seen}")
             for tensor in tensors_in((args, kwargs)):
                 require_finite(tensor, f"calibrate: batch {seen}")
             args, kwargs = with_tensors([args, kwargs], lambda tensor: tensor.to(device))
@@ -71,48 +82,6 @@ def calibrate(
         raise ValueError("calibrate: the loader gave no batch")
     starts = {name: _start_of(quantizer, name, samples[name], init) for name, quantizer in found.items()}
     return [_initialize(found[name], name, start) for name, start in starts.items()]
-
-
-def _inputs_of(model: nn.Module, batch: Any, where: str) -> Arguments:
-    """The part of a loader's batch that forward takes, judged by the example of `quantize_`.
-
-    Raises ValueError naming what the batch is and what forward takes.
-    """
-    args, kwargs = arguments_of(model, example_of(model))
-    if isinstance(batch, Mapping):
-        return _from_dict(args, kwargs, batch, where)
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if not isinstance(batch, (tuple, list)) or not batch:
-        raise ValueError(f"{where}: is a {type(batch).__name__}; give tensors, (images, labels) or dicts")
-    if kwargs or len(args) == 1:
-        first = batch[0]
-        if not isinstance(first, (Tensor, Mapping, tuple, list)):
-            raise ValueError(f"{where}: begins with a {type(first).__name__}; give tensors, (images, labels) or dicts")
-        return _inputs_of(model, first, where)
-    tensors = sum(isinstance(argument, Tensor) for argument in args)
-    if len(batch) < tensors:
-        raise ValueError(f"{where}: has {len(batch)} parts, forward takes {tensors} tensors")
-    given = iter(batch)
-    return tuple(next(given) if isinstance(argument, Tensor) else argument for argument in args), {}
-
-
-def _from_dict(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any], where: str) -> Arguments:
-    is_one_dict = not kwargs and len(args) == 1 and isinstance(args[0], Mapping)
-    wanted: Mapping[str, Any] = args[0] if is_one_dict else kwargs
-    if not wanted:
-        images = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() == args[0].dim()]
-        if len(images) != 1:
-            raise ValueError(
-                f"{where}: is a dict of {', '.join(map(str, batch))}, and forward takes one tensor of {args[0].dim()} axes; "
-                "give the tensor, or quantize_ the model with a dict as example"
-            )
-        return (images[0],), {}
-    missing = [key for key, value in wanted.items() if isinstance(value, Tensor) and key not in batch]
-    if missing:
-        raise ValueError(f"{where}: has no {missing[0]!r}, which the example of quantize_ had")
-    taken = {key: batch.get(key, value) for key, value in wanted.items()}
-    return ((taken,), {}) if is_one_dict else ((), taken)
 
 
 def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -158,11 +127,12 @@ def paused(model: nn.Module) -> bool:
 @torch.no_grad()
 def begin(model: nn.Module, batches: Iterable[Any], init: Init = "mse") -> list[CalibrationRow]:
     """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""
+    model = unwrapped(model)
     for weight, quantizer in quantized_weights(model):
         _start_weight(quantizer, weight.detach(), init)
     batches = list(batches)
     _begin_computed(model, batches[:1], init)
-    return calibrate(model, batches, init, overwrite=True)
+    return calibrate(model, batches, init, batches=None, overwrite=True)
 
 
 def _start_weight(quantizer: Quantizer, weight: Tensor, init: Init) -> None:
@@ -183,7 +153,7 @@ def _begin_computed(model: nn.Module, batches: Iterable[Any], init: Init) -> Non
         for quantizer in found:
             quantizer.observer = _keep(seen, quantizer.name)
         for batch in batches:
-            args, kwargs = _inputs_of(model, batch, "begin")
+            args, kwargs = inputs_of(model, batch, "begin")
             args, kwargs = with_tensors([args, kwargs], lambda tensor: tensor.to(next(model.parameters()).device))
             model(*args, **kwargs)
     for quantizer in found:

@@ -14,15 +14,19 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def arguments_of(model: nn.Module, example: Example) -> Arguments:
     """Positional and named arguments for one call of `model`.
 
-    A dict whose keys are all parameters of `model.forward` is passed by name; any other dict is the model's one argument.
+    A dict whose keys are all parameters of `model.forward` is passed by name, in forward's order whatever the dict's: the
+    exporter numbers a file's inputs in it. Any other dict is the model's one argument.
     Raises TypeError for what holds no tensor.
     """
     if isinstance(example, Tensor):
         args: tuple[Any, ...] = (example,)
         kwargs: dict[str, Any] = {}
     elif isinstance(example, Mapping):
-        named = set(example) <= set(inspect.signature(model.forward).parameters)
-        args, kwargs = ((), dict(example)) if named else ((example,), {})
+        parameters = inspect.signature(model.forward).parameters
+        if set(example) <= set(parameters):
+            args, kwargs = (), {name: example[name] for name in parameters if name in example}
+        else:
+            args, kwargs = (example,), {}
     elif isinstance(example, (tuple, list)):
         args, kwargs = tuple(example), {}
     else:
