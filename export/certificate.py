@@ -240,7 +240,7 @@ def certify(
     described: Mapping[str, Any] | None = None,
 ) -> Certificate:
     """Prove `file` against the canonical `model` and the trained net on real `images`: N_3_H_W float32, normalised, or
-    whatever the net takes; `Feeds` where that is more than one tensor.
+    what else the net takes; `Feeds` where that is more than one tensor.
 
     labels: (N,) classes of the images; no accuracy is given where the first output is not N_C. trained: the trained net:
     images -> (carrier codes per quantizer, outputs by name). on: machines to run the file on besides this one

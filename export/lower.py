@@ -64,18 +64,18 @@ def lower(
             f"layer {bare[0]!r} has a quantized input and a float weight (activation-only): ONNX Runtime would quantize that "
             "weight by itself, and its codes would not be trained ones; export target fp32 or qonnx, or quantize weights too"
         )
-    layers = {f"{layer.name}.weight": layer for layer in _layers(model, one_sample(model, example))}
-    activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
-    _check_finite(model)
     example = with_tensors(example, lambda tensor: tensor[:1].cpu())
     arguments = arguments_of(model, example)
+    layers = {f"{layer.name}.weight": layer for layer in _layers(model, arguments)}
+    activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
+    _check_finite(model)
     multiply_adds = sum(witness(model, example).values())
     with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
     passes = _Passes(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer, passes)
-    skeleton = export_onnx(model, arguments, input_names or names_of_inputs(model, example), outputs)
+    skeleton = onnx_graph(model, arguments, input_names or names_of_inputs(model, example), outputs)
     _name_norm_biases(skeleton, model)
     for repeated, first in passes.repeated.items():
         if first in layers:
@@ -135,10 +135,11 @@ def lower_float(model: nn.Module, example: Example, input_names: Sequence[str] =
     model = copy.deepcopy(model).cpu().eval()
     for quantizer in quantizers(model).values():
         quantizer.forward = _identity
-    arguments = one_sample(model, example)
+    example = with_tensors(example, lambda tensor: tensor[:1].cpu())
+    arguments = arguments_of(model, example)
     with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
-    return ir.to_proto(export_onnx(model, arguments, input_names or names_of_inputs(model, example), outputs))
+    return ir.to_proto(onnx_graph(model, arguments, input_names or names_of_inputs(model, example), outputs))
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -203,12 +204,6 @@ def _recorder(
     return record
 
 
-def one_sample(model: nn.Module, example: Example) -> Arguments:
-    """Arguments of a call of `model` on the first sample of the example, on the CPU."""
-    args, kwargs = with_tensors(list(arguments_of(model, example)), lambda tensor: tensor[:1].cpu())
-    return args, kwargs
-
-
 def call(model: nn.Module, arguments: Arguments) -> Any:
     args, kwargs = arguments
     return model(*args, **kwargs)
@@ -226,22 +221,22 @@ def input_names_of(model: nn.Module, example: Example) -> list[str]:
     bound = signature.bind(*args, **kwargs)
     names: list[str] = []
     for parameter, value in bound.arguments.items():
-        _collect_names(parameter, value, signature.parameters[parameter].kind, names)
+        _collect_names(parameter, value, names)
     return names
 
 
-def _collect_names(name: str, value: object, kind: Any, names: list[str]) -> None:
+def _collect_names(name: str, value: object, names: list[str]) -> None:
     if isinstance(value, Tensor):
         names.append(name)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            _collect_names(str(key), inner, None, names)
+            _collect_names(str(key), inner, names)
     elif isinstance(value, (tuple, list)):
         for index, inner in enumerate(value):
-            _collect_names(f"{name}{index}", inner, None, names)
+            _collect_names(f"{name}{index}", inner, names)
 
 
-def export_onnx(model: nn.Module, arguments: Arguments, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """torch.onnx export with one dynamic batch dimension, the first of every tensor; inputs and outputs of the given names.
 
     arguments: of one call on one sample.

@@ -93,40 +93,57 @@ def gemms_from_matmuls(model: LoweredModel) -> bool:
     bias, and reshaping codes is free."""
     changed = False
     for node in list(model.skeleton.graph):
-        transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
-        mark = transpose.inputs[0].producer() if transpose is not None and transpose.inputs[0] is not None else None
-        if transpose is None or transpose.op_type != "Transpose" or not is_mark(mark) or mark is None:
+        mark = _turned_weight(node)
+        if mark is None or mark_name(mark) not in model.layers:  # the latter: a product of two activations
             continue
-        if mark_name(mark) not in model.layers:  # a product of two activations
-            continue
-        layer = model.layers[mark_name(mark)]
-        bias = _added_constant(node, len(layer.scale))
-        last = node if bias is None else bias
-        shape = last.outputs[0].shape
-        if shape is None or sum(not isinstance(size, int) for size in shape) > 1:
-            raise ExportError(
-                f"layer {layer.name!r}: its output has several dynamic axes; only the batch may be dynamic"
-            )
-        name, graph = last.outputs[0].name, model.skeleton.graph
-        sizes = [size if isinstance(size, int) else -1 for size in shape]
-        ends = {"in": [-1, layer.codes.shape[1]], "out": sizes if -1 in sizes else [-1, *sizes[1:]]}
-        shapes = {k: _new_constant(graph, f"{name}/shape_{k}", np.array(v, np.int64)) for k, v in ends.items()}
-        flat = ir.node("Reshape", [node.inputs[0], shapes["in"]], name=f"{name}/flatten")
-        operands = [flat.outputs[0], mark.outputs[0]]
-        if bias is not None:
-            operands.append(next(v for v in bias.inputs if v is not None and constant(v) is not None))
-            model.layers[mark_name(mark)] = replace(layer, bias=np.asarray(constant(operands[2]), np.float64))
-        elif layer.bias is not None:  # it is no constant of the graph, which adds it after the product
-            model.layers[mark_name(mark)] = replace(layer, bias=None, bias_parameter="")
-        gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
-        flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
-        flat.outputs[0].shape = ir.Shape([None, layer.codes.shape[1]])
-        restored = ir.node("Reshape", [gemm.outputs[0], shapes["out"]], name=f"{name}/restore")
-        _replace(last, [flat, gemm, restored])
-        if bias is not None:
-            graph.remove(node, safe=True)
+        _make_gemm(model, node, mark)
         changed = True
     return changed
+
+
+def _turned_weight(node: ir.Node) -> ir.Node | None:
+    """The mark whose transpose the MatMul `node` multiplies by."""
+    if node.op_type != "MatMul" or node.inputs[1] is None:
+        return None
+    transpose = node.inputs[1].producer()
+    if transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
+        return None
+    mark = transpose.inputs[0].producer()
+    return mark if is_mark(mark) else None
+
+
+def _make_gemm(model: LoweredModel, node: ir.Node, mark: ir.Node) -> None:
+    graph, layer = model.skeleton.graph, model.layers[mark_name(mark)]
+    width = layer.codes.shape[1]
+    add = _added_constant(node, len(layer.scale))
+    last = node if add is None else add
+    name = last.outputs[0].name
+    shape_in = _new_constant(graph, f"{name}/shape_in", np.array([-1, width], np.int64))
+    shape_out = _new_constant(graph, f"{name}/shape_out", np.array(_open_shape(last, layer.name), np.int64))
+    flat = ir.node("Reshape", [node.inputs[0], shape_in], name=f"{name}/flatten")
+    flat.outputs[0].name, flat.outputs[0].shape = f"{name}/flat", ir.Shape([None, width])
+    operands = [flat.outputs[0], mark.outputs[0]]
+    if add is not None:
+        bias = next(value for value in add.inputs if value is not None and constant(value) is not None)
+        operands.append(bias)
+        model.layers[mark_name(mark)] = replace(layer, bias=np.asarray(constant(bias), np.float64))
+    elif layer.bias is not None:  # the graph computes it, and adds it after the product
+        model.layers[mark_name(mark)] = replace(layer, bias=None, bias_parameter="")
+    gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
+    gemm.outputs[0].name = f"{name}/gemm"
+    restored = ir.node("Reshape", [gemm.outputs[0], shape_out], name=f"{name}/restore")
+    _replace(last, [flat, gemm, restored])
+    if add is not None:
+        graph.remove(node, safe=True)
+
+
+def _open_shape(node: ir.Node, layer: str) -> list[int]:
+    """Shape of the result with -1 for the batch, wherever that is. Raises ExportError for more than one open axis."""
+    shape = node.outputs[0].shape
+    if shape is None or sum(not isinstance(size, int) for size in shape) > 1:
+        raise ExportError(f"layer {layer!r}: its output has several dynamic axes; only the batch may be dynamic")
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    return sizes if -1 in sizes else [-1, *sizes[1:]]
 
 
 def gemms_from_classifiers(model: LoweredModel) -> bool:

@@ -1,5 +1,5 @@
 """What the runtime makes of a file, told from the file alone: which kernels run its layers, and that it computes the same
-codes whatever the level, the number of threads and the batch.
+codes at every level, number of threads and batch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,7 +47,7 @@ def settings_that_differ(proto: onnx.ModelProto, images: Given, name: str = "") 
 
 
 def quantizer_tensors(proto: onnx.ModelProto) -> list[str]:
-    """Names of the uint8 tensors that quantizers write: what comes out of QuantizeLinear, behind its clip if it has one."""
+    """Names of the uint8 tensors that quantizers write: what comes out of QuantizeLinear, after its clip if it has one."""
     clipped = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "Clip"}
     written = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     return [clipped.get(name, name) for name in written] + [name for name, _, _ in code_outputs(proto)]

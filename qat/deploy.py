@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from edgeqat.files import FileError, make_folder, write_atomically, write_json, write_text
-from qat import __version__
-from qat.proof import write_proof
+from edgeqat.files import make_folder, write_atomically, write_json, write_text
+from qat.own_model import PRODUCER, onnx_of
+from qat.proof import recorded
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
 from qat.training.records import classes_of, results_of
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from export.metadata import Preprocessing
     from qat.training.compare import Comparison, Measured
 
-PRODUCER = f"edgeqat {__version__}"
-
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
     """Write the ONNX file of `run` for `target`; returns its path. Nothing is left behind when the export fails."""
@@ -49,33 +47,18 @@ def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> 
 
 def exported(run: Path, target: str) -> onnx.ModelProto:
     """The ONNX model of `run` for `target`: "fp32", or one of export/targets.py, signed and with its preprocessing."""
-    from export import session
-    from export.lower import lower, lower_float
-    from export.metadata import sign, sign_float
-    from export.native_graph import emit
-    from export.passes import to_integers
+    from export.metadata_entries import FLOAT_TARGETS
     from export.targets import target_named
 
     folder, recipe, built = load_run(run)
-    example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-    preprocessing = preprocessing_of(folder, recipe, built)
-    if target in ("fp32", "fp16"):
-        float_file = lower_float(built.model, example)
-        if target == "fp16":
-            float_file = session.fp16(float_file)
-        return sign_float(float_file, target, preprocessing, PRODUCER)
-    if target == "qonnx" and built.table is not None:
-        from export.qonnx import emit_qonnx
-
-        file = emit_qonnx(lower(built.model, example, float_weights=True))
-        return sign_float(file, target, preprocessing, PRODUCER)
-    chosen = target_named("ort-int8" if target == "qonnx" else target)
-    if built.table is None:
+    if target not in FLOAT_TARGETS:
+        target_named(target)  # an unknown one is named as such, whatever the run
+    if built.table is None and target not in ("fp32", "fp16"):
         raise RecipeError(
             f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
         )
-    lowered = to_integers(lower(built.model, example), chosen)
-    return sign(emit(lowered, chosen), lowered, chosen, preprocessing, PRODUCER)
+    example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+    return onnx_of(built.model, target, example, preprocessing_of(folder, recipe, built))
 
 
 def preprocessing_of(folder: RunFolder, recipe: Recipe, built: Built) -> Preprocessing:
@@ -101,12 +84,7 @@ def certify_run(
     if not isinstance(certificate, Certificate):
         write_json(RunFolder.open(run) / "agreement.json", certificate.to_json())
         return certificate
-    if certificate.passed:
-        try:
-            certificate = dataclasses.replace(certificate, sha256=write_proof(model, certificate.proven()))
-        except FileError as error:
-            note = f"the file could not be written, so it does not say where it was proven ({error})"
-            certificate = dataclasses.replace(certificate, notes=(*certificate.notes, note))
+    certificate = recorded(certificate, model)
     write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
     return certificate
 

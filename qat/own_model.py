@@ -1,13 +1,14 @@
-"""Export and certify a quantized model of one's own, trained in one's own loop: no recipe, no run folder.
+"""Export and certify a quantized model that a user brings, trained in a loop of theirs: no recipe, no run folder.
 
 `export` is imported inside the functions: training needs neither onnx nor onnxruntime.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from edgeqat.extras import require
 from edgeqat.files import write_atomically
 from qat import __version__
+from qat.proof import recorded
 from qat.surgery.batches import inputs_of
 from qat.surgery.example import Example, arguments_of, tensors_in, with_leaves, with_tensors
 from qat.surgery.sites import example_of
@@ -69,7 +71,10 @@ def export_onnx(
     model = unwrapped(model)
     given = example_of(model, example)
     require_float32(model, "export_onnx")
-    proto = exported(model, target, given, _preprocessing(model, given, classes, mean, std))
+    from export.lower import input_names_of
+
+    source = _preprocessing(model, given, classes, mean, std)
+    proto = onnx_of(model, target, given, source, input_names_of(model, given))
     _require_distinct_names(proto)
     read_metadata(proto, str(destination))  # as whoever gets the file will read it
     _require_as_many(classes, proto)
@@ -78,10 +83,16 @@ def export_onnx(
     return destination
 
 
-def exported(model: nn.Module, target: str, given: Example, source: Preprocessing | Tensors) -> onnx.ModelProto:
-    """The ONNX model of `model` for `target`, signed. given: what forward takes, of the size the file will have."""
+def onnx_of(
+    model: nn.Module, target: str, given: Example, source: Preprocessing | Tensors, input_names: Sequence[str] = ()
+) -> onnx.ModelProto:
+    """The ONNX model of `model` for `target`, signed.
+
+    given: what forward takes, of the size the file will have. source: what the file says of its inputs. input_names: see
+    `export.lower.lower`.
+    """
     from export import session
-    from export.lower import input_names_of, lower, lower_float
+    from export.lower import lower, lower_float
     from export.metadata import sign, sign_float
     from export.metadata_entries import FLOAT_TARGETS
     from export.native_graph import emit
@@ -89,17 +100,16 @@ def exported(model: nn.Module, target: str, given: Example, source: Preprocessin
     from export.qonnx import emit_qonnx
     from export.targets import target_named
 
-    names = input_names_of(model, given)
     if target in FLOAT_TARGETS:
         if target == "qonnx":
-            file = emit_qonnx(lower(model, given, float_weights=True, input_names=names))
+            file = emit_qonnx(lower(model, given, float_weights=True, input_names=input_names))
         else:
-            file = lower_float(model, given, names)
+            file = lower_float(model, given, input_names)
         if target == "fp16":
             file = session.fp16(file)
         return sign_float(file, target, source, PRODUCER)
     chosen = target_named(target)
-    lowered = to_integers(lower(model, given, input_names=names), chosen)
+    lowered = to_integers(lower(model, given, input_names=input_names), chosen)
     return sign(emit(lowered, chosen), lowered, chosen, source, PRODUCER)
 
 
@@ -151,27 +161,16 @@ def certify(
     feeds = _feeds(model, images, given, names)
     answers = _answers(labels, len(feeds))
     lowered = to_integers(lower(model, given, input_names=names), target)
-    with _on_cpu(model) as ready:
+    on_cpu = copy.deepcopy(model).cpu().eval()  # where the file runs
 
-        def trained(part: Any) -> tuple[Mapping[str, NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]:
-            return _trained(ready, part, given, names)
+    def trained(part: Any) -> tuple[Mapping[str, NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]:
+        return _trained(on_cpu, part, given, names)
 
-        if target.qdq:
-            return agree(lowered, file, target.name, feeds, answers, trained)  # type: ignore[arg-type]
-        described = describe(lowered, target, {}, PRODUCER)  # the model knows neither classes nor preprocessing
-        certificate = certify_lowered(lowered, file, feeds, answers, trained, machines, described)
-    if certificate.passed:
-        certificate = _recorded(certificate, file)
-    return certificate
-
-
-def _recorded(certificate: Certificate, file: Path) -> Certificate:
-    """The certificate with the digest of the file that says where it was proven."""
-    import dataclasses
-
-    from qat.proof import write_proof
-
-    return dataclasses.replace(certificate, sha256=write_proof(file, certificate.proven()))
+    if target.qdq:
+        return agree(lowered, file, target.name, feeds, answers, trained)  # type: ignore[arg-type]
+    described = describe(lowered, target, {}, PRODUCER)  # the model knows neither classes nor preprocessing
+    certificate = certify_lowered(lowered, file, feeds, answers, trained, machines, described)
+    return recorded(certificate, file)
 
 
 def _trained(model: nn.Module, part: Any, given: Example, names: Sequence[str]) -> Any:
@@ -234,8 +233,6 @@ def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
 
 def _require_distinct_names(proto: onnx.ModelProto) -> None:
     """Raises ExportError where an input or output of the model has the name of another tensor of its file."""
-    from collections import Counter
-
     from export.lowered import ExportError
 
     graph = proto.graph
@@ -263,14 +260,6 @@ def _require_as_many(classes: Sequence[str] | None, proto: onnx.ModelProto) -> N
         )
 
 
-@contextmanager
-def _on_cpu(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the model in eval mode on the CPU, where the file runs."""
-    import copy
-
-    yield copy.deepcopy(model).cpu().eval()
-
-
 def _preprocessing(
     model: nn.Module,
     given: Example,
@@ -280,7 +269,7 @@ def _preprocessing(
 ) -> Preprocessing | Tensors:
     """What the file says of its input: how an image becomes it, or its tensors alone.
 
-    Raises ValueError for some of classes, mean and std without the others, or for what is no image.
+    Raises ValueError for some of classes, mean and std without the others, or for a model that takes no image.
     """
     from export.lower import input_names_of
     from export.metadata import Preprocessing, Tensors

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from qat.quantizers.spec import QuantSpec
+from qat.surgery.frames import path_of
 from qat.surgery.layers import FLOAT, LayerSpec, wraps
 from qat.surgery.observe import Observation
-from qat.surgery.plan import JOINS, Plan, is_join, path_of, plan_sites
+from qat.surgery.plan import JOINS, Plan, is_join, plan_sites
 from qat.surgery.sites import Addresses
 from qat.surgery.training_paths import in_training, tallies
 
@@ -125,7 +126,7 @@ def _why_unused(pattern: str, names: Sequence[str]) -> str:
 
 def _require_licences(seen: Observation, asked: Mapping[str, LayerSpec]) -> None:
     """What cannot be quantized, and what only training runs, stays in floating point only where a FLOAT rule says so."""
-    for name, calls in seen.elsewise.items():
+    for name, calls in seen.unquantizable.items():
         if asked[name] != FLOAT:
             raise ValueError(
                 f"{calls[0].address}: quantize_ cannot quantize the products of {calls[0].kind}; put ({name!r}, FLOAT) "

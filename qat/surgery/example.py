@@ -54,7 +54,7 @@ def with_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def with_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """`tree` with everything changed that is no dict, list or tuple."""
+    """`tree` with everything changed but its dicts, lists and tuples."""
     if isinstance(tree, dict):
         return {key: with_leaves(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

@@ -4,9 +4,10 @@ import difflib
 from dataclasses import dataclass
 
 from qat.surgery.decide import QuantizationPlan
+from qat.surgery.frames import image_address
 from qat.surgery.layers import FLOAT
 from qat.surgery.observe import Observation
-from qat.surgery.plan import LAYOUTS, is_image, is_integer
+from qat.surgery.plan import LAYOUTS, is_integer
 from qat.surgery.trace import MULTIPLIES, Call
 
 
@@ -28,9 +29,10 @@ class Explanation:
         calls = [call for call in self.seen.trace.calls if call.address == name]
         if calls:
             return self._operation(calls[0])
-        if is_image(name) and name in self.plan.sites.sites:
-            readers = self._readers(self.seen.trace.model_inputs[int(name.removeprefix("#input"))])
-            return f"{name}: the model's input, quantized to 8 bits since it joins an integer operation. Read by {readers}."
+        for position, value in enumerate(self.seen.trace.model_inputs):
+            if name == image_address(position) and name in self.plan.sites.sites:
+                why = "quantized to 8 bits since it joins an integer operation"
+                return f"{name}: the model's input, {why}. Read by {self._readers(value)}."
         known = [*self.plan.specs, *(call.address for call in self.seen.trace.calls)]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "print the table of quantize_ for the names there are"
@@ -49,7 +51,7 @@ class Explanation:
             return f"{name}: not quantized, since the example does not reach it in eval mode."
         if asleep == "constant":
             return f"{name}: not quantized, since it sees nothing that depends on the image; the file holds its result."
-        calls = self.seen.calls.get(name) or self.seen.elsewise.get(name, [])
+        calls = self.seen.calls.get(name) or self.seen.unquantizable.get(name, [])
         readers = self._readers(calls[0].outputs[0]) if calls else "nobody"
         if spec == FLOAT:
             return f"{name}: in floating point by rule {rule!r}. Read by {readers}."
@@ -86,7 +88,7 @@ class Explanation:
                 return "quantized to 8 bits, since it is an integer operation that more than one layer's own quantizer reads"
             return "quantized to 8 bits, since it joins an integer operation or a layer with one-bit inputs"
         if address in self.plan.sites.absorbed:
-            return "part of the layer before it: the file has no operation of its own for it"
+            return "part of the layer before it: the file has no separate operation for it"
         if call.kind in LAYOUTS:
             return "only moves values, so codes stay codes"
         if is_integer(call):

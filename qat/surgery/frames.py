@@ -6,12 +6,35 @@ the block has its addresses whoever calls it: the whole model, `forward_features
 activation checkpointing that runs it again in backward.
 """
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+IMAGE = re.compile(r"#input\d+")
+
+
+def path_of(address: str) -> str:
+    """The module that makes the operation."""
+    return address.partition("#")[0]
+
+
+def kind_in(address: str) -> str:
+    """The operation's kind."""
+    return address.partition("#")[2].rstrip("0123456789")
+
+
+def image_address(position: int) -> str:
+    """Of the model's tensor argument at this position."""
+    return f"#input{position}"
+
+
+def is_image(address: str) -> bool:
+    """Whether it is the address of one of the model's own inputs."""
+    return IMAGE.fullmatch(address) is not None
 
 
 class Frame:
@@ -50,7 +73,7 @@ class Frame:
 
 
 class Location:
-    """The frames of one model, in each thread that runs it. A copy of the model gets a location of its own, with none."""
+    """The frames of one model, in each thread that runs it. A copy of the model gets a new location without frames."""
 
     def __init__(self) -> None:
         self.stacks: dict[int, list[Frame]] = {}
@@ -64,9 +87,8 @@ class Location:
     @property
     def stack(self) -> list[Frame]:
         """The frames of this thread, the innermost last."""
-        thread = (
-            0 if torch.compiler.is_compiling() else threading.get_ident()
-        )  # a compiled model runs in the caller's own
+        # While it compiles, a model runs in one thread, whose number would become part of the compiled code.
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         return self.stacks.setdefault(thread, [])
 
     @property
@@ -95,7 +117,7 @@ class Location:
 
 
 # Hooks are objects and not closures so that a copied or pickled model takes its own Location along. Outside a pass of the
-# model there is no frame: a child that runs alone and owns no quantizer needs none.
+# model there is no frame: a child that runs alone and has no quantizers needs none.
 class _Enter:
     def __init__(self, location: Location, path: str) -> None:
         self.location, self.path = location, path

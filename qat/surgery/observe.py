@@ -22,8 +22,8 @@ class Observation:
     layers:    every convolution and linear module by name; the first, where it has several.
     aliases:   all names of a layer that has more than one.
     trace:     the calls in eval mode. trained: in training mode; None where the model does not run in it on the example.
-    calls:     name of a layer -> its calls, of whatever multiplies by a weight.
-    elsewise:  name of a module -> its calls that multiply in a way that no quantizer reaches.
+    calls:     name of a layer -> its calls: convolutions and linears.
+    unquantizable: name of a module -> its calls that multiply in a way that no quantizer reaches.
     asleep:    layers that the example does not reach: "idle", or "constant" where they see nothing of the image.
     in_training_alone: those of them that run in training.
     tied:      name of a parameter -> the layers that multiply by it, where they are several. turned: those parameters of
@@ -37,7 +37,7 @@ class Observation:
     trace: Trace
     trained: Trace | None
     calls: Mapping[str, list[Call]]
-    elsewise: Mapping[str, list[Call]]
+    unquantizable: Mapping[str, list[Call]]
     asleep: Mapping[str, str]
     in_training_alone: list[str]
     tied: Mapping[str, list[str]]
@@ -48,7 +48,7 @@ class Observation:
     @property
     def names(self) -> list[str]:
         """All that rules decide: layers, computed weights, and modules that multiply in another way."""
-        return list(dict.fromkeys((*self.layers, *self.calls, *self.elsewise)))
+        return list(dict.fromkeys((*self.layers, *self.calls, *self.unquantizable)))
 
 
 def observe(model: nn.Module, example: Example) -> Observation:
@@ -69,19 +69,19 @@ def observe(model: nn.Module, example: Example) -> Observation:
         if call.kind in MULTIPLIES:
             _require_one_activation(call)
             calls[call.layer].append(call)
-    elsewise: dict[str, list[Call]] = defaultdict(list)
+    unquantizable: dict[str, list[Call]] = defaultdict(list)
     for call in unsupported(trace):
-        elsewise[call.path or call.address].append(call)
+        unquantizable[call.path or call.address].append(call)
     read = {name.removesuffix(".weight") for call in trace.calls for name in call.parameters}
-    awake = calls.keys() | elsewise.keys() | read
+    awake = calls.keys() | unquantizable.keys() | read
     asleep = {name: "constant" if name in trace.on_constants else "idle" for name in layers if name not in awake}
     trained = _in_training(model, example, frozenset(layers))
     running = {call.layer for call in trained.calls if call.kind in MULTIPLIES} if trained is not None else set()
     tied, turned = _tied(trace)
     witnessed = witness(model, example)
-    check_witnessed(witnessed, trace, frozenset(elsewise))
+    check_witnessed(witnessed, trace, frozenset(unquantizable))
     return Observation(
-        layers, _aliases(model), trace, trained, dict(calls), dict(elsewise), asleep,
+        layers, _aliases(model), trace, trained, dict(calls), dict(unquantizable), asleep,
         [name for name in asleep if name in running], tied, turned, witnessed, samples_of(example),
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ def _require_one_activation(call: Call) -> None:
 
 
 def _named_apart(calls: list[Call]) -> list[Call]:
-    """Each user of a weight under a name of its own: the module that owns it under its own, or else the first user."""
+    """Each user of a weight under another name: the module that owns it keeps the weight's, or else the first user."""
     owners: dict[str, str] = {}
     for call in calls:
         if call.kind in MULTIPLIES and (call.layer not in owners or call.path == call.layer):

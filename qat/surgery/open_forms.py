@@ -94,8 +94,7 @@ def multi_head_attention(
     is_batched = query.dim() == 3
     same_source = query is key and key is value
     if not is_batched:
-        query = query.unsqueeze(1)
-        key, value = (query, query) if same_source else (key.unsqueeze(1), value.unsqueeze(1))
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     # Samples first: everything between is then laid out as images are, and the transposes meet those of batch_first.
     query = query.transpose(0, 1)
@@ -104,27 +103,29 @@ def multi_head_attention(
     q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias, separate)
     batch, length, width = q.shape
     source = k.shape[1]
-    head = width // num_heads
-    q = q.reshape(batch, length, num_heads, head).transpose(1, 2)
-    k = k.reshape(batch, source, num_heads, head).transpose(1, 2)
-    v = v.reshape(batch, source, num_heads, head).transpose(1, 2)
-    scores = (q * (1 / math.sqrt(head))) @ k.transpose(-2, -1)
+    scale = 1 / math.sqrt(width // num_heads)
+    scores = (_heads(q, num_heads) * scale) @ _heads(k, num_heads).transpose(-2, -1)
     if attn_mask is not None:
-        if attn_mask.dim() == 3:
-            attn_mask = attn_mask.reshape(batch, num_heads, length, source)
-        scores = _masked(scores, attn_mask)
+        by_head = attn_mask.dim() == 3
+        scores = _masked(scores, attn_mask.reshape(batch, num_heads, length, source) if by_head else attn_mask)
     if key_padding_mask is not None:
         scores = _masked(scores, key_padding_mask.reshape(batch, 1, 1, source))
     weights = scores.softmax(dim=-1)
     if training and dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
-    mixed = (weights @ v).transpose(1, 2).reshape(batch, length, width)
+    mixed = (weights @ _heads(v, num_heads)).transpose(1, 2).reshape(batch, length, width)
     out = F.linear(mixed, out_proj_weight, out_proj_bias).transpose(0, 1)
-    shown = None
-    if need_weights:
-        shown = weights.mean(dim=1) if average_attn_weights else weights
-        shown = shown if is_batched else shown.squeeze(0)
-    return (out if is_batched else out.squeeze(1)), shown
+    if not is_batched:
+        out, weights = out.squeeze(1), weights.squeeze(0)
+    if not need_weights:
+        return out, None
+    return out, weights.mean(dim=-3) if average_attn_weights else weights
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(N, L, E) as (N, heads, L, E / heads)."""
+    batch, length, width = x.shape
+    return x.reshape(batch, length, heads, width // heads).transpose(1, 2)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
@@ -279,37 +280,42 @@ def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _einsum(*args: Any) -> Tensor:
     """Two operands by one product: of matrices, or of a matrix and a weight, whose axes are put in order before and after."""
     first, second = _operands(args)
-    equation = args[0].replace(" ", "")
-    sources, arrow, result = equation.partition("->")
-    left, _, right = sources.partition(",")
-    if not arrow:
-        result = "".join(sorted(label for label in set(left + right) if (left + right).count(label) == 1))
+    left, right, result = _labels(args[0])
     if _is_parameter(first) and not _is_parameter(second):
         first, second, left, right = second, first, right, left
     first, left = _summed(first, left, right + result)
     second, right = _summed(second, right, left + result)
-    sizes = dict(zip(left, first.shape, strict=True)) | dict(zip(right, second.shape, strict=True))
     shared = [label for label in left if label in right and label in result]
     summed = [label for label in left if label in right and label not in result]
     own = [label for label in left if label not in right]
     others = [label for label in right if label not in left]
-
-    def ordered(tensor: Tensor, labels: str, groups: tuple[list[str], ...]) -> Tensor:
-        axes = [labels.index(label) for group in groups for label in group]
-        shape = [sizes[label] for label in shared] + [_size(group, sizes) for group in groups[1:]]
-        return tensor.permute(axes).reshape(shape)
-
     if _is_parameter(second) and not shared:
-        weight = second.permute([right.index(label) for label in (*others, *summed)])
-        weight = weight.reshape(_size(others, sizes), _size(summed, sizes))
-        x = first.permute([left.index(label) for label in (*own, *summed)])
-        x = x.reshape([sizes[label] for label in own] + [_size(summed, sizes)])
-        product = F.linear(x, weight)
+        rows = _merged(first, left, [[label] for label in own] + [summed])
+        product = F.linear(rows, _merged(second, right, [others, summed]))
     else:
-        product = ordered(first, left, (shared, own, summed)) @ ordered(second, right, (shared, summed, others))
+        batch = [[label] for label in shared]
+        product = _merged(first, left, [*batch, own, summed]) @ _merged(second, right, [*batch, summed, others])
     labels = [*shared, *own, *others]
+    sizes = dict(zip(left, first.shape, strict=True)) | dict(zip(right, second.shape, strict=True))
     product = product.reshape([sizes[label] for label in labels])
     return product.permute([labels.index(label) for label in result])
+
+
+def _labels(equation: str) -> tuple[str, str, str]:
+    """Labels of the two operands and of the result; where the equation names none, those that stand once, sorted."""
+    sources, arrow, result = equation.replace(" ", "").partition("->")
+    left, _, right = sources.partition(",")
+    if not arrow:
+        both = left + right
+        result = "".join(sorted(label for label in set(both) if both.count(label) == 1))
+    return left, right, result
+
+
+def _merged(tensor: Tensor, labels: str, groups: list[list[str]]) -> Tensor:
+    """The axes in the order of `groups`, each group merged into one axis."""
+    sizes = dict(zip(labels, tensor.shape, strict=True))
+    axes = [labels.index(label) for group in groups for label in group]
+    return tensor.permute(axes).reshape([math.prod(sizes[label] for label in group) for group in groups])
 
 
 def _is_parameter(operand: Tensor) -> bool:
@@ -323,10 +329,6 @@ def _summed(tensor: Tensor, labels: str, wanted: str) -> tuple[Tensor, str]:
             tensor = tensor.sum(dim=labels.index(label))
             labels = labels.replace(label, "")
     return tensor, labels
-
-
-def _size(labels: list[str], sizes: dict[str, int]) -> int:
-    return math.prod(sizes[label] for label in labels)
 
 
 FORMS: dict[str, Form] = {

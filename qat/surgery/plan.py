@@ -7,10 +7,10 @@ norm and clip activation behind it) whose result is read by anything but one lay
 has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit codes.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qat.surgery.frames import image_address
 from qat.surgery.trace import MULTIPLIES, Call, Trace
 
 PRODUCTS = {"matmul"}  # of two activations: attention's q·kᵀ and attn·v
@@ -30,7 +30,6 @@ UNSUPPORTED_MULTIPLIES = {
     "rnn_relu_cell", "conv3d", "conv_transpose3d", "tensordot", "inner", "mv", "dot", "vdot", "addbmm", "addmv",
     "chain_matmul", "multi_dot", "transformer_encoder_layer_fwd", "native_multi_head_attention",
 }  # fmt: skip
-IMAGE = re.compile(r"#input\d+")
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,6 @@ class Plan:
     on_grid: frozenset[str]
     relus: tuple[tuple[str, str, float], ...] = ()
     absorbed: frozenset[str] = frozenset()
-
-
-def path_of(address: str) -> str:
-    """The module that makes the operation."""
-    return address.partition("#")[0]
-
-
-def is_image(address: str) -> bool:
-    """Whether it is the address of one of the model's own inputs."""
-    return IMAGE.fullmatch(address) is not None
 
 
 def unsupported(trace: Trace) -> list[Call]:
@@ -111,7 +100,7 @@ class _Flow:
         self.in_float = in_float
         self.calls, self.producer, self.readers = trace.calls, trace.producer(), trace.consumers()
         self.outputs = set(trace.model_outputs)
-        self.images = {value: f"#input{position}" for position, value in enumerate(trace.model_inputs)}
+        self.images = {value: image_address(position) for position, value in enumerate(trace.model_inputs)}
 
     def unit_end(self, call: Call) -> int:
         """The value behind the batch norm and clip that the runtime absorbs into `call`."""

@@ -1,6 +1,6 @@
 """Quantizers on the results of functional operations, applied while the model's own code runs.
 
-Every module that makes such an operation gets a subclass of its own class, made on the spot, whose forward runs under
+Every module that makes such an operation gets a subclass of its class, made on the spot, whose forward runs under
 `SiteMode`; its submodules, parameters and state-dict keys stay where they were. So the quantizers are there whoever calls the
 module: the model, `forward_features`, a user who runs single children, or activation checkpointing in backward. They live in
 the root's `stream_quantizers`, and there too those of convolutions and linears that are called outside a quantized layer
@@ -21,15 +21,15 @@ from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
 from qat.surgery.example import Example, with_tensors
-from qat.surgery.frames import Frame, Location
+from qat.surgery.frames import Frame, Location, image_address, is_image, kind_in, path_of
 from qat.surgery.open_forms import open_form
 from qat.surgery.operands import QuantOperands
-from qat.surgery.plan import JOINS, is_image, path_of
+from qat.surgery.plan import JOINS
 from qat.surgery.trace import MULTIPLIES, kind_of
 
 NOTHING: AbstractContextManager[None] = nullcontext()
 # What may read a quantized tensor outside a quantized layer, and keeps its operands for backward. The pools keep the whole
-# input though only its shape or their indices are used: behind a stem that is the largest tensor of the net.
+# input though only its shape or their indices are used: after a stem that is the largest tensor of the net.
 KEEPING = {"mul", "matmul", "layer_norm", "max_pool2d", "avg_pool2d"}
 
 
@@ -61,7 +61,7 @@ class StreamQuantizers(nn.ModuleDict):
     """Address -> quantizer; dots of the address are written as slashes, which module names allow.
 
     operands: address of a convolution or linear outside the quantized layers -> its quantizers.
-    relus: addresses of ReLUs in front of a quantizer that clips as they do. In training they are passed over, which saves a
+    relus: addresses of ReLUs before a quantizer that clips as they do. In training they are passed over, which saves a
            pass over memory forward and one backward and changes no bit: an unsigned quantizer's own clip at 0 is the ReLU.
     example:  what the model was quantized with, without its numbers.
     """
@@ -81,7 +81,7 @@ class StreamQuantizers(nn.ModuleDict):
         self.example = with_tensors(example, lambda tensor: tensor.to("meta"))  # shapes alone
         self.guests = False  # whether another library's layers stand in for ours and multiply as they please
         watched = (*quantizers, *known.joins, *relus)
-        self.watched = {(path_of(address), _kind(address)) for address in watched}
+        self.watched = {(path_of(address), kind_in(address)) for address in watched}
         self.images = [address for address in quantizers if is_image(address)]
 
     def forward(self, x: Any) -> Any:
@@ -101,7 +101,7 @@ class StreamQuantizers(nn.ModuleDict):
         return found  # type: ignore[return-value]
 
     def quantize_images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The model's arguments, those tensors quantized that have a quantizer of their own."""
+        """The model's arguments, those tensors quantized that have a quantizer."""
         position = -1
 
         def quantize(tensor: Tensor) -> Tensor:
@@ -128,11 +128,6 @@ def example_of(model: nn.Module, given: Example | None = None) -> Example:
     return made
 
 
-def image_address(position: int) -> str:
-    """Of the model's tensor argument at this position."""
-    return f"#input{position}"
-
-
 def _unknown(address: str, what: str) -> RuntimeError:
     return RuntimeError(
         f"{address}: this operation was not there when the model was quantized, so nothing quantizes its {what}. Fuse, "
@@ -142,10 +137,6 @@ def _unknown(address: str, what: str) -> RuntimeError:
 
 def _key(address: str) -> str:
     return address.replace(".", "/")
-
-
-def _kind(address: str) -> str:
-    return address.split("#")[1].rstrip("0123456789")
 
 
 class SiteMode(TorchFunctionMode):
@@ -242,7 +233,7 @@ class Entry:
         self.path, self.location, self.quantizers = path, location, quantizers
 
     def run(self, module: nn.Module, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call `method`, called `name`, of `module` in a frame of its own, and under `SiteMode` if nobody above has one."""
+        """Call `method`, called `name`, of `module` in a new frame, and under `SiteMode` if no caller has one."""
         stack = self.location.stack
         depth = len(stack)
         start = self.quantizers.known.starts.get((self.path, name))
@@ -292,7 +283,7 @@ class Entry:
                 raise RuntimeError(
                     f"{self.path or 'the model'}: made {seen} operations of kind {kind} in this training step, {expected} "
                     "when it was quantized, so their quantizers cannot be told apart; move what is skipped at random into a "
-                    "module of its own"
+                    "separate module"
                 )
 
 
@@ -359,7 +350,7 @@ def run_with_sites(
     for path in owners:
         module: Any = model.get_submodule(path)
         traced = {name for owner, name in known.starts if owner == path}
-        others = {name for name in dir(type(module)) if name.startswith("forward_")} - {"forward"}
+        others = {name for name in dir(type(module)) if name.startswith("forward_")}
         methods = tuple(sorted(name for name in traced | others if callable(getattr(type(module), name, None))))
         module._entry = Entry(path, location, model.stream_quantizers)
         module.__class__ = _class_with_quantizers(type(module), methods)

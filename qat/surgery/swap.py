@@ -20,11 +20,8 @@ from qat.surgery.operands import QuantOperands
 from qat.surgery.plan import Plan
 from qat.surgery.sites import run_with_sites
 from qat.surgery.table import QuantizationTable, table_of
+from qat.surgery.wrappers import unwrapped
 
-WRAPPED = (
-    nn.parallel.DistributedDataParallel,
-    torch._dynamo.OptimizedModule,
-)
 WRAPPERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: QuantConv2d.from_float,
     nn.Linear: QuantLinear.from_float,
@@ -114,8 +111,7 @@ def require_plain(model: nn.Module) -> None:
     """Raises ValueError for a model that is quantized already, or inside a wrapper that hides its code."""
     if quantizers(model):
         raise ValueError("quantize_: the model is quantized already")
-    inner = getattr(model, "module", None)
-    if isinstance(model, WRAPPED) or (isinstance(model, nn.DataParallel) and isinstance(inner, nn.Module)):
+    if unwrapped(model) is not model:
         raise ValueError(
             f"quantize_: the model is inside {type(model).__name__}; quantize the model itself, calibrate it, and wrap or "
             "compile it after that"
@@ -162,7 +158,7 @@ def _share_weight_quantizer(layers: Sequence[nn.Module]) -> None:
 
 
 def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, LSQ]:
-    """Address of each ReLU -> the input quantizer behind it, which from here on has the ReLU's upper clip."""
+    """Address of each ReLU -> the input quantizer after it, which from here on has the ReLU's upper clip."""
     relus: dict[str, LSQ] = {}
     for address, path, ceiling in plan.relus:
         quantizer = getattr(quantized.get(path), "input_quantizer", None)

@@ -107,7 +107,7 @@ def table_of(seen: Observation, plan: QuantizationPlan, quantized: Mapping[str, 
 
 
 def _row(name: str, seen: Observation, plan: QuantizationPlan, quantized: Mapping[str, nn.Module]) -> LayerRow:
-    spec, calls = plan.specs[name], seen.calls.get(name) or seen.elsewise.get(name, [])
+    spec, calls = plan.specs[name], seen.calls.get(name) or seen.unquantizable.get(name, [])
     linear = calls[0].kind == "linear" if calls else isinstance(seen.layers[name], nn.Linear)
     kind = seen.asleep.get(name, "linear" if linear else "conv")
     reads_stream = name in quantized and getattr(quantized[name], "input_quantizer", None) is None
@@ -117,16 +117,16 @@ def _row(name: str, seen: Observation, plan: QuantizationPlan, quantized: Mappin
 
 
 def _operations(seen: Observation, plan: QuantizationPlan) -> tuple[tuple[OperationRow, ...], tuple[OperationRow, ...]]:
-    """Products of activations that run on integers, and whatever multiplies in floating point."""
+    """Products of activations that run on integers, and what multiplies in floating point."""
     products: list[OperationRow] = []
     in_float: list[OperationRow] = []
-    others = {call.address for calls in seen.elsewise.values() for call in calls}
+    others = {call.address for calls in seen.unquantizable.values() for call in calls}
     for call in seen.trace.calls:
         row = OperationRow(call.address, call.kind, call.multiplications // seen.samples)
         is_layer = call.kind in MULTIPLIES or call.address in others
         if row.multiplications and not is_layer and call.address not in plan.sites.absorbed:
             (products if is_join(call) and plan.sites.sites else in_float).append(row)
-    for name, calls in seen.elsewise.items():
+    for name, calls in seen.unquantizable.items():
         if name not in seen.layers:
             multiply_adds = _witnessed_in(name, calls[0].path, seen)
             in_float.append(OperationRow(name, calls[0].kind, multiply_adds // seen.samples))
@@ -136,7 +136,7 @@ def _operations(seen: Observation, plan: QuantizationPlan) -> tuple[tuple[Operat
 def _witnessed_in(name: str, path: str, seen: Observation) -> int:
     if name == path:
         return sum(count for where, count in seen.witnessed.items() if f"{where}.".startswith(f"{path}."))
-    return sum(call.multiplications for call in seen.elsewise[name])
+    return sum(call.multiplications for call in seen.unquantizable[name])
 
 
 def _by_kind(rows: tuple[OperationRow, ...], total: int) -> str:

@@ -65,7 +65,6 @@ class Call:
     layer: of a convolution or linear, its name: that of the module that owns the weight, whoever makes the call; of the
            parameter, where no layer owns it; else of the module that computes the weight.
     multiplications: of the whole call, all samples of the example together.
-    where: the code that makes the call, from the operation outwards to its module's call: tells two calls of one kind apart.
     """
 
     address: str
@@ -79,7 +78,6 @@ class Call:
     output_shape: tuple[int, ...] = ()
     layer: str = ""
     multiplications: int = 0
-    where: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -92,7 +90,7 @@ class Trace:
     written_back: addresses of operations in place whose result is read through the tensor that they wrote to.
     starts: (module path, method) -> how many operations of each kind the module had made when its forward called the method;
             None where that differs from call to call.
-    where: address -> the code that makes the operation, as in `Call`.
+    where: address -> the Python code that makes the operation, outwards to its module's call: it tells two of one kind apart.
     parameter_of: address of a convolution or linear -> the parameter it multiplies by, and whether that is turned round.
     repeated: paths of the modules that their parent called several times.
     """
@@ -133,9 +131,10 @@ class _Value:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, location: Location, model: nn.Module, layers: frozenset[str]) -> None:
+    def __init__(self, location: Location, model: nn.Module, layers: frozenset[str], training: bool) -> None:
         super().__init__()
         self.location, self.layers = location, layers
+        self.training = training  # where a loss may be logged: what leaves PyTorch then is not in the file
         self.parameter_names = {id(p): name for name, p in model.named_parameters()}
         self.modules = dict(model.named_modules())
         self.trace = Trace()
@@ -182,7 +181,7 @@ class _Recorder(TorchFunctionMode):
                 return _in_the_open(opened, self.location.path, args, kwargs)
         tensors = list(tensors_in((args, kwargs)))
         inputs = tuple(number for t in tensors if (number := self.read(t)) is not None)
-        if kind in LEAVES and inputs:
+        if kind in LEAVES and inputs and not self.training:
             raise ValueError(
                 f"{_words(self.location.path)}: takes what depends on the image out of PyTorch ({func.__name__}), where "
                 "quantize_ cannot follow it; write it with tensor operations (torch.where for a decision)"
@@ -193,44 +192,59 @@ class _Recorder(TorchFunctionMode):
         produced = list(tensors_in(out))
         if kind == "set" or (written and not produced):
             produced = written
-        if self.location.stack[-1].times > 1:
-            self.trace.repeated.add(self.location.path)
-        starts = dict(self.location.stack[-1].counts)
-        address = self.location.address(kind)
-        where = self._where(starts) if produced else ()
-        self.trace.where.setdefault(address, where)
-        layer = ""
-        if kind in MULTIPLIES:
-            weight = weight_operand(args, kwargs)
-            layer = self.layer_of(weight, address)
-            self.trace.weights[address] = weight.detach()
-            if (parameter := self._parameter(weight)) is not None:
-                self.trace.parameter_of[address] = parameter
-            if not inputs:
-                self.trace.on_constants.add(layer)
-        if not inputs or not produced:
-            if produced:
-                self.trace.constant.add(address)
+        address = self._next_address(kind, bool(produced))
+        layer = self._note_weight(address, args, kwargs, bool(inputs)) if kind in MULTIPLIES else ""
+        if not produced:
             return out
-        if written and kind not in STATISTICS:
+        if not inputs:
+            self.trace.constant.add(address)
+            return out
+        if kind in STATISTICS:
+            written = []
+        if written:
             out, produced = self._note_writes(written, out, produced, address)
         outputs = tuple(self.number(t) for t in produced)
-        if written and kind not in STATISTICS:
-            self._same_value(written, produced, address)
-        if kind in CASTS and not (tensors[0].is_floating_point() and produced[0].is_floating_point()):
-            kind = "cast"  # to integers or back, which rounds
-        if kind == "copy":
-            inputs = inputs[-1:]  # what was there before is gone
-        if kind == "interpolate" and "nearest" in str(kwargs.get("mode", "nearest")):
-            kind = "nearest"  # only repeats values
-        parameters = tuple(self.parameter_names[id(t)] for t in tensors if id(t) in self.parameter_names)
+        self._same_value(written, produced[0], address)
+        first = produced[0]
+        flow_kind = _flow_kind(kind, kwargs, tensors[0], first)
         call = Call(
-            address, self.location.path, kind, inputs, outputs, parameters, _pools_space(kind, args, produced[0]),
-            _ceiling(func, args, kwargs), tuple(produced[0].shape), layer, multiplications(kind, args, kwargs, produced[0]),
-            where,
-        )  # fmt: skip
+            address=address,
+            path=self.location.path,
+            kind=flow_kind,
+            inputs=inputs[-1:] if kind == "copy" else inputs,  # what was there before a copy is gone
+            outputs=outputs,
+            parameters=tuple(self.parameter_names[id(t)] for t in tensors if id(t) in self.parameter_names),
+            pools_space=_pools_space(kind, args, first),
+            ceiling=_ceiling(func, args, kwargs),
+            output_shape=tuple(first.shape),
+            layer=layer,
+            multiplications=multiplications(flow_kind, args, kwargs, first),
+        )
         self.trace.calls.append(call)
         return out
+
+    def _next_address(self, kind: str, is_located: bool) -> str:
+        """Address of the operation that was just made; notes the code that made it, where it gave a tensor."""
+        frame = self.location.stack[-1]
+        if frame.times > 1:
+            self.trace.repeated.add(frame.path)
+        counts = dict(frame.counts)
+        address = frame.address(kind)
+        where = self._where(counts) if is_located else ()
+        self.trace.where.setdefault(address, where)
+        return address
+
+    def _note_weight(self, address: str, args: tuple[Any, ...], kwargs: dict[str, Any], sees_image: bool) -> str:
+        """Note what a convolution or linear multiplies by; returns its name."""
+        weight = weight_operand(args, kwargs)
+        layer = self.layer_of(weight, address)
+        self.trace.weights[address] = weight.detach()
+        parameter = self._parameter(weight)
+        if parameter is not None:
+            self.trace.parameter_of[address] = parameter
+        if not sees_image:
+            self.trace.on_constants.add(layer)
+        return layer
 
     def _note_writes(
         self, written: list[Tensor], out: Any, produced: list[Tensor], address: str
@@ -245,9 +259,10 @@ class _Recorder(TorchFunctionMode):
             produced = [out]
         return out, produced
 
-    def _same_value(self, written: list[Tensor], produced: list[Tensor], address: str) -> None:
+    def _same_value(self, written: list[Tensor], result: Tensor, address: str) -> None:
+        """What was written to holds the result's value from here on."""
+        value = self.values[id(result)]
         for tensor in written:
-            value = self.values[id(produced[0])]
             self.alive.append(tensor)
             self.values[id(tensor)] = _Value(value.number, value.writes, address)
 
@@ -256,7 +271,7 @@ class _Recorder(TorchFunctionMode):
         the methods on the way began."""
         module = self.modules.get(self.location.path)
         where: list[tuple[str, int]] = []
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(3)  # who called the function that this mode watches
         while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
             code = frame.f_code
             if not code.co_filename.startswith(TORCH):
@@ -306,11 +321,20 @@ def _in_the_open(form: Callable[..., Any], path: str, args: tuple[Any, ...], kwa
         raise ValueError(f"{_words(path)}: {error}") from error
 
 
+def _flow_kind(kind: str, kwargs: Mapping[str, Any], source: Tensor, result: Tensor) -> str:
+    """The kind as the plan reads it: casts that round and interpolation that only repeats values have names apart."""
+    if kind in CASTS and not (source.is_floating_point() and result.is_floating_point()):
+        return "cast"  # to integers or back
+    if kind == "interpolate" and "nearest" in str(kwargs.get("mode", "nearest")):
+        return "nearest"
+    return kind
+
+
 def _memory(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
-        return 0  # a layout without a storage of its own cannot be written to through a view
+        return 0  # a layout without a storage cannot be written to through a view
 
 
 def _version(tensor: Tensor) -> int:
@@ -361,7 +385,7 @@ def trace_calls(
     args, kwargs = arguments = arguments_of(model, example)
     if training:
         args, kwargs = twice(arguments)
-    recorder = _Recorder(location, model, layers)
+    recorder = _Recorder(location, model, layers, training)
     with in_mode(model, training), watched(location, model):
         model(*args, **kwargs)  # some models fill a cache in their first pass, with operations that do not come again
         location.begin()

@@ -96,7 +96,7 @@ def witness(model: nn.Module, example: Example) -> Counter[str]:
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers of another image; what is no floating point, such as flags and lengths, stays."""
+    """Numbers of another image; other types, such as flags and lengths, stay."""
     if not tensor.is_floating_point():
         return tensor
     return torch.randn(tensor.shape, generator=generator).to(tensor)
