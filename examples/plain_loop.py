@@ -1,4 +1,4 @@
-"""A model and a loop of one's own: quantize, calibrate, train, settle, export, certify.
+"""Your model, your loop: quantize, calibrate, train, settle, export, certify.
 
 uv run examples/plain_loop.py --steps 200
 """

@@ -34,8 +34,8 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """PyTorch's loaders leave a handler of SIGCHLD behind. On virtual machines with AMX the kernel was seen to fail to
-    deliver a signal that has a handler, and to end the process: with SIGSEGV, in the next wait for a child."""
+    """Take away the handler of SIGCHLD that PyTorch's loaders leave. On a virtual machine with AMX, processes that had it
+    were seen to end with SIGSEGV in the wait for a child, before the handler ran."""
     loaders = sys.modules.get("torch.utils.data._utils.signal_handling")
     if loaders is not None and loaders._SIGCHLD_handler_set:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""A model of one's own in one's own loop: the public names, and what they make."""
+"""A user's model in the user's loop: the public names, and what they make."""
 
 import re
 import subprocess
@@ -45,7 +45,7 @@ def test_types_are_published(package: str) -> None:
 
 
 def own(target: str = "ort-int8", folder: Path | None = None, **said: Any) -> tuple[nn.Module, Path]:
-    """A small net, trained two steps in a loop of one's own."""
+    """A small net, trained two steps in a plain loop."""
     model = with_random_norms(TinyNet())
     qat.quantize_(model, qat.uniform_rules(4), X)
     qat.calibrate(model, DataLoader(TensorDataset(X, Y), batch_size=4))

@@ -655,37 +655,32 @@ def shifted_channels() -> nn.Module:
 # ------------------------------------------------------------------------------------------------ decoders
 
 
+def _unet(up: Callable[[Any, Tensor, Tensor], Tensor], **more: nn.Module) -> nn.Module:
+    """up: the coarse features at the size of the fine ones; given the model, both features."""
+
+    def net(s: Any, x: Tensor) -> Tensor:
+        fine = F.relu(s.a(x))
+        coarse = F.relu(s.b(F.max_pool2d(fine, 2)))
+        return s.out(F.relu(s.c(torch.cat([up(s, coarse, fine), fine], 1))))
+
+    return Lambda(net, a=conv(3, 8), b=conv(8, 8), c=conv(16, 8), out=nn.Conv2d(8, 2, 1), **more)
+
+
 @structure
 def unet() -> nn.Module:
-    def net(s: Any, x: Tensor) -> Tensor:
-        first = F.relu(s.a(x))
-        second = F.relu(s.b(F.max_pool2d(first, 2)))
-        up = F.interpolate(second, scale_factor=2, mode="nearest")
-        return s.out(F.relu(s.c(torch.cat([up, first], 1))))
-
-    return Lambda(net, a=conv(3, 8), b=conv(8, 8), c=conv(16, 8), out=nn.Conv2d(8, 2, 1))
+    return _unet(lambda s, coarse, fine: F.interpolate(coarse, scale_factor=2, mode="nearest"))
 
 
 @structure
 def unet_bilinear() -> nn.Module:
-    def net(s: Any, x: Tensor) -> Tensor:
-        first = F.relu(s.a(x))
-        second = F.relu(s.b(F.max_pool2d(first, 2)))
-        up = F.interpolate(second, size=first.shape[2:], mode="bilinear", align_corners=False)
-        return s.out(F.relu(s.c(torch.cat([up, first], 1))))
-
-    return Lambda(net, a=conv(3, 8), b=conv(8, 8), c=conv(16, 8), out=nn.Conv2d(8, 2, 1))
+    return _unet(
+        lambda s, coarse, fine: F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False)
+    )
 
 
 @structure
 def unet_transposed() -> nn.Module:
-    def net(s: Any, x: Tensor) -> Tensor:
-        first = F.relu(s.a(x))
-        second = F.relu(s.b(F.max_pool2d(first, 2)))
-        return s.out(F.relu(s.c(torch.cat([s.up(second), first], 1))))
-
-    parts = {"a": conv(3, 8), "b": conv(8, 8), "c": conv(16, 8), "up": nn.ConvTranspose2d(8, 8, 2, stride=2)}
-    return Lambda(net, **parts, out=nn.Conv2d(8, 2, 1))
+    return _unet(lambda s, coarse, fine: s.up(coarse), up=nn.ConvTranspose2d(8, 8, 2, stride=2))
 
 
 @structure

@@ -52,14 +52,18 @@ def codes_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 class Residual(nn.Module):
+    """Two layers read the sum, so it has a quantizer."""
+
     def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.stem, self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.gate = nn.Conv2d(8, 4, 3), nn.Conv2d(8, 4, 3)
         self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
-        return self.last(F.relu(self.join(self.conv(x), x))).mean((2, 3))
+        joined = self.join(self.conv(x), x)
+        return (self.last(joined) * self.gate(joined)).mean((2, 3))
 
 
 def as_statement(out: Tensor, x: Tensor) -> Tensor:
@@ -96,6 +100,7 @@ def test_a_sum_is_quantized_however_it_is_written(join: str) -> None:
     for way in ("expression", join):
         torch.manual_seed(0)
         models.append(ready(Residual(JOINS[way])))
+        assert "#add0" in quantizers(models[-1])
     first, second = (model(X) for model in models)
     assert torch.equal(first, second)
     gradients = []
@@ -175,12 +180,12 @@ def test_what_leaves_pytorch_is_refused_before_anything_is_changed(way: str) -> 
 
 
 class Split(nn.Module):
-    """timm's way: features and head are methods of their own."""
+    """timm's way: features and head are separate methods."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.block, self.head = nn.Conv2d(3, 8, 3), Residual(lambda a, b: a + b), nn.Linear(8, 5)
-        self.block.stem, self.block.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.block.stem, self.block.last, self.block.gate = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
@@ -266,24 +271,41 @@ def test_a_checkpointed_function_within_a_module_is_refused() -> None:
 
 
 class Noisy(nn.Module):
-    """A sum that only training makes, before the residual sum."""
+    """A sum that only training makes, before the residual sum, which two layers read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 3)
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.d = nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3)
         self.noise = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
         if self.training:
             x = x + self.noise * torch.ones_like(x)
-        return self.c(x + self.b(x))
+        joined = x + self.b(x)
+        return self.c(joined) * self.d(joined)
 
 
 def test_a_sum_of_training_alone_does_not_take_anothers_quantizer() -> None:
     torch.manual_seed(0)
     model = ready(Noisy())
+    assert "#add0" in quantizers(model)
     assert torch.equal(model.train()(X), model.eval()(X))  # the noise is 0: the same net
+
+
+def test_a_number_logged_in_training_hides_no_shift() -> None:
+    """What a training pass takes out of PyTorch is not in the file; the pass is traced all the same."""
+
+    class Logged(Noisy):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.seen = x.mean().item()
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = ready(Logged())
+    assert torch.equal(model.train()(X), model.eval()(X)) and model.seen == pytest.approx(float(X.mean()))
 
 
 def test_what_is_repeated_otherwise_in_training_is_refused() -> None:
@@ -482,7 +504,7 @@ def test_data_parallel_on_one_place_is_the_model() -> None:
 
 
 def test_old_checkpoints_names_of_repeated_relus_stay() -> None:
-    """torchvision's blocks use one ReLU module twice; its two places have addresses of their own, as ever."""
+    """torchvision's blocks use one ReLU module twice; each place has its address, as before."""
     from torchvision.models.resnet import BasicBlock
 
     class Net(nn.Module):
