@@ -76,7 +76,11 @@ def test_a_model_of_ones_own_is_certified_without_a_run_folder(target: str, tmp_
     assert [i.name for i in session.get_inputs()] == ["x"] and session.get_inputs()[0].shape[1:] == [3, 16, 16]
     for batch in (1, 3):  # the batch is open
         (found,) = session.run(None, {"x": X[:batch].numpy()})
-        assert np.abs(found - model(X[:batch]).detach().numpy()).max() < 0.05 * np.abs(found).max()
+        with torch.no_grad():
+            expected = model(X[:batch]).numpy()
+        assert (
+            np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+        )  # a settled net: no code differs, sums are float32
 
 
 def test_a_certificate_sees_another_model(tmp_path: Path) -> None:
