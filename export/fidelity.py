@@ -311,13 +311,21 @@ class _Follower:
 
 def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
     """How many multiply-adds `node` makes with the operands at hand; 0 for what is no contraction."""
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    if node.op_type not in ("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"):
         return 0
     first, second = node.inputs[:2]
     assert first is not None and second is not None
     made = math.prod(shape_of(values[node.outputs[0]]))
-    read = shape_of(values[first]) if first in values else tuple(constant(first).shape)  # type: ignore[union-attr]
+    read = _shape_in(first, values)
     match node.op_type:
+        case "Einsum":
+            return _einsum_products(node.attributes["equation"].as_string(), read, _shape_in(second, values))
+        case "GRU" | "LSTM" | "RNN":
+            steps, batch = read[:2]
+            recurrent_weight = node.inputs[2]
+            assert recurrent_weight is not None
+            weights = math.prod(_shape_in(second, values)) + math.prod(_shape_in(recurrent_weight, values))
+            return steps * batch * weights
         case "Conv":
             per_output = read[1] // node.attributes["group"].as_int() if "group" in node.attributes else read[1]
             return made * per_output * math.prod(_kernel_shape(node, second))
@@ -329,6 +337,23 @@ def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
             return made * read[0 if transposed else 1]
         case _:
             return made * read[-1]
+
+
+def _einsum_products(equation: str, first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """One multiply-add for each combination of the indices."""
+    subscripts = equation.replace(" ", "").split("->")[0].split(",")
+    sizes = {
+        letter: size
+        for letters, shape in zip(subscripts, (first, second), strict=True)
+        for letter, size in zip(letters, shape, strict=True)
+    }
+    return math.prod(sizes.values())
+
+
+def _shape_in(value: ir.Value, values: Mapping[ir.Value, Value]) -> tuple[int, ...]:
+    if value in values:
+        return shape_of(values[value])
+    return tuple(constant(value).shape)  # type: ignore[union-attr]
 
 
 def _kernel_shape(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:

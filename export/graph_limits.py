@@ -43,7 +43,15 @@ DECIDING: dict[str, tuple[int, ...]] = {
     "Trilu": (1,),
     **{f"Reduce{what}": (1,) for what in ("L1", "L2", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
 }  # fmt: skip
-
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}  # recurrent operator -> how many of its gates have weights
+# What PyTorch's exporter writes there: any value, or the one that it always has.
+RECURRENT_ATTRIBUTES = {
+    "direction": None,
+    "hidden_size": None,
+    "linear_before_reset": None,
+    "layout": 0,
+    "input_forget": 0,
+}
 
 Tensors = Mapping[str, Mapping[str, Any]]  # input -> its shape without the batch, and its type, as metadata say them
 
@@ -200,6 +208,8 @@ class Walk:
             divisor = self.values.get(node.input[1])
             if divisor is None or (divisor.astype(np.int64) < 1).any():
                 raise ExportError(f"{where}: divides integers by what is not known to be above 0")
+        if node.op_type in GATES:
+            self._check_recurrent(node, where)
         if node.op_type == "Pad":
             borders = self.values[node.input[1]].astype(np.int64).ravel()
             if (abs(borders) > SMALL).any():
@@ -217,6 +227,30 @@ class Walk:
                 border >= size for border, size in zip(largest, room, strict=True) if border > 0
             ):
                 raise ExportError(f"{where}: reflects a border that is as large as the image")
+
+    def _check_recurrent(self, node: onnx.NodeProto, where: str) -> None:
+        """Weights, biases and first states have the shapes that the input and `hidden_size` ask for; nothing else is set."""
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        for name, value in attributes.items():
+            if name not in RECURRENT_ATTRIBUTES or RECURRENT_ATTRIBUTES[name] not in (None, value):
+                raise ExportError(f"{where}: attribute {name!r} has a value that edgeqat never writes")
+        directions = 2 if attributes.get("direction") == b"bidirectional" else 1
+        hidden = attributes.get("hidden_size", 0)
+        shapes = [self.types[tensor][1] if tensor else None for tensor in node.input]
+        steps = shapes[0]
+        if steps is None or len(steps) != 3:
+            raise ExportError(f"{where}: its input is not a sequence x batch x features")
+        rows = GATES[node.op_type] * hidden
+        state = (directions, steps[1], hidden)
+        weights = [(directions, rows, steps[2]), (directions, rows, hidden)]
+        bias = (directions, 2 * rows)
+        lengths = None  # of the sequences: an input that stays away
+        expected = [steps, *weights, bias, lengths, state, state]
+        fits = 3 <= len(shapes) <= len(expected) and None not in shapes[:3]
+        if not fits or any(found not in (None, right) for found, right in zip(shapes, expected, strict=False)):
+            raise ExportError(
+                f"{where}: the shapes of its weights and states {shapes[1:]} do not fit its input {list(steps)}"
+            )
 
     def _inferred(self, node: onnx.NodeProto, found: onnx.TypeProto | None, where: str) -> tuple[int, Shape]:
         if found is None or not found.HasField("tensor_type") or not found.tensor_type.HasField("shape"):
@@ -272,6 +306,10 @@ class Walk:
                 return count * (first[-1] if first else 1)
             case "Gemm":
                 return count * max(first, default=1)
+            case "GRU" | "LSTM" | "RNN":
+                steps_times_batch = math.prod(first[:2])
+                weights = sum(math.prod(self.types[tensor][1]) for tensor in node.input[1:3])
+                return steps_times_batch * weights
             case "AveragePool" | "MaxPool" | "LRN":
                 window = [list(a.ints) or [a.i] for a in node.attribute if a.name in ("kernel_shape", "size")]
                 return ELEMENT_WORK * count * math.prod(window[0] if window else [1])

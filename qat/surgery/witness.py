@@ -33,6 +33,9 @@ FURTHER: Mapping[Any, Callable[..., int]] = {
     aten.dot: _inner,
     aten.vdot: _inner,
     aten.addmv: lambda bias, matrix, vector, *rest, **kwargs: _inner(matrix, vector),
+    aten.mkldnn_rnn_layer: lambda steps, of_input, of_state, *rest, **kwargs: (
+        2 * int(steps.shape[0] * steps.shape[1]) * int(of_input.numel() + of_state.numel())
+    ),
     aten.addbmm: lambda bias, first, second, *rest, **kwargs: 2 * int(first.numel()) * int(second.shape[-1]),
 }
 

@@ -655,13 +655,13 @@ def shifted_channels() -> nn.Module:
 # ------------------------------------------------------------------------------------------------ decoders
 
 
-def _unet(up: Callable[[Any, Tensor, Tensor], Tensor], **more: nn.Module) -> nn.Module:
-    """up: the coarse features at the size of the fine ones; given the model, both features."""
+def _unet(enlarged: Callable[[Any, Tensor, Tensor], Tensor], **more: nn.Module) -> nn.Module:
+    """enlarged: the coarse features at the size of the fine ones; given the model, both features."""
 
     def net(s: Any, x: Tensor) -> Tensor:
         fine = F.relu(s.a(x))
         coarse = F.relu(s.b(F.max_pool2d(fine, 2)))
-        return s.out(F.relu(s.c(torch.cat([up(s, coarse, fine), fine], 1))))
+        return s.out(F.relu(s.c(torch.cat([enlarged(s, coarse, fine), fine], 1))))
 
     return Lambda(net, a=conv(3, 8), b=conv(8, 8), c=conv(16, 8), out=nn.Conv2d(8, 2, 1), **more)
 
@@ -1166,20 +1166,48 @@ def volume() -> Made:
     return nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 3)), torch.randn(4, 1, 6, 6, 6)
 
 
+def _sequence(net: nn.Module, features: int = 6) -> nn.Module:
+    """A recurrent layer over the places of the features of a convolution."""
+
+    def run(s: Any, x: Tensor) -> Tensor:
+        places = F.relu(s.body(x)).flatten(2).transpose(1, 2)
+        return s.head(s.net(places)[0].mean(1))
+
+    return Lambda(run, body=conv(3, 8, stride=4), net=net, head=nn.Linear(features, 3))
+
+
 @structure
 def recurrent() -> nn.Module:
-    return Lambda(
-        lambda s, x: s.head(s.gru(F.relu(s.body(x)).flatten(2).transpose(1, 2))[0].mean(1)),
-        body=conv(3, 8, stride=4), gru=nn.GRU(8, 6, batch_first=True), head=nn.Linear(6, 3),
-    )  # fmt: skip
+    return _sequence(nn.GRU(8, 6, batch_first=True))
+
+
+@structure
+def recurrent_plain() -> nn.Module:
+    return _sequence(nn.RNN(8, 6, batch_first=True, nonlinearity="relu"))
+
+
+@structure
+def recurrent_twice_both_ways() -> nn.Module:
+    return _sequence(nn.GRU(8, 6, num_layers=2, batch_first=True, bidirectional=True), features=12)
 
 
 @structure
 def long_memory() -> nn.Module:
-    return Lambda(
-        lambda s, x: s.head(s.lstm(F.relu(s.body(x)).flatten(2).transpose(1, 2))[0].mean(1)),
-        body=conv(3, 8, stride=4), lstm=nn.LSTM(8, 6, batch_first=True), head=nn.Linear(6, 3),
-    )  # fmt: skip
+    return _sequence(nn.LSTM(8, 6, batch_first=True))
+
+
+@structure
+def long_memory_both_ways() -> nn.Module:
+    return _sequence(nn.LSTM(8, 6, batch_first=True, bidirectional=True), features=12)
+
+
+@structure
+def long_memory_cell() -> nn.Module:
+    def run(s: Any, x: Tensor) -> Tensor:
+        hidden, _ = s.net(F.relu(s.body(x)).mean((2, 3)))
+        return s.head(hidden)
+
+    return Lambda(run, body=conv(3, 8, stride=4), net=nn.LSTMCell(8, 6), head=nn.Linear(6, 3))
 
 
 @structure

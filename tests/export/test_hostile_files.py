@@ -189,6 +189,19 @@ def huge_constant(proto: onnx.ModelProto) -> None:
     with_node("ConstantOfShape", inputs=("much",))(proto)
 
 
+def recurrent(rows: int = 12, width: int = 2, bias: int = 24, inputs: int = 4, **attributes: Any) -> Change:
+    """A GRU of 2 features and 4 hidden, over three steps of the images' first numbers."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        shapes = {"steps": (3, 1, 2), "w": (1, rows, width), "r": (1, rows, 4), "b": (1, bias), "lengths": (1,)}
+        for name, shape in shapes.items():
+            kind = np.int32 if name == "lengths" else np.float32
+            proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, kind), name))
+        with_node("GRU", inputs=tuple(shapes)[:inputs], **{"hidden_size": 4, **attributes})(proto)
+
+    return change
+
+
 def circle(proto: onnx.ModelProto) -> None:
     proto.graph.node[0].input[0] = proto.graph.node[-1].output[0]
 
@@ -227,6 +240,14 @@ STOCK: dict[str, tuple[Change, str]] = {
     "an operator of a stranger": (with_node("Run", "com.stranger"), "Run"),
     "a runtime's own operator": (with_node("EPContext", "com.microsoft", ep_cache_context="/etc/passwd"), "EPContext"),
     "operators of a stranger": (with_operators("com.stranger"), "needs operators of"),
+    "weights of more gates": (recurrent(rows=16), "do not fit its input"),
+    "weights of fewer features": (recurrent(width=1), "do not fit its input"),
+    "a short bias of a recurrent layer": (recurrent(bias=23), "do not fit its input"),
+    "a hidden size of 2^40": (recurrent(hidden_size=1 << 40), "do not fit its input"),
+    "a hidden size below zero": (recurrent(hidden_size=-4), "do not fit its input"),
+    "a recurrent layer without weights": (recurrent(inputs=1), "do not fit its input|operands|not a valid"),
+    "lengths of sequences": (recurrent(inputs=5), "do not fit its input"),
+    "a recurrent layer's own activations": (recurrent(activations=["Relu", "Tanh"]), "activations"),
     "random numbers": (with_node("RandomNormalLike"), "RandomNormalLike"),
     "no outputs": (lambda proto: proto.graph.ClearField("output"), "no graph"),
 }
