@@ -43,6 +43,10 @@ class Emitter:
         self.codes: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (tensor of codes, its grid)
         self.scales = {name: f"s{i}" for i, name in enumerate(model.quantizers)}  # read often, looked up by nobody
         self.intermediates = 0
+        # Names that mean a layer's codes in the file, and all others that the model's own graph has: nothing of these two
+        # and of what is added here may meet. The exporter writes equal tensors once, under the name of one of them.
+        self.of_layers = {f"{layer.name}.{part}" for layer in model.layers.values() for part in ("weight", "bias")}
+        self.given = _names(model.skeleton.graph) - self.of_layers
         self.widened: set[str] = set()  # tables that a Cast has made int32
         self.opsets = [helper.make_opsetid("", target.opset)]
 
@@ -258,7 +262,7 @@ class Emitter:
             codes, quantizer = self.codes[name]
             return self._add("DequantizeLinear", [codes, *self._grid(quantizer)])
         if value.const_value is not None:
-            return self._constant(name, value.const_value.numpy())
+            return self._initializer(f"{name}/float" if name in self.of_layers else name, value.const_value.numpy())
         return name
 
     def _grid(self, quantizer: LoweredQuantizer) -> list[str]:
@@ -268,6 +272,10 @@ class Emitter:
         ]
 
     def _constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
+        """Note a tensor that the model's own graph does not have; returns the name that it gets."""
+        return self._initializer(f"{name}~" if name in self.given else name, value)
+
+    def _initializer(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
         return name
@@ -280,7 +288,8 @@ class Emitter:
 
     def _fresh(self) -> str:
         self.intermediates += 1
-        return f"~{self.intermediates}"
+        name = f"~{self.intermediates}"
+        return f"{name}~" if name in self.given else name
 
     def _copy(self, node: ir.Node, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None) -> None:
         made = helper.make_node(node.op_type, inputs, outputs, name=name or "", domain=node.domain)
@@ -293,6 +302,11 @@ class Emitter:
             codes, quantizer = self.codes[name]
             self._add("DequantizeLinear", [codes, *self._grid(quantizer)], name)
         return _value_info(value)
+
+
+def _names(graph: ir.Graph) -> set[str]:
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    return {value_name(value) for value in values}
 
 
 def _runtime_would_quantize(node: ir.Node) -> bool:
