@@ -1,3 +1,4 @@
+import functools
 import os
 import random
 import signal
@@ -30,6 +31,15 @@ def pytest_runtest_setup() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # what a library may draw from
     torch.manual_seed(0)
+    _keep_translations()
+
+
+def _keep_translations() -> None:
+    """PyTorch's exporter reads the sources of its two thousand translations in every export, for most of a second."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(registration, "ONNXRegistry", None)
+    if registry is not None and not hasattr(registry.from_torchlib, "cache_info"):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
 @pytest.hookimpl(trylast=True)
