@@ -74,7 +74,7 @@ def lower(
         outputs = list(named_outputs(call(model, arguments)))
     passes = _Passes(model)
     for quantizer in found.values():
-        quantizer.forward = _marker(quantizer, passes)
+        quantizer.forward = _marker(quantizer, passes)  # type: ignore[method-assign,assignment]
     skeleton = onnx_graph(model, arguments, input_names or names_of_inputs(model, example), outputs)
     _name_norm_biases(skeleton, model)
     for repeated, first in passes.repeated.items():
@@ -134,7 +134,7 @@ def lower_float(model: nn.Module, example: Example, input_names: Sequence[str] =
     """The same trained model in full precision, quantizers passing everything through: the FP32 file to compare with."""
     model = copy.deepcopy(model).cpu().eval()
     for quantizer in quantizers(model).values():
-        quantizer.forward = _identity
+        quantizer.forward = _identity  # type: ignore[method-assign]
     example = with_tensors(example, lambda tensor: tensor[:1].cpu())
     arguments = arguments_of(model, example)
     with torch.no_grad():

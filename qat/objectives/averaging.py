@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.lsq import positive_step
+from qat.quantizers.contract import positive_step
 
 STEP = "raw_step"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step, require_finite, sign
+from qat.quantizers.contract import SMALLEST_STEP, Init, Quantizer, Start, along, positive_step, sign
 from qat.quantizers.spec import QuantSpec
 
 AlphaInit = Literal["least-squares", "uniform"]
@@ -49,25 +49,19 @@ class BinaryWeight(Quantizer):
         self.raw_step = nn.Parameter(torch.ones(shape))
 
     @torch.no_grad()
-    def start(self, weight: Tensor) -> None:
-        """Set α from the latent weight; every child does so once its own state is there. Raises ValueError for nan."""
-        require_finite(weight, f"weight of quantizer {self.name!r}")
+    def start_for(self, values: Tensor, init: Init) -> Start:
+        """α as `alpha_init` says; one bit has no clipping that `init` could weigh."""
         if self.alpha_init == "uniform":
-            self.raw_step.data.uniform_(0, 1).clamp_min_(SMALLEST_STEP)
-        else:
-            dims = [d for d in range(weight.dim()) if d != self.spec.axis]
-            magnitude = self.before_sign(weight).abs().float().mean(dim=dims)
-            self.raw_step.data.copy_(torch.where(magnitude > 0, magnitude, 1.0))
-        self.initialized = True
+            return Start(torch.empty_like(self.raw_step).uniform_(0, 1).clamp_min_(SMALLEST_STEP))
+        dims = [d for d in range(values.dim()) if d != self.spec.axis]
+        magnitude = self.before_sign(values).abs().float().mean(dim=dims)
+        return Start(torch.where(magnitude > 0, magnitude, 1.0))
 
     def before_sign(self, weight: Tensor) -> Tensor:
         """u(w), differentiable, of w's shape."""
         raise NotImplementedError(f"{type(self).__name__} defines no function before the sign")
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observer is not None:
-            self.observer(x.detach())
-            return x
+    def fake_quantize(self, x: Tensor) -> Tensor:
         return self.relaxed(self.before_sign(x)) * along(positive_step(self.raw_step), x, self.spec.axis)
 
     def relaxed(self, u: Tensor) -> Tensor:
@@ -86,7 +80,7 @@ class SignWeight(BinaryWeight):
 
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "", **options: Any) -> None:
         super().__init__(spec, weight, name, **options)
-        self.start(weight)
+        self.begin(weight.detach())
 
     def before_sign(self, weight: Tensor) -> Tensor:
         return weight.clamp(-1, 1)

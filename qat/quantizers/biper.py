@@ -47,7 +47,7 @@ class PeriodicWeight(BinaryWeight):
             self.frequency: Tensor = nn.Parameter(start)
         else:
             self.register_buffer("frequency", start)
-        self.start(weight)
+        self.begin(weight.detach())
 
     def before_sign(self, weight: Tensor) -> Tensor:
         return torch.sin(self.frequency * weight)

@@ -49,10 +49,7 @@ class BinaryActivation(Quantizer):
         self.raw_step = nn.Parameter(torch.ones(()), requires_grad=False)  # BatchNorm scales what a binary layer reads
         self.threshold = None if channels is None else nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observer is not None:
-            self.observer(x.detach())
-            return x
+    def fake_quantize(self, x: Tensor) -> Tensor:
         shifted = self._shifted(x)
         surrogate = shifted
         if self.standardize and shifted.requires_grad:

@@ -1,21 +1,38 @@
-"""What every quantizer is, whatever its paper.
+"""What every quantizer is and does, whatever its paper.
 
 `forward(x)` fake-quantizes; `codes(x)` gives the integers; `forward(x) == (codes(x) - zero_point) * step` bit for bit.
 `raw_step` is the parameter behind `step`, a positive number: step = max(|raw_step|, 1e-10).
+
+A paper's file says how x is fake-quantized (`fake_quantize`), which codes that are (`codes`) and where to start from
+(`start_for`). Here is what a training system asks of all: passing through while somebody observes or all is switched off,
+refusing to run without a step, beginning, state dicts, `torch.compile` and activations that backward makes again.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.spec import QuantSpec
+from qat.quantizers.recompute import Quantize, is_checkpointed, origin_of, remember, under_compile
+from qat.quantizers.spec import Grid, QuantSpec
 
+Init = Literal["lsq", "mse"]
 SMALLEST_STEP = 1e-10
 # What of a spec decides which numbers the codes stand for; the sign is apart, since calibration may decide it.
 GRID_FIELDS = ("bits", "axis", "offset", "power_of_two", "symmetric")
 NONE = -1  # in a state dict
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a quantizer starts from: its steps (of `Quantizer.step`'s shape), the sign of its codes where data decides it
+    (else None), and the offset () of a grid that has one."""
+
+    step: Tensor
+    signed: bool | None = None
+    offset: Tensor | None = None
 
 
 class Quantizer(nn.Module):
@@ -23,6 +40,7 @@ class Quantizer(nn.Module):
 
     zero_point = 0
     is_weight = False
+    starts_from_data = False  # whether it has no step until `calibrate` has shown it what it will quantize
     raw_step: nn.Parameter
 
     def __init__(self, spec: QuantSpec, name: str = "") -> None:
@@ -36,9 +54,78 @@ class Quantizer(nn.Module):
         """Positive steps, float32, shape () or (channels,), detached."""
         return positive_step(self.raw_step.detach())
 
+    @property
+    def grid(self) -> Grid:
+        """Raises ValueError while the sign is undecided."""
+        raise NotImplementedError(f"{type(self).__name__} has no uniform grid")
+
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
         raise NotImplementedError(f"{type(self).__name__} defines no codes")
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """x̂ of x's shape and dtype, differentiable in x and the quantizer's parameters."""
+        raise NotImplementedError(f"{type(self).__name__} defines no fake quantization")
+
+    def start_for(self, values: Tensor, init: Init) -> Start:
+        """Where to start from with the weight, or the sampled activations, `values`; changes nothing.
+
+        init: "lsq", the paper's 2 · mean|x| / sqrt(Qp), or "mse", the least squared error, where the quantizer has both.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say where to start from")
+
+    def initialize(self, step: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
+        """Set the steps (positive, of the shape of `self.step`), the sign where the spec left it open, and the offset () of a
+        quantizer that has one. Raises ValueError naming the quantizer."""
+        if not bool((torch.isfinite(step) & (step > 0)).all()):
+            raise ValueError(f"quantizer {self.name!r}: steps must be positive and finite, got {step.min():g}")
+        if self.spec.signed is None and signed is None:
+            raise ValueError(f"quantizer {self.name!r}: pass signed=, its spec leaves the sign open")
+        if offset is not None:
+            raise ValueError(f"quantizer {self.name!r}: its grid has no offset")
+        if signed is not None:
+            self.spec = self.spec.with_sign(signed)
+        self.raw_step.data.copy_(step)
+        self.initialized = True
+
+    def begin(self, values: Tensor, init: Init = "lsq") -> Start:
+        """Initialize from a weight or from sampled activations; returns where it starts from. Raises ValueError for nan."""
+        kind = "weight of quantizer" if self.is_weight else "input of quantizer"
+        require_finite(values, f"{kind} {self.name!r}")
+        start = self.start_for(values, init)
+        self.initialize(start.step, start.signed, start.offset)
+        return start
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂; x itself while it is observed. Raises RuntimeError while no step has been set."""
+        if self.observer is not None:
+            self.observer(x.detach())
+            return x
+        self.require_step()
+        return self.fake_quantize(x)
+
+    def require_step(self) -> None:
+        if not self.initialized:
+            raise RuntimeError(
+                f"quantizer {self.name or type(self).__name__!r} has no step yet: run calibrate(model, loader) or load a "
+                "checkpoint before using the model"
+            )
+
+    def differentiable(
+        self, function: type[torch.autograd.Function], x: Tensor, parameters: tuple[Tensor, ...], settings: tuple[Any, ...],
+        quantize: Quantize,
+    ) -> Tensor:  # fmt: skip
+        """`function.apply(x, *parameters, *settings, origin)`, so that autograd need not keep both x and x̂.
+
+        origin: how x was made, None where it has to be kept. `quantize(x, parameters[0], self.grid)` is x̂, too.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return under_compile(lambda *tensors: function.apply(*tensors, *settings, None), x, *parameters)
+        with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
+            origin = None if is_checkpointed() else origin_of(x)
+            out: Tensor = function.apply(x, *parameters, *settings, origin)
+            remember(out, x, parameters[0], self.grid, quantize)
+        return out
 
     def get_extra_state(self) -> Tensor:
         """What a state dict keeps besides parameters: sign, whether a step is set, and the grid that it was trained for.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.quantizers import native
+from qat.quantizers import native, uniform
 from qat.quantizers.spec import Grid
 
 _POINTER: Any = ctypes.c_void_p
@@ -74,6 +74,21 @@ def available(x: Tensor, raw_step: Tensor) -> bool:
     if x.is_cuda:
         return x.numel() >= SMALLEST_ON_GPU and _gpu_kernels(x.device) is not None
     return x.device == CPU and _kernels() is not None
+
+
+def quantize(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
+    """x̂ by the kernels where they take it, else by the plain formula: the same bits."""
+    chosen = forward if available(x, raw_step) else uniform.quantize
+    return chosen(x, raw_step, grid)
+
+
+def gradients(
+    x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float
+) -> tuple[Tensor, Tensor]:
+    """(dL/dx, dL/d raw_step), by the plain formula also where they are differentiated again."""
+    fast = available(x, raw_step) and not torch.is_grad_enabled()
+    chosen = backward if fast else uniform.gradients
+    return chosen(x, upstream, raw_step, grid, gradient_scale)
 
 
 def forward(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:

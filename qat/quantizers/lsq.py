@@ -13,24 +13,23 @@ the parameter, so that no optimizer can turn a step negative and nothing has to 
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.contract import SMALLEST_STEP, Quantizer, along, positive_step, require_finite
+from qat.quantizers.contract import SMALLEST_STEP, Init, Quantizer, Start, along, positive_step
 from qat.quantizers.power_of_two import power_of_two
-from qat.quantizers.recompute import Origin, is_checkpointed, origin_of, remember, under_compile
+from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
-
-Init = Literal["lsq", "mse"]
+from qat.quantizers.uniform import rounded
 
 
 class FakeQuantizeLSQ(torch.autograd.Function):
     """x (any float dtype and shape), raw step () or (channels of axis,) float32 -> x̂ of x's shape and dtype.
 
-    Half precision is quantized in float32 and x̂ rounded once at the end. On CPU the kernels of `fused.py` do the work.
+    Half precision is quantized in float32 and x̂ rounded once at the end.
     """
 
     @staticmethod
@@ -40,52 +39,13 @@ class FakeQuantizeLSQ(torch.autograd.Function):
         """origin: how x was made, if backward shall make it again."""
         ctx.save_for_backward(*((raw_step,) if origin is not None else (raw_step, x)))
         ctx.origin, ctx.grid, ctx.gradient_scale = origin, grid, gradient_scale
-        return quantize(x, raw_step, grid)
+        return fused.quantize(x, raw_step, grid)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,), (raw_step, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
-        fast = fused.available(x, raw_step) and not torch.is_grad_enabled()
-        gradients_of = fused.backward if fast else gradients
-        return *gradients_of(x, upstream, raw_step, ctx.grid, ctx.gradient_scale), None, None, None
-
-
-def quantize(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
-    """x̂, without a gradient of its own."""
-    if fused.available(x, raw_step):
-        return fused.forward(x, raw_step, grid)
-    step = along(positive_step(raw_step), x, grid.axis)
-    return rounded(x, step, grid).mul_(step).to(x.dtype)
-
-
-def rounded(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """Codes of x in its own float type, at least float32."""
-    return (capped(widened(x), grid) / step).clamp_(grid.qmin, grid.qmax).round_()
-
-
-def capped(x: Tensor, grid: Grid) -> Tensor:
-    return x if grid.ceiling == math.inf else x.clamp_max(grid.ceiling)
-
-
-def gradients(
-    x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float
-) -> tuple[Tensor, Tensor]:
-    """The plain formula of `fused.backward`."""
-    step = along(positive_step(raw_step), x, grid.axis)
-    v = capped(widened(x), grid) / step
-    inside = (v > grid.qmin) & (v < grid.qmax)
-    # Outside, the clipped code alone is the derivative; on the upper edge round(v) - v would be 0 instead of Qp.
-    per_element = v.clamp(grid.qmin, grid.qmax).round_().sub_(v.masked_fill_(~inside, 0)).mul_(upstream)
-    step_gradient = per_element.sum_to_size(step.shape).view(raw_step.shape) * gradient_scale
-    if grid.ceiling != math.inf:
-        inside &= x < grid.ceiling
-    return upstream * inside, step_gradient.to(raw_step.dtype) * torch.where(raw_step < 0, -1.0, 1.0)
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32 where it is half precision: a code is decided in float32, whatever x comes in."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+        return *fused.gradients(x, upstream, raw_step, ctx.grid, ctx.gradient_scale), None, None, None
 
 
 class LSQ(Quantizer):
@@ -118,35 +78,26 @@ class LSQ(Quantizer):
     def _own_step(self) -> Tensor:
         return power_of_two(self.raw_step) if self.spec.power_of_two else self.raw_step
 
-    def initialize(self, step: Tensor, signed: bool | None = None) -> None:
-        """Set the step (positive, shape of `self.step`), and the sign where the spec left it open."""
-        if not bool((torch.isfinite(step) & (step > 0)).all()):
-            raise ValueError(f"quantizer {self.name!r}: steps must be positive and finite, got {step.min():g}")
-        if self.spec.signed is None or signed is not None:
-            if signed is None:
-                raise ValueError(f"quantizer {self.name!r}: pass signed=, its spec leaves the sign open")
-            self.spec = self.spec.with_sign(signed)
-        self.raw_step.data.copy_(step)
-        self.initialized = True
+    @property
+    def starts_from_data(self) -> bool:  # type: ignore[override]
+        return not self.is_weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize x. Raises RuntimeError while no step has been set."""
-        if self.observer is not None:
-            self.observer(x.detach())
-            return x
-        self._require_step()
-        raw_step, grid, scale = self._own_step(), self.grid, self.gradient_scale(x)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return under_compile(lambda x, step: FakeQuantizeLSQ.apply(x, step, grid, scale), x, raw_step)
-        with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
-            origin = None if is_checkpointed() else origin_of(x)
-            out = FakeQuantizeLSQ.apply(x, raw_step, grid, scale, origin)
-            remember(out, x, raw_step, grid, quantize)
-        return out
+    def start_for(self, values: Tensor, init: Init) -> Start:
+        """By the paper, or by least squared error; of an activation the sign follows from `values`, too."""
+        if self.is_weight:
+            return Start(starting_step(values, self.spec, init))
+        # An activation that is zero so far (after a norm whose gamma starts at 0) may take either sign; as an unsigned one
+        # its zeros would count as clipped, no gradient would pass, and the branch would never come to life.
+        signed = bool(values.min() < 0) or not bool(values.any())
+        return Start(starting_step(values, self.spec.with_sign(signed), init), signed)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        settings = (self.grid, self.gradient_scale(x))
+        return self.differentiable(FakeQuantizeLSQ, x, (self._own_step(),), settings, fused.quantize)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
-        self._require_step()
+        self.require_step()
         return rounded(x.detach(), along(self.step, x, self.spec.axis), self.grid).to(torch.int32)
 
     @property
@@ -167,13 +118,6 @@ class LSQ(Quantizer):
         count = shared if self.is_weight else shared // max(x.shape[0], 1)
         return float((max(count, 1) * self.spec.qmax) ** -0.5)
 
-    def _require_step(self) -> None:
-        if not self.initialized:
-            raise RuntimeError(
-                f"quantizer {self.name or type(self).__name__!r} has no step yet: run calibrate(model, loader) or load a "
-                "checkpoint before using the model"
-            )
-
     def extra_repr(self) -> str:
         return f"{self.spec}, {'step set' if self.initialized else 'no step yet'}"
 
@@ -187,8 +131,7 @@ class LSQWeight(LSQ):
         if spec.signed is not True:
             raise ValueError(f"weight quantizer {name!r}: weights are signed, got spec {spec}")
         super().__init__(spec, None if spec.axis is None else weight.shape[spec.axis], name)
-        require_finite(weight.detach(), f"weight of quantizer {name!r}")
-        self.initialize(starting_step(weight.detach(), spec, init))
+        self.begin(weight.detach(), init)
 
 
 def starting_step(x: Tensor, spec: QuantSpec, init: Init) -> Tensor:

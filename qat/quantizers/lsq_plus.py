@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.lsq import LSQ, gradients, positive_step, quantize, widened
-from qat.quantizers.recompute import origin_of, remember, under_compile
+from qat.quantizers.contract import Init, Start, positive_step
+from qat.quantizers.lsq import LSQ
+from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
 
 
@@ -26,26 +27,25 @@ class FakeQuantizeLSQPlus(torch.autograd.Function):
     """x (any float dtype and shape), raw step (), offset () float32 -> x̂ of x's shape and dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, raw_step: Tensor, offset: Tensor, top: int, gradient_scale: float) -> Tensor:
-        ctx.save_for_backward(x, raw_step, offset)
-        ctx.top, ctx.gradient_scale = top, gradient_scale
-        if fused.available(x, raw_step):
-            return fused.forward(x, raw_step, shifted(raw_step, offset, top))
-        step, zero = positive_step(raw_step), zero_point_of(raw_step, offset, top)
-        return (widened(x) / step).clamp(-zero, top - zero).round_().mul_(step).to(x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, raw_step: Tensor, offset: Tensor, top: int, gradient_scale: float,
+        origin: Origin | None = None,
+    ) -> Tensor:  # fmt: skip
+        """origin: how x was made, if backward shall make it again."""
+        ctx.save_for_backward(raw_step, offset, *(() if origin is not None else (x,)))
+        ctx.origin, ctx.top, ctx.gradient_scale = origin, top, gradient_scale
+        return fused.quantize(x, raw_step, shifted(raw_step, offset, top))
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,), (x, raw_step, offset) = upstreams, ctx.saved_tensors
+        (upstream,), (raw_step, offset, *kept) = upstreams, ctx.saved_tensors
+        x = kept[0] if kept else ctx.origin.compute()
         scale, zero = ctx.gradient_scale, zero_point_of(raw_step, offset, ctx.top)
-        if fused.available(x, raw_step) and not torch.is_grad_enabled():
-            by_x, by_step = fused.backward(x, upstream, raw_step, shifted(raw_step, offset, ctx.top), scale)
-        else:
-            grid = Grid(None, -zero, ctx.top - zero)  # type: ignore[arg-type]  # tensors, which torch.compile can trace
-            by_x, by_step = gradients(x, upstream, raw_step, grid, scale)
+        by_x, by_step = fused.gradients(x, upstream, raw_step, shifted(raw_step, offset, ctx.top), scale)
         # What was clipped: each such element moves with β, and with s by its code, which is the grid's edge plus z.
         by_offset = (upstream.sum(dtype=torch.float64) - by_x.sum(dtype=torch.float64)).float() * scale
-        return by_x, by_step + torch.where(raw_step < 0, -zero, zero) * by_offset, by_offset, None, None
+        by_step = by_step + torch.where(raw_step < 0, -zero, zero) * by_offset
+        return by_x, by_step, by_offset, None, None, None
 
 
 def zero_point_of(raw_step: Tensor, offset: Tensor, top: int) -> Tensor:
@@ -54,8 +54,11 @@ def zero_point_of(raw_step: Tensor, offset: Tensor, top: int) -> Tensor:
 
 
 def shifted(raw_step: Tensor, offset: Tensor, top: int) -> Grid:
-    zero = int(zero_point_of(raw_step, offset, top))
-    return Grid(None, -zero, top - zero)
+    """The grid around the zero point; of tensors while PyTorch compiles, which could not follow a number."""
+    zero = zero_point_of(raw_step, offset, top)
+    if torch.compiler.is_compiling():
+        return Grid(None, -zero, top - zero)  # type: ignore[arg-type]
+    return Grid(None, -int(zero), top - int(zero))
 
 
 class LSQPlus(LSQ):
@@ -79,25 +82,19 @@ class LSQPlus(LSQ):
         """The grid around the zero point."""
         return shifted(self.raw_step.detach(), self.offset.detach(), self.spec.qmax)
 
+    def start_for(self, values: Tensor, init: Init) -> Start:
+        """Step and offset of least squared error, whatever `init` says."""
+        step, offset = least_squares_range(values, self.spec)
+        return Start(step, offset=offset)
+
     def initialize(self, step: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
         """Set step and offset (); the codes are unsigned whatever the data's sign."""
         super().initialize(step, False)
         self.offset.data.copy_(torch.zeros(()) if offset is None else offset)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize x. Raises RuntimeError while no step has been set."""
-        if self.observer is not None:
-            self.observer(x.detach())
-            return x
-        self._require_step()
-        tensors, settings = (x, self.raw_step, self.offset), (self.spec.qmax, self.gradient_scale(x))
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return under_compile(lambda *tensors: FakeQuantizeLSQPlus.apply(*tensors, *settings), *tensors)
-        with torch._C.DisableTorchFunction():
-            out = FakeQuantizeLSQPlus.apply(*tensors, *settings)
-            if origin_of(x) is None:
-                remember(out, x, self.raw_step, self.grid, quantize)
-        return out
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        parameters, settings = (self.raw_step, self.offset), (self.spec.qmax, self.gradient_scale(x))
+        return self.differentiable(FakeQuantizeLSQPlus, x, parameters, settings, fused.quantize)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [0, 2^b - 1]."""

@@ -26,7 +26,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     kept = [(m, _Once(m)) for m in model.modules() if isinstance(m, Quantizer) and m.is_weight]
     try:
         for quantizer, once in kept:
-            quantizer.forward = once  # hooks on the quantizer still run
+            quantizer.forward = once  # type: ignore[method-assign,assignment]  # hooks on the quantizer still run
         yield
     finally:
         for quantizer, _ in kept:

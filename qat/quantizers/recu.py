@@ -26,7 +26,7 @@ class RectifiedWeight(BinaryWeight):
         if not 0.5 < tau <= 1:
             raise ValueError(f"weight quantizer {name!r}: tau must lie in (0.5, 1], got {tau}")
         self.tau = tau
-        self.start(weight)
+        self.begin(weight.detach())
 
     def before_sign(self, weight: Tensor) -> Tensor:
         rows = weight.reshape(1, -1) if self.spec.axis is None else weight.movedim(self.spec.axis, 0).flatten(1)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qat.quantizers.binary import AlphaInit, BinaryWeight, SignWeight
 from qat.quantizers.biper import PeriodicWeight, Stage
 from qat.quantizers.bireal import BinaryActivation
-from qat.quantizers.contract import Quantizer
-from qat.quantizers.lsq import LSQ, Init, LSQWeight
+from qat.quantizers.contract import Init, Quantizer
+from qat.quantizers.lsq import LSQ, LSQWeight
 from qat.quantizers.lsq_plus import LSQPlus
 from qat.quantizers.recu import RectifiedWeight
 from qat.quantizers.spec import QuantSpec

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.lsq import LSQ, along
+from qat.quantizers.contract import along
+from qat.quantizers.lsq import LSQ
 from qat.surgery.layers import QuantConv2d, QuantLinear
 
 RELUS = (torch.relu, torch.relu_, nn.functional.relu, "relu", "relu_")

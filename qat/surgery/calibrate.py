@@ -10,10 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qat.quantizers.binary import BinaryWeight
-from qat.quantizers.contract import Quantizer, require_finite
-from qat.quantizers.lsq import LSQ, Init, starting_step
-from qat.quantizers.lsq_plus import LSQPlus, least_squares_range
+from qat.quantizers.contract import Init, Quantizer, require_finite
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.batches import inputs_of
 from qat.surgery.binarize import signs_seen
@@ -59,7 +56,7 @@ def calibrate(
     if batches is not None and batches < 1:
         raise ValueError(f"calibrate: batches={batches}; one batch at least is needed, None takes all")
     model = unwrapped(model)
-    found = {name: q for name, q in quantizers(model).items() if isinstance(q, LSQ) and not q.is_weight}
+    found = {name: q for name, q in quantizers(model).items() if q.starts_from_data}
     taken = [name for name, quantizer in found.items() if quantizer.initialized]
     if taken and not overwrite:
         raise ValueError(
@@ -80,8 +77,11 @@ def calibrate(
     samples = _of_all_processes(samples)
     if not seen:
         raise ValueError("calibrate: the loader gave no batch")
-    starts = {name: _start_of(quantizer, name, samples[name], init) for name, quantizer in found.items()}
-    return [_initialize(found[name], name, start) for name, start in starts.items()]
+    values = {name: _values(name, samples[name]) for name in found}
+    starts = {name: quantizer.start_for(values[name], init) for name, quantizer in found.items()}
+    for name, start in starts.items():
+        found[name].initialize(start.step, start.signed, start.offset)
+    return [_row(name, quantizer, values[name]) for name, quantizer in found.items()]
 
 
 def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -129,18 +129,10 @@ def begin(model: nn.Module, batches: Iterable[Any], init: Init = "mse") -> list[
     """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""
     model = unwrapped(model)
     for weight, quantizer in quantized_weights(model):
-        _start_weight(quantizer, weight.detach(), init)
+        quantizer.begin(weight.detach(), init)
     batches = list(batches)
     _begin_computed(model, batches[:1], init)
     return calibrate(model, batches, init, batches=None, overwrite=True)
-
-
-def _start_weight(quantizer: Quantizer, weight: Tensor, init: Init) -> None:
-    if isinstance(quantizer, BinaryWeight):
-        quantizer.start(weight)
-    elif isinstance(quantizer, LSQ):
-        require_finite(weight, f"weight of quantizer {quantizer.name!r}")
-        quantizer.initialize(starting_step(weight, quantizer.spec, init))
 
 
 def _begin_computed(model: nn.Module, batches: Iterable[Any], init: Init) -> None:
@@ -157,7 +149,7 @@ def _begin_computed(model: nn.Module, batches: Iterable[Any], init: Init) -> Non
             args, kwargs = with_tensors([args, kwargs], lambda tensor: tensor.to(next(model.parameters()).device))
             model(*args, **kwargs)
     for quantizer in found:
-        _start_weight(quantizer, seen[quantizer.name], init)
+        quantizer.begin(seen[quantizer.name], init)
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
@@ -181,35 +173,16 @@ def _collector(into: list[Tensor]) -> Callable[[Tensor], None]:
     return collect
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a quantizer starts from: the sampled values (count,), its step () and sign, and the offset () of LSQ+."""
-
-    values: Tensor
-    step: Tensor
-    signed: bool
-    offset: Tensor | None = None
-
-
-def _start_of(quantizer: LSQ, name: str, samples: list[Tensor], init: Init) -> _Start:
+def _values(name: str, samples: list[Tensor]) -> Tensor:
+    """What a quantizer saw, (count,)."""
     if not samples:
         raise RuntimeError(f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?")
     values = torch.cat(samples)
     require_finite(values, f"calibrate: input of quantizer {name!r}")
-    if isinstance(quantizer, LSQPlus):
-        step, offset = least_squares_range(values, quantizer.spec)
-        return _Start(values, step, False, offset)
-    # An activation that is zero so far (after a norm whose gamma starts at 0) may take either sign; as an unsigned one its
-    # zeros would count as clipped, no gradient would pass, and the branch would never come to life.
-    signed = bool(values.min() < 0) or not bool(values.any())
-    return _Start(values, starting_step(values, quantizer.spec.with_sign(signed), init), signed)
+    return values
 
 
-def _initialize(quantizer: LSQ, name: str, start: _Start) -> CalibrationRow:
-    if isinstance(quantizer, LSQPlus):
-        quantizer.initialize(start.step, offset=start.offset)
-    else:
-        quantizer.initialize(start.step, start.signed)
-    v, grid = start.values / quantizer.step, quantizer.grid
+def _row(name: str, quantizer: Quantizer, values: Tensor) -> CalibrationRow:
+    v, grid = values / quantizer.step, quantizer.grid
     clipped = ((v < grid.qmin - 0.5) | (v > grid.qmax + 0.5)).float().mean()
     return CalibrationRow(name, quantizer.spec, float(quantizer.step), float(clipped))

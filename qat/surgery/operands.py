@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.quantizers.contract import Quantizer
-from qat.quantizers.lsq import Init
+from qat.quantizers.contract import Init, Quantizer
 from qat.surgery.binarize import input_quantizer, weight_quantizer
 from qat.surgery.layers import LayerSpec
 from qat.surgery.trace import weight_operand

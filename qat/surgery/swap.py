@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from qat.quantizers.contract import Quantizer
-from qat.quantizers.lsq import LSQ, Init
+from qat.quantizers.contract import Init, Quantizer
+from qat.quantizers.lsq import LSQ
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.binarize import BIPER, Binarizer, activation_quantizer
 from qat.surgery.decide import QuantizationPlan, Rules, plan_quantization

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from qat.quantizers.binary import AlphaInit
-from qat.quantizers.lsq import Init
+from qat.quantizers.contract import Init
 from qat.quantizers.spec import GradientCount
 from qat.surgery.batchnorm import NormMode
 from qat.training.ranges import BINARY, RECIPE, out_of_range

@@ -8,7 +8,8 @@ import os
 import torch
 from torch import Tensor
 
-from qat.quantizers import fused, lsq
+from qat.quantizers import fused, uniform
+from qat.quantizers.contract import along, positive_step
 from qat.quantizers.spec import Grid
 from tests.nearness import ROUNDING, assert_near
 from tests.quantizers.test_fused import DTYPES, GRIDS, LAYOUTS, bits, exact_terms, given, steps_for
@@ -26,9 +27,9 @@ def check(x: Tensor, raw_step: Tensor, grid: Grid, upstream: Tensor) -> None:
     layout = fused._layout(x_dense, grid.axis)
     lsq_triton.forward(x_dense, raw_step, out, layout, grid)
     by_step = lsq_triton.backward(x_dense, upstream_dense, raw_step, gradient, layout, grid, 0.37)
-    step = lsq.along(lsq.positive_step(raw_step), x, grid.axis)
-    expected = lsq.rounded(x, step, grid).mul_(step).to(x.dtype)
-    by_x, by_step_plain = lsq.gradients(x, upstream, raw_step, grid, 0.37)
+    step = along(positive_step(raw_step), x, grid.axis)
+    expected = uniform.rounded(x, step, grid).mul_(step).to(x.dtype)
+    by_x, by_step_plain = uniform.gradients(x, upstream, raw_step, grid, 0.37)
     assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(gradient), bits(by_x))
     assert by_step.shape == raw_step.shape and by_step.dtype == torch.float32
     if grid.ceiling == math.inf:
@@ -59,8 +60,8 @@ def run(device: str) -> int:
     for raw_step in (torch.tensor(0.5), torch.tensor(0.0), torch.tensor(-1e-12)):
         out = torch.empty_like(odd)
         lsq_triton.forward(odd, raw_step.to(device), out, (1, 1, 6), Grid(None, -8, 7))
-        step = lsq.positive_step(raw_step.to(device))
-        expected = lsq.rounded(odd, step, Grid(None, -8, 7)).mul_(step)
+        step = positive_step(raw_step.to(device))
+        expected = uniform.rounded(odd, step, Grid(None, -8, 7)).mul_(step)
         assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.nan_to_num(), expected.nan_to_num())
     return len(cases)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.quantizers import lsq, recompute
+from qat.quantizers import contract, fused, recompute
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
 from qat.quantizers.spec import QuantSpec
@@ -160,10 +160,10 @@ def test_tensors_computed_again_change_no_bit_and_keep_less(
     net: type[nn.Module], fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fast:
-        monkeypatch.setattr(lsq.fused, "available", lambda x, raw_step: False)
+        monkeypatch.setattr(fused, "available", lambda x, raw_step: False)
     model, images = quantized(net)
     again, kept_again = step(model, images)
-    for module in (lsq, recompute):
+    for module in (contract, recompute):
         monkeypatch.setattr(module, "origin_of", lambda x: None)
     plain, kept = step(model, images)
     for name, value in plain.items():
