@@ -20,8 +20,8 @@ class KernelsHook(BuildHookInterface):
         folder = Path(self.root) / "export" / "kernels"
         sys.path.insert(0, self.root)
         try:
-            from edgeqat import compiled  # noqa: F401  what `build` imports later; both need the standard library alone
-            from export.kernels import build as kernels
+            from edgeqat.cpp import BuildError
+            from export.kernels import build as kernels  # all of it needs the standard library alone
         finally:
             sys.path.pop(0)
         if os.environ.get("EDGEQAT_BUILD_KERNELS", "1") == "0":
@@ -33,7 +33,7 @@ class KernelsHook(BuildHookInterface):
                 old.unlink()
         try:
             path = kernels.build(folder)
-        except (kernels.BuildError, OSError) as error:
+        except (BuildError, OSError) as error:
             self.app.display_warning(
                 "edgeqat: installed without kernels of its own; they are compiled when a file of target ort-native is first "
                 f"loaded, or not at all, and everything else works: {error}"

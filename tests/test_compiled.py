@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeqat import compiled
+from edgeqat import compiled, cpp
 
 ROOT = Path(__file__).parent.parent
 NAME = "kernels-0123456789abcdef.so"
@@ -524,6 +524,5 @@ if len(sys.argv) == 2: subprocess.run([sys.executable, "-c", {NATIVE!r}, sys.arg
 
 
 def native_compiler() -> str | None:
-    from export.kernels.build import compiler
-
-    return compiler()
+    command = cpp.compiler()
+    return None if command is None else " ".join(command)

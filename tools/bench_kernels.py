@@ -21,8 +21,8 @@ from bench_backbones import settle_norms
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgeqat import cpp
 from export import latency, session
-from export.kernels.build import compiler
 from export.lower import lower, lower_float
 from export.native_graph import emit
 from export.passes import to_integers
@@ -162,13 +162,13 @@ def scaling(files: dict[str, onnx.ModelProto], feed: NDArray[np.float32], flags:
 
 def measured_peak(isa: str) -> float:
     """Billions of multiply-adds a second that the instruction set's own step reaches from registers."""
-    command = compiler()
+    command = cpp.compiler()
     if command is None or isa not in STEPS:
         return float("nan")
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "peak.cpp", Path(folder) / "peak"
         source.write_text(PEAK_SOURCE)
-        subprocess.run([*command.split(), "-O2", *STEPS[isa], str(source), "-o", str(program)], check=True)
+        subprocess.run([*command, "-O2", *STEPS[isa], str(source), "-o", str(program)], check=True)
         return float(subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout)
 
 

@@ -33,7 +33,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from export.kernels.build import FLAGS, HERE, ISA_FLAGS, LIBRARY_FLAGS, compiler, machine, sources
+from edgeqat import cpp
+from export.kernels.build import LIBRARY_FLAGS, compile_all, machine, sources
 from export.kernels.library import library
 from export.lower import lower
 from export.metadata import KEY, Preprocessing, sign
@@ -543,29 +544,10 @@ def fuzz(base: Path, arena: Arena, flags: Flags) -> Findings:
 
 def build_sanitized(folder: Path) -> Path:
     """The kernels with AddressSanitizer, in `folder`."""
-    command = compiler()
-    if command is None:
-        sys.exit("no C++ compiler found (install g++ or clang++, or set CXX)")
-    objects = []
-    for source in sources():
-        made = folder / f"{source.stem}.o"
-        isa = ISA_FLAGS.get(machine(), {}).get(source.name, ())
-        line = [
-            *command.split(),
-            *FLAGS,
-            *LIBRARY_FLAGS,
-            *isa,
-            *SANITIZERS,
-            f"-I{HERE}",
-            "-c",
-            str(source),
-            "-o",
-            str(made),
-        ]
-        subprocess.run(line, check=True)
-        objects.append(str(made))
+    command = cpp.required_compiler()
+    objects = compile_all(command, sources(), folder, machine(), (*LIBRARY_FLAGS, *SANITIZERS))
     library = folder / "kernels.so"
-    subprocess.run([*command.split(), "-shared", *SANITIZERS, *objects, "-o", str(library)], check=True)
+    cpp.run([*command, "-shared", *SANITIZERS, *map(str, objects), "-o", str(library)])
     return library
 
 
@@ -575,12 +557,9 @@ def restart_sanitized(flags: Flags, place: Path) -> int:
     base = place / "base"
     base.mkdir()
     write_base_files(base, ("ort-native",))
-    command = compiler() or "c++"
+    command = cpp.required_compiler()
     # Without the C++ library beside it AddressSanitizer does not find how exceptions are thrown.
-    preloaded = [
-        subprocess.check_output([*command.split(), f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
+    preloaded = [cpp.run([*command, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so")]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(str(Path(path).resolve()) for path in preloaded), "EDGEQAT_KERNELS": str(library),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096",

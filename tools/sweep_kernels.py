@@ -15,7 +15,8 @@ from pathlib import Path
 
 import tyro
 
-from export.kernels.build import BuildError, compile_all, compiler, machine, sources
+from edgeqat import cpp
+from export.kernels.build import compile_all, machine, sources
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 NEED_THE_RUNTIME = {"library.cpp", "op_layer.cpp", "op_pointwise.cpp"}
@@ -39,26 +40,21 @@ class Flags:
     """Command that runs such code, for instance an emulator."""
 
 
-def build_sweep(folder: Path, command: str, architecture: str, sanitize: bool = False) -> Path:
+def build_sweep(folder: Path, command: list[str], architecture: str, sanitize: bool = False) -> Path:
     """The sweep's program in `folder`. Raises BuildError."""
     files = [f for f in sources() if f.name not in NEED_THE_RUNTIME]
     files.append(Path(__file__).with_suffix(".cpp"))
     extra = SANITIZERS if sanitize else ()
     objects = compile_all(command, files, folder, architecture, (*extra, "-Wno-psabi"))
     program = folder / "sweep"
-    linked = [*command.split(), *extra, *map(str, objects), "-o", str(program)]
-    done = subprocess.run(linked, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise BuildError(f"{' '.join(linked)} failed:\n{done.stderr.strip()}")
+    cpp.run([*command, *extra, *map(str, objects), "-o", str(program)])
     return program
 
 
 def main(flags: Flags) -> int:
     architecture = flags.architecture or machine()
     defaults = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod")}
-    command = flags.compiler or compiler()
-    if command is None:
-        sys.exit("no C++ compiler found (install g++ or clang++, or set CXX)")
+    command = flags.compiler.split() or cpp.required_compiler()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         program = build_sweep(Path(folder), command, architecture, flags.sanitize)

@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 
 from edgeqat.compiled import library as kept_library
-from export.kernels.build import HERE, BuildError, compile_library, library_name
+from edgeqat.cpp import BuildError
+from export.kernels.build import HERE, compile_library, library_name
 from export.lowered import ExportError
 
 VARIABLE = "EDGEQAT_KERNELS"

@@ -5,21 +5,17 @@ compiler the callers use their plain PyTorch formulas, and one line on the log s
 """
 
 import ctypes
-import hashlib
 import logging
 import os
 import platform
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
+from edgeqat import cpp
 from edgeqat.compiled import library as kept_library
 
-# Contraction would round differently from PyTorch; the other two change no result but let the compiler vectorise rint.
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fPIC", "-shared", "-fvisibility=default"]
-OPTIONAL = [["-fopenmp"], []]  # a compiler without OpenMP makes a library of one thread
+FLAGS = (*cpp.EXACT, "-march=native", "-fPIC", "-shared", "-fvisibility=default")
+THREADED = "-fopenmp"  # a compiler without OpenMP makes a library of one thread
 
 log = logging.getLogger("edgeqat")
 
@@ -34,36 +30,29 @@ def library(source: Path) -> ctypes.CDLL | None:
     """The loaded library of `source`, or None (noted once) where it cannot be built."""
     if not wanted():
         return None
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
+    command = cpp.compiler()
+    if command is None:
         log.warning("no C++ compiler found (set CXX): %s runs as plain PyTorch, slower", source.stem)
         return None
     try:
-        return ctypes.CDLL(str(_built(source, compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        log.warning(
-            "%s could not be built with %s, it runs as plain PyTorch, slower: %s", source.stem, compiler, reason
-        )
+        return ctypes.CDLL(str(_built(source, command)))
+    except (OSError, cpp.BuildError) as error:
+        log.warning("%s could not be built, it runs as plain PyTorch, slower: %s", source.stem, error)
         return None
 
 
-def _built(source: Path, compiler: str) -> Path:
-    command = [*compiler.split(), "--version"]
-    version = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
-    key = "\n".join([source.read_text(), " ".join(FLAGS), version, _processor()])
-    name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    return kept_library(name, source.parent, lambda path: _compile(source, compiler, path))
+def _built(source: Path, command: list[str]) -> Path:
+    version = cpp.run([*command, "--version"])
+    name = cpp.library_name(source.stem, [source, FLAGS, version, _processor()])
+    return kept_library(name, source.parent, lambda path: _compile(source, command, path))
 
 
-def _compile(source: Path, compiler: str, path: Path) -> None:
-    environment = os.environ | {"TMPDIR": str(path.parent)}  # which goes with all that is in it
-    for attempt in OPTIONAL:
-        command = [*compiler.split(), *FLAGS, *attempt, str(source), "-o", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-        if done.returncode == 0:
-            return
-    raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr.strip())
+def _compile(source: Path, command: list[str], path: Path) -> None:
+    rest = [*FLAGS, str(source), "-o", str(path)]
+    try:
+        cpp.run([*command, THREADED, *rest], path.parent)
+    except cpp.BuildError:
+        cpp.run([*command, *rest], path.parent)
 
 
 def _processor() -> str:

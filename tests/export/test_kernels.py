@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from export.kernels import build as kernels_build
+from edgeqat import cpp
+from edgeqat.cpp import compiler, machine
 from export.kernels import library as kernels_library
-from export.kernels.build import HERE, compiler, library_name, machine
+from export.kernels.build import HERE, library_name
 
 ROOT = Path(__file__).parent.parent.parent
 ISAS = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod")}
@@ -24,7 +25,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         from sweep_kernels import build_sweep
     finally:
         sys.path.pop(0)
-    return build_sweep(tmp_path_factory.mktemp("sweep"), compiler() or "", machine())
+    return build_sweep(tmp_path_factory.mktemp("sweep"), cpp.required_compiler(), machine())
 
 
 @pytest.mark.parametrize("isa", ISAS.get(machine(), ("portable",)))
@@ -50,7 +51,7 @@ def test_a_planted_or_damaged_library_is_compiled_again(tmp_path: Path, monkeypa
         commands.append(command)
         Path(command[command.index("-o") + 1]).write_bytes(b"compiled")
 
-    monkeypatch.setattr(kernels_build, "_run", compile_nothing)
+    monkeypatch.setattr(cpp, "run", compile_nothing)
     monkeypatch.setattr(kernels_library, "HERE", tmp_path / "absent")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(kernels_library.VARIABLE, raising=False)

@@ -12,10 +12,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from edgeqat.cpp import compiler
 from export import session
 from export.certificate import certify, compare_stored
 from export.kernels import library as kernels_library
-from export.kernels.build import HERE, compiler
+from export.kernels.build import HERE
 from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.native_file import is_native, quantizer_names
@@ -156,7 +157,7 @@ def test_without_a_library_the_error_says_how_to_get_it(monkeypatch: pytest.Monk
     proto = emit(lowered(build_tiny(4, IMAGES), "ort-native"), TARGETS["ort-native"])
     kernels_library.library.cache_clear()
     monkeypatch.setattr(kernels_library, "library_name", lambda: "absent.so")
-    monkeypatch.setattr("export.kernels.build.compiler", lambda architecture=None: None)
+    monkeypatch.setattr("edgeqat.cpp.compiler", lambda architecture=None: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(
         ExportError, match=r"no C\+\+ compiler found .* Install a C\+\+ compiler and load the file again"
