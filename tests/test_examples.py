@@ -23,7 +23,7 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-LONG = {"timm_loop.py", "torchvision_models.py", "detector_backbone.py"}  # whole backbones: a minute and more each
+LONG = LINES.keys() - {"plain_loop.py", "segmentation.py"}  # whole backbones, or a framework to load
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in LINES])

@@ -84,8 +84,13 @@ class UnluckyOutputs(nn.Module):
         return {"s1": self.head(features), "zero0": self.other(features)}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("make", [Fresh, SharedWeight, Unlucky, UnluckyOutputs])
+QUICK = {(SharedWeight, "ort-int8"), (Unlucky, "ort-native"), (UnluckyOutputs, "ort-packed")}
+CASES = [(make, target) for make in (Fresh, SharedWeight, Unlucky, UnluckyOutputs) for target in TARGETS]
+
+
+@pytest.mark.parametrize(
+    ("make", "target"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_the_file_is_certified(make: Any, target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = make()

@@ -37,6 +37,7 @@ def certified(path: Path) -> None:
     assert certificate.passed and certificate.mismatches == 0, str(certificate)
 
 
+@pytest.mark.slow
 def test_lsq_plus_with_rules_and_norms_that_stay_is_certified(tmp_path: Path) -> None:
     rules = tmp_path / "rules.toml"
     rules.write_text(RULES)
@@ -68,6 +69,7 @@ def test_power_of_two_steps_after_gptq_with_statistics_taken_again_are_certified
     certified(path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_folded_equalized_nets_are_certified(tmp_path: Path) -> None:
     path = trained(tmp_path / "run", fold_norms=True, init="cle")

@@ -257,7 +257,9 @@ def test_scale_groups_by_layer_or_each_by_itself() -> None:
     assert max(len(g) for g in by_layer) == 2 and sum(len(g) for g in by_layer) == len(found)
 
 
-@pytest.mark.parametrize("loss", ["groupdro", "coral", "hessian"])
+@pytest.mark.parametrize(
+    "loss", ["coral", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("groupdro", "hessian"))]
+)
 def test_domain_losses_train_with_two_passes(loss: str, tmp_path: Path) -> None:
     folder = run(SagmLsqRecipe(**TINY | {"steps": 2}, domain_loss=loss, out=tmp_path / loss), DOMAINS)  # type: ignore[arg-type]
     assert all(np.isfinite(e["loss"]) for e in folder.metrics() if "loss" in e)

@@ -45,8 +45,13 @@ def signalled(recipe: Recipe, at: int, number: int, monkeypatch: pytest.MonkeyPa
         run(recipe, DOMAINS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [1, 2, 3, 5])
+QUICK = {(1, signal.SIGINT), (3, signal.SIGTERM)}
+STOPS = [(at, number) for at in (1, 2, 3, 5) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("at", "number"), [pytest.param(*stop, marks=[] if stop in QUICK else pytest.mark.slow) for stop in STOPS]
+)
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
     at: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
