@@ -122,8 +122,9 @@ class Quantizer(nn.Module):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return under_compile(lambda *tensors: function.apply(*tensors, *settings, None), x, *parameters)
         with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
-            origin = None if is_checkpointed() else origin_of(x)
-            out: Tensor = function.apply(x, *parameters, *settings, origin)
+            if is_checkpointed():  # all is computed again anyway; an origin would keep x alive as long as x̂
+                return function.apply(x, *parameters, *settings, None)
+            out: Tensor = function.apply(x, *parameters, *settings, origin_of(x))
             remember(out, x, parameters[0], self.grid, quantize)
         return out
 
