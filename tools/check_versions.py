@@ -36,6 +36,8 @@ class Flags:
     """This machine, and emulated ones."""
     suite: tuple[str, ...] = ()
     """Tests to run at the lowest versions that pyproject.toml allows; `tests` for all."""
+    log: Path | None = None
+    """File for what they print."""
 
 
 def numpy_for(version: str) -> str:
@@ -96,6 +98,8 @@ def main(flags: Flags) -> int:
         with tempfile.TemporaryDirectory() as place:
             done = suite_at_the_lowest_versions(flags.suite, Path(place) / "lowest")
         failed += done.returncode != 0
+        if flags.log is not None:
+            flags.log.write_text(done.stdout + done.stderr)
         print(f"| {' '.join(flags.suite)} | lowest of everything | here | {last_line(done)} |", flush=True)
         for line in done.stdout.splitlines():
             if line.startswith(("FAILED", "ERROR")):
