@@ -204,7 +204,7 @@ class Certificate:
         for platform_name, machines in PLATFORMS.items():
             missing = [machine for machine in machines if machine not in ran]
             untried += [platform_name] if len(missing) == len(machines) else missing
-        return f"other processors (--on {','.join(untried)})" if untried else "processors not named above"
+        return f"other processors (on {','.join(untried)})" if untried else "processors not named above"
 
     def proven(self) -> list[dict[str, object]]:
         """Where the codes were proven, for the file's own record."""
@@ -291,7 +291,7 @@ def _elsewhere(
 ) -> tuple[Elsewhere, ...]:
     if isinstance(images, Feeds):
         if on:
-            raise ExportError(f"--on {','.join(on)}: a model with several inputs is proven on this machine alone")
+            raise ExportError(f"on {','.join(on)}: a model with several inputs is proven on this machine alone")
         return ()
     return certify_elsewhere(model, proto, name, images, on)
 

@@ -70,7 +70,7 @@ def machines_of(names: str) -> tuple[str, ...]:
     found: list[str] = []
     for name in filter(None, (word.strip() for word in names.split(","))):
         if name not in known:
-            raise ExportError(f"--on {name}: unknown; there are {', '.join(known)}")
+            raise ExportError(f"on {name!r}: unknown; there are {', '.join(known)}")
         found += known[name]
     return tuple(dict.fromkeys(found))
 

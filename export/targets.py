@@ -97,7 +97,7 @@ class LayerPlan:
 def target_named(name: str) -> Target:
     """Raises ExportError for an unknown target, with those there are."""
     if name not in TARGETS:
-        raise ExportError(f"--target {name}: unknown; there are {', '.join([*TARGETS, 'fp32', 'fp16'])}")
+        raise ExportError(f"target {name!r}: unknown; there are {', '.join([*TARGETS, 'fp32', 'fp16'])}")
     return TARGETS[name]
 
 

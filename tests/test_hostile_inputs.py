@@ -361,7 +361,7 @@ def run_cases() -> Iterator[Case]:
 def flag_cases() -> Iterator[Case]:
     """Impossible values of flags."""
     for line, words in (
-        ("qat export {run} --target warp", "--target warp: unknown"),
+        ("qat export {run} --target warp", "target 'warp': unknown"),
         ("qat export {fp} --target ort-packed", "is a full-precision run"),
         ("qat export {run} --out {box}", "is a folder"),
         ("qat export {run} --out /dev/null", "/dev/null: is a folder, a device or a pipe"),

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from edgeqat.terminal import printable
 from export.elsewhere import CPUS, run_python, unavailable
 
 ROOT = Path(__file__).parents[1]
-PROJECT = ("pyproject.toml", "--output-file")
 NUMPY_BEFORE_2 = "numpy==1.26.4"  # what ONNX Runtime before 1.19 was built against
 
 
@@ -79,12 +79,17 @@ def uv(arguments: list[str], environment: dict[str, str]) -> None:
 def suite_at_the_lowest_versions(tests: tuple[str, ...], place: Path) -> subprocess.CompletedProcess[str]:
     """The tests in a new environment: every direct dependency, those of development too, at its lower bound."""
     environment = os.environ | {"VIRTUAL_ENV": str(place)}
-    wanted = place / "lowest.txt"
     uv(["venv", "--quiet", str(place)], environment)
+    development, wanted = place / "development.in", place / "lowest.txt"
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    # The group names this project and its extras, too, which the resolver would look for in an index.
+    others = [requirement for requirement in groups["dev"] if not requirement.startswith("edgeqat")]
+    development.write_text("\n".join(others))
     uv(
-        ["pip", "compile", "--quiet", "--resolution", "lowest-direct", "--group", "dev", *PROJECT, str(wanted)],
+        ["pip", "compile", "--quiet", "--resolution", "lowest-direct", "--extra", "all", "pyproject.toml", str(development),
+         "--output-file", str(wanted)],
         environment,
-    )
+    )  # fmt: skip
     uv(["pip", "install", "--quiet", "--requirement", str(wanted)], environment)
     uv(["pip", "install", "--quiet", "--no-deps", "--editable", "."], environment)
     command = [str(place / "bin" / "python"), "-m", "pytest", *tests]

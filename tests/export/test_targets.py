@@ -127,7 +127,7 @@ def test_carried_codes_fit_int8_and_16_bit_pairs(bits: int, high: int) -> None:
 
 
 def test_an_unknown_target_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ExportError, match=r"--target ort-int9: unknown; there are ort-int8, ort-packed"):
+    with pytest.raises(ExportError, match=r"target 'ort-int9': unknown; there are ort-int8, ort-packed"):
         target_named("ort-int9")
 
 
