@@ -260,7 +260,7 @@ class Block(nn.Module):
 def kept_for_backward(model: nn.Module) -> int:
     """Bytes that were allocated in a forward pass and not given back by its end."""
     gc.collect()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         out = model(X)
     out.sum().backward()
     return sum(event.self_cpu_memory_usage for event in profile.key_averages())
