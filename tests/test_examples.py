@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick import slow_but
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LINES = {
     "plain_loop.py": ["--steps", "8", "--out", "model.onnx"],
@@ -23,10 +25,10 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-LONG = LINES.keys() - {"plain_loop.py", "segmentation.py"}  # whole backbones, or a framework to load
+LONG = LINES.keys() - {"plain_loop.py"}  # whole backbones, or a framework to load
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in LINES])
+@pytest.mark.parametrize("name", slow_but(LINES.keys() - LONG, LINES))
 def test_an_example_exports_what_is_certified(name: str, tmp_path: Path) -> None:
     assert ": certified on ONNX Runtime" in run([sys.executable, str(EXAMPLES / name), *LINES[name]], tmp_path)
 

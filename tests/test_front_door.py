@@ -20,6 +20,7 @@ from export.lowered import ExportError
 from export.predict import predict
 from export.verify import verify_file
 from qat.surgery.swap import quantizers
+from tests.quick import slow_but
 from tests.surgery.nets import TinyNet, with_random_norms
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +136,7 @@ EXAMPLES: dict[str, tuple[type[nn.Module], Any, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("kind", slow_but(["a tuple", "a dict of arguments and a flag", "one dict"], EXAMPLES))
 def test_several_inputs_and_outputs_keep_their_names(kind: str, tmp_path: Path) -> None:
     make, example, outputs = EXAMPLES[kind]
     model = make()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import qat
 from export.lowered import ExportError
 from qat.surgery.swap import quantizers
+from tests.quick import slow_but
 from tests.surgery.nets import TinyNet, with_random_norms
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +101,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("kind", slow_but(["data parallel"], WRAPPERS))
 def test_a_wrapped_model_is_calibrated_settled_exported_and_certified_as_itself(kind: str, tmp_path: Path) -> None:
     files, steps = [], []
     for wrap in (lambda model: model, WRAPPERS[kind]):

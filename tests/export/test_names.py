@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import qat
+from tests.quick import slow_but
 
 TARGETS = ("ort-int8", "ort-packed", "ort-native")
 IMAGES = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -88,9 +89,7 @@ QUICK = {(SharedWeight, "ort-int8"), (Unlucky, "ort-native"), (UnluckyOutputs, "
 CASES = [(make, target) for make in (Fresh, SharedWeight, Unlucky, UnluckyOutputs) for target in TARGETS]
 
 
-@pytest.mark.parametrize(
-    ("make", "target"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize(("make", "target"), slow_but(QUICK, CASES))
 def test_the_file_is_certified(make: Any, target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = make()

@@ -1,5 +1,6 @@
 """Layers beside what stays in floating point, sequences, and results that are not classes: certified on every target."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from qat.settle import settle_
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.swap import quantize_, uniform_rules
+from tests.quick import slow_but
 
 IMAGES = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(8))
 
@@ -118,8 +120,11 @@ def certificate(net: str, target: str, tmp_path: Path) -> Certificate:
     return certify(lowered, file, IMAGES.numpy(), labels, lambda images: trained_codes(model, images))
 
 
-@pytest.mark.parametrize("target", ["ort-packed", "ort-native"])
-@pytest.mark.parametrize("net", NETS)
+EITHER = list(itertools.product(NETS, ["ort-packed", "ort-native"]))
+QUICK = [(net, ("ort-packed", "ort-native")[index % 2]) for index, net in enumerate(NETS)]
+
+
+@pytest.mark.parametrize(("net", "target"), slow_but(QUICK, EITHER))
 def test_certified_with_every_quantized_layer_on_integers(net: str, target: str, tmp_path: Path) -> None:
     result = certificate(net, target, tmp_path)
     assert result.passed and result.integer_kernels == result.layers, str(result)
@@ -128,7 +133,9 @@ def test_certified_with_every_quantized_layer_on_integers(net: str, target: str,
     assert set(result.fidelity.in_float) == in_float
 
 
-@pytest.mark.parametrize("target", ["ort-int8-vnni", "ort-packed-vnni", "ort-int8", "ort-packed-int4"])
+@pytest.mark.parametrize(
+    "target", slow_but(["ort-int8-vnni"], ["ort-int8-vnni", "ort-packed-vnni", "ort-int8", "ort-packed-int4"])
+)
 def test_a_map_and_a_float_layer_on_the_other_targets(target: str, tmp_path: Path) -> None:
     for net in ("a map of 3x3", "a transposed convolution in float"):
         result = certificate(net, target, tmp_path)

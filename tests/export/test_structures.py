@@ -9,6 +9,7 @@ import torch
 import qat
 from tests.export.outcomes import outcome
 from tests.export.structures import STRUCTURES
+from tests.quick import slow_but
 
 REFUSED = {  # and what the message names
     "volume": r"^0#conv3d0: .* products of conv3d; put \('0', FLOAT\) before",
@@ -61,10 +62,7 @@ LICENSED = {  # and the layer that a FLOAT rule leaves in floating point
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("recurrent", "long_memory") else pytest.param(name, marks=pytest.mark.slow) for name in LICENSED],
-)
+@pytest.mark.parametrize("name", slow_but(["recurrent"], LICENSED))
 def test_a_float_rule_leaves_a_layer_in_floating_point(name: str, tmp_path: Path) -> None:
     """It is the cure that refusals name."""
     model, example = STRUCTURES[name]()

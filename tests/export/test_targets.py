@@ -1,6 +1,7 @@
 """Every storage gives the same codes and runs the same kernels; what a target cannot run is refused with the layer's name."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import onnx
@@ -20,12 +21,17 @@ from export.runtime_checks import INTEGER_KERNELS, layer_kernels
 from export.targets import TARGETS, carry_of, plan_layer, saturates, target_named
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from tests.export.conftest import Exported, build_tiny
+from tests.quick import slow_but
 
 IMAGES = torch.randn(3, 3, 33, 29, generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7])
-@pytest.mark.parametrize("target", ["ort-packed", "ort-packed-int4"])
+PACKED = list(itertools.product([2, 3, 4, 5, 7], ["ort-packed", "ort-packed-int4"]))
+
+
+@pytest.mark.parametrize(
+    ("bits", "target"), slow_but([(3, "ort-packed"), (4, "ort-packed-int4"), (7, "ort-packed")], PACKED)
+)
 def test_packed_files_are_certified_and_fold_to_integer_kernels(bits: int, target: str, tmp_path) -> None:
     model, chosen = build_tiny(bits, IMAGES), TARGETS[target]
     lowered = to_integers(lower(model, IMAGES), chosen)
@@ -78,8 +84,18 @@ def test_the_byte_minus_128_is_stored_as_uint8_everywhere() -> None:
         assert not plan_layer(target, layer([-8, 3], bits=4, carry=15), four_bits).uint8
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("target", ["ort-int8", "ort-packed", "ort-packed-int4", "ort-packed-vnni", "qdq"])
+STORED = list(itertools.product([2, 3, 4, 8], ["ort-int8", "ort-packed", "ort-packed-int4", "ort-packed-vnni", "qdq"]))
+QUICK = [
+    (8, "ort-int8"),
+    (2, "ort-packed"),
+    (3, "ort-packed-int4"),
+    (4, "ort-packed-vnni"),
+    (8, "qdq"),
+    (4, "ort-int8"),
+]
+
+
+@pytest.mark.parametrize(("bits", "target"), slow_but(QUICK, STORED))
 def test_no_file_holds_the_byte_minus_128(bits: int, target: str) -> None:
     """Every weight at its lowest code, in the bytes that the runtime's kernels read."""
     model = build_tiny(bits, IMAGES)

@@ -35,6 +35,7 @@ from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import compare_runs, write_baseline
 from qat.training.loop import run
 from qat.training.recipe import LsqRecipe, RecipeError
+from tests.quick import slow_but
 
 TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "steps": 2, "batch_size": 4, "evaluate_every": 2, "workers": 0,
@@ -138,13 +139,12 @@ CLAIMS: dict[str, object] = {
 }
 
 
+TOGETHER = ["classes", "mean", "std", "session_options", "layers"]
+
+
 @pytest.mark.parametrize(
     "claims",
-    [
-        ["target"],
-        ["classes", "mean", "std", "session_options", "layers"],
-        *(pytest.param([claim], marks=pytest.mark.slow) for claim in CLAIMS if claim != "target"),
-    ],
+    slow_but([["target"], TOGETHER], [["target"], TOGETHER, *([claim] for claim in CLAIMS if claim != "target")]),
     ids=",".join,
 )
 def test_what_a_file_says_of_itself_is_certified_too(

@@ -19,6 +19,7 @@ from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, Sag
 from qat.training.recipe_checks import check
 from qat.training.start import is_sgd, refined, schedule_of, teacher_of
 from qat.training.step import scale_groups
+from tests.quick import slow_but
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
 TINY = {
@@ -257,9 +258,7 @@ def test_scale_groups_by_layer_or_each_by_itself() -> None:
     assert max(len(g) for g in by_layer) == 2 and sum(len(g) for g in by_layer) == len(found)
 
 
-@pytest.mark.parametrize(
-    "loss", ["coral", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("groupdro", "hessian"))]
-)
+@pytest.mark.parametrize("loss", slow_but(["coral"], ["groupdro", "coral", "hessian"]))
 def test_domain_losses_train_with_two_passes(loss: str, tmp_path: Path) -> None:
     folder = run(SagmLsqRecipe(**TINY | {"steps": 2}, domain_loss=loss, out=tmp_path / loss), DOMAINS)  # type: ignore[arg-type]
     assert all(np.isfinite(e["loss"]) for e in folder.metrics() if "loss" in e)

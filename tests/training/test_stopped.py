@@ -24,6 +24,7 @@ from qat.training.checkpoint import RunFolder
 from qat.training.loop import run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError
 from qat.training.tracking import read_log
+from tests.quick import slow_but
 from tests.training.test_run import TINY, same_model
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
@@ -49,9 +50,7 @@ QUICK = {(1, signal.SIGINT), (3, signal.SIGTERM)}
 STOPS = [(at, number) for at in (1, 2, 3, 5) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-@pytest.mark.parametrize(
-    ("at", "number"), [pytest.param(*stop, marks=[] if stop in QUICK else pytest.mark.slow) for stop in STOPS]
-)
+@pytest.mark.parametrize(("at", "number"), slow_but(QUICK, STOPS))
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(
     at: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
