@@ -101,7 +101,7 @@ def main(flags: Flags) -> int:
     for index, name in enumerate(flags.names or MODELS):
         trained = bool(index % 2) if flags.trained is None else flags.trained
         command = [
-            sys.executable, __file__, name, "--alone", "--trained" if trained else "--no-trained", "--size", str(flags.size),
+            sys.executable, __file__, name, "--alone", "--trained", str(trained), "--size", str(flags.size),
             "--images", str(flags.images), "--bits", str(flags.bits), "--target", flags.target,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
