@@ -56,8 +56,8 @@ class Quantizer(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        """Raises ValueError while the sign is undecided."""
-        raise NotImplementedError(f"{type(self).__name__} has no uniform grid")
+        """The codes that x̂ is rounded and clipped to. Raises ValueError while the sign is undecided."""
+        return Grid(self.spec.axis, self.spec.qmin, self.spec.qmax)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
@@ -88,13 +88,12 @@ class Quantizer(nn.Module):
         self.raw_step.data.copy_(step)
         self.initialized = True
 
-    def begin(self, values: Tensor, init: Init = "lsq") -> Start:
-        """Initialize from a weight or from sampled activations; returns where it starts from. Raises ValueError for nan."""
+    def begin(self, values: Tensor, init: Init = "lsq") -> None:
+        """Initialize from a weight or from sampled activations. Raises ValueError for what is not finite."""
         kind = "weight of quantizer" if self.is_weight else "input of quantizer"
         require_finite(values, f"{kind} {self.name!r}")
         start = self.start_for(values, init)
         self.initialize(start.step, start.signed, start.offset)
-        return start
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂; x itself while it is observed. Raises RuntimeError while no step has been set."""
@@ -111,7 +110,7 @@ class Quantizer(nn.Module):
                 "checkpoint before using the model"
             )
 
-    def differentiable(
+    def run_function(
         self, function: type[torch.autograd.Function], x: Tensor, parameters: tuple[Tensor, ...], settings: tuple[Any, ...],
         quantize: Quantize,
     ) -> Tensor:  # fmt: skip

@@ -93,7 +93,7 @@ class LSQ(Quantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         settings = (self.grid, self.gradient_scale(x))
-        return self.differentiable(FakeQuantizeLSQ, x, (self._own_step(),), settings, fused.quantize)
+        return self.run_function(FakeQuantizeLSQ, x, (self._own_step(),), settings, fused.quantize)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""

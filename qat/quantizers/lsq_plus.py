@@ -94,7 +94,7 @@ class LSQPlus(LSQ):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         parameters, settings = (self.raw_step, self.offset), (self.spec.qmax, self.gradient_scale(x))
-        return self.differentiable(FakeQuantizeLSQPlus, x, parameters, settings, fused.quantize)
+        return self.run_function(FakeQuantizeLSQPlus, x, parameters, settings, fused.quantize)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [0, 2^b - 1]."""
