@@ -15,6 +15,7 @@ from qat.surgery.sites import Addresses
 from qat.surgery.training_paths import in_training, tallies
 
 Rules = Sequence[tuple[str, LayerSpec]]
+NAMES_SHOWN = 8  # in a message
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def _why_unused(pattern: str, names: Sequence[str]) -> str:
     matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if matches:
         return f"earlier rules take all it matches ({', '.join(matches)})"
-    return "it matches no conv or linear"
+    shown = ", ".join(names[:NAMES_SHOWN])
+    rest = len(names) - NAMES_SHOWN
+    return f"it matches no conv or linear; there are {shown}" + (f" and {rest} more" if rest > 0 else "")
 
 
 def _require_licences(seen: Observation, asked: Mapping[str, LayerSpec]) -> None:
