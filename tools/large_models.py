@@ -40,6 +40,8 @@ class Flags:
     """Images that the certificate compares."""
     bits: int = 8
     target: str = "ort-int8"
+    settle: bool = True
+    """Settle the net before it is exported, as a training loop does at its end."""
     minutes: float = 3.0
     gigabytes: float = 8.0
     trained: bool | None = None
@@ -68,6 +70,8 @@ def measured(name: str, trained: bool, flags: Flags) -> dict[str, object]:
     qat.quantize_(model, qat.uniform_rules(flags.bits), images[:1])
     qat.calibrate(model, [images])
     model.eval()
+    if flags.settle:
+        qat.settle_(model)
     with TemporaryDirectory() as folder:
         file = qat.export_onnx(model, Path(folder) / "model.onnx", target=flags.target)
         to_file = time.monotonic() - began
@@ -103,6 +107,7 @@ def main(flags: Flags) -> int:
         command = [
             sys.executable, __file__, name, "--alone", "--trained", str(trained), "--size", str(flags.size),
             "--images", str(flags.images), "--bits", str(flags.bits), "--target", flags.target,
+            "--settle" if flags.settle else "--no-settle",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
