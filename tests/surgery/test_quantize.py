@@ -134,7 +134,9 @@ def test_forward_equals_the_network_written_out_by_hand() -> None:
 
 def test_a_rule_that_matches_nothing_raises_and_changes_nothing() -> None:
     model = TinyNet()
-    with pytest.raises(ValueError, match=r"rule 'steem' decides nothing: it matches no conv or linear; there are stem, "):
+    with pytest.raises(
+        ValueError, match=r"rule 'steem' decides nothing: it matches no conv or linear; there are stem, "
+    ):
         quantize_(model, uniform_rules(4, 4, ("steem",)), X)
     assert type(model) is TinyNet and type(model.stem) is nn.Conv2d
 
