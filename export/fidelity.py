@@ -16,7 +16,7 @@ answers     The file, run freely, answers as the trained net does but for DIFFER
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,7 +319,8 @@ def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
     read = _shape_in(first, values)
     match node.op_type:
         case "Einsum":
-            return _einsum_products(node.attributes["equation"].as_string(), read, _shape_in(second, values))
+            shapes = [_shape_in(value, values) for value in node.inputs if value is not None]
+            return _einsum_products(node.attributes["equation"].as_string(), shapes)
         case "GRU" | "LSTM" | "RNN":
             steps, batch = read[:2]
             recurrent_weight = node.inputs[2]
@@ -339,14 +340,16 @@ def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
             return made * read[-1]
 
 
-def _einsum_products(equation: str, first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """One multiply-add for each combination of the indices."""
-    subscripts = equation.replace(" ", "").split("->")[0].split(",")
-    sizes = {
-        letter: size
-        for letters, shape in zip(subscripts, (first, second), strict=True)
-        for letter, size in zip(letters, shape, strict=True)
-    }
+def _einsum_products(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
+    """One multiply-add for each combination of the indices; axes of an ellipsis are counted from its end."""
+    sizes: dict[str | int, int] = {}
+    operands = equation.replace(" ", "").split("->")[0].split(",")
+    for operand, shape in zip(operands, shapes, strict=True):
+        before, dots, after = operand.partition("...")
+        hidden = len(shape) - len(before) - len(after) if dots else 0
+        indices = [*before, *range(-hidden, 0), *after]
+        for index, size in zip(indices, shape, strict=True):
+            sizes[index] = max(size, sizes.get(index, 1))
     return math.prod(sizes.values())
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.certificate import Certificate, certify
-from export.fidelity import Fidelity, within_share
+from export.fidelity import Fidelity, _einsum_products, within_share
 from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredModel
 from export.native_graph import emit
@@ -290,3 +290,22 @@ def test_a_result_that_is_no_tensor_is_refused() -> None:
     calibrate(model, [IMAGES])
     with pytest.raises(ExportError, match="its output 'aux' is a list"):
         lower(model, IMAGES[:1])
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bchw, dc -> bdhw", [(2, 3, 4, 5), (6, 3)]),
+        ("...i,ij->...j", [(2, 7, 3), (3, 5)]),
+        ("...ij,...jk", [(2, 1, 3, 4), (2, 6, 4, 5)]),
+        ("bij,bjk,bkl->bil", [(2, 3, 4), (2, 4, 5), (2, 5, 6)]),
+    ],
+)
+def test_products_of_an_einsum_are_counted_by_its_indices(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    """As many as NumPy finds combinations of indices, where none is summed over."""
+    operands = equation.replace(" ", "").split("->")[0]
+    letters = "".join(sorted(set(operands) & set("bcdhijkwl")))
+    kept = np.einsum(
+        f"{operands}->{'...' if '...' in operands else ''}{letters}", *[np.ones(shape) for shape in shapes]
+    )
+    assert _einsum_products(equation, shapes) == kept.size
