@@ -313,14 +313,14 @@ def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
     """How many multiply-adds `node` makes with the operands at hand; 0 for what is no contraction."""
     if node.op_type not in ("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"):
         return 0
+    if node.op_type == "Einsum":
+        shapes = [_shape_in(value, values) for value in node.inputs if value is not None]
+        return _einsum_products(node.attributes["equation"].as_string(), shapes) if len(shapes) > 1 else 0
     first, second = node.inputs[:2]
     assert first is not None and second is not None
     made = math.prod(shape_of(values[node.outputs[0]]))
     read = _shape_in(first, values)
     match node.op_type:
-        case "Einsum":
-            shapes = [_shape_in(value, values) for value in node.inputs if value is not None]
-            return _einsum_products(node.attributes["equation"].as_string(), shapes)
         case "GRU" | "LSTM" | "RNN":
             steps, batch = read[:2]
             recurrent_weight = node.inputs[2]

@@ -5,7 +5,6 @@ quantizers themselves.
 """
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import io
@@ -33,6 +32,7 @@ from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.operands import QuantOperands
 from qat.surgery.swap import computed_weights, quantizers
 from qat.surgery.witness import witness
+from qat.surgery.wrappers import copied
 
 OPSET = 20
 
@@ -49,7 +49,7 @@ def lower(
              such weights by rules of its own, so the integer targets cannot keep their promise for them.
     Raises ExportError naming a quantizer without a step, or the operation that has no ONNX form.
     """
-    model = copy.deepcopy(model).cpu().eval()
+    model = copied(model).cpu().eval()
     found = quantizers(model)
     if not found:
         raise ExportError(
@@ -66,12 +66,12 @@ def lower(
         )
     example = with_tensors(example, lambda tensor: tensor[:1].cpu())
     arguments = arguments_of(model, example)
+    _check_finite(model)
+    with torch.no_grad():  # first: hooks such as prune's make a layer's weight anew in a forward pass
+        outputs = list(named_outputs(call(model, arguments)))
     layers = {f"{layer.name}.weight": layer for layer in _layers(model, arguments)}
     activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
-    _check_finite(model)
     multiply_adds = sum(witness(model, example).values())
-    with torch.no_grad():
-        outputs = list(named_outputs(call(model, arguments)))
     passes = _Passes(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer, passes)  # type: ignore[method-assign,assignment]
@@ -132,7 +132,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def lower_float(model: nn.Module, example: Example, input_names: Sequence[str] = ()) -> onnx.ModelProto:
     """The same trained model in full precision, quantizers passing everything through: the FP32 file to compare with."""
-    model = copy.deepcopy(model).cpu().eval()
+    model = copied(model).cpu().eval()
     for quantizer in quantizers(model).values():
         quantizer.forward = _identity  # type: ignore[method-assign]
     example = with_tensors(example, lambda tensor: tensor[:1].cpu())

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from qat.proof import recorded
 from qat.surgery.batches import inputs_of
 from qat.surgery.example import Example, arguments_of, tensors_in, with_leaves, with_tensors
 from qat.surgery.sites import example_of
-from qat.surgery.wrappers import require_float32, unwrapped
+from qat.surgery.wrappers import copied, require_float32, unwrapped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +77,7 @@ def export_onnx(
     _require_distinct_names(proto)
     read_metadata(proto, str(destination))  # as whoever gets the file will read it
     _require_as_many(classes, proto)
-    onnx.checker.check_model(proto)
+    _require_valid(proto)
     write_atomically(destination, lambda part: onnx.save(proto, str(part)))
     return destination
 
@@ -161,7 +160,7 @@ def certify(
     feeds = _feeds(model, images, given, names)
     answers = _answers(labels, len(feeds))
     lowered = to_integers(lower(model, given, input_names=names), target)
-    on_cpu = copy.deepcopy(model).cpu().eval()  # where the file runs
+    on_cpu = copied(model).cpu().eval()  # where the file runs
 
     def trained(part: Any) -> tuple[Mapping[str, NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]:
         return _trained(on_cpu, part, given, names)
@@ -229,6 +228,21 @@ def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
             "labels out"
         )
     return found.astype(np.int64)
+
+
+def _require_valid(proto: onnx.ModelProto) -> None:
+    """Raises ExportError for a graph that PyTorch's exporter has written wrong, such as that of a MaxUnpool2d."""
+    import onnx
+
+    from export.lowered import ExportError
+
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(
+            f"the model's graph, as torch.onnx exports it, is no valid ONNX file: {reason[:300]}"
+        ) from error
 
 
 def _require_distinct_names(proto: onnx.ModelProto) -> None:

@@ -95,6 +95,25 @@ def test_a_name_that_the_file_has_already_is_refused(name: str, tmp_path: Path) 
     assert not (tmp_path / "model.onnx").exists()
 
 
+class Unpooled(nn.Module):
+    """PyTorch's exporter writes its graph in an order that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled, places = F.max_pool2d(F.relu(self.conv(x)), 2, return_indices=True)
+        return self.head(self.last(F.max_unpool2d(pooled, places, 2)).mean((2, 3)))
+
+
+def test_a_graph_that_the_exporter_writes_wrong_is_one_error(tmp_path: Path) -> None:
+    model = ready(Unpooled())
+    for target in ("ort-int8", "ort-native"):
+        with pytest.raises(ExportError, match=r"no valid ONNX file|none that an edgeqat file may have"):
+            qat.certify(model, qat.export_onnx(model, tmp_path / "model.onnx", target), X)
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "data parallel": nn.DataParallel,
     "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),

@@ -1,7 +1,9 @@
 """The model itself, out of what wraps it, as it must be for a file."""
 
+import copy
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -26,3 +28,21 @@ def require_float32(model: nn.Module, what: str) -> None:
             raise ValueError(
                 f"{what}: parameter {name!r} is {kind}, files compute in float32; call model.float(), and measure again"
             )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model whose modules keep tensors of their last forward pass with its graph, as the hooks of
+    `torch.nn.utils.weight_norm`, `spectral_norm` and `prune` do: these are copied without it, and made anew when it runs."""
+    kept = [
+        (vars(module), name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    try:
+        for attributes, name, value in kept:
+            attributes[name] = value.detach()
+        return copy.deepcopy(model)
+    finally:
+        for attributes, name, value in kept:
+            attributes[name] = value

@@ -5,13 +5,14 @@ and biases like those of a trained net.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 SIDE = 12
 Made = tuple[nn.Module, Any]
@@ -967,6 +968,35 @@ def weight_standardization() -> nn.Module:
 @structure
 def weight_norm() -> nn.Module:
     return Net(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), nn.ReLU()))
+
+
+@structure
+def weight_norm_by_hooks() -> nn.Module:
+    """They keep the weight of the last forward pass as an attribute, with its graph."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.weight_norm(nn.Conv2d(8, 8, 3))
+    return Net(nn.Sequential(layer, nn.ReLU()))
+
+
+@structure
+def spectral_norm_by_hooks() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.spectral_norm(nn.Conv2d(8, 8, 3))
+    return Net(nn.Sequential(layer, nn.ReLU()))
+
+
+@structure
+def pruned() -> nn.Module:
+    layer = nn.Conv2d(8, 8, 3)
+    prune.l1_unstructured(layer, "weight", 0.3)
+    return Net(nn.Sequential(layer, nn.ReLU()))
+
+
+@structure
+def einsum_of_one() -> nn.Module:
+    return Net(nn.Sequential(Lambda(lambda s, x: torch.einsum("bchw->bcwh", x)), conv()))
 
 
 @structure

@@ -26,7 +26,7 @@ REFUSED = {  # and what the message names
 }
 QUICK = (
     "residual_in_place", "unet_transposed", "image_plus_net", "cross_attention", "tied_autoencoder", "shared_weights",
-    "focus_stem", "two_images",
+    "focus_stem", "two_images", "weight_norm_by_hooks", "einsum_of_one",
 )  # fmt: skip
 
 
