@@ -241,7 +241,7 @@ def _require_valid(proto: onnx.ModelProto) -> None:
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).split())
         raise ExportError(
-            f"the model's graph, as torch.onnx exports it, is no valid ONNX file: {reason[:300]}"
+            f"the model's graph, as torch.onnx exports it, is not a valid ONNX file: {reason[:300]}"
         ) from error
 
 

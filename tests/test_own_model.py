@@ -110,7 +110,7 @@ class Unpooled(nn.Module):
 def test_a_graph_that_the_exporter_writes_wrong_is_one_error(tmp_path: Path) -> None:
     model = ready(Unpooled())
     for target in ("ort-int8", "ort-native"):
-        with pytest.raises(ExportError, match=r"no valid ONNX file|none that an edgeqat file may have"):
+        with pytest.raises(ExportError, match=r"not a valid ONNX file|none that an edgeqat file may have"):
             qat.certify(model, qat.export_onnx(model, tmp_path / "model.onnx", target), X)
 
 

@@ -10,7 +10,7 @@ from qat.quantizers.spec import Grid
 
 
 def quantize(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
-    """x̂ of x's dtype, without a gradient of its own."""
+    """x̂ of x's dtype; not differentiable."""
     step = along(positive_step(raw_step), x, grid.axis)
     return rounded(x, step, grid).mul_(step).to(x.dtype)
 
