@@ -204,11 +204,9 @@ class Certificate:
         for platform_name, machines in PLATFORMS.items():
             missing = [machine for machine in machines if machine not in ran]
             untried += [platform_name] if len(missing) == len(machines) else missing
-        return (
-            f"other processors ({','.join(untried)}; --on or on= tries them)"
-            if untried
-            else "processors not named above"
-        )
+        if not untried:
+            return "processors not named above"
+        return f"other processors ({','.join(untried)}; --on or on= tries them)"
 
     def proven(self) -> list[dict[str, object]]:
         """Where the codes were proven, for the file's own record."""

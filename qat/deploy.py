@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from edgeqat.files import make_folder, write_atomically, write_json, write_text
-from qat.own_model import PRODUCER, onnx_of
+from qat.own_model import PRODUCER, onnx_of, require_valid
 from qat.proof import recorded
 from qat.training.checkpoint import Built, RunFolder, load_run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
@@ -39,7 +39,7 @@ def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> 
     import onnx
 
     proto = exported(run, target)
-    onnx.checker.check_model(proto)
+    require_valid(proto)
     path = out or RunFolder.open(run) / "model.onnx"
     write_atomically(path, lambda p: onnx.save(proto, str(p)))
     return path
@@ -196,7 +196,7 @@ def export_ensemble(
     if target in ("fp32", "fp16"):
         raise RecipeError(f"qat ensemble: --target {target} has no codes; name an integer target, such as ort-packed")
     proto = merge_members([exported(run, target) for run in runs], [run.name for run in runs], average)
-    onnx.checker.check_model(proto)
+    require_valid(proto)
     write_atomically(out, lambda p: onnx.save(proto, str(p)))
     return out
 

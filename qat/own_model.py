@@ -77,7 +77,7 @@ def export_onnx(
     _require_distinct_names(proto)
     read_metadata(proto, str(destination))  # as whoever gets the file will read it
     _require_as_many(classes, proto)
-    _require_valid(proto)
+    require_valid(proto)
     write_atomically(destination, lambda part: onnx.save(proto, str(part)))
     return destination
 
@@ -230,7 +230,7 @@ def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
     return found.astype(np.int64)
 
 
-def _require_valid(proto: onnx.ModelProto) -> None:
+def require_valid(proto: onnx.ModelProto) -> None:
     """Raises ExportError for a graph that PyTorch's exporter has written wrong, such as that of a MaxUnpool2d."""
     import onnx
 
