@@ -32,6 +32,7 @@ def pytest_runtest_setup() -> None:
     np.random.seed(0)  # noqa: NPY002  # what a library may draw from
     torch.manual_seed(0)
     _keep_translations()
+    _take_no_signal_of_a_loaders_worker()
 
 
 def _keep_translations() -> None:
@@ -42,11 +43,9 @@ def _keep_translations() -> None:
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
-    """Take away the handler of SIGCHLD that PyTorch's loaders leave. On a virtual machine with AMX, processes that had it
-    were seen to end with SIGSEGV in the wait for a child, before the handler ran."""
-    loaders = sys.modules.get("torch.utils.data._utils.signal_handling")
-    if loaders is not None and loaders._SIGCHLD_handler_set:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        loaders._SIGCHLD_handler_set = False
+def _take_no_signal_of_a_loaders_worker() -> None:
+    """PyTorch's loaders handle SIGCHLD. On virtual machines with AMX, processes that had used it were seen to end when a
+    loader's worker did, before the handler ran. The loader looks after its workers every few seconds without it."""
+    from torch.utils.data._utils import signal_handling
+
+    signal_handling._SIGCHLD_handler_set = True
