@@ -19,6 +19,7 @@ import torch
 import tyro
 from bench_backbones import settle_norms
 from numpy.typing import NDArray
+from processor import processor
 from torch import Tensor, nn
 
 from edgeqat import cpp
@@ -99,7 +100,9 @@ class Chain(nn.Module):
 
 def main(flags: Flags) -> None:
     isa, peak = _isa(), flags.peak or measured_peak(_isa())
-    print(f"kernels {isa}, {peak:.0f} G 8-bit multiply-adds a second a core at most, {flags.threads} thread(s)")
+    print(
+        f"{processor()}: kernels {isa}, {peak:.0f} G 8-bit multiply-adds a second a core at most, {flags.threads} thread(s)"
+    )
     print(f"{'':<34} {'native ms':>9} {'x fp32':>7} {'x int8':>7} {'G mul-add/s':>12} {'of peak':>8}")
     for shape in (*RESNET18, *MOBILENETV2) if flags.layers and flags.bits > 1 else ():
         side, inputs, outputs, kernel, _, groups = shape

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
+from processor import processor
 from torch import Tensor
 
 from qat.surgery.backbones import create_backbone, first_and_last
@@ -101,7 +102,7 @@ def main(flags: Flags) -> None:
     for name in VARIANTS:
         print(f"{name:<9} median {statistics.median(times[name]) * 1e3:8.1f} ms a step, peak {memory[name]:7.1f} MB")
     more = memory["gaqat"] / memory["sagm-lsq"]
-    print(f"gaqat / sagm-lsq: time {ratio:.4f} (median of {flags.rounds} pairs), memory {more:.4f}")
+    print(f"{processor()}: gaqat / sagm-lsq: time {ratio:.4f} (median of {flags.rounds} pairs), memory {more:.4f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ spin for a while at every barrier. The four cases run in turn, in every round. T
 """
 
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import tyro
+from processor import processor
 
 ROOT = Path(__file__).parent.parent
 WAITING: dict[str, dict[str, str]] = {
@@ -57,12 +57,6 @@ def measured(flags: Flags, waiting: str, beside: bool) -> tuple[float, float]:
         if busy is not None:
             busy.kill()
             busy.wait()
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(flags: Flags) -> None:

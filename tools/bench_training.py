@@ -2,6 +2,7 @@
 
     python tools/bench_training.py --out bench.json     # resnet18, mobilenetv2_100, vit_tiny; eager and compiled
     python tools/bench_training.py --modes eager --backbones resnet18 --image-size 96 --batch 8 --clock cpu
+    python tools/bench_training.py --device cuda --batch 64 --rounds 30
 
 The defaults are sized for about 20 minutes on two quiet cores, half of it compiling (an estimate, not a timing). A row is
 printed, and `--out` written, as soon as it is known: what is stopped has lost nothing. A contestant that cannot be built,
@@ -9,7 +10,8 @@ compiled or run gets a row with the reason.
 
 All contestants of a backbone live in one process and take their steps in a random order, round by round; a ratio is the
 median over rounds of a step's time over full precision's of the same round and mode. Peak memory is what a step allocates
-at most above what it found, plus parameters and their gradients; from PyTorch's own allocation events.
+at most above what it found, plus parameters and their gradients; from PyTorch's own allocation events, on a GPU from its
+allocator's count.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from processor import processor
 from torch import Tensor, nn
 
 from edgeqat.files import write_json
@@ -32,6 +35,7 @@ from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import WEIGHTED, quantize_, uniform_rules
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+UNTIMED_ON_GPU = 5  # steps of each contestant before the first that counts: libraries choose kernels, memory pools fill
 
 
 def ours(model: nn.Module, images: Tensor, bits: int) -> nn.Module:
@@ -99,18 +103,40 @@ class Contestant:
         self.model = model.train().to(memory_format=torch.channels_last)
         self.run = torch.compile(self.model) if mode == "compiled" else self.model
         self.images, self.labels = images, labels
-        self.step()
+        for _ in range(UNTIMED_ON_GPU if images.is_cuda else 1):
+            self.step()
 
     def step(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
         F.cross_entropy(self.run(self.images), self.labels).backward()
 
+    def seconds(self, clock: Callable[[], float]) -> float:
+        """How long a step takes. A GPU works on after the call returns: its work is waited for."""
+        if self.images.is_cuda:
+            torch.cuda.synchronize()
+        began = clock()
+        self.step()
+        if self.images.is_cuda:
+            torch.cuda.synchronize()
+        return clock() - began
+
     def peak_mb(self) -> float:
         """Megabytes: parameters, buffers, and the most that a step has allocated at any time, gradients among them."""
         for parameter in self.model.parameters():
             parameter.grad = None
         held = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        peak = self._allocated_on_gpu() if self.images.is_cuda else self._allocated()
+        return (held + peak) / 1e6
+
+    def _allocated_on_gpu(self) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _allocated(self) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
             self.step()
         current = peak = 0
@@ -118,7 +144,7 @@ class Contestant:
         for event in sorted(events, key=lambda e: e.start_ns()):
             current += event.nbytes()
             peak = max(peak, current)
-        return (held + peak) / 1e6
+        return peak
 
 
 Row = dict[str, object]
@@ -132,7 +158,9 @@ def entrants(options: argparse.Namespace, backbone: str, mode: str) -> tuple[dic
     kwargs = {"img_size": options.image_size} if "vit" in backbone else {}
     float_model, _ = create_backbone(backbone, 10, **kwargs)
     images = torch.randn(options.batch, 3, options.image_size, options.image_size)
-    images, labels = images.contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (options.batch,))
+    images = images.contiguous(memory_format=torch.channels_last).to(options.device)
+    labels = torch.randint(0, 10, (options.batch,)).to(options.device)
+    float_model.to(options.device)
     able, failed = dict[str, Contestant](), dict[str, str]()
     for name in dict.fromkeys(["fp", *options.contestants]):
         try:
@@ -150,9 +178,7 @@ def bench(options: argparse.Namespace, backbone: str, mode: str) -> Iterator[Row
     clock, times = CLOCKS[options.clock], {name: list[float]() for name in contestants}
     for _ in range(options.rounds):
         for name in random.sample(list(contestants), len(contestants)):
-            began = clock()
-            contestants[name].step()
-            times[name].append(clock() - began)
+            times[name].append(contestants[name].seconds(clock))
     memory = {name: contestant.peak_mb() for name, contestant in contestants.items()}
     for name, taken in times.items():
         numbers: list[object] = [round(1e3 * statistics.median(taken), 1), "", round(memory[name], 1), ""]
@@ -174,11 +200,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; a step before them is not timed")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time, on a busy machine")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="also write the rows as JSON, anew after every one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else processor()
+    print(
+        f"{machine}, PyTorch {torch.__version__}, {options.threads} threads, {options.image_size} px, batch {options.batch}\n"
+    )
     rows: list[Row] = []
     print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
     for mode in options.modes:
