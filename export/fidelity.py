@@ -7,7 +7,8 @@ lowering and would share its mistakes. The trained net is run by PyTorch and sha
 operations  From the trained net's codes before an operation, with biases that are not rounded, the definition gives a real
             number u of codes; it explains the trained code q of the result if |u - q| <= 1/2 + what floats may be off:
                 float sums   FLOAT_SUM of the largest sum that the channel can have, for float32 adds in some order
-                functions    FUNCTION codes, for the last bits of softmax, layer norm, GELU
+                functions    FUNCTION codes, for the last bits of softmax, layer norm, GELU, and FLOAT_SUM of the largest
+                             result: what is far beyond the grid comes from sums as large, and may end next to a tie
                 scales       parts per million by which scales were moved (`export/ties.py`)
             One code that is not explained is one too many.
 rounding    Every int32 bias is the trained one to half a unit (`export/rounding.py`), and no unit is so coarse that rounding
@@ -222,7 +223,10 @@ class _Follower:
             before = in_codes(values[source], grid)
             axis = -1 if producer is not None and producer.op_type == "Gemm" else 1
             channels = [-1 if a == axis % before.dim() else 1 for a in range(before.dim())]
-            self.allowances[name] = self._allowance(layer, grid).view(channels if layer is not None else ())
+            allowance = self._allowance(layer, grid).view(channels if layer is not None else ())
+            if layer is None:
+                allowance = allowance + FLOAT_SUM * _largest(before)
+            self.allowances[name] = allowance
             values[node.outputs[0]] = Codes(before.float(), grid)
             if name in self.model.trained_at:  # the layout operations up to there move what is not rounded yet
                 return
@@ -351,6 +355,12 @@ def _einsum_products(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
         for index, size in zip(indices, shape, strict=True):
             sizes[index] = max(size, sizes.get(index, 1))
     return math.prod(sizes.values())
+
+
+def _largest(values: Tensor) -> Tensor:
+    """() of values' dtype: the largest finite magnitude, 0 where there is none."""
+    magnitudes = values.abs()
+    return magnitudes[magnitudes.isfinite()].max() if bool(magnitudes.isfinite().any()) else magnitudes.new_zeros(())
 
 
 def _shape_in(value: ir.Value, values: Mapping[ir.Value, Value]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from typing import Any
 
 STAGES = ("create", "quantize", "calibrate", "train", "export", "certify")
 CLASSES = 10
+FAULT = " " * 11  # how a certificate's lines begin that say what failed
 
 
 @dataclass
@@ -239,8 +240,10 @@ def _export_and_certify(row: Row, model: object, images: object, path: Path) -> 
     inexact = [level for level in certificate.levels if level.level not in EXACT_LEVELS]
     row.float_level_mismatches = sum(level.total for level in inexact)
     if not replace(certificate, levels=tuple(x for x in certificate.levels if x not in inexact)).passed:
-        failed = [line.strip() for line in str(certificate).splitlines()[2:]]
-        row.reason = " | ".join(line for line in failed if not line.endswith(("[ok]", "mismatches")))[:400]
+        lines = str(certificate).splitlines()[2:]
+        row.reason = " | ".join(line.strip() for line in lines if line.endswith("[FAILED]") or line.startswith(FAULT))[
+            :400
+        ]
 
 
 def in_processes(models: dict[str, str], options: argparse.Namespace) -> Iterator[Row]:

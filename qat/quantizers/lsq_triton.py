@@ -8,6 +8,8 @@ way out. Sums for the step are float32 within a tile and float64 over tiles, in 
 With TRITON_INTERPRET=1 set before the first import the kernels run on CPU tensors: how they are tested without a GPU.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -88,7 +90,8 @@ def _backward(
     passes = tl.where(inside & (value < ceiling), 1.0, 0.0)
     tl.store(gradient + at, _narrow(up * passes, gradient), mask=mask)
     by_step = (_code(v, low, high) - tl.where(inside, v, 0.0)) * up
-    sums = tl.sum(tl.where(mask, by_step, 0.0), axis=1)
+    reflected = tl.load(raw_steps + channel, mask=known, other=1.0) < 0
+    sums = tl.sum(tl.where(mask, by_step, 0.0), axis=1) * tl.where(reflected, -1.0, 1.0)
     tl.store(partial + tl.program_id(0).to(tl.int64) * channels + channel, sums, mask=known)
 
 
@@ -111,22 +114,28 @@ def backward(
     partial = raw_step.new_empty(launch[0], layout[1])
     with torch.cuda.device_of(x):
         _backward[launch](x, upstream, raw_step, gradient, partial, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS)
-    total = partial.sum(0, dtype=torch.float64).view(raw_step.shape) * gradient_scale
-    return torch.where(raw_step < 0, -total, total).to(raw_step.dtype)
+    total = partial.sum(0, dtype=torch.float64).mul_(gradient_scale)
+    return total.to(raw_step.dtype).view(raw_step.shape)
 
 
 def _bounds(grid: Grid) -> tuple[float, float, float]:
     return float(grid.qmin), float(grid.qmax), float(grid.ceiling)
 
 
+@lru_cache(maxsize=4096)  # of as many shapes: on a GPU the step of a small net is as long as Python takes to launch it
 def _tiles(layout: tuple[int, int, int]) -> tuple[tuple[int, int], tuple[int, int, int, int, int]]:
     """(programs along positions and channels), (positions, channels, inner, C, R); C and R are powers of two."""
     outer, channels, inner = layout
     positions = outer * inner  # computed here: as a product of two int32 it might overflow in the kernel
     if inner == 1 and channels > 1:
-        c = min(triton.next_power_of_2(channels), COALESCED)
+        c = min(_power_of_two_from(channels), COALESCED)
         r = TILE // c
     else:
-        r = min(triton.next_power_of_2(positions), TILE)
-        c = min(triton.next_power_of_2(channels), TILE // r)
-    return (triton.cdiv(positions, r), triton.cdiv(channels, c)), (positions, channels, inner, c, r)
+        r = min(_power_of_two_from(positions), TILE)
+        c = min(_power_of_two_from(channels), TILE // r)
+    return (-(-positions // r), -(-channels // c)), (positions, channels, inner, c, r)
+
+
+def _power_of_two_from(count: int) -> int:
+    """The smallest power of two >= count. Triton's own takes many times as long, since kernels call it, too."""
+    return 1 << (count - 1).bit_length()

@@ -162,6 +162,36 @@ def test_an_outlier_in_calibration_is_not_hidden(tmp_path: Path) -> None:
     assert certificate(model, to_integers(lower(model, IMAGES[:1])), tmp_path).passed
 
 
+class Scaled(nn.Module):
+    """Tokens multiplied in floating point by a trained gain, as by a LayerScale, before they are quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gain = nn.Linear(1024, 32), nn.Parameter(torch.ones(32))
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.permute(0, 2, 3, 1)) * self.gain).mean((1, 2))
+
+
+def test_results_far_beyond_a_grid_may_end_next_to_its_ties(tmp_path: Path) -> None:
+    """A sum of float32 is off by its last bit, which is many codes' thousandths where the sum is 100,000 codes."""
+    torch.manual_seed(6)
+    images = torch.randn(16, 1024, 16, 16)
+    model = Scaled().eval()
+    quantize_(model, uniform_rules(8, 8), images[:1])
+    calibrate(model, [images])
+    found = quantizers(model)
+    found["first.weight"].raw_step.data.fill_(found["first.weight"].step.mean())
+    unit = (
+        found["first.input"].step * found["first.weight"].step
+    )  # of the sums: every result is next to a tie of this grid
+    found["last.input"].raw_step.data.copy_(unit.max())
+    model.first.bias.data.copy_(unit * (0.5 - 0.002))
+    result = certificate(model, to_integers(lower(model, images[:1])), tmp_path, images=images).fidelity
+    assert result.at_ties > 0 and result.unexplained == {}
+
+
 class Wide(nn.Module):
     """A channel whose bias outweighs its largest sum, yet does not decide alone."""
 
