@@ -158,15 +158,15 @@ def entrants(options: argparse.Namespace, backbone: str, mode: str) -> tuple[dic
     kwargs = {"img_size": options.image_size} if "vit" in backbone else {}
     float_model, _ = create_backbone(backbone, 10, **kwargs)
     images = torch.randn(options.batch, 3, options.image_size, options.image_size)
-    images = images.contiguous(memory_format=torch.channels_last).to(options.device)
-    labels = torch.randint(0, 10, (options.batch,)).to(options.device)
-    float_model.to(options.device)
+    images, labels = images.contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (options.batch,))
     able, failed = dict[str, Contestant](), dict[str, str]()
     for name in dict.fromkeys(["fp", *options.contestants]):
         try:
-            able[name] = Contestant(
-                CONTESTANTS[name](copy.deepcopy(float_model), images, options.bits), mode, images, labels
-            )
+            model = CONTESTANTS[name](copy.deepcopy(float_model), images, options.bits)
+            device = (
+                options.device
+            )  # all are built on the CPU: not everybody's quantizers are made where their model is
+            able[name] = Contestant(model.to(device), mode, images.to(device), labels.to(device))
         except Exception as error:  # whatever a contestant dies of is its result
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return able, failed
