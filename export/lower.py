@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from export.lowered import BIAS_PARAMETER, DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.skeleton import modules_of
+from export.skeleton import constant, modules_of
 from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.quantizers.contract import Quantizer
@@ -69,20 +69,62 @@ def lower(
     _check_finite(model)
     with torch.no_grad():  # first: hooks such as prune's make a layer's weight anew in a forward pass
         outputs = list(named_outputs(call(model, arguments)))
-    layers = {f"{layer.name}.weight": layer for layer in _layers(model, arguments)}
-    activations = {name: _activation(q) for name, q in found.items() if not q.is_weight}
+    layers, activations = _grids(model, arguments)
     multiply_adds = sum(witness(model, example).values())
     passes = _Passes(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer, passes)  # type: ignore[method-assign,assignment]
     skeleton = onnx_graph(model, arguments, input_names or names_of_inputs(model, example), outputs)
     _name_norm_biases(skeleton, model)
-    for repeated, first in passes.repeated.items():
+    _add_repeated(passes.repeated, layers, activations)
+    return LoweredModel(skeleton, layers, activations, multiply_adds=multiply_adds, repeated=passes.repeated)
+
+
+def lowered_anew(lowered: LoweredModel, model: nn.Module, example: Example) -> LoweredModel:
+    """`lower(model, example)` where `lowered`, as `lower` gave it, is of the same model and only its quantizers, quantized
+    weights and the weights of its batch norms have changed since: the graph, which takes most of the time, is copied."""
+    model = copied(model).cpu().eval()
+    arguments = arguments_of(model, with_tensors(example, lambda tensor: tensor[:1].cpu()))
+    with torch.no_grad():  # see `lower`
+        call(model, arguments)
+    layers, activations = _grids(model, arguments)
+    _add_repeated(lowered.repeated, layers, activations)
+    skeleton = lowered.skeleton.clone()
+    parameters = dict(model.named_parameters())
+    for node in skeleton.graph:
+        beta = node.meta.get(BIAS_PARAMETER, "")
+        if beta:
+            _replace_gamma(node, parameters[f"{beta.removesuffix('.bias')}.weight"])
+    multiply_adds, repeated = lowered.multiply_adds, lowered.repeated
+    return LoweredModel(skeleton, layers, activations, multiply_adds=multiply_adds, repeated=repeated)
+
+
+def _replace_gamma(norm: ir.Node, gamma: Tensor) -> None:
+    """In the norm alone: the exporter writes tensors of equal values once, for all their readers."""
+    before = constant(norm.inputs[1])
+    now = gamma.detach().numpy()
+    if before is None or norm.graph is None or np.array_equal(before, now):
+        return
+    value = ir.Value(name=f"{norm.name}/gamma", const_value=ir.tensor(now))
+    norm.graph.register_initializer(value)
+    norm.replace_input_with(1, value)
+
+
+def _grids(model: nn.Module, arguments: Arguments) -> tuple[dict[str, LoweredLayer], dict[str, LoweredQuantizer]]:
+    """Layers by the name of their weight's quantizer, and activation quantizers by their own."""
+    layers = {f"{layer.name}.weight": layer for layer in _layers(model, arguments)}
+    return layers, {name: _activation(q) for name, q in quantizers(model).items() if not q.is_weight}
+
+
+def _add_repeated(
+    repeated: Mapping[str, str], layers: dict[str, LoweredLayer], activations: dict[str, LoweredQuantizer]
+) -> None:
+    """Give the marks of modules that run again what their first ones have."""
+    for again, first in repeated.items():
         if first in layers:
-            layers[repeated] = dataclasses.replace(layers[first], name=repeated.removesuffix(".weight"))
+            layers[again] = dataclasses.replace(layers[first], name=again.removesuffix(".weight"))
         else:
-            activations[repeated] = dataclasses.replace(activations[first], name=repeated)
-    return LoweredModel(skeleton, layers, activations, multiply_adds=multiply_adds)
+            activations[again] = dataclasses.replace(activations[first], name=again)
 
 
 def _name_norm_biases(skeleton: ir.Model, model: nn.Module) -> None:

@@ -147,6 +147,7 @@ class LoweredModel:
     multiply_adds: of the trained net for one image, as PyTorch's dispatcher counts them, but for those of constants.
     trained_at: quantizers that were moved in front of layout operations -> the value that now carries their codes in the
                 order in which the trained net has them.
+    repeated: marks of quantizers that run again -> the mark of their first run.
     """
 
     skeleton: ir.Model
@@ -156,6 +157,7 @@ class LoweredModel:
     tried: list[Tried] = field(default_factory=list)
     multiply_adds: int = 0
     trained_at: dict[str, ir.Value] = field(default_factory=dict)
+    repeated: dict[str, str] = field(default_factory=dict)
 
     @property
     def layer_names(self) -> list[str]:

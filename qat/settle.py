@@ -70,18 +70,19 @@ def settle_(model: nn.Module, example: Example | None = None) -> Settlement:
     ValueError for a model that is not float32.
     """
     require("onnx", "onnxruntime", "onnxscript")
-    from export.lower import lower
+    from export.lower import lower, lowered_anew
     from export.passes import to_integers
 
     model = unwrapped(model)
     given = example_of(model, example)
     require_float32(model, "settle_")
-    lowered = to_integers(lower(model, given))
+    before = lower(model, given)
+    lowered = to_integers(lowered_anew(before, model, given))
     left: dict[str, str] = {}
     moved = _settle_steps(model, lowered, left)
     scaled = _settle_weight_scales(model, lowered)
     if scaled:  # a bias is rounded in units of the scales as the model now holds them
-        lowered = to_integers(lower(model, given))
+        lowered = to_integers(lowered_anew(before, model, given))
     shifts, biases = _settle_biases(model, lowered, left)
     return Settlement(biases, shifts, scaled, moved, left)
 

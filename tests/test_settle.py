@@ -1,6 +1,8 @@
 """A settled net computes what its file computes: the same integers, image for image."""
 
 import copy
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from export import session
-from export.lower import lower, trained_codes
+from export.lower import lower, lowered_anew, trained_codes
 from export.native_graph import emit
 from export.passes import to_integers
 from export.targets import TARGETS
@@ -210,3 +212,29 @@ def test_the_report_of_a_settlement_is_plain_data() -> None:
     assert settlement.to_json() == {
         "biases": 2, "shifts": {"conv": 0.25}, "scaled": 1, "moved": {"conv.input": -3}, "left": {"head": "why"},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [lambda: with_random_norms(TinyNet()), Twins])
+def test_a_graph_that_is_copied_holds_what_an_export_would_hold(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(2)
+    model = make().eval()
+    quantize_(model, uniform_rules(4, 4), IMAGES[:1])
+    calibrate(model, [IMAGES])
+    before = lower(model, IMAGES[:1])
+    to_integers(lowered_anew(before, model, IMAGES[:1]))  # which leaves `before` as it is
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.mul_(torch.rand_like(module.weight) + 0.5)
+        for quantizer in quantizers(model).values():
+            quantizer.raw_step.mul_(1.1)
+        for weight, _ in quantized_weights(model):
+            weight.mul_(1.2)
+    found, expected = (to_integers(x) for x in (lowered_anew(before, model, IMAGES[:1]), lower(model, IMAGES[:1])))
+    assert found.quantizers == expected.quantizers and found.tried == expected.tried
+    assert found.layers.keys() == expected.layers.keys() and found.multiply_adds == expected.multiply_adds
+    for name, layer in expected.layers.items():
+        for field in ("codes", "scale", "bias", "bias_codes"):
+            assert np.array_equal(getattr(found.layers[name], field), getattr(layer, field)), (name, field)
+    file, other = (re.sub(r"val_\d+", "val", str(emit(x, TARGETS["ort-int8"]))) for x in (found, expected))
+    assert file == other  # but for names that passes make up
