@@ -66,6 +66,8 @@ def observe(model: nn.Module, example: Example) -> Observation:
                 f"{call.address}: writes what depends on the image into a part of a tensor ({call.kind}), which no integer "
                 "file can; build the tensor with torch.cat or torch.where"
             )
+        if call.kind == "batch_norm":
+            _require_running_statistics(model.get_submodule(call.path), call)
         if call.kind in MULTIPLIES:
             _require_one_activation(call)
             calls[call.layer].append(call)
@@ -91,6 +93,14 @@ def _require_one_activation(call: Call) -> None:
         raise ValueError(
             f"{call.address}: the weight of this {call.kind} depends on the image; quantize_ cannot quantize it, compute the "
             "product with torch.matmul, which takes two activations"
+        )
+
+
+def _require_running_statistics(module: nn.Module, call: Call) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        raise ValueError(
+            f"{call.path or call.address}: has no running statistics, so that what it makes of an image depends on the others of "
+            "its batch, and no file answers so; make it with track_running_stats=True and train it, or take a GroupNorm"
         )
 
 

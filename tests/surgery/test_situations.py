@@ -369,6 +369,29 @@ def test_sums_skipped_at_random_are_refused_in_the_step_that_skips() -> None:
         model(X)
 
 
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module, in_eval: bool = True) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.in_eval = nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 4, 1), in_eval
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(self.norm(x) if self.in_eval or self.training else x)
+
+
+def test_a_norm_over_the_batch_is_refused_where_the_model_runs_it() -> None:
+    """Each image by itself, as a file answers, and all together: nets with such norms give two answers."""
+    torch.manual_seed(0)
+    over_batch = Normed(nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    assert not torch.allclose(over_batch(X)[:1], over_batch(X[:1]), atol=1e-3)
+    with pytest.raises(ValueError, match=r"norm: has no running statistics.*track_running_stats=True.*GroupNorm"):
+        qat.quantize_(over_batch, qat.uniform_rules(4), X)
+    assert not quantizers(over_batch)
+    unused = Normed(nn.BatchNorm2d(8, track_running_stats=False), in_eval=False)
+    for model in (unused, Normed(nn.BatchNorm2d(8)), Normed(nn.InstanceNorm2d(8))):
+        qat.quantize_(model.eval(), qat.uniform_rules(4), X)
+
+
 def test_fusing_after_quantize_is_refused_with_advice_that_can_be_followed() -> None:
     model = tiny()
     model.left = nn.Conv2d(8, 6, 1)
