@@ -99,7 +99,7 @@ def _require_one_activation(call: Call) -> None:
 def _require_running_statistics(module: nn.Module, call: Call) -> None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         raise ValueError(
-            f"{call.path or call.address}: has no running statistics, so that what it makes of an image depends on the others of "
+            f"{call.path or call.address}: has no running statistics, so its result for an image depends on the others of "
             "its batch, and no file answers so; make it with track_running_stats=True and train it, or take a GroupNorm"
         )
 
