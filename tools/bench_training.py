@@ -49,7 +49,7 @@ def of_brevitas(model: nn.Module, images: Tensor, bits: int) -> nn.Module:
     from qat.surgery.brevitas_bridge import brevitas_layer
 
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED)]:
-        _put(model, name, brevitas_layer(layer, bits))
+        model.set_submodule(name, brevitas_layer(layer, bits))
     with torch.no_grad():
         model.train()(images)  # its scales are collected from the first batches
     return model
@@ -79,7 +79,7 @@ class _TorchFakeQuantized(nn.Module):
 def of_torch(model: nn.Module, images: Tensor, bits: int) -> nn.Module:
     edges = first_and_last(model)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED)]:
-        _put(model, name, _TorchFakeQuantized(layer, 8 if name in edges else bits))
+        model.set_submodule(name, _TorchFakeQuantized(layer, 8 if name in edges else bits))
     return model
 
 
@@ -89,11 +89,6 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, int], nn.Module]] = {
     "brevitas": of_brevitas,
     "torch": of_torch,
 }
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
 
 
 class Contestant:

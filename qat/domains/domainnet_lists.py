@@ -40,11 +40,6 @@ def read_lists(folder: Path, classes: int) -> dict[str, dict[str, int]]:
     return found
 
 
-def read_list(path: Path, domain: str, classes: int = 345) -> dict[str, int]:
-    """Image -> label of one list. Raises DataError naming file and line."""
-    return {image: label for _, image, label in _entries(path, domain, classes)}
-
-
 def read_duplicates(folder: Path) -> frozenset[str] | None:
     """The images that `folder`'s list of duplicates names, as "domain/class/file.jpg"; None without such a list."""
     for path in (folder / name for name in DUPLICATES):

@@ -197,12 +197,3 @@ def _colour(values: NDArray[np.float64]) -> Colour:
 
 def _image(pixels: NDArray[np.float64]) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def contact_sheet(domains: list[Domain], columns: int = 2) -> Image.Image:
-    """A look at the data: a row of images for every domain, `columns` of each class."""
-    rows = []
-    for domain in domains:
-        picks = [i for c in range(len(domain.classes)) for i in np.flatnonzero(domain.labels == c)[:columns]]
-        rows.append(np.concatenate([np.asarray(domain.images[int(i)]) for i in picks], 1))
-    return Image.fromarray(np.concatenate(rows, 0))

@@ -225,16 +225,3 @@ def beyond(disorder: Tensor, comparisons: Tensor, threshold: Tensor, rule: Freez
     """Which disorders lie beyond the threshold: r where given (not NaN), else ½ - z·½/√comparisons; or its mirror image."""
     bound = torch.where(threshold.isnan(), 0.5 - rule.z * 0.5 / comparisons.sqrt(), threshold)
     return disorder < bound if rule.when == "below" else disorder > 1 - bound
-
-
-def disorder(signs: Tensor) -> Tensor:
-    """Self-disorder of a stream of gradients (K, ...): share of sign flips between neighbours, zeros keeping the sign before.
-
-    K - 1 comparisons count, also those before the first non-zero value, where nothing flips.
-    """
-    last, flips = torch.zeros_like(signs[0]), torch.zeros_like(signs[0])
-    for value in signs:
-        sign = torch.where(value == 0, last, value.sign())
-        flips = flips + ((sign * last) < 0)
-        last = sign
-    return flips / max(len(signs) - 1, 1)

@@ -77,8 +77,3 @@ def best_scale(a: float) -> float:
 def quantization_error(a: float) -> float:
     """Mean squared error of γ*·sign(sin(ω₀w)) against sin(ω₀w) for w ~ Laplace(0, b), a = ω₀b > 0."""
     return 2 * a * a / (1 + 4 * a * a) - best_scale(a) ** 2
-
-
-def unscaled_error(a: float) -> float:
-    """Mean |sin(ω₀w) - sign(sin(ω₀w))|, without a scale, for w ~ Laplace(0, b), a = ω₀b > 0."""
-    return 1 - best_scale(a)

@@ -126,8 +126,8 @@ def fold_norms(model: nn.Module, example: Tensor) -> list[str]:
                 f"{FOLD_ERROR:.0e}); its running variance or gamma is extreme, leave this model unfolded"
             )
     for conv, norm in pairs:
-        _put(model, conv, folded[conv])
-        _put(model, norm, _behind(model.get_submodule(norm)))
+        model.set_submodule(conv, folded[conv])
+        model.set_submodule(norm, _behind(model.get_submodule(norm)))
     return [conv for conv, _ in pairs]
 
 
@@ -193,11 +193,6 @@ def _behind(norm: nn.Module) -> nn.Module:
     """What a norm module does besides normalising: timm's carry dropout and an activation."""
     parts = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
     return nn.Sequential(*parts) if parts else nn.Identity()
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
 
 
 def _norms(model: nn.Module) -> list[BatchNorm]:

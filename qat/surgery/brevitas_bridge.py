@@ -77,7 +77,7 @@ def in_brevitas_layers(model: nn.Module) -> nn.Module:
             made.add_module("input_quantizer", layer.input_quantizer)
         made.same_padding = getattr(layer, "same_padding", False)
         made.register_forward_pre_hook(_prepare_input)
-        _put(model, name, made)
+        model.set_submodule(name, made)
     model.stream_quantizers.guests = True  # type: ignore[union-attr]
     return model
 
@@ -211,11 +211,6 @@ def _quantized(model: nn.Module) -> list[tuple[str, Any]]:
     """Names and layers whose weight is quantized."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))]
     return [(name, layer) for name, layer in layers if layer.weight_quantizer is not None]
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ NORMALIZATIONS = {
 }
 
 
-KINDS = ("predicted", "label")
+ARRAYS_OF_A_DOMAIN = ("predicted", "label")
 SAVED = ("last.pt", "checkpoint.pt", "results.json")  # what makes a folder a run's
 # Entries that a checkpoint, and last.pt, must have.
 CHECKPOINT: dict[str, Kind] = {"model": dict, "classes": list}
@@ -168,7 +168,9 @@ class RunFolder:
     def write_predictions(self, predictions: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
         """Per domain: predicted classes and labels of the images its accuracy was measured on, in a fixed order."""
         arrays = {
-            f"{domain}/{kind}": a for domain, both in predictions.items() for kind, a in zip(KINDS, both, strict=True)
+            f"{domain}/{kind}": a
+            for domain, both in predictions.items()
+            for kind, a in zip(ARRAYS_OF_A_DOMAIN, both, strict=True)
         }
 
         def write(path: Path) -> None:
@@ -183,7 +185,7 @@ class RunFolder:
         domains = dict.fromkeys(name.rsplit("/", 1)[0] for name in arrays)
         found = {}
         for domain in domains:
-            pair = [arrays.get(f"{domain}/{kind}") for kind in KINDS]
+            pair = [arrays.get(f"{domain}/{kind}") for kind in ARRAYS_OF_A_DOMAIN]
             fits = all(a is not None and a.dtype == np.int64 and a.ndim == 1 and len(a) for a in pair)
             if not fits or pair[0].shape != pair[1].shape:  # type: ignore[union-attr]
                 raise RecipeError(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgeqat.terminal import printable
 from qat.quantizers.biper import quantization_error
-from qat.training.scale_log import KINDS, kind_of, layer_of
+from qat.training.scale_log import QUANTIZER_KINDS, kind_of, layer_of
 
 BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
 COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")  # of runs and curves, in turn
@@ -66,7 +66,7 @@ def step_curves(entries: Sequence[Mapping[str, Any]]) -> str:
     moved furthest are named."""
     recorded = [e for e in entries if e.get("steps")]
     figure, axes_row = new_figure(9, 3.2, columns=3)
-    for axes, kind in zip(axes_row, KINDS, strict=True):
+    for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
         steps, names, ratios = relative_steps(recorded, kind)
         furthest = np.argsort(-np.abs(np.log(ratios[-1])))[:3].tolist() if len(names) else []
         lines = [np.column_stack(thinned(steps, column)) for column in ratios.T]
@@ -86,7 +86,7 @@ def step_curves(entries: Sequence[Mapping[str, Any]]) -> str:
 def step_medians(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]) -> str:
     """Median over quantizers, with the 5th to 95th percentile, of the relative step over training; a colour a run."""
     figure, axes_row = new_figure(9, 2.9, columns=3)
-    for axes, kind in zip(axes_row, KINDS, strict=True):
+    for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
         drawn = False
         for (name, entries), colour in zip(runs.items(), colours, strict=True):
             steps, names, ratios = relative_steps([e for e in entries if e.get("steps")], kind)

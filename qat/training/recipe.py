@@ -14,7 +14,7 @@ from qat.surgery.batchnorm import NormMode
 from qat.training.ranges import BINARY, RECIPE, out_of_range
 
 Kind = Literal["weights", "norms", "biases", "scales"]
-KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")
+PARAMETER_KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")
 
 # never, always, permanent, random: another policy for the same stream; smooth, both: another stream; above: the other side of
 # the threshold; alternate: the two objectives take turns; project, min-norm: the streams are combined instead of frozen.
@@ -134,7 +134,7 @@ class SagmRecipe(Recipe):
     """SAGM: length of the step against the gradient in the second pass. GSAM: weight of the orthogonal part."""
     perturb: Literal["latent", "quantized"] = "latent"
     """Perturb weights before the quantizer, or behind it (SAQ, arXiv 2111.12273)."""
-    perturb_kinds: tuple[Kind, ...] = KINDS
+    perturb_kinds: tuple[Kind, ...] = PARAMETER_KINDS
     """Which parameters are perturbed."""
     per_domain: bool = False
     """Perturb every source domain along its own gradient (two passes a domain)."""

@@ -25,7 +25,7 @@ from qat.training.inspection import conflicted, threshold_text
 from qat.training.loop import mean_steps
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError
 from qat.training.records import CERTIFICATE, LATENCIES, RECIPE, metrics_of, optional, require, results_of
-from qat.training.scale_log import KINDS
+from qat.training.scale_log import QUANTIZER_KINDS
 from qat.training.scale_view import open_view
 
 HISTOGRAMS = 4
@@ -159,7 +159,7 @@ def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
         "silent": int(view.silent.all(axis=0).sum()),
         "count": len(view.names),
         "curves": Markup(scale_figures.disorder_curves(view)),
-        "maps": [Markup(scale_figures.disorder_map(view, kind)) for kind in KINDS],
+        "maps": [Markup(scale_figures.disorder_map(view, kind)) for kind in QUANTIZER_KINDS],
         "conflict": Markup(scale_figures.conflict_curves(view)),
         "rows": conflicted(view, metrics_of(folder), MOST_CONFLICTED),
     }

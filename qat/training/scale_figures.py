@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from qat.training.figures import BASELINE, COLOURS, RUN, THIRD, new_figure, shown, smooth, svg, thinned
-from qat.training.scale_log import KINDS, layer_of
+from qat.training.scale_log import QUANTIZER_KINDS, layer_of
 from qat.training.scale_view import ScaleView, frozen_spans
 
 COLUMNS = 240  # of a heat map; more windows than these are drawn as means of neighbours
@@ -93,7 +93,7 @@ def disorder_map(view: ScaleView, kind: str) -> str:
 def disorder_curves(view: ScaleView) -> str:
     """Over windows, a column a kind. Above, median and 5th to 95th percentile of disorder, and the fair coin's band; below,
     the share of scales beyond the threshold beside fair coins' share, and the share frozen."""
-    kinds = [kind for kind in KINDS if len(view.of_kind(kind))]
+    kinds = [kind for kind in QUANTIZER_KINDS if len(view.of_kind(kind))]
     figure, axes = new_figure(9, 4.6, columns=len(kinds), rows=2)
     grid = np.asarray(axes).reshape(2, len(kinds))
     for column, kind in enumerate(kinds):
@@ -116,7 +116,7 @@ def conflict_curves(view: ScaleView, names: int = 6) -> str:
     heard = np.flatnonzero(~view.silent.all(axis=0))
     cosine, middle = view.window_means("cosine"), view.ends - view.width / 2
     lowest = heard[np.argsort(view.mean("cosine")[heard], kind="stable")[:names]]
-    for kind, style in zip(KINDS, ("-", "--", ":"), strict=True):
+    for kind, style in zip(QUANTIZER_KINDS, ("-", "--", ":"), strict=True):
         group = np.intersect1d(view.of_kind(kind), heard)
         if len(group):
             line = thinned(middle, smooth(cosine[:, group].mean(axis=1)))

@@ -18,7 +18,7 @@ from qat.training.recipe import RecipeError
 from qat.training.records import TEXT, WHOLE, require
 
 COLUMNS = ("disorder", "conflict", "cosine", "frozen")
-KINDS = ("weight", "input", "stream")
+QUANTIZER_KINDS = ("weight", "input", "stream")
 
 
 class ScaleLog:
@@ -55,10 +55,6 @@ class ScaleHistory:
         """(steps, scales) float32."""
         return self.values[:, :, COLUMNS.index(name)].astype(np.float32)
 
-    def window_ends(self) -> NDArray[np.int64]:
-        """Indices of the rows at which a window's disorder is complete."""
-        return np.arange(self.window - 1, len(self.values), self.window)
-
 
 def read_scales(folder: Path) -> ScaleHistory | None:
     """The scale log of a run folder; None where the run kept none. Raises ValueError naming the file that is damaged."""
@@ -82,7 +78,7 @@ def read_scales(folder: Path) -> ScaleHistory | None:
 
 
 def kind_of(name: str) -> str:
-    """One of KINDS, from a quantizer's name; "stream" is where operations join."""
+    """One of QUANTIZER_KINDS, from a quantizer's name; "stream" is where operations join."""
     return "stream" if "#" in name else name.rsplit(".", 1)[-1]
 
 
