@@ -312,7 +312,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what builds that were killed have left behind."""
+    """Remove the temporary files of builds that were killed."""
     oldest = time.time() - STALE
     for path in folder.glob(f"{STAGING}*"):
         with contextlib.suppress(OSError):

@@ -314,7 +314,7 @@ class _Follower:
 
 
 def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
-    """How many multiply-adds `node` makes with the operands at hand; 0 for what is no contraction."""
+    """How many multiply-adds `node` makes with the operands at hand; 0 for other operations."""
     if node.op_type not in ("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"):
         return 0
     if node.op_type == "Einsum":

@@ -1,7 +1,7 @@
 """What the graph of a file may consist of: known operators, numbers in range, all tensors inside and of the size they claim.
 
 A runtime checks much of this late or not at all: a stride of 0 is a division by zero, a tensor shorter than its shape is read
-behind its end, an integer division by a zero from the file ends the process.
+past its end, an integer division by a zero from the file ends the process.
 """
 
 import math

@@ -72,7 +72,7 @@ class LoweredQuantizer:
     """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high.
 
     thresholds:  one bit only, one number or one per channel: carrier 254 where the value reaches it, else 0.
-    write_scale: one bit only, behind a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
+    write_scale: one bit only, after a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
     moved_ppm:   how far the scale was moved from the trained one, in parts per million (`export/ties.py`).
     is_fixed:    whether the scale must stay as it is, a power of two.
     """
@@ -111,7 +111,7 @@ class LoweredQuantizer:
         return cls(name, np.float32(scale), zero_point, bits, 0, (1 << bits) - 1)
 
     def clipped(self, lowest: float, highest: float) -> "LoweredQuantizer":
-        """The same grid behind an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
+        """The same grid after an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
         onto the codes."""
         if self.is_binary:  # the clip's own bounds reach a threshold, or never do
             moved = (-np.inf if lowest >= t else np.inf if highest < t else t for t in self.thresholds)
@@ -145,7 +145,7 @@ class LoweredModel:
     """Skeleton, layers and quantizers by name, notes on what lowering decided, and the operations that were tried.
 
     multiply_adds: of the trained net for one image, as PyTorch's dispatcher counts them, but for those of constants.
-    trained_at: quantizers that were moved in front of layout operations -> the value that now carries their codes in the
+    trained_at: quantizers that were moved before layout operations -> the value that now carries their codes in the
                 order in which the trained net has them.
     repeated: marks of quantizers that run again -> the mark of their first run.
     """

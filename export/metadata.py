@@ -301,7 +301,7 @@ def codes_of(layer: LoweredLayer, found: Mapping[str, NDArray[np.generic]]) -> N
 def stored_codes(
     found: Mapping[str, NDArray[np.generic]], name: str, bits: int, carry: int, shape: tuple[int, ...]
 ) -> NDArray[np.generic] | None:
-    """Codes of layer `name` in any storage (float64 where a byte is no multiple of the carry); None where absent."""
+    """Codes of layer `name` in any storage (float64 where a byte is not a multiple of the carry); None where absent."""
     weight = f"{name}.weight"
     if weight in found:
         offset = 128 if found[weight].dtype == np.uint8 else 0

@@ -46,8 +46,10 @@ def quantizer_names(proto: onnx.ModelProto) -> set[str]:
 
 
 def layer_part(proto: onnx.ModelProto, node: onnx.NodeProto, output: str, shape: tuple[int, ...]) -> onnx.ModelProto:
-    """The native layer `node` alone, without the sum and the tables behind it: uint8 input `codes` of `shape` (N_C_H_W or
-    N_C, any N) to its own codes `output`."""
+    """The native layer `node` alone, without the sum and the tables that follow it.
+
+    It reads uint8 `codes` of `shape` (N_C_H_W or N_C, any N) and writes its own codes as `output`.
+    """
     alone = onnx.NodeProto()
     alone.CopyFrom(node)
     del alone.input[6:]

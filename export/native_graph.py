@@ -1,7 +1,7 @@
 """Canonical `LoweredModel` -> ONNX with the operators of `export/kernels` where they exist, and ordinary QDQ elsewhere.
 
 Codes stay in N_H_W_C between native operators; a Transpose stands only where an ordinary operator reads or writes them. A
-layer, the residual sum behind it and every quantizer that reads the result are one node, whose outputs are
+layer, the residual sum that follows it and every quantizer that reads the result are one node, whose outputs are
 
     own codes | codes of the sum | codes of each reader's quantizer, through a table of 256 bytes
 
@@ -201,7 +201,7 @@ class NativeEmitter(Emitter):
         self._add("Transpose", [f"@{output}"], output, perm=TO_NCHW)
 
     def _mark(self, node: ir.Node) -> bool:
-        """A quantizer behind codes (a table), or behind the images."""
+        """A quantizer of codes (a table), or of the images."""
         grid = self.model.quantizers[mark_name(node)]
         source = self._codes(node.inputs[0])
         if source is not None and len(grid.thresholds) <= 1:

@@ -65,7 +65,7 @@ def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> Lo
 
 
 def fold_batch_norms(model: LoweredModel) -> bool:
-    """BatchNorm behind a quantized layer: y = (x·W + b - mean)·a + beta with a = gamma / sqrt(var + eps), in float64.
+    """BatchNorm after a quantized layer: y = (x·W + b - mean)·a + beta with a = gamma / sqrt(var + eps), in float64.
 
     The codes stay; a goes, sign included, into the layer's scale.
     """
@@ -465,7 +465,7 @@ def _with_biases_alone(
     codes[silent] = 0
     scale[silent] = layer.carry * np.maximum(np.abs(bias), 1e-6) / (input_scale * (1 << 20))
     bias_codes[silent] = np.rint(bias / (input_scale * scale[silent].astype(np.float64) / layer.carry))
-    bits = max(layer.bits, 2)  # 0 is no 1-bit code
+    bits = max(layer.bits, 2)  # 0 is not a 1-bit code
     silenced = replace(layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels))
     return replace(silenced, bias_codes=bias_codes.astype(np.int32))
 

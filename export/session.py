@@ -101,7 +101,7 @@ def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     half = ir.from_proto(convert_float_to_float16(fp32, keep_io_types=True))
-    half.graph.sort()  # the converter appends its casts behind their readers
+    half.graph.sort()  # the converter appends its casts after their readers
     return ir.to_proto(half)
 
 

@@ -29,8 +29,8 @@ SUM_LIMIT = (1 << 31) - 1  # every kernel's sum over all products, bias included
 class Target:
     """One place a file can run.
 
-    storage:            "int8": a byte a code; "packed": uint8 planes unpacked by standard operators that the runtime folds
-                        at load (any bits, ORT >= 1.18); "onnx-int4": INT4 initialisers behind a Cast (ORT >= 1.23).
+    storage:            "int8": one byte per code; "packed": uint8 planes, unpacked by standard operators that the runtime
+                        folds at load (any bits, ORT >= 1.18); "onnx-int4": INT4 initialisers read by a Cast (ORT >= 1.23).
     pair_sums_saturate: u8·s8 kernels add pairs of products in 16 bits (x86 AVX2 without VNNI).
     keeps_scales:       whether activations' scales stay exactly as trained (powers of two, for hardware that shifts), at the
                         price that results at a tie are rounded as each runtime likes (`export/ties.py`).

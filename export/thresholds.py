@@ -5,10 +5,10 @@ these are +127 and -127 (codes ±1), and zero padding is the carrier 127, a true
 but 127 times the code gives the integer bias of the next layer 127 times the precision at the same price. The comparison is
 decided in integers:
 
-    behind a layer   acc + b/u >= t/u becomes acc + B >= 0 (or <= 0 where u < 0), B an integer. Sums acc are multiples of
+    after a layer    acc + b/u >= t/u becomes acc + B >= 0 (or <= 0 where u < 0), B an integer. Sums acc are multiples of
                      c, the layer's carry times its input's gain, so B is put half of c away from the last sum that counts:
                      never a tie, and no float error at lower optimisation levels reaches over.
-    behind codes     q >= T, the first code whose value reaches t.
+    after codes      q >= T, the first code whose value reaches t.
 
 QuantizeLinear does the rest with zero point 254 and a scale that takes every difference of 1 (of c/2) to 256 codes; Clip(0,
 254) ends it. u = s_x · s_w is the real value of 1 as stored; its sign is the folded batch norm's.
@@ -51,7 +51,7 @@ def with_threshold_bias(
 
 
 def _silenced(layer: LoweredLayer, silent: NDArray[np.bool_]) -> LoweredLayer:
-    """Weights of silent channels become 0 and their scale positive; 0 is no 1-bit code, so such a layer takes 2 bits."""
+    """Weights of silent channels become 0 and their scale positive; 0 is not a 1-bit code, so such a layer takes 2 bits."""
     if not silent.any():
         return layer
     codes, scale = layer.codes.copy(), layer.scale.copy()

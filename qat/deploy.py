@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
-    """Write the ONNX file of `run` for `target`; returns its path. Nothing is left behind when the export fails."""
+    """Write the ONNX file of `run` for `target`; returns its path. An export that fails leaves no file."""
     import onnx
 
     proto = exported(run, target)

@@ -34,7 +34,7 @@ from qat.surgery.wrappers import require_float32, unwrapped
 if TYPE_CHECKING:
     from export.lowered import LoweredModel
 
-LARGE_SHIFT = 0.5  # codes: from here on rounding biases is no longer small beside rounding activations
+LARGE_SHIFT = 0.5  # codes: from here on rounding biases exceeds rounding activations
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _settle_biases(model: nn.Module, lowered: LoweredModel, left: dict[str, str]
         if not owner and not rounding.change.any():
             continue
         if owner not in parameters:
-            left[name] = "its bias is no parameter of the model"
+            left[name] = "its bias is not a parameter of the model"
             continue
         parameter = parameters[owner]
         change = torch.from_numpy(rounding.change).to(parameter.device).view_as(parameter)

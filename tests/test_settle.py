@@ -86,7 +86,7 @@ def test_weight_codes_and_the_function_stay_what_they_were() -> None:
 
 
 def test_biases_are_whole_numbers_of_units_and_no_sum_lies_near_a_tie() -> None:
-    """In float64 from the model's own parameters, for a convolution behind a residual block: no lowering is asked."""
+    """In float64 from the model's own parameters, for a convolution after a residual block: no lowering is asked."""
     model = tiny(4)
     before = nearest_to_a_tie(model)
     settle_(model, IMAGES[:1])

@@ -149,8 +149,8 @@ def _with_logits(model: Any, size: int) -> tuple[Any, int]:
 def _as_if_trained(model: Any, images: Any) -> None:
     """Batch norm statistics of the data, and nothing left at the zeros it was initialised with.
 
-    A branch multiplied with a gain of 0 has no gradient, nor has a class token of one value behind a LayerNorm, nor
-    anything behind a LayerNorm of one channel without its bias.
+    A branch multiplied with a gain of 0 has no gradient, nor has a class token of one value after a LayerNorm, nor
+    anything after a LayerNorm of one channel without its bias.
     """
     import torch
 
@@ -160,7 +160,7 @@ def _as_if_trained(model: Any, images: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 3 and parameter.numel() == parameter.shape[-1]:
-                parameter.normal_()  # a class token is no larger than 0.02 at first: less than a step of the image's tokens
+                parameter.normal_()  # a class token is at most 0.02 at first: less than a step of the image's tokens
             if parameter.any():
                 continue
             if parameter.numel() == max(parameter.shape, default=1) and not name.endswith("bias"):

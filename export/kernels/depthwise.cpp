@@ -1,5 +1,5 @@
 // Depthwise layers read the image where it is. Taps outside of it read a stretch of the input's zero point instead, and only
-// pixels near the tensor's end, where 64 channels would reach behind it, are computed from a copy of their window.
+// pixels near the tensor's end, where 64 channels would reach past it, are computed from a copy of their window.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -69,7 +69,7 @@ void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) 
   }
   // Columns are shared where the next pixel's window begins one tap further right.
   const bool shares = w.kernel[0] <= 4 && w.stride[1] == w.dilation[1];
-  // Pixel m of a call reads m · step behind its first one's place, here too.
+  // Here, too, pixel m of a call starts m · step after its first pixel.
   const std::vector<uint8_t> zeros(size_t((kMaxPixels - 1) * step + kBlock), uint8_t(spec_.input_zero));
   std::vector<uint8_t> window(taps.size() * kBlock);
   Places places{std::vector<ptrdiff_t>(taps.size())}, copied = places;

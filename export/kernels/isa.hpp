@@ -14,7 +14,7 @@ constexpr int kMaxPixels = 8;   // pixels of one call
 constexpr int kWinogradTiles = 24;  // whose sums are kept at a time
 constexpr int kMaxTables = 4;   // requantized copies of one output
 
-// A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel begins `offsets[r]` bytes behind its pointer.
+// A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel starts at `pixel + offsets[r]`.
 //   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded
 //   bias     s32 [16 · units]
 // The inner loop writes sums s32 [pixels][64] = bias + carry · Σ w·x, exactly.

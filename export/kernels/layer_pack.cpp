@@ -45,7 +45,7 @@ void Layer::check() const {
   if (s.carry < 1 || s.carry > 127) refuse("its carry is not between 1 and 127");
   if (s.input_zero < 0 || s.input_high < 1 || s.input_high > 255 || s.input_zero > s.input_high) refuse("its input grid is not within a byte");
   for (const int8_t code : s.codes)
-    if (code * s.carry < -128 || code * s.carry > 127) refuse("weight code " + std::to_string(code) + " times its carry is no byte");
+    if (code * s.carry < -128 || code * s.carry > 127) refuse("weight code " + std::to_string(code) + " times its carry does not fit a byte");
   for (int64_t o = 0; o < s.outputs; ++o) {
     int64_t magnitude = 0, total = 0;
     for (int64_t k = 0; k < depth; ++k) {

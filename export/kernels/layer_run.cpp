@@ -7,7 +7,7 @@
 namespace edgeqat {
 namespace {
 
-constexpr size_t kSlack = 128;          // inner loops read up to 63 bytes behind the last pixel
+constexpr size_t kSlack = 128;          // inner loops read up to 63 bytes past the last pixel
 constexpr int64_t kPartWork = 150'000;  // multiply-adds that are worth a task of their own
 constexpr int64_t kMostParts = 16;
 

@@ -135,7 +135,7 @@ struct Image : Kernel {
   explicit Image(const Info& info) : to(grid_of(info)) {}
   void compute(const Call& call) const override {
     const Tensor x = call.input(0, kImagesRead);
-    if (x.shape.size() != 4) throw std::invalid_argument("reads an input that is no batch of images");
+    if (x.shape.size() != 4) throw std::invalid_argument("expects 4-D (image) codes");
     PoolShape s;
     s.batch = x.shape[0];
     s.channels = x.shape[1];

@@ -66,7 +66,7 @@ inline Tensor tensor_of(const abi::Api& api, const abi::Value* value, const Read
   if (!value) return {};
   Tensor found;
   abi::TypeInfo* info = nullptr;
-  check(api, api.type_info(value, &info), "an input is no tensor");
+  check(api, api.type_info(value, &info), "an input is not a tensor");
   size_t rank = 0;
   abi::Status* status = api.element_type(info, &found.type);
   if (!status) status = api.rank(info, &rank);

@@ -71,7 +71,7 @@ def _image(where: str, image: str, domains: tuple[str, ...]) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, text) of every line that holds something."""
-    # A byte that is no UTF-8 becomes a sign that no file name matches: the line is then reported, not the decoder.
+    # Invalid UTF-8 is replaced, so that the line is reported as naming a missing file.
     for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
         if text := line.strip():
             yield f"{path}:{number}", text

@@ -8,7 +8,7 @@ With g = ∇L(θ) the task gradient, ‖·‖ one norm over the perturbed set, a
     SAGM  (Wang et al., arXiv 2303.10353)     ε = (ρ/‖g‖ - α) g               .grad = ½ g + ½ g_p
 
 What is perturbed is a choice of parameter kinds, and for weights of the place: `latent`, before the quantizer, where a
-small ε may be rounded away; or `quantized`, behind it (SAQ, arXiv 2111.12273). Parameters outside the set are mixed alike.
+small ε may be rounded away; or `quantized`, after it (SAQ, arXiv 2111.12273). Parameters outside the set are mixed alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +26,14 @@ TINY = 1e-12  # keeps 0/0 out of the norms, as in the published codes
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What is perturbed. `mask` has an entry per parameter (None: all). `behind`: weight quantizers and their weights, for
-    perturbing the fake-quantized weight instead of the latent one."""
+    """What is perturbed.
+
+    mask:            one entry per parameter; None: all.
+    after_quantizer: weight quantizers and their weights, whose fake-quantized weight is perturbed instead of the latent one.
+    """
 
     mask: Sequence[bool] | None = None
-    behind: Sequence[tuple[nn.Module, Tensor]] = ()
+    after_quantizer: Sequence[tuple[nn.Module, Tensor]] = ()
 
 
 ALL = Perturbation()
@@ -90,9 +93,9 @@ def _two_passes(
 ) -> Gradients:  # fmt: skip
     """Task pass, perturbed pass at θ + length·T²g, everything back in place; `mix` None leaves `.grad` to the caller."""
     chosen = [True] * len(parameters) if where.mask is None else list(where.mask)
-    replaced = {id(weight) for _, weight in where.behind}
+    replaced = {id(weight) for _, weight in where.after_quantizer}
     with ExitStack() as stack:
-        outputs = stack.enter_context(_watched(where.behind)) if where.behind else []
+        outputs = stack.enter_context(_watched(where.after_quantizer)) if where.after_quantizer else []
         loss, task = _pass(closure, parameters)
         latent = [i for i, p in enumerate(parameters) if chosen[i] and task[i] is not None and id(p) not in replaced]
         places = [(parameters[i].data, task[i]) for i in latent]
@@ -106,10 +109,10 @@ def _two_passes(
             scaled = [t * g for t, g in zip(scales, gradients, strict=True)]
             factor = length(torch.nn.utils.get_total_norm(scaled))
             moves = [t * g * factor for t, g in zip(scales, scaled, strict=True)]
-    behind = [quantizer for quantizer, _ in where.behind]
+    quantizers = [quantizer for quantizer, _ in where.after_quantizer]
     with (
         perturbed([parameters[i] for i in latent], moves[: len(latent)]),
-        _displaced(behind, moves[len(latent) :]),
+        _displaced(quantizers, moves[len(latent) :]),
         replay(),
     ):
         _, second = _pass(closure, parameters)
@@ -140,10 +143,10 @@ def perturbed(parameters: Sequence[Parameter], moves: Sequence[Tensor]) -> Itera
 
 
 @contextmanager
-def _watched(behind: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[list[Tensor]]:
+def _watched(quantized: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[list[Tensor]]:
     """Outputs of the weight quantizers, in order, with their gradients kept."""
     outputs: list[Tensor] = []
-    order = {quantizer: i for i, (quantizer, _) in enumerate(behind)}
+    order = {quantizer: i for i, (quantizer, _) in enumerate(quantized)}
     found: dict[int, Tensor] = {}
 
     def keep(quantizer: nn.Module, _: object, output: Tensor) -> None:
@@ -151,7 +154,7 @@ def _watched(behind: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[list[Tensor
         found[order[quantizer]] = output
         outputs[:] = [found[i] for i in sorted(found)]
 
-    handles = [quantizer.register_forward_hook(keep) for quantizer, _ in behind]
+    handles = [quantizer.register_forward_hook(keep) for quantizer, _ in quantized]
     try:
         yield outputs
     finally:

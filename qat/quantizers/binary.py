@@ -4,7 +4,7 @@
 
 u is what binarizers differ in: the identity clipped to [-1, 1] here (XNOR-Net, arXiv 1603.05279, with a learned α), a sine
 in `biper`, a rectified clamp in `recu`. The sign's own derivative is taken as 1. α starts at the scale of least squared
-error, mean |u(w)|, or uniformly in [0, 1) as BiPer's code has it; a batch norm behind the layer makes the two the same.
+error, mean |u(w)|, or uniformly in [0, 1) as BiPer's code has it; a batch norm after the layer makes the two equivalent.
 """
 
 from typing import Any, Literal

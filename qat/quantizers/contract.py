@@ -1,7 +1,7 @@
 """What every quantizer is and does, whatever its paper.
 
 `forward(x)` fake-quantizes; `codes(x)` gives the integers; `forward(x) == (codes(x) - zero_point) * step` bit for bit.
-`raw_step` is the parameter behind `step`, a positive number: step = max(|raw_step|, 1e-10).
+`raw_step` is the trained parameter of `step`, a positive number: step = max(|raw_step|, 1e-10).
 
 A paper's file says how x is fake-quantized (`fake_quantize`), which codes that are (`codes`) and where to start from
 (`start_for`). Here is what a training system asks of all: passing through while somebody observes or all is switched off,

@@ -69,7 +69,7 @@ class LSQPlus(LSQ):
 
     def __init__(self, spec: QuantSpec, name: str = "") -> None:
         if spec.axis is not None or spec.power_of_two:
-            raise ValueError(f"LSQ+ {name!r}: activations have one step, and it is no power of two; got {spec}")
+            raise ValueError(f"LSQ+ {name!r}: activations have one scale and do not support power_of_two; got {spec}")
         super().__init__(spec.with_sign(False), name=name)
         self.offset = nn.Parameter(torch.zeros(()))
 

@@ -127,7 +127,7 @@ def fold_norms(model: nn.Module, example: Tensor) -> list[str]:
             )
     for conv, norm in pairs:
         model.set_submodule(conv, folded[conv])
-        model.set_submodule(norm, _behind(model.get_submodule(norm)))
+        model.set_submodule(norm, _what_follows(model.get_submodule(norm)))
     return [conv for conv, _ in pairs]
 
 
@@ -189,7 +189,7 @@ def _folded(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
     return made
 
 
-def _behind(norm: nn.Module) -> nn.Module:
+def _what_follows(norm: nn.Module) -> nn.Module:
     """What a norm module does besides normalising: timm's carry dropout and an activation."""
     parts = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
     return nn.Sequential(*parts) if parts else nn.Identity()

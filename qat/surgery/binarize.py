@@ -73,7 +73,7 @@ def activation_quantizer(spec: QuantSpec, name: str) -> LSQ:
 
 
 def hardtanh_for_relu_(model: nn.Module) -> int:
-    """Replace every ReLU and ReLU6 module in place by Hardtanh, behind which signs mean something; returns how many."""
+    """Replace every ReLU and ReLU6 module in place by Hardtanh, whose results have both signs; returns how many."""
     found = [
         (parent, name)
         for parent in model.modules()

@@ -3,7 +3,7 @@
     cifar_resnet20         ResNet-20 with option-A shortcuts (He et al., arXiv 1512.03385, §4.2), the public float net
     bireal_cifar_resnet20  a skip around every 3×3 convolution, Hardtanh, batch norm before the classifier
     bireal_cifar_resnet18  a skip around every block, otherwise the same; `skips=2` puts one around every convolution
-    bireal_vgg_small       6 convolutions 128-128-256-256-512-512, each with its batch norm behind the pool
+    bireal_vgg_small       6 convolutions 128-128-256-256-512-512, each with its batch norm after the pool
     bireal_resnet18/34     for 224 × 224 images: Bi-Real Net (Liu et al., ECCV 2018, arXiv 1808.00278)
 
 The nets are float; `quantize_` with `binary_rules` binarizes them (`specs/algorithms.md` §2.5). Shortcuts without weights

@@ -2,7 +2,7 @@
 
 ONNX Runtime computes a convolution, linear, add, concat or average pool on integers only when every input comes from a
 quantizer and the output goes, through a clip at most, into exactly one. So each *unit* (such an operation with the batch
-norm and clip activation behind it) whose result is read by anything but one layer's own input quantizer gets a trained
+norm and clip activation that follow it) whose result is read by anything but one layer's own input quantizer gets a trained
 8-bit quantizer on that result; and so does every floating-point result that joins such an operation. A layer whose input
 has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit codes.
 """
@@ -103,7 +103,7 @@ class _Flow:
         self.images = {value: image_address(position) for position, value in enumerate(trace.model_inputs)}
 
     def unit_end(self, call: Call) -> int:
-        """The value behind the batch norm and clip that the runtime absorbs into `call`."""
+        """The value after the batch norm and clip that the runtime absorbs into `call`."""
         value, may_normalize = call.outputs[0], call.kind in MULTIPLIES
         while len(self.readers[value]) == 1 and value not in self.outputs:
             reader = self.readers[value][0]

@@ -180,7 +180,7 @@ class SiteMode(TorchFunctionMode):
         return _quantized(out, quantizer)
 
     def _multiply(self, func: Any, kind: str, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A convolution or linear that is no quantized layer's own."""
+        """A convolution or linear call outside quantized layers."""
         address = self._address(frame, kind)
         operands = self.quantizers.operands_at(address) if address else None
         if operands is not None:

@@ -1,6 +1,6 @@
 """A second count of what a model multiplies, by PyTorch's dispatcher: below modules, functions and in-place tricks.
 
-`trace_calls` follows values through functions, and loses one that a model writes into a buffer: every layer behind it then
+`trace_calls` follows values through functions, and loses one that a model writes into a buffer: every layer after it then
 looks as if it did not depend on the image. The dispatcher sees each convolution and matrix product whatever called it, and
 two images tell which of them depend on the image. The multiply-adds are counted by `torch.utils.flop_counter`'s formulas.
 """

@@ -133,7 +133,7 @@ class SagmRecipe(Recipe):
     alpha: float = 1e-3
     """SAGM: length of the step against the gradient in the second pass. GSAM: weight of the orthogonal part."""
     perturb: Literal["latent", "quantized"] = "latent"
-    """Perturb weights before the quantizer, or behind it (SAQ, arXiv 2111.12273)."""
+    """Perturb weights before the quantizer, or after it (SAQ, arXiv 2111.12273)."""
     perturb_kinds: tuple[Kind, ...] = PARAMETER_KINDS
     """Which parameters are perturbed."""
     per_domain: bool = False
@@ -291,7 +291,7 @@ class BiperRecipe(LsqRecipe):
     stage: Literal[1, 2] = 1
     """Where the run begins: at 1 both stages are run, 2 is one run from the stage-1 folder --init-from."""
     binarizer: Literal["biper", "sign", "recu"] = "biper"
-    """Function in front of the weights' sign. The baselines, straight-through and ReCU, have one stage."""
+    """Function applied before the weights' sign. The baselines, straight-through and ReCU, have one stage."""
     frequency: float = 20.0
     """BiPer's frequency."""
     frequency_start: float | None = None

@@ -149,9 +149,7 @@ def _check_sharpness(recipe: SagmRecipe) -> None:
     if recipe.perturb == "quantized" and not isinstance(recipe, LsqRecipe):
         raise RecipeError("--perturb quantized needs a quantized method, such as sagm-lsq")
     if recipe.perturb == "quantized" and "weights" not in recipe.perturb_kinds:
-        raise RecipeError(
-            "--perturb quantized perturbs weights behind their quantizers: add weights to --perturb-kinds"
-        )
+        raise RecipeError("--perturb quantized perturbs weights after their quantizers: add weights to --perturb-kinds")
     if recipe.per_domain and recipe.domain_loss != "erm":
         raise RecipeError(
             f"--per-domain takes every domain's loss by itself, so --domain-loss {recipe.domain_loss} has nothing to "

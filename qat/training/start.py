@@ -29,7 +29,7 @@ def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
     given = source.recipe()
     if takes_over(recipe):
         if not isinstance(given, BiperRecipe) or given.stage != 1 or given.binarizer != "biper":
-            raise RecipeError(f"--init-from {recipe.init_from}: is no stage-1 run of biper, from which stage 2 begins")
+            raise RecipeError(f"--init-from {recipe.init_from}: is not a stage-1 run of biper; stage 2 starts from one")
     elif isinstance(given, LsqRecipe):
         raise RecipeError(f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one")
     for name in SAME:
@@ -120,7 +120,7 @@ def refined(norms: NDArray[np.float64], steps: int, power: int) -> NDArray[np.fl
     """Learning-rate factors (steps,) from the gradient norms of an earlier run (arXiv 2310.07831, algorithm 1):
 
     η_t ∝ w_t · Σ_{p>t} w_p, at most 1, with w_t = ‖g_t‖₂⁻² (SGD: power 2) or ‖g_t‖₁⁻¹ (Adam and its kin: power 1), on
-    median-filtered norms; the filter's window is padded with the first norm before the run and by reflection behind it.
+    median-filtered norms; the filter's window is padded with the first norm before the run and by reflection after it.
     """
     half = int(SMOOTH * len(norms)) // 2
     padded = np.pad(np.pad(norms, (half, 0), mode="edge"), (0, half), mode="reflect")

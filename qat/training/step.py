@@ -205,8 +205,8 @@ def objective_of(recipe: Recipe, model: nn.Module, parameters: list[Parameter]) 
     if not isinstance(recipe, SagmRecipe):
         return erm
     kinds = parameter_kinds(model)
-    behind = [(q, w) for w, q in quantized_weights(model)] if recipe.perturb == "quantized" else []
-    where = Perturbation([kinds[id(p)] in recipe.perturb_kinds for p in parameters], behind)
+    after_quantizer = [(q, w) for w, q in quantized_weights(model)] if recipe.perturb == "quantized" else []
+    where = Perturbation([kinds[id(p)] in recipe.perturb_kinds for p in parameters], after_quantizer)
     options = {"alpha": recipe.alpha} if recipe.flatness in WITH_ALPHA else {}
     return partial(FLATNESS[recipe.flatness], rho=recipe.rho, where=where, **options)
 

@@ -68,7 +68,7 @@ class Tracker:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.jsonl, oldest first. A half-written last line, of a run that was killed, is left out with a
-    note on the log. Raises FileError naming any other line that is no entry."""
+    note on the log. Raises FileError naming any other line that is not an entry."""
     lines = read_text(path).splitlines()
     entries = []
     for number, line in enumerate(lines, 1):

@@ -73,7 +73,7 @@ def test_one_corrupt_weight_code_is_found_and_its_layer_named(tiny: Exported, la
     assert "1 of" in result.stored[layer] and "NOT CERTIFIED" in str(result) and f"{layer}:" in str(result)
 
 
-def test_a_corrupt_code_shows_in_the_runtimes_codes_right_behind_its_layer(tiny: Exported, tmp_path: Path) -> None:
+def test_a_corrupt_code_shows_in_the_runtimes_codes_right_after_its_layer(tiny: Exported, tmp_path: Path) -> None:
     result = certificate(tiny, tampered(tiny, "block.conv2.weight", tmp_path))
     exact = next(level for level in result.levels if level.level == "ALL")
     assert list(exact.mismatches) == ["block.bn2#batch_norm0"]
@@ -102,7 +102,7 @@ def test_a_corrupt_activation_scale_fails_through_the_runtimes_codes(tiny: Expor
 
 
 def test_a_layer_left_in_float_is_named(tiny: Exported) -> None:
-    """Clip in float in front of the quantizer breaks the runtime's fusion; the check of its graph must notice."""
+    """Clip in float before the quantizer breaks the runtime's fusion; the check of its graph must notice."""
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny.proto)
     clipped = next(n for n in proto.graph.node if n.op_type == "Clip" and n.output[0] == "block.conv2.input")

@@ -139,9 +139,9 @@ def test_a_layer_that_was_lowered_wrong_is_named(edit: str, tmp_path: Path) -> N
     name, changes = EDITS[edit]
     result = certificate(model, edited(model, name, **changes), tmp_path)
     assert all(level.passed for level in result.levels) and not result.passed
-    behind = {"first": "#clip0", "left": "left#conv2d0", "last": "last#conv2d0", "head": "output logits"}[name]
+    follows = {"first": "#clip0", "left": "left#conv2d0", "last": "last#conv2d0", "head": "output logits"}[name]
     found = str(result)
-    expected = f"{name}: its bias is" if "bias_codes" in changes else f"{behind}: "
+    expected = f"{name}: its bias is" if "bias_codes" in changes else f"{follows}: "
     assert expected in found, found
 
 

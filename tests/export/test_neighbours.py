@@ -26,7 +26,7 @@ IMAGES = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(8))
 
 
 class Chain(nn.Module):
-    """Two convolutions, `middle`, and two layers behind it."""
+    """Two convolutions, `middle`, and two layers after it."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()

@@ -174,7 +174,7 @@ def test_the_definition_is_the_trained_net_but_for_ties() -> None:
     assert not judged.unexplained and judged.at_ties <= 1e-4 * judged.codes, judged
 
 
-def test_a_pair_is_written_again_behind_a_layout_operation_and_changes_nothing() -> None:
+def test_a_pair_is_written_again_after_a_layout_operation_and_changes_nothing() -> None:
     grid = LoweredQuantizer.on_carrier("q", 0.1, 8, signed=True)
     for scale in np.float32([1e-3, 0.1, 0.3, 7.7, 1 / 3]):
         codes = np.arange(-128, 128)

@@ -31,7 +31,7 @@ class Sequences(nn.Module):
 
 
 class BatchSecond(nn.Module):
-    """Queries and keys of one layer, split in front of the batch as MViT's are, each read by a convolution of its own."""
+    """Queries and keys of one layer, split before the batch as MViT's are, each read by a convolution of its own."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SAM, ASAM, GSAM and SAGM against NumPy in float64, and what a perturbation may leave behind: nothing."""
+"""SAM, ASAM, GSAM and SAGM against NumPy in float64, and what a perturbation may leave after_quantizer: nothing."""
 
 import copy
 
@@ -143,26 +143,26 @@ class QuantizedLine(nn.Module):
         return (x * weight).sum(1)
 
 
-def acting_weights(rho: float, behind: bool) -> list[torch.Tensor]:
+def acting_weights(rho: float, after_quantizer: bool) -> list[torch.Tensor]:
     model = QuantizedLine()
     problem = Problem(model, torch.tensor([[0.3, 0.2, -0.5], [0.1, 0.9, 0.4]]), torch.tensor([1.0, -1.0]))
     where = Perturbation(
         mask=[p is model.weight for p in problem.parameters],
-        behind=((model.weight_quantizer, model.weight),) if behind else (),
+        after_quantizer=((model.weight_quantizer, model.weight),) if after_quantizer else (),
     )
     sam(problem.closure, problem.parameters, rho=rho, where=where)
     return model.acting
 
 
-def test_a_small_latent_perturbation_is_rounded_away_and_one_behind_the_quantizer_is_not() -> None:
-    first, second = acting_weights(1e-3, behind=False)
+def test_a_small_latent_perturbation_is_rounded_away_and_one_after_the_quantizer_is_not() -> None:
+    first, second = acting_weights(1e-3, after_quantizer=False)
     assert torch.equal(first, second)  # SAQ's "diminishment"
-    first, second = acting_weights(1e-3, behind=True)
+    first, second = acting_weights(1e-3, after_quantizer=True)
     assert float((second - first).norm()) == pytest.approx(1e-3, rel=1e-4)  # float32
 
 
-def test_the_move_behind_the_quantizer_follows_the_quantized_weights_gradient() -> None:
-    first, second = acting_weights(0.2, behind=True)
+def test_the_move_after_the_quantizer_follows_the_quantized_weights_gradient() -> None:
+    first, second = acting_weights(0.2, after_quantizer=True)
     x, t = np.array([[0.3, 0.2, -0.5], [0.1, 0.9, 0.4]]), np.array([1.0, -1.0])
     weight = first.numpy()[0]
     gradient = ((x @ weight - t)[:, None] * x).mean(0)

@@ -68,7 +68,7 @@ def test_statistics_are_those_of_the_quantized_net_over_all_batches_even_when_fr
 
 
 class Timm(nn.Module):
-    """A norm that carries its activation, as timm's do; a norm behind two readers, which must stay."""
+    """A norm that carries its activation, as timm's do; a norm after two readers, which must stay."""
 
     def __init__(self) -> None:
         from timm.layers import BatchNormAct2d

@@ -23,7 +23,7 @@ PUBLISHED = {  # millions of parameters, specs/algorithms.md R5
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_timm_finds_the_architecture_with_its_published_size(name: str) -> None:
     register_binary_nets()
-    register_binary_nets()  # a second time is no collision
+    register_binary_nets()  # a second time does not collide
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=1000 if name.startswith("bireal_resnet") else 10)
     # two digits are published, and the released code counts a few unused per-channel parameters

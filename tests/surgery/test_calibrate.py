@@ -29,7 +29,7 @@ def test_sign_comes_from_data() -> None:
 
 
 def test_a_branch_that_starts_at_zero_can_come_to_life() -> None:
-    """Residual branches often end in a norm whose gamma is 0 at first; its gradient must pass the quantizer behind it."""
+    """Residual branches often end in a norm whose gamma is 0 at first; its gradient must pass the quantizer that follows."""
     model = fresh()
     model.block.bn2.weight.data.zero_()
     model.block.bn2.bias.data.zero_()

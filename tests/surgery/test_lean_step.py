@@ -19,7 +19,7 @@ from tests.surgery.nets import TinyNet, with_random_norms
 
 
 class ClipNet(nn.Module):
-    """Each kind of ReLU in front of a convolution of its own; the last one is read twice and must stay."""
+    """Each kind of ReLU before a convolution of its own; the last one is read twice and must stay."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_the_book(norms: list[float], power: int) -> list[float]:
-    """Algorithm 1, one step at a time: median window of a tenth, first norm before the run, mirrored behind it."""
+    """Algorithm 1, one step at a time: median window of a tenth, first norm before the run, mirrored after it."""
     total, half = len(norms), int(0.1 * len(norms)) // 2
     smooth = []
     for t in range(total):
