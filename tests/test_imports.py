@@ -80,11 +80,15 @@ def test_import_qat_loads_none_of_the_heavy_libraries() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 
-def test_training_loads_neither_onnx_nor_the_runtime() -> None:
-    code = (
-        "import sys, qat.surgery.swap, qat.quantizers.lsq, qat.domains.folders, qat.surgery.calibrate\n"
-        "print([m for m in ('timm', 'brevitas', 'onnxruntime') if m in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("qat.surgery.swap, qat.quantizers.lsq, qat.domains.folders", ("timm", "brevitas", "onnx", "onnxruntime")),
+        ("qat.training.loop, qat.training.report", ("brevitas", "onnx", "onnxscript", "onnxruntime")),
+    ],
+)
+def test_training_loads_neither_onnx_nor_the_runtime(modules: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {modules}; print([m for m in {absent} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 

@@ -11,8 +11,8 @@ from qat.domains.cifar import EpochBatches, cifar10_split, crop_flip, read_cifar
 from qat.domains.folders import ArrayImages, DataError, Domain
 from qat.surgery.backbones import create_backbone
 from qat.training.evaluate import accuracy, predictor
+from tests.real_data import FOLDER, needs
 
-SHARED = Path(__file__).parents[3] / "shared"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,17 +91,15 @@ def test_augmentation_shifts_by_at_most_four_and_flips() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (SHARED / "data/cifar10").is_dir(), reason="CIFAR-10 is not beside this checkout (shared/data/cifar10)"
-)
+@needs("cifar10", "weights")
 def test_the_public_resnet20_has_its_published_accuracy(tmp_path: Path) -> None:
-    sheet = np.asarray(Image.open(SHARED / "data/cifar10/test_0.webp").convert("RGB"))
+    sheet = np.asarray(Image.open(FOLDER / "cifar10/test_0.webp").convert("RGB"))
     tiles = sheet.reshape(100, 32, 100, 32, 3).swapaxes(1, 2).reshape(10_000, 32, 32, 3)
-    labels = np.load(SHARED / "data/cifar10/labels.npz")["y_test"]
+    labels = np.load(FOLDER / "cifar10/labels.npz")["y_test"]
     write(tmp_path, "test", tiles, labels)
     write(tmp_path, "train", tiles[:10], np.arange(10))
     _, test = read_cifar10(tmp_path)
-    model, _ = create_backbone("cifar_resnet20", 10, weights=SHARED / "weights/resnet20-12fca82f.th")
+    model, _ = create_backbone("cifar_resnet20", 10, weights=FOLDER / "weights/resnet20-12fca82f.th")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     assert isinstance(test.images, ArrayImages)
     images = (torch.from_numpy(test.images.pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std

@@ -15,11 +15,10 @@ from qat.domains.domainnet_lists import DOMAINS, read_duplicates, read_lists
 from qat.domains.folders import DataError
 from qat.domains.inventory import PUBLISHED
 from qat.domains.miniature import CLASSES, MINIATURE, PER_CLASS, write_miniature
+from tests.real_data import FOLDER, needs
 
-LISTS = Path(__file__).parents[3] / "shared/data/domainnet_lists"
-real_lists = pytest.mark.skipif(
-    not LISTS.is_dir(), reason="DomainNet's own lists are not beside this checkout (shared/data/domainnet_lists)"
-)
+LISTS = FOLDER / "domainnet_lists"
+real_lists = needs("domainnet_lists")
 
 
 @pytest.fixture(scope="module")

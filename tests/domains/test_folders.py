@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from qat.domains.folders import DataError, FolderImages, read_domains
+from tests.real_data import FOLDER, needs
 
-PACS = Path(__file__).parents[3] / "shared/data/pacs96"
 COUNTS = {  # dog elephant giraffe guitar horse house person (specs/algorithms.md 5.1)
     "art_painting": [379, 255, 285, 184, 201, 295, 449],
     "cartoon": [389, 457, 346, 135, 324, 288, 405],
@@ -83,8 +83,8 @@ def test_an_image_that_breaks_later_is_named(tmp_path: Path) -> None:
         images[0]
 
 
-@pytest.mark.skipif(not PACS.is_dir(), reason="the real PACS images are not beside this checkout (shared/data/pacs96)")
+@needs("pacs96")
 def test_pacs_counts() -> None:
-    domains = read_domains(PACS, check_images=False)
+    domains = read_domains(FOLDER / "pacs96", check_images=False)
     assert {d.name: np.bincount(d.labels).tolist() for d in domains} == COUNTS
     assert domains[0].classes == ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")

@@ -343,6 +343,10 @@ def test_state_survives_saving_and_foreign_state_is_refused(tmp_path) -> None:  
 
 def test_partial_objectives_carry_their_options() -> None:
     """What the training step builds: a partial whose freezer sees the streams of the very parameters it is given."""
-    problem = one_scale()
-    gradients = partial(sagm, rho=0.1)(problem.closure, problem.parameters)
-    assert len(gradients.task) == len(problem.parameters) and gradients.mix == MIX
+    problem, same, other = one_scale(), one_scale(), one_scale()
+    found = partial(sagm, rho=0.1)(problem.closure, problem.parameters)
+    assert len(found.task) == len(problem.parameters) and found.mix == MIX
+    expected = sagm(same.closure, same.parameters, rho=0.1)
+    default = sagm(other.closure, other.parameters)
+    assert all(torch.equal(a, b) for a, b in zip(found.perturbed, expected.perturbed, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found.perturbed, default.perturbed, strict=True))

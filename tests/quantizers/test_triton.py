@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qat.quantizers import fused
+from tests.quantizers.interpreted import cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ def in_its_own_process(module: str, **variables: str) -> str:
 @needs_triton
 def test_kernels_agree_with_the_plain_formula_in_the_interpreter() -> None:
     printed = in_its_own_process("tests.quantizers.interpreted", TRITON_INTERPRET="1")
-    assert int(printed.split()[0]) == 99
+    assert int(printed.split()[0]) == len(cases()) > 50
 
 
 @pytest.fixture(scope="module")
@@ -78,4 +79,4 @@ def test_kernels_agree_with_the_plain_formula_on_a_gpu() -> None:
     x = torch.randn(fused.SMALLEST_ON_GPU, device="cuda")
     assert fused.available(x, torch.tensor(0.1, device="cuda"))
     assert not fused.available(x[1:], torch.tensor(0.1, device="cuda"))
-    assert run("cuda") == 99
+    assert run("cuda") == len(cases())

@@ -16,9 +16,7 @@ from tests.surgery.nets import TinyNet, with_random_norms
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    brevitas_bridge = pytest.importorskip("qat.surgery.brevitas_bridge")
-    pytest.importorskip("brevitas.nn")
-    pytest.importorskip("brevitas.graph.gptq")
+    from qat.surgery import brevitas_bridge
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
