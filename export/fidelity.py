@@ -307,10 +307,16 @@ class _Follower:
         if isinstance(values[node.outputs[0]], Accumulator):
             self.on_integers += count
         else:
-            layer = weight_layer(node, self.model)
-            around = modules_of(node)
-            name = layer.name if layer is not None else (around[-1] if around and around[-1] else str(node.name))
+            name = self._owner(node)
             self.in_float[name] = self.in_float.get(name, 0) + count
+
+    def _owner(self, node: ir.Node) -> str:
+        """Name of the layer, else of the module, else of the node itself."""
+        layer = weight_layer(node, self.model)
+        if layer is not None:
+            return layer.name
+        around = modules_of(node)
+        return around[-1] if around and around[-1] else str(node.name)
 
 
 def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:

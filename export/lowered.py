@@ -114,8 +114,7 @@ class LoweredQuantizer:
         """The same grid after an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
         onto the codes."""
         if self.is_binary:  # the clip's own bounds reach a threshold, or never do
-            moved = (-np.inf if lowest >= t else np.inf if highest < t else t for t in self.thresholds)
-            return replace(self, thresholds=tuple(moved))
+            return replace(self, thresholds=tuple(_clipped_threshold(t, lowest, highest) for t in self.thresholds))
         low = max(self.low, self._carrier(lowest)) if np.isfinite(lowest) else self.low
         high = min(self.high, self._carrier(highest)) if np.isfinite(highest) else self.high
         return replace(self, low=low, high=high)
@@ -123,6 +122,13 @@ class LoweredQuantizer:
     def _carrier(self, value: float) -> int:
         code = np.rint(np.float32(value) / self.scale) + self.zero_point
         return int(np.clip(code, 0, 255))
+
+
+def _clipped_threshold(threshold: float, lowest: float, highest: float) -> float:
+    """The threshold of x that decides as `threshold` does of x clipped to [lowest, highest]."""
+    if lowest >= threshold:
+        return -np.inf
+    return np.inf if highest < threshold else threshold
 
 
 @dataclass(frozen=True)

@@ -310,9 +310,12 @@ def _clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
         return 0.0, np.inf
     bounds: list[float | None] = []
     for index, absent in ((1, -np.inf), (2, np.inf)):
-        given = node.inputs[index] if len(node.inputs) > index else None
-        value = constant(given)
-        bounds.append(absent if given is None else None if value is None else float(value.reshape(())))
+        bound = node.inputs[index] if len(node.inputs) > index else None
+        value = constant(bound)
+        if bound is None:
+            bounds.append(absent)
+        else:
+            bounds.append(None if value is None else float(value.reshape(())))
     return bounds[0], bounds[1]
 
 

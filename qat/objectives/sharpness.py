@@ -14,6 +14,7 @@ small ε may be rounded away; or `quantized`, after it (SAQ, arXiv 2111.12273). 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def mixed(seen: Gradients, parameters: Sequence[Parameter], mix: tuple[float, fl
     """Fill `.grad` with mix[0] · task + mix[1] · perturbed. A stream of weight 0 is left out of the sum."""
     for parameter, task, perturbed in zip(parameters, seen.task, seen.perturbed, strict=True):
         parts = [w * g for w, g in zip(mix, (task, perturbed), strict=True) if w and g is not None]
-        parameter.grad = None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        parameter.grad = reduce(torch.add, parts) if parts else None
     return Gradients(seen.loss, seen.task, seen.perturbed, mix)
 
 

@@ -11,17 +11,11 @@ from qat.quantizers.binary import AlphaInit
 from qat.quantizers.contract import Init
 from qat.quantizers.spec import GradientCount
 from qat.surgery.batchnorm import NormMode
+from qat.training.controls import CONTROLS, ControlName
 from qat.training.ranges import BINARY, RECIPE, out_of_range
 
 Kind = Literal["weights", "norms", "biases", "scales"]
 PARAMETER_KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")
-
-# never, always, permanent, random: another policy for the same stream; smooth, both: another stream; above: the other side of
-# the threshold; alternate: the two objectives take turns; project, min-norm: the streams are combined instead of frozen.
-Control = Literal[
-    "gaqat", "never", "always", "permanent", "random", "smooth", "both", "above", "alternate", "project", "min-norm"
-]
-CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 @dataclass(frozen=True)
@@ -237,7 +231,7 @@ class GaqatRecipe(SagmLsqRecipe):
     """First step at which anything may freeze."""
     rescale: bool = False
     """Give the stream that is left of a frozen scale the weight of both."""
-    control: Control = "gaqat"
+    control: ControlName = "gaqat"
     """The method's own rule, or one of its controls."""
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qat.objectives.conflict import COMBINE
+from qat.training.controls import CONTROLS
 from qat.training.ranges import flag
 from qat.training.recipe import (
     BiperRecipe,
@@ -55,11 +55,11 @@ class _Need:
 
 
 def _decides(recipe: Any) -> bool:
-    return recipe.control not in ("never", "always", "alternate", *COMBINE)
+    return CONTROLS[recipe.control].decides
 
 
 def _freezes(recipe: Any) -> bool:
-    return recipe.control == "always" or _decides(recipe)
+    return CONTROLS[recipe.control].freezes
 
 
 # Asked only of recipes that have the field, and only where its value is not the recipe's own default.
@@ -79,7 +79,7 @@ NEEDS = (
     _Need("damping", lambda r: not r.activation_only, "with --activation-only: no weight has codes"),
     _Need("freeze_oscillating", lambda r: not r.activation_only, "with --activation-only: no weight has codes"),
     _Need("z", lambda r: r.threshold is None, "with --threshold, which decides"),
-    _Need("freeze_when", lambda r: r.control != "above", "with the control above, which decides it"),
+    _Need("freeze_when", lambda r: not CONTROLS[r.control].above, "with the control above, which decides it"),
     _Need("freeze_scales", _decides, "with this --control, which decides nothing"),
     _Need("start_step", _decides, "with this --control, which decides nothing"),
     _Need("rescale", _freezes, "with this --control, which freezes nothing"),

@@ -42,7 +42,8 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
     """
     _, _, built = load_run(folder.path)
     results, first = results_of(folder), results_of(baseline) if baseline else None
-    for other in [*([baseline] if baseline else []), *beside]:
+    baselines = [baseline] if baseline else []
+    for other in [*baselines, *beside]:
         _require_same_domain(folder, other)
     rows = _accuracy_rows(results, first)
     latencies = optional(folder, "latency.json", LATENCIES) or []
@@ -63,7 +64,7 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
         rows=rows,
         accuracy_figure=_accuracy_figure(shown, colours),
         loss_figure=Markup(figures.loss_curves({name: metrics_of(run) for name, run in shown.items()}, colours)),
-        beside=_side_by_side([*([baseline] if baseline else []), folder, *beside]) if beside else None,
+        beside=_side_by_side([*baselines, folder, *beside]) if beside else None,
         profile_figure=Markup(figures.step_profile(steps)) if steps else "",
         steps_figure=Markup(figures.step_curves(metrics_of(folder))) if steps else "",
         scales=_scales(folder, built.model),

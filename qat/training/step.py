@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from qat.objectives.conflict import COMBINE, combine
+from qat.objectives.conflict import combine
 from qat.objectives.contract import Closure, Gradients, Objective, erm
 from qat.objectives.distillation import Distillation
 from qat.objectives.domain_aware import LOSSES, GroupDRO, head_features, per_domain
@@ -31,6 +31,7 @@ from qat.surgery.backbones import clip_gradients, first_and_last
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.calibrate import paused
 from qat.surgery.swap import quantized_weights, quantizers
+from qat.training.controls import CONTROLS
 from qat.training.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
 
 FLATNESS: dict[str, Callable[..., Gradients]] = {"sagm": sagm, "sam": sam, "asam": asam, "gsam": gsam}
@@ -167,14 +168,18 @@ class TrainingStep:
         """Settle what the two streams of the scales do to each other."""
         if self.freezer is None:
             return None
-        control = self.recipe.control if isinstance(self.recipe, GaqatRecipe) else ""
-        if control == "alternate":
+        if isinstance(self.recipe, GaqatRecipe):
+            self._combine(gradients, CONTROLS[self.recipe.control].combined, self.recipe.per_channel)
+        return self.freezer.mask(gradients, self.parameters)
+
+    def _combine(self, gradients: Gradients, how: str, per_channel: bool) -> None:
+        """Make the two streams one, as controls do that freeze nothing; how: of `Control.combined`."""
+        assert self.freezer is not None
+        if how == "alternate":
             turn = (self.taken // self.freezer.rule.window) % 2
             mixed(gradients, self.parameters, ((1.0, 0.0), (0.0, 1.0))[turn])
-        elif control in COMBINE:
-            each = isinstance(self.recipe, GaqatRecipe) and self.recipe.per_channel
-            combine(gradients, self.parameters, scale_groups(self.own, each), control)
-        return self.freezer.mask(gradients, self.parameters)
+        elif how:
+            combine(gradients, self.parameters, scale_groups(self.own, per_channel), how)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -218,16 +223,20 @@ def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
         return None
     rule = FreezeRule(policy="never")
     if isinstance(recipe, GaqatRecipe):
-        policies = {"always", "permanent", "random", "never"}
-        silent = {"alternate", *COMBINE}
+        control = CONTROLS[recipe.control]
         rule = FreezeRule(
-            window=recipe.window, threshold=recipe.threshold, weight_threshold=recipe.weight_threshold, z=recipe.z,
-            when="above" if recipe.control == "above" else recipe.freeze_when,
-            stream=recipe.control if recipe.control in ("smooth", "both") else "task",
-            policy=recipe.control if recipe.control in policies else "never" if recipe.control in silent else "disorder",  # type: ignore[arg-type]
-            per_channel=recipe.per_channel, targets=recipe.freeze_scales, start=recipe.start_step,
+            window=recipe.window,
+            threshold=recipe.threshold,
+            weight_threshold=recipe.weight_threshold,
+            z=recipe.z,
+            when="above" if control.above else recipe.freeze_when,
+            stream=control.stream,
+            policy=control.policy,
+            per_channel=recipe.per_channel,
+            targets=recipe.freeze_scales,
+            start=recipe.start_step,
             rescale=recipe.rescale,
-        )  # fmt: skip
+        )
     return ScaleFreezer(
         list(found), [q.raw_step for q in found.values()], [q.is_weight for q in found.values()], rule, recipe.seed
     )
