@@ -21,16 +21,16 @@ def asleep() -> None:
     if VARIABLES & os.environ.keys():
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"  # for PyTorch, if it comes after this, and for processes that are started
-    if "torch" in sys.modules:
-        made = threading.Event()
-        threading.Thread(target=_hold_a_pool, args=(made,), name=THREAD, daemon=True).start()
-        made.wait()  # a thread that is still within PyTorch when Python ends would abort the process
+    if "torch" in sys.modules and sys.platform == "linux":
+        entered = threading.Event()
+        threading.Thread(target=_hold_a_pool, args=(entered,), name=THREAD, daemon=True).start()
+        entered.wait()  # a thread that is still within PyTorch when Python ends would abort the process
 
 
-def _hold_a_pool(made: threading.Event) -> None:
+def _hold_a_pool(entered: threading.Event) -> None:
     """Enter one parallel region, which makes a pool of this thread's own, and keep it: it goes when its thread ends."""
-    import torch
-
-    torch.ones(LARGE).neg_()
-    made.set()
+    try:
+        sys.modules["torch"].ones(LARGE, device="cpu").neg_()
+    finally:
+        entered.set()
     threading.Event().wait()
