@@ -93,8 +93,9 @@ def lowered_anew(lowered: LoweredModel, model: nn.Module, example: Example) -> L
     parameters = dict(model.named_parameters())
     for node in skeleton.graph:
         beta = node.meta.get(BIAS_PARAMETER, "")
-        if beta:
-            _replace_gamma(node, parameters[f"{beta.removesuffix('.bias')}.weight"])
+        gamma = parameters.get(f"{beta.removesuffix('.bias')}.weight")
+        if beta and gamma is not None:
+            _replace_gamma(node, gamma)
     multiply_adds, repeated = lowered.multiply_adds, lowered.repeated
     return LoweredModel(skeleton, layers, activations, multiply_adds=multiply_adds, repeated=repeated)
 
