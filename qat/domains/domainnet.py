@@ -1,5 +1,5 @@
 """DomainNet (arXiv 1812.01754) in its official layout, with the duplicates dropped as DomainBed does
-(`specs/algorithms.md` §5.1).
+(`docs/algorithms.md`, DomainBed protocol).
 
     <root>/{clipart,infograph,painting,quickdraw,real,sketch}/<345 classes>/*.jpg      or <root>/domain_net/...
     <root>/<domain>_train.txt, <domain>_test.txt   optional: the release's lists, "clipart/axe/clipart_012_000001.jpg 11"

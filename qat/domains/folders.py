@@ -1,4 +1,4 @@
-"""Folders of domains in the DomainBed layout: <root>/<domain>/<class>/*.{jpg,jpeg,png,webp} (`specs/algorithms.md` §5.1)."""
+"""Folders of domains in the DomainBed layout: <root>/<domain>/<class>/*.{jpg,jpeg,png,webp} (`docs/algorithms.md`)."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

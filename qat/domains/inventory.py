@@ -1,4 +1,4 @@
-"""What a copy of DomainNet holds against the published counts (`specs/algorithms.md` §5.1)."""
+"""What a copy of DomainNet holds against the published counts (`docs/algorithms.md`, DomainBed protocol)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

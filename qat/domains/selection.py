@@ -1,4 +1,4 @@
-"""DomainBed's model selection and error bars, over the records of one run (`specs/algorithms.md` §5.4)."""
+"""DomainBed's model selection and error bars, over the records of one run (`docs/algorithms.md`, DomainBed protocol)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""DomainBed's leave-one-domain-out split (`specs/algorithms.md` §5.2; facebookresearch/DomainBed)."""
+"""DomainBed's leave-one-domain-out split (`docs/algorithms.md`, DomainBed protocol; facebookresearch/DomainBed)."""
 
 import hashlib
 from collections.abc import Sequence

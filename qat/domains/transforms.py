@@ -1,4 +1,4 @@
-"""DomainBed's augmentation and evaluation transforms (`specs/algorithms.md` §5.2)."""
+"""DomainBed's augmentation and evaluation transforms (`docs/algorithms.md`, DomainBed protocol)."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""GAQAT: gradient-adaptive freezing of quantizer scales (arXiv 2412.05551; reconstruction in `specs/algorithms.md` §1.3).
+"""GAQAT: gradient-adaptive freezing of quantizer scales (arXiv 2412.05551; reconstruction in `docs/algorithms.md`, GAQAT).
 
 Under SAGM every scale (step) s_i has two gradients, the task's and the perturbed, smoothing one's:
 

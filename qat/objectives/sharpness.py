@@ -1,4 +1,4 @@
-"""Flat-minima objectives: SAM, ASAM, GSAM and SAGM (`specs/algorithms.md` §4).
+"""Flat-minima objectives: SAM, ASAM, GSAM and SAGM (`docs/algorithms.md`, sharpness objectives).
 
 With g = ∇L(θ) the task gradient, ‖·‖ one norm over the perturbed set, and g_p = ∇L(θ + ε) on the same batch:
 

@@ -1,4 +1,4 @@
-"""BiPer: binary weights through a periodic function (Vargas et al., CVPR 2024, arXiv 2404.01278; `specs/algorithms.md` §2).
+"""BiPer: binary weights through a periodic function (Vargas et al., CVPR 2024, arXiv 2404.01278; `docs/algorithms.md`).
 
     stage 1   ŵ = α · sin(ω₀w)             dŵ/dw = α · ω₀ · cos(ω₀w)
     stage 2   ŵ = α · sign(sin(ω₀w))       dŵ/dw = α · ω₀ · cos(ω₀w), the sign passing gradients unchanged

@@ -1,4 +1,4 @@
-"""Binary activations with Bi-Real Net's surrogate (Liu et al., ECCV 2018, arXiv 1808.00278; `specs/algorithms.md` §2.1).
+"""Binary activations with Bi-Real Net's surrogate (Liu et al., ECCV 2018, arXiv 1808.00278; `docs/algorithms.md`).
 
     forward   code = +1 where a >= t, else -1                  backward   dL/da = dL/dcode · max(0, 2 - 2|ā|)
 

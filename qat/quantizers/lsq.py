@@ -1,4 +1,4 @@
-"""Learned step size quantization: LSQ (Esser et al., ICLR 2020, arXiv 1902.08153; `specs/algorithms.md` §3.1).
+"""Learned step size quantization: LSQ (Esser et al., ICLR 2020, arXiv 1902.08153; `docs/algorithms.md`, LSQ).
 
     v = x / s        codes = round(clip(v, -Qn, Qp))        x̂ = codes · s        (round half to even)
 

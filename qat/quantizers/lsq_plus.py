@@ -1,4 +1,4 @@
-"""LSQ+ : asymmetric activations with a learned offset (Bhalgat et al., arXiv 2004.09576; `specs/algorithms.md` §3.2).
+"""LSQ+ : asymmetric activations with a learned offset (Bhalgat et al., arXiv 2004.09576; `docs/algorithms.md`, LSQ+).
 
     z = clip(round(-β / s), 0, p)      codes = clip(round(x / s) + z, 0, p)      x̂ = (codes - z) · s,   p = 2^b - 1
 

@@ -1,4 +1,4 @@
-"""What a quantizer is told: bits, sign and granularity (`specs/algorithms.md` §3.1)."""
+"""What a quantizer is told: bits, sign and granularity (`docs/algorithms.md`, LSQ)."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple

@@ -6,7 +6,7 @@
     bireal_vgg_small       6 convolutions 128-128-256-256-512-512, each with its batch norm after the pool
     bireal_resnet18/34     for 224 × 224 images: Bi-Real Net (Liu et al., ECCV 2018, arXiv 1808.00278)
 
-The nets are float; `quantize_` with `binary_rules` binarizes them (`specs/algorithms.md` §2.5). Shortcuts without weights
+The nets are float; `quantize_` with `binary_rules` binarizes them (`docs/algorithms.md`). Shortcuts without weights
 are an average pool and zero channels (BiPer), or every second pixel and zero channels (option A). Two departures from the
 published code: ImageNet batch norms start at gamma 1 and not at 1e-8, and shortcuts pool before their 1×1 convolution, as
 Bi-Real Net does. `qat/surgery/backbones.py` registers these names with timm.

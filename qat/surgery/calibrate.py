@@ -1,4 +1,4 @@
-"""Initialise the activation quantizers from data: sign and step (`specs/algorithms.md` §3.1)."""
+"""Initialise the activation quantizers from data: sign and step (`docs/algorithms.md`, LSQ)."""
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager

@@ -20,7 +20,7 @@ PARAMETER_KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Full-precision training, leave one domain out (DomainBed; `specs/algorithms.md` §5)."""
+    """Full-precision training, leave one domain out (DomainBed; `docs/algorithms.md`, DomainBed protocol)."""
 
     data_root: Path | None = None
     """Folder of domains, <root>/<domain>/<class>/*.jpg; without it the built-in synthetic domains are rendered."""
@@ -118,7 +118,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SagmRecipe(Recipe):
-    """Full precision towards flat minima: SAGM (arXiv 2303.10353) or a relative; `specs/algorithms.md` §4."""
+    """Full precision towards flat minima: SAGM (arXiv 2303.10353) or a relative (`docs/algorithms.md`)."""
 
     flatness: Literal["sagm", "sam", "asam", "gsam"] = "sagm"
     """Objective with two passes a step."""

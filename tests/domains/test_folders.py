@@ -10,7 +10,7 @@ from PIL import Image
 from qat.domains.folders import DataError, FolderImages, read_domains
 from tests.real_data import FOLDER, needs
 
-COUNTS = {  # dog elephant giraffe guitar horse house person (specs/algorithms.md 5.1)
+COUNTS = {  # dog elephant giraffe guitar horse house person (docs/algorithms.md, DomainBed protocol)
     "art_painting": [379, 255, 285, 184, 201, 295, 449],
     "cartoon": [389, 457, 346, 135, 324, 288, 405],
     "photo": [189, 202, 182, 186, 199, 280, 432],

@@ -1,4 +1,4 @@
-"""Gradient disorder and the masks it makes (`specs/algorithms.md` §1.3), against hand-made streams and NumPy."""
+"""Gradient disorder and the masks it makes (`docs/algorithms.md`, GAQAT), against hand-made streams and NumPy."""
 
 import copy
 from functools import partial

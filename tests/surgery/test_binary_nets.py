@@ -14,7 +14,7 @@ from qat.surgery.layers import FLOAT
 from qat.surgery.swap import binary_rules, parameter_groups, quantize_
 from tests.surgery.nets import with_random_norms
 
-PUBLISHED = {  # millions of parameters, specs/algorithms.md R5
+PUBLISHED = {  # millions of parameters, docs/algorithms.md, binary networks
     "cifar_resnet20": 0.27, "bireal_cifar_resnet20": 0.27, "bireal_cifar_resnet18": 11.01, "bireal_vgg_small": 4.66,
     "bireal_resnet18": 11.69, "bireal_resnet34": 21.81,
 }  # fmt: skip
