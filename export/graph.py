@@ -2,7 +2,7 @@
 
     x -> QuantizeLinear(u8) -> Clip(u8) -> [layout ops on codes] -> DequantizeLinear -> Conv -> QuantizeLinear -> ...
 
-The clip stands on the integer side (a float clip breaks the fusion, `specs/lowering.md` 1d); every consumer gets its own
+The clip stands on the integer side (a float clip breaks the fusion, `docs/lowering.md`); every consumer gets its own
 DequantizeLinear; weights are the stored codes, biases int32 codes.
 """
 

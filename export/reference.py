@@ -1,4 +1,4 @@
-"""The integer definition of a canonical `LoweredModel`, in torch (`specs/lowering.md` 1f).
+"""The integer definition of a canonical `LoweredModel`, in torch (`docs/lowering.md`).
 
     conv, linear   q = clip(rint(fp32(acc + bias) · m) + z, low, high),   m = fp32(fp32(s_x · s_w) / s_y)
     add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - fma(r_a, z_a, r_b z_b)

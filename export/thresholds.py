@@ -1,4 +1,4 @@
-"""One-bit activations in integers (`specs/lowering.md` 1d).
+"""One-bit activations in integers (`docs/lowering.md`).
 
 A one-bit quantizer writes the carrier 254 where its value reaches the threshold t and 0 elsewhere; read with zero point 127
 these are +127 and -127 (codes ±1), and zero padding is the carrier 127, a true 0. The specification's 0, 1, 2 does as well,

@@ -1,4 +1,4 @@
-"""Where 8-bit quantizers must stand so that the runtime stays in integers (`specs/lowering.md`, co-design).
+"""Where 8-bit quantizers must stand so that the runtime stays in integers (`docs/lowering.md`).
 
 ONNX Runtime computes a convolution, linear, add, concat or average pool on integers only when every input comes from a
 quantizer and the output goes, through a clip at most, into exactly one. So each *unit* (such an operation with the batch
