@@ -53,10 +53,12 @@ class Elsewhere:
 
     @property
     def total(self) -> int:
+        """Codes that differ."""
         return sum(self.mismatches.values())
 
     @property
     def passed(self) -> bool:
+        """Whether the file ran, all codes agree, and outputs do within what floats may be off."""
         return not self.not_run and not self.mismatches and self.largest <= FLOAT_LIMIT
 
     def __str__(self) -> str:

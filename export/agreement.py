@@ -72,18 +72,22 @@ class RuntimeResult:
 
     @property
     def codes(self) -> int:
+        """Codes compared."""
         return sum(row.codes for row in self.quantizers)
 
     @property
     def different(self) -> int:
+        """Codes that differ."""
         return sum(row.different for row in self.quantizers)
 
     @property
     def largest(self) -> int:
+        """The largest difference, in codes."""
         return max((row.largest for row in self.quantizers), default=0)
 
     @property
     def is_exact(self) -> bool:
+        """Whether no code differs."""
         return self.different == 0
 
     @property
@@ -126,6 +130,7 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
+        """Whether the stored codes are the trained ones and every runtime computes the definition's."""
         return not self.stored and all(result.is_exact for result in self.results)
 
     def to_json(self) -> dict[str, object]:

@@ -32,6 +32,7 @@ FIXED_POINT_SHIFTS = range(13, 32)
 
 
 def half_even(x: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Rounding to the nearest integer, ties to even."""
     return np.rint(x)
 
 
@@ -52,6 +53,7 @@ def rounded_inside(x: Floats, zero_point: int, rounding: Round = half_even) -> I
 
 
 def rounded_outside(x: NDArray[np.floating], zero_point: int, rounding: Round = half_even) -> Integers:
+    """round(x) + zero point: x is rounded before the zero point is added."""
     return rounding(x).astype(np.int64) + zero_point
 
 

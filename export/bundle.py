@@ -92,6 +92,7 @@ def write_bundle(
 
 
 def expected_of(model: LoweredModel, images: NDArray[np.float32]) -> Expected:
+    """Codes and logits that the integer definition computes, image by image."""
     reference = IntegerReference(model, session.FloatOperators())
     codes: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in quantizers_in_order(model)}
     logits = []

@@ -73,6 +73,7 @@ class LevelResult:
 
     @property
     def total(self) -> int:
+        """Codes that differ at this level."""
         return sum(self.mismatches.values())
 
     def faults(self) -> list[str]:
@@ -85,6 +86,7 @@ class LevelResult:
 
     @property
     def passed(self) -> bool:
+        """No difference at an exact level; at others few, or all next to ties."""
         if self.level in EXACT_LEVELS:
             return self.total == 0
         return self.total <= FLOAT_LEVEL_LIMIT * self.codes or self.farthest_from_tie <= TIE_WIDTH
@@ -120,6 +122,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing that the certificate checks failed."""
         wrong = self.stored or self.said or self.float_layers or self.different_settings or self.adversarial
         levels = all(level.passed for level in self.levels)
         return not wrong and levels and self.fidelity.passed and all(there.passed for there in self.elsewhere)

@@ -37,6 +37,7 @@ class Cpu:
     features: str = ""
 
     def cpuinfo(self) -> str:
+        """What /proc/cpuinfo says on such a processor: ONNX Runtime reads it to choose kernels."""
         return (
             f"processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: {self.features}\nCPU implementer\t: 0x41\n"
             f"CPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: {self.part}\nCPU revision\t: 1\n\n"
@@ -125,6 +126,7 @@ def python_command(cpu: Cpu, version: str, arguments: list[str], *, count: bool 
 
 
 def environment_of(cpu: Cpu, version: str) -> dict[str, str]:
+    """Environment variables of a Python process on the emulated processor."""
     environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
     environment.pop("OPENBLAS_CORETYPE", None)  # it names this machine's processor, if any
     if cpu.architecture == "aarch64":

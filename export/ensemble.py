@@ -79,6 +79,7 @@ class JoinedCheck:
 
     @property
     def passed(self) -> bool:
+        """Whether members' codes are theirs alone and the joined logits are the mean's."""
         # float32 softmax, mean and logarithm: a few units in the last place of logits below 100
         return not self.different and self.logits <= 1e-4
 

@@ -77,6 +77,7 @@ class Fidelity:
 
     @property
     def answers_agree(self) -> bool:
+        """Whether the differing answers are no evidence that more than 1 % of all differ."""
         return within_share(self.answers - self.same, self.answers, DIFFERING_ANSWERS, LEVEL)
 
     @property
@@ -86,6 +87,7 @@ class Fidelity:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing failed."""
         return not self.faults()
 
     def faults(self) -> list[str]:
@@ -383,6 +385,7 @@ def _kernel_shape(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:
 
 
 def shape_of(value: Value) -> tuple[int, ...]:
+    """Shape of a value, whatever it is carried by."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, Codes):

@@ -51,6 +51,7 @@ class Emitter:
         self.opsets = [helper.make_opsetid("", target.opset)]
 
     def emit(self) -> onnx.ModelProto:
+        """The ONNX model of the skeleton."""
         graph = self.model.skeleton.graph
         for node in graph:
             self._emit(node)
@@ -335,6 +336,7 @@ def _is_default(node: ir.Node, attribute: ir.Attr) -> bool:
 
 
 def value_name(value: ir.Value) -> str:
+    """Name of a value, which every value of a skeleton has."""
     assert value.name is not None
     return value.name
 

@@ -125,6 +125,7 @@ class Walk:
         return max(positions, LEAST_PIXELS)
 
     def run(self) -> None:
+        """Check every node. Raises ExportError naming the node that is beyond a limit."""
         readers = Counter(tensor for node in self.graph.node for tensor in set(node.input) if tensor)
         readers.update(value.name for value in self.graph.output)
         work = live = 0

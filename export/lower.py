@@ -248,6 +248,7 @@ def _recorder(
 
 
 def call(model: nn.Module, arguments: Arguments) -> Any:
+    """The model's result for the arguments."""
     args, kwargs = arguments
     return model(*args, **kwargs)
 

@@ -90,6 +90,7 @@ class LoweredQuantizer:
 
     @property
     def is_binary(self) -> bool:
+        """Whether its codes are +1 and -1."""
         return self.bits == 1
 
     @property
@@ -99,6 +100,7 @@ class LoweredQuantizer:
 
     @classmethod
     def binary(cls, name: str, step: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
+        """A one-bit quantizer of ±step that decides at `thresholds`, one or one per channel."""
         return cls(name, np.float32(step / BINARY_GAIN), BINARY_GAIN, 1, 0, 2 * BINARY_GAIN, thresholds)
 
     @classmethod
@@ -167,4 +169,5 @@ class LoweredModel:
 
     @property
     def layer_names(self) -> list[str]:
+        """Names of all layers."""
         return [layer.name for layer in self.layers.values()]

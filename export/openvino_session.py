@@ -31,6 +31,7 @@ class OpenvinoSession:
         self.outputs = [value.name for value in proto.graph.output]
 
     def run(self, images: Images) -> dict[str, np.ndarray]:
+        """Outputs by name for one batch."""
         found = self.compiled(images)
         return {name: np.array(found[name]) for name in self.outputs}
 
@@ -57,6 +58,7 @@ def openvino_runtime(
 
 
 def version() -> str:
+    """OpenVINO's version."""
     return str(_openvino().__version__).split("-")[0]
 
 

@@ -40,9 +40,11 @@ class Codes:
     grid: LoweredQuantizer
 
     def centred(self) -> Tensor:
+        """Codes minus the zero point."""
         return self.carrier - self.grid.zero_point
 
     def real(self) -> Tensor:
+        """What the codes stand for, float32."""
         return self.centred() * float(self.grid.scale)
 
 
@@ -54,15 +56,19 @@ class Accumulator:
     unit: Tensor
 
     def real(self) -> Tensor:
+        """What the sums stand for, float32."""
         return self.sums.float() * self.unit
 
 
 @dataclass(frozen=True)
 class Sum:
+    """Sum of two quantized tensors, not yet rounded to a grid."""
+
     first: Codes
     second: Codes
 
     def real(self) -> Tensor:
+        """In floating point."""
         return self.first.real() + self.second.real()
 
 
@@ -74,6 +80,7 @@ class Product:
     second: Codes
 
     def real(self) -> Tensor:
+        """In floating point."""
         return self.first.real() * self.second.real()
 
 
@@ -85,14 +92,18 @@ class Joined:
     axis: int
 
     def real(self) -> Tensor:
+        """In floating point."""
         return torch.cat([part.real() for part in self.parts], self.axis)
 
 
 @dataclass(frozen=True)
 class Mean:
+    """Mean over the pixels of quantized images, not yet rounded to a grid."""
+
     source: Codes
 
     def real(self) -> Tensor:
+        """In floating point."""
         return self.source.real().mean(dim=(2, 3), keepdim=True)
 
 
@@ -111,6 +122,7 @@ class WindowMean:
     counts_padding: bool
 
     def real(self) -> Tensor:
+        """In floating point."""
         x = self.source.real()
         if is_sequence := x.dim() == 3:
             x = x.unsqueeze(2)
@@ -186,6 +198,10 @@ class IntegerReference:
         given: Mapping[str, NDArray[np.generic]] | None = None,
         follow: Follow | None = None,
     ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
+        """Codes of every quantizer and outputs, by name, for one batch.
+
+        given: codes to start each operation from instead of the computed ones; follow: called after every node.
+        """
         graph = self.model.skeleton.graph
         self.farthest_from_tie = 0.0
         values: dict[ir.Value, Value] = dict(zip(graph.inputs, _inputs(images, graph), strict=False))
@@ -434,4 +450,5 @@ def _codes(value: Value | None, node: ir.Node) -> Codes:
 
 
 def real_of(value: Value) -> Tensor:
+    """What a value stands for, float32."""
     return value if isinstance(value, Tensor) else value.real()

@@ -210,4 +210,5 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
 
 
 def version() -> str:
+    """ONNX Runtime's version."""
     return str(ort.__version__)

@@ -29,10 +29,12 @@ WEIGHTED_OPS = {"Conv", "Gemm"}
 
 
 def is_mark(node: ir.Node | None) -> bool:
+    """Whether a node stands for a quantizer."""
     return node is not None and node.domain == DOMAIN and node.op_type == MARK
 
 
 def mark_name(node: ir.Node) -> str:
+    """Name of the quantizer that a mark stands for."""
     return node.attributes["name"].as_string()
 
 
@@ -49,6 +51,7 @@ def only_reader(value: ir.Value) -> ir.Node | None:
 
 
 def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+    """The value of an initializer or folded constant, None for anything else."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 

@@ -190,6 +190,7 @@ def pair(
 
 
 def requantization(source: LoweredQuantizer) -> Operation:
+    """Codes of one grid written as codes of another."""
     codes = _codes(source)
     return Operation(
         "requantization", len(codes), lambda out: disagreements(arithmetic.requantizations(codes, source, out), out)
@@ -197,12 +198,14 @@ def requantization(source: LoweredQuantizer) -> Operation:
 
 
 def concatenation(sources: list[LoweredQuantizer]) -> Operation:
+    """Requantization of each part."""
     parts = [requantization(source) for source in sources]
     inputs = sum(part.inputs for part in parts)
     return Operation("concatenation", inputs, lambda out: sum(part.ties(out) for part in parts))
 
 
 def global_pool(source: LoweredQuantizer, pixels: int) -> Operation:
+    """Mean over `pixels` codes."""
     codes = _codes(source)
     totals = np.arange(codes[0] * pixels, codes[-1] * pixels + 1)
     exact = totals * float(source.scale) / pixels

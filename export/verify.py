@@ -37,6 +37,7 @@ class FileCheck:
 
     @property
     def passed(self) -> bool:
+        """Whether the file is as it was signed and, where it has integers, runs on integer kernels."""
         if self.is_plain:
             return not self.signed
         return not self.signed and not self.different and self.kernels == self.integer

@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
+    """The command line; returns 0 where all codes agree, 1 where some differ, 2 for an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "bundle", nargs="?", type=Path, default=HERE, help="folder with expected.json; by default this one"
@@ -64,6 +65,7 @@ def printable(text: object) -> str:
 
 
 def read_expected(bundle: Path) -> dict[str, Any]:
+    """The bundle's expected.json. Raises ValueError naming the file when it is missing or of another format."""
     path = bundle / "expected.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name the folder that `qat bundle` wrote")

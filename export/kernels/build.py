@@ -30,6 +30,7 @@ PARALLEL = 2
 
 
 def sources() -> list[Path]:
+    """The C++ files of the kernels."""
     return sorted(HERE.glob("*.cpp"))
 
 

@@ -80,6 +80,7 @@ class EpochBatches(torch.utils.data.Sampler[list[Draw]]):
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
+    """Batches that hold `size` images, the last one maybe smaller."""
     return -(-size // batch_size)
 
 

@@ -97,14 +97,17 @@ def read_domains(root: Path, *, check_images: bool = True) -> list[Domain]:
 
 
 def folders_in(path: Path) -> list[Path]:
+    """Subfolders in order of their names, hidden ones left out."""
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def images_in(folder: Path) -> list[Path]:
+    """Files of a folder that are images by their suffix, in order, hidden ones left out."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
 
 
 def folder_domain(name: str, classes: Sequence[str], files: dict[str, list[Path]]) -> Domain:
+    """One domain from the image files of each class; labels are positions in `classes`."""
     paths = [path for c in classes for path in files[c]]
     labels = np.repeat(np.arange(len(classes)), [len(files[c]) for c in classes])
     return Domain(name, tuple(classes), FolderImages(tuple(paths)), labels.astype(np.int64))
@@ -126,6 +129,7 @@ def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
 
 
 def check_readable(paths: Sequence[Path]) -> None:
+    """Decode every image. Raises DataError that names the unreadable ones and what is wrong with the first."""
     with ThreadPoolExecutor(8) as pool:
         broken = {str(p): fault for p, fault in zip(paths, pool.map(_fault, paths), strict=True) if fault is not None}
     if broken:
@@ -142,5 +146,6 @@ def _fault(path: Path) -> str | None:
 
 
 def some(names: Sequence[str]) -> str:
+    """The first names in a list for a message, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(map(printable, names[:NAMED])) + more

@@ -70,6 +70,7 @@ class Inventory:
 
     @property
     def used(self) -> int:
+        """Images used, of all domains together."""
         return sum(found.used for found in self.found.values())
 
     @property

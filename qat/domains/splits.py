@@ -19,6 +19,7 @@ class Subset:
 
     @property
     def name(self) -> str:
+        """Name of the domain that the images are of."""
         return self.domain.name
 
     def __len__(self) -> int:

@@ -26,6 +26,7 @@ DomainLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def erm_loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+    """Mean cross entropy of a batch; features and domains are not used."""
     return F.cross_entropy(logits, labels)
 
 
@@ -50,6 +51,8 @@ class GroupDRO:
 
 
 def coral(gamma: float = 1.0) -> DomainLoss:
+    """Cross entropy + γ · mean over pairs of domains of the squared distances of their features' means and covariances."""
+
     def loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
         groups = [features[domains == d] for d in domains.unique()]
         means = [g.mean(0) for g in groups]

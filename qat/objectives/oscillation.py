@@ -82,6 +82,7 @@ class Oscillation:
 
     @property
     def frozen(self) -> float:
+        """Share of the weights that are frozen."""
         return sum(int(h.sum()) for h in self.held) / max(sum(h.numel() for h in self.held), 1)
 
     def state_dict(self) -> dict[str, Any]:

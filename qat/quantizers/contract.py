@@ -104,6 +104,7 @@ class Quantizer(nn.Module):
         return self.fake_quantize(x)
 
     def require_step(self) -> None:
+        """Raises RuntimeError naming the quantizer while nobody has set its step."""
         if not self.initialized:
             raise RuntimeError(
                 f"quantizer {self.name or type(self).__name__!r} has no step yet: run calibrate(model, loader) or load a "
@@ -186,6 +187,7 @@ def along(step: Tensor, x: Tensor, axis: int | None) -> Tensor:
 
 
 def positive_step(raw_step: Tensor) -> Tensor:
+    """max(|raw_step|, 1e-10), of the same shape."""
     return raw_step.abs().clamp_min(SMALLEST_STEP)
 
 

@@ -80,6 +80,7 @@ class LSQ(Quantizer):
 
     @property
     def starts_from_data(self) -> bool:  # type: ignore[override]
+        """True of activations; a weight's step starts from the weight."""
         return not self.is_weight
 
     def start_for(self, values: Tensor, init: Init) -> Start:

@@ -75,6 +75,7 @@ class LSQPlus(LSQ):
 
     @property
     def zero_point(self) -> int:  # type: ignore[override]
+        """The code of 0.0, round(-β / s) clipped to the grid."""
         return int(zero_point_of(self.raw_step.detach(), self.offset.detach(), self.spec.qmax))
 
     @property
@@ -101,6 +102,7 @@ class LSQPlus(LSQ):
         return super().codes(x) + self.zero_point
 
     def clips_as_relu(self) -> bool:
+        """Never: negative numbers have codes of their own."""
         return False  # what lies below 0 has codes of its own
 
 

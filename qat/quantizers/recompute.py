@@ -32,6 +32,7 @@ class Kept:
         self.tensor, self.version = tensor.detach(), tensor._version
 
     def get(self) -> Tensor:
+        """The tensor. Raises RuntimeError if it was changed in place since."""
         if self.tensor._version != self.version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was modified by an in-place operation "
@@ -50,6 +51,7 @@ class Origin:
 
     @torch.no_grad()
     def compute(self) -> Tensor:
+        """The tensor made again: what was kept, through the quantizers that it went through."""
         x = self.root.get()
         for raw_step, grid in self.steps:
             x = self.quantize(x, raw_step.get(), grid)

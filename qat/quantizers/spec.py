@@ -73,6 +73,7 @@ class QuantSpec:
         return (1 << (self.bits - 1)) - 1 if self._decided_sign() else (1 << self.bits) - 1
 
     def with_sign(self, signed: bool) -> "QuantSpec":
+        """The same spec with its sign decided."""
         return replace(self, signed=signed)
 
     def _decided_sign(self) -> bool:

@@ -35,10 +35,13 @@ class ZeroChannels(nn.Module):
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3 x 3 convolution with padding 1 and without bias."""
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
 class OptionABlock(nn.Module):
+    """ResNet's basic block for CIFAR, N_C_H_W; its shortcut pads channels with zeros (He et al., option A)."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
@@ -147,28 +150,34 @@ class VggSmall(nn.Module):
 
 
 def cifar_resnet20(num_classes: int = 10, **options: Any) -> nn.Module:
+    """ResNet-20 for 32 px, in full precision."""
     return _described(CifarResNet(3, num_classes, **options), 32, "conv1", "linear")
 
 
 def bireal_cifar_resnet20(num_classes: int = 10, **options: Any) -> nn.Module:
+    """ResNet-20 for 32 px with a shortcut around every convolution."""
     return _described(BiRealResNet((16, 32, 64), (3, 3, 3), num_classes, **options), 32, "conv1", "fc")
 
 
 def bireal_cifar_resnet18(num_classes: int = 10, skips: int = 1, **options: Any) -> nn.Module:
+    """ResNet-18 for 32 px; skips: shortcuts per block, 1 or 2."""
     net = BiRealResNet((64, 128, 256, 512), (2, 2, 2, 2), num_classes, skips=skips, **options)
     return _described(net, 32, "conv1", "fc")
 
 
 def bireal_vgg_small(num_classes: int = 10, **options: Any) -> nn.Module:
+    """VGG-Small for 32 px: six convolutions and one linear layer."""
     return _described(VggSmall(num_classes, **options), 32, "convs.0", "fc")
 
 
 def bireal_resnet18(num_classes: int = 1000, **options: Any) -> nn.Module:
+    """Bi-Real ResNet-18 for 224 px."""
     net = BiRealResNet((64, 128, 256, 512), (2, 2, 2, 2), num_classes, stem="imagenet", **options)
     return _described(net, 224, "conv1", "fc")
 
 
 def bireal_resnet34(num_classes: int = 1000, **options: Any) -> nn.Module:
+    """Bi-Real ResNet-34 for 224 px."""
     net = BiRealResNet((64, 128, 256, 512), (3, 4, 6, 3), num_classes, stem="imagenet", **options)
     return _described(net, 224, "conv1", "fc")
 

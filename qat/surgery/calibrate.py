@@ -121,6 +121,7 @@ def pause(model: nn.Module) -> None:
 
 
 def paused(model: nn.Module) -> bool:
+    """Whether any quantizer passes its input through."""
     return any(quantizer.observer is not None for quantizer in quantizers(model).values())
 
 

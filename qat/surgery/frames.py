@@ -93,9 +93,11 @@ class Location:
 
     @property
     def path(self) -> str:
+        """Path of the module that runs now."""
         return self.stack[-1].path
 
     def address(self, kind: str) -> str:
+        """`path#kind0`: the name of the next operation of `kind` in the module that runs now."""
         return self.stack[-1].address(kind)
 
     def watch(self, model: nn.Module, skip: type[nn.Module] | tuple[()] = ()) -> list[Any]:
@@ -113,6 +115,7 @@ class Location:
         self.stack[:] = [Frame("")]
 
     def end(self) -> None:
+        """Forget all modules: a forward pass has ended, or was left by an exception."""
         self.stack.clear()
 
 

@@ -83,6 +83,7 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantLinear":
+        """The quantized twin of `linear`, with its parameters. Raises ValueError for an unknown subclass."""
         if type(linear).__name__ not in LINEAR_NAMES:
             raise ValueError(
                 f"layer {name!r}: {type(linear).__name__} is a Linear subclass that quantize_ does not know"

@@ -92,6 +92,7 @@ def is_join(call: Call) -> bool:
 
 
 def is_integer(call: Call) -> bool:
+    """Whether a call runs on integers in a file: a product, or a join of tensors."""
     return call.kind in MULTIPLIES or is_join(call)
 
 

@@ -89,12 +89,20 @@ class StreamQuantizers(nn.ModuleDict):
         return x
 
     def at(self, address: str, must_be_known: bool) -> LSQ | None:
+        """The quantizer of an operation's result, None where the plan has none.
+
+        Raises RuntimeError for an operation that the plan does not know, if `must_be_known`.
+        """
         quantizer = self._modules.get(_key(address))
         if quantizer is None and must_be_known and address not in self.known.joins:
             raise _unknown(address, "result")
         return quantizer  # type: ignore[return-value]
 
     def operands_at(self, address: str) -> QuantOperands | None:
+        """What quantizes the operands of a product; None where the plan leaves them.
+
+        Raises RuntimeError for a product that the plan does not know.
+        """
         found = self.operands._modules.get(_key(address)) if "operands" in self._modules else None
         if found is None and address not in self.known.multiplies and not self.guests:
             raise _unknown(address, "operands")

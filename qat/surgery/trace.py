@@ -108,9 +108,11 @@ class Trace:
     repeated: set[str] = field(default_factory=set)
 
     def producer(self) -> dict[int, Call]:
+        """Value -> the call that made it."""
         return {value: call for call in self.calls for value in call.outputs}
 
     def consumers(self) -> dict[int, list[Call]]:
+        """Value -> the calls that read it, in order."""
         readers: dict[int, list[Call]] = defaultdict(list)
         for call in self.calls:
             for value in call.inputs:

@@ -106,6 +106,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
+        """An existing run folder. Raises RecipeError where there is none."""
         if path.is_file():
             raise RecipeError(f"{path}: is a file; name the run folder")
         if not path.is_dir():
@@ -132,6 +133,7 @@ class RunFolder:
         return self.path / name
 
     def recipe(self) -> Recipe:
+        """The recipe that the run recorded, its rules read from the folder's own copy."""
         recipe = from_json(read_json(self.require("recipe.json")), self / "recipe.json")
         if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
             return replace(recipe, rules=self / f"rules{recipe.rules.suffix}")
@@ -148,6 +150,7 @@ class RunFolder:
         return read_log(path) if path.exists() else []
 
     def save(self, name: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint `name` atomically."""
         write_atomically(self / name, lambda p: torch.save(state, p))
 
     def load(self, name: str) -> dict[str, Any]:
@@ -205,6 +208,8 @@ class RunFolder:
             raise RecipeError(f"{path}: cannot be read ({reason_of(error)})") from error
 
     def write_samples(self, samples: Samples) -> None:
+        """Write samples.npz: images, labels and domains of a few test images."""
+
         def write(path: Path) -> None:
             with path.open("wb") as file:
                 np.savez_compressed(file, images=samples.images, labels=samples.labels, domains=samples.domains)
@@ -360,6 +365,7 @@ def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
 
 
 def load_state(model: nn.Module, state: dict[str, Any], source: Path) -> None:
+    """Load a checkpoint's model. Raises RecipeError naming `source` when it does not fit."""
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -41,6 +41,7 @@ class Row:
 
     @property
     def drop(self) -> float:
+        """Accuracy of the baseline minus that of the run, as a share."""
         return self.baseline - self.run
 
 
@@ -54,6 +55,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """Whether no row dropped by more than was allowed."""
         return not any(row.failed for row in self.rows)
 
     def __str__(self) -> str:

@@ -28,6 +28,7 @@ class Control:
 
     @property
     def freezes(self) -> bool:
+        """Whether any scale may freeze."""
         return self.policy != "never"
 
     @property

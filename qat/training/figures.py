@@ -202,6 +202,7 @@ def size_accuracy_latency(rows: Sequence[Mapping[str, Any]], accuracy: Mapping[s
 
 
 def series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(steps, values of `key`) of the log entries that have it."""
     found = [(e["step"], e[key]) for e in entries if key in e]
     return np.array([s for s, _ in found], np.int64), np.array([v for _, v in found], np.float64)
 

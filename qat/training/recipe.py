@@ -195,6 +195,7 @@ class LsqRecipe(Recipe):
 
     @property
     def step_init(self) -> Init:
+        """How scales start; brevitas's initializations move them later."""
         return "lsq" if self.init == "lsq" else "mse"
 
 

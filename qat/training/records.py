@@ -18,10 +18,14 @@ TEXT, WHOLE, NUMBER, FLAG = "text", "a whole number", "a number", "true or false
 
 
 class Each(NamedTuple):
+    """A JSON array whose entries all have `shape`."""
+
     shape: "Shape"
 
 
 class Maybe(NamedTuple):
+    """A value of `shape`, or null."""
+
     shape: "Shape"
 
 

@@ -33,13 +33,16 @@ class ScaleLog:
         self.file = self.path.open("ab")
 
     def write(self, seen: Seen) -> None:
+        """Append one step: a row of float16 per scale."""
         values = torch.stack([getattr(seen, name) for name in COLUMNS], dim=1)
         self.file.write(values.to(torch.float16).cpu().numpy().tobytes())
 
     def flush(self) -> None:
+        """Hand what was written to the file system."""
         self.file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 

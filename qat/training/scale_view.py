@@ -45,14 +45,17 @@ class ScaleView:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the quantizers, in the log's order."""
         return self.history.names
 
     @property
     def kinds(self) -> tuple[str, ...]:
+        """Kind of each: weight, input or stream."""
         return tuple(kind_of(name) for name in self.names)
 
     @property
     def steps(self) -> int:
+        """Steps in the log."""
         return len(self.history.values)
 
     @property

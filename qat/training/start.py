@@ -144,4 +144,5 @@ def _gradient_norms(recipe: Recipe) -> NDArray[np.float64]:
 
 
 def as_saved(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
+    """What a checkpoint keeps besides the model: optimizer, schedule, state of the random numbers."""
     return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}

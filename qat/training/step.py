@@ -257,6 +257,7 @@ def parameter_kinds(model: nn.Module) -> dict[int, str]:
 
 
 def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes over channels or batch."""
     return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm))
 
 

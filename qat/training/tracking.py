@@ -56,6 +56,7 @@ class Tracker:
                     self.writer.add_scalar(f"{name}/{key}" if key else name, scalar, step)
 
     def show(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Show step, loss, accuracy (a share) and images per second in the progress bar."""
         status = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {images_per_second:.0f} images/s"
         self.progress.update(self.task, completed=step, status=status)
 
