@@ -34,7 +34,13 @@ def sign_ste(u: Tensor) -> Tensor:
 
 
 class BinaryWeight(Quantizer):
-    """Sign of a latent weight (any shape) times α, one per channel of spec.axis or one in all; spec must have 1 bit."""
+    """A latent weight w, any shape, in one bit: ŵ = α · sign(u(w)), with u of a subclass (`before_sign`).
+
+    α (`step`) is learned, one per channel of spec.axis or one in all. The sign's derivative is taken as 1.
+
+    alpha_init: where α starts, "least-squares" or as BiPer's code has it.
+    Raises ValueError for a spec of more than 1 bit.
+    """
 
     is_weight = True
 

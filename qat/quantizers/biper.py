@@ -29,7 +29,9 @@ Stage = Literal[1, 2]
 
 
 class PeriodicWeight(BinaryWeight):
-    """BiPer's weight quantizer. The contract with `codes` holds in stage 2; stage 1 is real-valued.
+    """BiPer's weight quantizer: ŵ = α · sin(ω₀ w) in stage 1, α · sign(sin(ω₀ w)) in stage 2.
+
+    The contract with `codes` holds in stage 2. Vargas et al., CVPR 2024, arXiv 2404.01278.
 
     frequency: ω₀ at the start, a float32 buffer, or a parameter when `learn_frequency`.
     """

@@ -33,7 +33,9 @@ class _SignBiReal(torch.autograd.Function):
 
 
 class BinaryActivation(Quantizer):
-    """Codes -1 and +1, step 1. Input N_C_H_W (or N_C), float.
+    """Activations in one bit: sign(a - t), codes -1 and +1, scale 1. Input N_C_H_W (or N_C), float.
+
+    Its derivative is Bi-Real Net's, 2 - 2|ā| for |ā| < 1, else 0. Liu et al., ECCV 2018, arXiv 1808.00278.
 
     channels:    length of axis 1 when thresholds are learned, else None.
     standardize: take the surrogate at values of unit variance per sample.

@@ -51,11 +51,18 @@ class FakeQuantizeLSQ(torch.autograd.Function):
 class LSQ(Quantizer):
     """LSQ quantizer of one tensor.
 
+        x̂ = round(clip(x / s, -Qn, Qp)) · s
+
+    with a learned scale s (`step`): dx̂/ds is round(v) - v for v = x / s within (-Qn, Qp), else the nearer bound, times
+    1 / sqrt(N · Qp). Esser et al., ICLR 2020, arXiv 1902.08153.
+
     spec:     bits, sign and axis. An activation's sign may be None until `calibrate` sees data.
     channels: length of `spec.axis`; the step has shape (channels,), else ().
     name:     where it sits in its model, for messages; `quantize_` sets it.
 
     `forward(x) == (codes(x) - zero_point) * step` holds bit for bit; the zero point of LSQ is 0.
+
+    Raises ValueError for a grid of one bit, and for channels without an axis or the reverse.
     """
 
     ceiling = math.inf  # x above it counts as it: the upper clip of an activation that the quantizer stands in for

@@ -62,9 +62,14 @@ def shifted(raw_step: Tensor, offset: Tensor, top: int) -> Grid:
 
 
 class LSQPlus(LSQ):
-    """LSQ+ quantizer of an activation: unsigned codes in [0, 2^b - 1], a learned step and a learned offset.
+    """LSQ+ quantizer of an activation: unsigned codes in [0, p], p = 2^b - 1, a learned scale s and a learned offset β.
 
-    `forward(x) == (codes(x) - zero_point) * step` holds bit for bit, with an integer zero point in [0, 2^b - 1].
+        z = clip(round(-β / s), 0, p)        x̂ = (clip(round(x / s) + z, 0, p) - z) · s
+
+    Bhalgat et al., CVPR Workshops 2020, arXiv 2004.09576.
+
+    `forward(x) == (codes(x) - zero_point) * step` holds bit for bit, with an integer zero point in [0, p]. Raises
+    ValueError for a spec with an axis or scales that are powers of two.
     """
 
     def __init__(self, spec: QuantSpec, name: str = "") -> None:

@@ -19,7 +19,11 @@ EPSILON = 1e-5
 
 
 class RectifiedWeight(BinaryWeight):
-    """tau: quantile that weights are clamped to, in (0.5, 1]."""
+    """ReCU's weight quantizer: u(w) clips the standardized weight to its quantiles 1 - τ and τ. Xu et al., ICCV 2021,
+    arXiv 2103.12369.
+
+    tau: quantile that weights are clamped to, in (0.5, 1]. Raises ValueError for another.
+    """
 
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "", *, tau: float = 0.99, **options: Any) -> None:
         super().__init__(spec, weight, name, **options)
