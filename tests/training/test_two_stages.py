@@ -112,7 +112,7 @@ def test_recipes_are_recorded_and_checked(tmp_path: Path) -> None:
 
 
 def test_stage_two_refuses_another_kind_of_run(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no stage-1 run"):
+    with pytest.raises(RecipeError, match="not a stage-1 run of biper"):
         run_stages(dataclasses.replace(ALONE, stage=2, init_from=finished, out=tmp_path / "x"), split())
 
 
