@@ -71,6 +71,7 @@ class BinaryWeight(Quantizer):
         return self.relaxed(self.before_sign(x)) * along(positive_step(self.raw_step), x, self.spec.axis)
 
     def relaxed(self, u: Tensor) -> Tensor:
+        """ŵ / α for u = u(w), of u's shape: sign(u) with derivative 1, or what a subclass trains on in its place."""
         return sign_ste(u)
 
     def codes(self, x: Tensor) -> Tensor:

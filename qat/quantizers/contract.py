@@ -1,6 +1,7 @@
 """What every quantizer is and does, whatever its paper.
 
-`forward(x)` fake-quantizes; `codes(x)` gives the integers; `forward(x) == (codes(x) - zero_point) * step` bit for bit.
+`forward(x)` fake-quantizes; `codes(x)` gives the integers; `forward(x) == (codes(x) - zero_point) * step` bit for bit (not in
+BiPer's stage 1, which has no codes yet and cannot be exported).
 `raw_step` is the trained parameter of `step`, a positive number: step = max(|raw_step|, 1e-10).
 
 A paper's file says how x is fake-quantized (`fake_quantize`), which codes that are (`codes`) and where to start from

@@ -55,9 +55,11 @@ class Outcome:
 class Precision(Protocol):
     """How forward runs and gradients come back: an accelerate Accelerator."""
 
-    def autocast(self) -> AbstractContextManager[None]: ...
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context in which the forward pass runs in the recipe's precision."""
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, a scalar, to `.grad`; called once per microbatch, outside `autocast`."""
 
 
 class TrainingStep:
