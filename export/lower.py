@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from export.lowered import BIAS_PARAMETER, DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.simplify import simplify
 from export.skeleton import constant, modules_of
 from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
@@ -303,16 +304,17 @@ def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], ou
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=list(outputs),
+                optimize=False,
                 verbose=False,
             )
+            assert program is not None, "torch.onnx gave no program"
+            simplify(program.model)
     except ExportError:
         raise
     except Exception as error:
         raise ExportError(f"torch.onnx could not export the model: {_root_cause(error)}") from error
     finally:
         exporter_log.setLevel(level)
-    if program is None:
-        raise ExportError("torch.onnx gave no program")
     return program.model
 
 
