@@ -46,7 +46,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class QuantizerResult:
-    """Codes of one quantizer: how many there were, how many differ from the definition's, by how many steps at most."""
+    """Codes of one quantizer: how many there were, how many differ from the definition's, by how many codes at most."""
 
     quantizer: str
     codes: int
@@ -156,7 +156,7 @@ class Agreement:
         return f"NOT CERTIFIED (target {self.target}, plain QDQ): stored codes {stored}; computed codes {computed}"
 
     def table(self) -> list[str]:
-        """Layer by layer: codes that differ in each runtime, and by how many steps at most."""
+        """Layer by layer: codes that differ in each runtime, and by how many codes at most."""
         rows = list(zip(*(result.quantizers for result in self.results), strict=True))
         shown = [row for row in rows if any(cell.different for cell in row)]
         if not shown:

@@ -104,7 +104,7 @@ def bench(
 
 
 def layer_bytes(proto: onnx.ModelProto) -> dict[str, int]:
-    """Bytes of the initialisers of each layer (tables, activation steps and constants that layers share under "shared")."""
+    """Bytes of the initialisers of each layer (tables, activation scales and constants that layers share under "shared")."""
     sizes: dict[str, int] = {}
     for tensor in proto.graph.initializer:
         layer = tensor.name.split("/")[0].rsplit(".", 1)[0] if "." in tensor.name else "shared"

@@ -48,7 +48,7 @@ def lower(
     input_names: of the file, one for each tensor of the example; `input` where there is one, else forward's own.
     float_weights: whether layers with a quantized input and a float weight may remain. The runtime's optimiser quantizes
              such weights by rules of its own, so the integer targets cannot keep their promise for them.
-    Raises ExportError naming a quantizer without a step, or the operation that has no ONNX form.
+    Raises ExportError naming a quantizer without a scale, or the operation that has no ONNX form.
     """
     model = copied(model).cpu().eval()
     found = quantizers(model)
@@ -57,7 +57,7 @@ def lower(
             "the model has no quantizers: quantize_(model, rules) and train it first, or export target fp32"
         )
     if empty := [name for name, q in found.items() if not q.initialized]:
-        raise ExportError(f"quantizer {empty[0]!r} has no step: calibrate or train the model before exporting it")
+        raise ExportError(f"quantizer {empty[0]!r} has no scale: calibrate or train the model before exporting it")
     if soft := [n for n, q in found.items() if isinstance(q, PeriodicWeight) and q.stage == 1]:
         raise ExportError(f"quantizer {soft[0]!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it")
     if not float_weights and (bare := [n for n, m in model.named_modules() if _reads_codes_with_a_float_weight(m)]):
@@ -302,13 +302,13 @@ def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], ou
                 captured,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=list(outputs),
                 optimize=False,
                 verbose=False,
             )
             assert program is not None, "torch.onnx gave no program"
             simplify(program.model)
+            _name(program.model.graph.inputs, inputs)  # after `simplify`, which gives values of one name two
+            _name(program.model.graph.outputs, outputs)
     except ExportError:
         raise
     except Exception as error:
@@ -316,6 +316,11 @@ def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], ou
     finally:
         exporter_log.setLevel(level)
     return program.model
+
+
+def _name(values: Sequence[ir.Value], names: Sequence[str]) -> None:
+    for value, name in zip(values, names, strict=True):
+        value.name = name
 
 
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
@@ -374,7 +379,7 @@ def _layer(
         name=quantizer.name.removesuffix(".weight"),
         kind=kind,
         codes=quantizer.codes(weight).numpy().astype(np.int8),
-        scale=quantizer.step.float().expand(len(weight)).numpy().copy(),
+        scale=quantizer.scale.float().expand(len(weight)).numpy().copy(),
         bits=quantizer.spec.bits,
         bias=None if bias is None else bias.detach().double().numpy(),
         bias_parameter=parameters.get(id(bias), ""),
@@ -404,8 +409,8 @@ def _computed(model: nn.Module, arguments: Arguments) -> list[tuple[QuantOperand
 def _activation(quantizer: Quantizer) -> LoweredQuantizer:
     if isinstance(quantizer, BinaryActivation):
         thresholds = (0.0,) if quantizer.threshold is None else tuple(quantizer.threshold.detach().tolist())
-        return LoweredQuantizer.binary(quantizer.name, float(quantizer.step), thresholds)
+        return LoweredQuantizer.binary(quantizer.name, float(quantizer.scale), thresholds)
     signed, bits = bool(quantizer.spec.signed), quantizer.spec.bits
     zero_point = quantizer.zero_point if quantizer.spec.offset else None
-    grid = LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.step), bits, signed, zero_point)
+    grid = LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.scale), bits, signed, zero_point)
     return dataclasses.replace(grid, is_fixed=quantizer.spec.power_of_two)

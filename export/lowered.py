@@ -26,7 +26,7 @@ class LoweredLayer:
     """One quantized convolution or linear layer.
 
     codes:   int8, O_I_kH_kW or O_I: the codes that were trained, never re-quantized.
-    scale:   float32 (O,): real value of one code step; after batch-norm folding it carries the norm's multiplier and its
+    scale:   float32 (O,): real value of one code; after batch-norm folding it carries the norm's multiplier and its
              sign, so that the codes stay untouched (`passes.positive_scales` moves the sign onto them where it must).
     bias:    float64 (O,) in real units, or None before anything was folded and the layer has none.
     bias_parameter: name of the trained model's parameter that `bias` rises and falls with, one for one: the layer's own
@@ -99,9 +99,9 @@ class LoweredQuantizer:
         return BINARY_GAIN if self.is_binary else 1
 
     @classmethod
-    def binary(cls, name: str, step: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
-        """A one-bit quantizer of ±step that decides at `thresholds`, one or one per channel."""
-        return cls(name, np.float32(step / BINARY_GAIN), BINARY_GAIN, 1, 0, 2 * BINARY_GAIN, thresholds)
+    def binary(cls, name: str, scale: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
+        """A one-bit quantizer of ±scale that decides at `thresholds`, one or one per channel."""
+        return cls(name, np.float32(scale / BINARY_GAIN), BINARY_GAIN, 1, 0, 2 * BINARY_GAIN, thresholds)
 
     @classmethod
     def on_carrier(

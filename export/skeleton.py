@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from export.lowered import DOMAIN, MARK, LoweredLayer, LoweredModel, LoweredQuantizer
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # paths of the modules around an operation, then its own name
-# Operations that move or pick codes; they commute with a quantizer of one step. MaxPool does because rounding is monotone.
+# Operations that move or pick codes; they commute with a quantizer of one scale. MaxPool does because rounding is monotone.
 LAYOUT_OPS = {
     "MaxPool",
     "Reshape",

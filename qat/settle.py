@@ -7,8 +7,8 @@ written back into the trained net before its accuracy is measured and its checkp
 is on the grid already. A third change keeps PyTorch's float sums from deciding what integers decide otherwise: weight
 scales move by less than 1 in 1,000, to where no sum of codes is next to a tie.
 
-    s_y   <- s_y · (1 + ppm · 1e-6)       into the quantizer's step
-    s_w   <- s_w · f                      into γ of the layer's batch norm, or its weights and their steps: the codes stay
+    s_y   <- s_y · (1 + ppm · 1e-6)       into the quantizer's scale
+    s_w   <- s_w · f                      into γ of the layer's batch norm, or its weights and their scales: the codes stay
     b     <- k · u,  k = round(b / u)     into β of its batch norm, or the layer's own bias
 
 `export` is imported inside the functions: training needs neither onnx nor onnxruntime until it ends.
@@ -45,7 +45,7 @@ class Settlement:
     shifts:  layer -> how far that moves its results at most, in codes of the quantizer that reads them; layers whose
              results stay in floating point, and biases that decide a threshold exactly, are left out.
     scaled:  layers whose weight scales were moved off ties.
-    moved:   quantizer -> parts per million by which its step was moved.
+    moved:   quantizer -> parts per million by which its scale was moved.
     left:    layer or quantizer -> why it stays as it was trained; its file differs by the rounding.
     """
 
@@ -79,7 +79,7 @@ def settle_(model: nn.Module, example: Example | None = None) -> Settlement:
     before = lower(model, given)
     lowered = to_integers(lowered_anew(before, model, given))
     left: dict[str, str] = {}
-    moved = _settle_steps(model, lowered, left)
+    moved = _settle_scales(model, lowered, left)
     scaled = _settle_weight_scales(model, lowered)
     if scaled:  # a bias is rounded in units of the scales as the model now holds them
         lowered = to_integers(lowered_anew(before, model, given))
@@ -87,7 +87,7 @@ def settle_(model: nn.Module, example: Example | None = None) -> Settlement:
     return Settlement(biases, shifts, scaled, moved, left)
 
 
-def _settle_steps(model: nn.Module, lowered: LoweredModel, left: dict[str, str]) -> dict[str, int]:
+def _settle_scales(model: nn.Module, lowered: LoweredModel, left: dict[str, str]) -> dict[str, int]:
     """Write moved scales into the activation quantizers; returns by how much, in ppm."""
     found = quantizers(model)
     moved: dict[str, int] = {}
@@ -97,18 +97,18 @@ def _settle_steps(model: nn.Module, lowered: LoweredModel, left: dict[str, str])
         if name not in found:
             left[name] = "it runs several times, on grids that differ"
         else:
-            step, zero_point = found[name].raw_step.clone(), found[name].zero_point
-            found[name].raw_step.fill_(float(grid.scale))
+            scale, zero_point = found[name].raw_scale.clone(), found[name].zero_point
+            found[name].raw_scale.fill_(float(grid.scale))
             if found[name].zero_point == zero_point:
                 moved[name] = grid.moved_ppm
             else:
-                found[name].raw_step.copy_(step)
-                left[name] = "its zero point would move with its step"
+                found[name].raw_scale.copy_(scale)
+                left[name] = "its zero point would move with its scale"
     return moved
 
 
 def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
-    """Move weight scales off ties, in γ or in the weights and their steps; returns the number of layers."""
+    """Move weight scales off ties, in γ or in the weights and their scales; returns the number of layers."""
     from export.skeleton import weight_layer, written_by
     from export.ties import factors_off_ties
 
@@ -131,23 +131,23 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
             continue
         module = owners.get(layer.name)  # none, where the weight is computed
         grid = module.weight_quantizer if module is not None else None
-        movable = grid is not None and not grid.spec.power_of_two and grid.raw_step.shape == by_channel.shape
+        movable = grid is not None and not grid.spec.power_of_two and grid.raw_scale.shape == by_channel.shape
         if module is not None and grid is not None and movable:
             scaled += _scale_weight(module.weight, grid, by_channel)
     return scaled
 
 
 def _scale_weight(weight: Tensor, grid: Quantizer, factors: Tensor) -> bool:
-    """Scale the steps of a weight, and the weight where its codes would change otherwise; False, with both as they were,
+    """Move the scales of a weight, and the weight where its codes would change otherwise; False, with both as they were,
     where they change even so."""
-    codes, step, latent = grid.codes(weight), grid.raw_step.clone(), weight.clone()
-    grid.raw_step.copy_(_scaled(step, factors))
+    codes, scale, latent = grid.codes(weight), grid.raw_scale.clone(), weight.clone()
+    grid.raw_scale.copy_(_scaled(scale, factors))
     if torch.equal(grid.codes(weight), codes):
         return True
     weight.copy_(_scaled(latent, factors))
     if torch.equal(grid.codes(weight), codes):
         return True
-    grid.raw_step.copy_(step)
+    grid.raw_scale.copy_(scale)
     weight.copy_(latent)
     return False
 

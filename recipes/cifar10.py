@@ -33,9 +33,9 @@ CIFAR = {
 METHODS = {
     # He et al.'s CIFAR recipe with a cosine; LSQ's with its learning rate for SGD (steps move as fast as weights).
     "fp": dataclasses.replace(Recipe(), **CIFAR, epochs=200, lr=0.1, weight_decay=1e-4),
-    "lsq": dataclasses.replace(LsqRecipe(), **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, step_lr_unit="absolute"),
+    "lsq": dataclasses.replace(LsqRecipe(), **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, scale_lr_unit="absolute"),
     "biper": dataclasses.replace(
-        BiperRecipe(), **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}, step_lr_unit="absolute"
+        BiperRecipe(), **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}, scale_lr_unit="absolute"
     ),
 }
 

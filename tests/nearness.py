@@ -37,7 +37,7 @@ def assert_near(found: Any, expected: Any, share: float, *, of: float | None = N
 
 def assert_all_near(found: Mapping[str, Any], expected: Mapping[str, Any], share: float) -> None:
     """`assert_near` of every entry; the scale is the largest magnitude expected among the entries of its kind, which is the
-    last part of its name: weights with weights, steps with steps, biases with biases."""
+    last part of its name: weights with weights, scales with scales, biases with biases."""
     assert found.keys() == expected.keys()
     scales: dict[str, float] = {}
     for name, value in expected.items():

@@ -167,7 +167,7 @@ def test_calibrate_takes_batches_as_loaders_give_them(kind: str) -> None:
         model = with_random_norms(TinyNet())
         qat.quantize_(model, qat.uniform_rules(4), X)
         qat.calibrate(model, [batch])
-        scales.append([float(quantizer.step.mean()) for quantizer in quantizers(model).values()])
+        scales.append([float(quantizer.scale.mean()) for quantizer in quantizers(model).values()])
     assert scales[0] == scales[1]
 
 

@@ -30,7 +30,7 @@ from qat.training.loop import run
 from qat.training.recipe import GaqatRecipe, Recipe
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 20  # a case takes one or two; one that hangs is stopped
+SECONDS = 60  # a case takes one or two on an idle machine; one that hangs is stopped
 TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "steps": 4, "batch_size": 4, "evaluate_every": 2, "workers": 0,
     "per_class": 6,
@@ -473,7 +473,7 @@ def recipe_cases() -> Iterator[Case]:
         "clip",
         "ema-decay",
         "holdout",
-        "step-lr-ratio",
+        "scale-lr-ratio",
         "distill-weight",
         "damping",
     ):

@@ -122,7 +122,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("kind", slow_but(["data parallel"], WRAPPERS))
 def test_a_wrapped_model_is_calibrated_settled_exported_and_certified_as_itself(kind: str, tmp_path: Path) -> None:
-    files, steps = [], []
+    files, scales = [], []
     for wrap in (lambda model: model, WRAPPERS[kind]):
         torch.manual_seed(0)
         model = with_random_norms(TinyNet())
@@ -131,9 +131,9 @@ def test_a_wrapped_model_is_calibrated_settled_exported_and_certified_as_itself(
         qat.calibrate(outer, [X])
         outer.eval()
         qat.settle_(outer)
-        steps.append([float(quantizer.step.mean()) for quantizer in quantizers(model).values()])
+        scales.append([float(quantizer.scale.mean()) for quantizer in quantizers(model).values()])
         files.append(qat.export_onnx(outer, tmp_path / f"{len(files)}.onnx"))
-    assert files[0].read_bytes() == files[1].read_bytes() and steps[0] == steps[1]
+    assert files[0].read_bytes() == files[1].read_bytes() and scales[0] == scales[1]
     if kind == "both":  # a certificate takes seconds
         assert qat.certify(outer, files[1], X).passed
 
@@ -218,19 +218,19 @@ def test_calibrate_runs_the_first_batches_and_reads_no_more() -> None:
             read.append(index)
             yield batch
 
-    def steps(given: Any, **options: Any) -> list[float]:
+    def scales(given: Any, **options: Any) -> list[float]:
         torch.manual_seed(0)
         model = with_random_norms(TinyNet())
         qat.quantize_(model, qat.uniform_rules(4), X)
         qat.calibrate(model, given, **options)
-        return [float(quantizer.step.mean()) for quantizer in quantizers(model).values()]
+        return [float(quantizer.scale.mean()) for quantizer in quantizers(model).values()]
 
     for options, count in (({"batches": 2}, 2), ({}, 32), ({"batches": None}, 40)):
         read.clear()
-        assert steps(loader(), **options) == steps(list(data[:count]), batches=None)
+        assert scales(loader(), **options) == scales(list(data[:count]), batches=None)
         assert len(read) == count
     with pytest.raises(ValueError, match="batches=0; one batch at least"):
-        steps([X], batches=0)
+        scales([X], batches=0)
 
 
 WRONG_BATCHES: dict[str, tuple[Any, str]] = {
@@ -262,15 +262,15 @@ class OfOneList(Siamese):
 
 @pytest.mark.parametrize("batch", [[X, X * 2], ([X, X * 2], Y)], ids=["the list", "the list and labels"])
 def test_a_model_of_one_list_gets_the_whole_list(batch: Any) -> None:
-    steps = []
+    scales = []
     for model, example, given in ((Siamese(), (X, X), (X, X * 2)), (OfOneList(), ([X, X],), batch)):
         torch.manual_seed(0)
         for parameter in model.parameters():
             nn.init.normal_(parameter)
         qat.quantize_(model, qat.uniform_rules(4), example)
         qat.calibrate(model, [given])
-        steps.append([float(quantizer.step.mean()) for quantizer in quantizers(model).values()])
-    assert steps[0] == steps[1]
+        scales.append([float(quantizer.scale.mean()) for quantizer in quantizers(model).values()])
+    assert scales[0] == scales[1]
 
 
 OWN_LOOP = """

@@ -104,8 +104,8 @@ MULTIPLIER = 15  # 4-bit weights in a byte: 127 // 8
 def unit(conv: QuantConv2d, norm: nn.BatchNorm2d) -> np.ndarray:
     assert conv.input_quantizer is not None and conv.weight_quantizer is not None and norm.running_var is not None
     a = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    steps = conv.input_quantizer.step.double() * conv.weight_quantizer.step.double()
-    return (steps * a / MULTIPLIER).detach().numpy()
+    scales = conv.input_quantizer.scale.double() * conv.weight_quantizer.scale.double()
+    return (scales * a / MULTIPLIER).detach().numpy()
 
 
 def folded_bias(norm: nn.BatchNorm2d) -> np.ndarray:
@@ -120,7 +120,7 @@ def nearest_to_a_tie(model: nn.Module) -> float:
     assert isinstance(conv, QuantConv2d) and isinstance(norm, nn.BatchNorm2d)
     reader = quantizers(model)["block.conv2.input"]
     sums = np.arange(-200_000, 200_000)[:, None]
-    codes = sums * unit(conv, norm) / float(reader.step)
+    codes = sums * unit(conv, norm) / float(reader.scale)
     inside = (codes > 0) & (codes < 15)
     return float(np.abs(codes - np.floor(codes) - 0.5)[inside].min())
 
@@ -183,7 +183,7 @@ def test_a_power_of_two_stays_one() -> None:
     settle_(model, IMAGES[:1])
     for quantizer in quantizers(model).values():
         if quantizer.spec.power_of_two:
-            assert float(quantizer.step.log2()) == round(float(quantizer.step.log2()))
+            assert float(quantizer.scale.log2()) == round(float(quantizer.scale.log2()))
 
 
 def test_a_net_that_cannot_be_lowered_stays_as_it_was() -> None:
@@ -200,11 +200,11 @@ def test_a_net_that_cannot_be_lowered_stays_as_it_was() -> None:
 def test_scaling_that_would_change_a_code_is_undone() -> None:
     weight = nn.Parameter(torch.tensor([[1.0, -2.0, 3.0]]))
     grid = LSQWeight(QuantSpec.of_weight(4), weight)
-    step, latent = grid.raw_step.clone(), weight.clone()
+    scale, latent = grid.raw_scale.clone(), weight.clone()
     with torch.no_grad():
-        grid.codes = lambda w: torch.round(100 * (w / grid.raw_step + w)).int()  # type: ignore[method-assign]
+        grid.codes = lambda w: torch.round(100 * (w / grid.raw_scale + w)).int()  # type: ignore[method-assign]
         assert not _scale_weight(weight, grid, torch.tensor([1.5]).double())
-    assert torch.equal(grid.raw_step, step) and torch.equal(weight, latent)
+    assert torch.equal(grid.raw_scale, scale) and torch.equal(weight, latent)
 
 
 def test_the_report_of_a_settlement_is_plain_data() -> None:
@@ -227,7 +227,7 @@ def test_a_graph_that_is_copied_holds_what_an_export_would_hold(make: Callable[[
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.mul_(torch.rand_like(module.weight) + 0.5)
         for quantizer in quantizers(model).values():
-            quantizer.raw_step.mul_(1.1)
+            quantizer.raw_scale.mul_(1.1)
         for weight, _ in quantized_weights(model):
             weight.mul_(1.2)
     found, expected = (to_integers(x) for x in (lowered_anew(before, model, IMAGES[:1]), lower(model, IMAGES[:1])))

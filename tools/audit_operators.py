@@ -669,7 +669,7 @@ def convolution(
     weight = np.full(size, bounds[0]) if lowest_only else rng.integers(bounds[0], bounds[1] + 1, size)
     sums = exact_sums(case.inputs["x"].astype(np.int64) - zero, weight, shape)
     spread = float(sums.max() - sums.min()) or 1.0
-    step = one(1 / 64)
+    scale = one(1 / 64)
     # Half of the layers on ordinary scales, the others on powers of two, which make ties.
     multiplier = 250 / spread if signed else 2.0 ** np.floor(np.log2(250 / spread))
     scales = np.full(shape.outputs, multiplier, np.float32)
@@ -681,12 +681,12 @@ def convolution(
     node = case.add(
         "QLinearConv",
         [
-            "x", *case.grid(Grid(step, zero)), case.constant(stored), case.constant(scales), case.constant(weight_zero),
+            "x", *case.grid(Grid(scale, zero)), case.constant(stored), case.constant(scales), case.constant(weight_zero),
             *case.grid(out), case.constant(bias),
         ],
         **shape.attributes(),
     )  # fmt: skip
-    factors = (step * scales / out.scale).astype(np.float32).reshape(-1, *[1] * len(shape.kernel))
+    factors = (scale * scales / out.scale).astype(np.float32).reshape(-1, *[1] * len(shape.kernel))
     row = f"{family(shape)}, int8 {limits}"
     if bounds[1] == 64:
         row = f"every layer, int8 {limits}"
@@ -910,7 +910,7 @@ def row_of_sums(kernel: str, signed: bool, note: str) -> str:
 
 
 def visible_scale(depth: int) -> np.float32:
-    """What makes the largest sum 127 steps."""
+    """What makes the largest sum 127 codes."""
     return one(127 / (depth * 255 * 128))
 
 
@@ -952,7 +952,7 @@ def matrix_grids(options: dict[str, str] | None, note: str) -> Iterator[Case]:
     yield case
 
 
-SEEN_LOSS = 1200  # what products must lose together to be seen: a little over two steps of `visible_scale`
+SEEN_LOSS = 1200  # what products must lose together to be seen: a little over two codes of `visible_scale`
 
 PRECISE = {"session.x64quantprecision": "1"}
 
@@ -1041,7 +1041,7 @@ class Cell:
     mistaken: dict[str, int] = field(default_factory=dict)  # arithmetic: results it does not explain
     errors: list[Array] = field(
         default_factory=list
-    )  # of rows of sums: by input code and channel, in steps of the output
+    )  # of rows of sums: by input code and channel, in codes of the output
 
     def found(self) -> str:
         """The first arithmetic that explains all results, or the best one and how many it does not explain."""
@@ -1097,7 +1097,7 @@ def shown_sums(cell: Cell) -> str:
         for terms in range(2, 10):
             total = terms * (codes - offset) * bytes_
             lost = np.abs(total - np.clip(total, -32768, 32767))
-            # Saturation loses what is over the limit, which is seen from a step of the output on; a sum that wraps around is
+            # Saturation loses what is over the limit, which is seen from a code of the output on; a sum that wraps around is
             # far off at once.
             wraps = bool((errors[(lost > 0) & (lost <= SEEN_LOSS)] > 10).any())
             seen = lost > 0 if wraps else lost > SEEN_LOSS

@@ -63,14 +63,14 @@ class _TorchFakeQuantized(nn.Module):
         self.layer, top = layer, (1 << (bits - 1)) - 1
         self.weight_range, self.input_range = (-top - 1, top), (0, (1 << bits) - 1)
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        self.weight_step = nn.Parameter(2 * weight.detach().abs().mean().reshape(1) / top**0.5)
-        self.input_step = nn.Parameter(torch.full((1,), 0.2))
+        self.weight_scale = nn.Parameter(2 * weight.detach().abs().mean().reshape(1) / top**0.5)
+        self.input_scale = nn.Parameter(torch.full((1,), 0.2))
         self.weight_zero, self.input_zero = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         quantize = torch._fake_quantize_learnable_per_tensor_affine
-        x = quantize(x, self.input_step, self.input_zero, *self.input_range, 1e-3)
-        weight = quantize(self.layer.weight, self.weight_step, self.weight_zero, *self.weight_range, 1e-3)
+        x = quantize(x, self.input_scale, self.input_zero, *self.input_range, 1e-3)
+        weight = quantize(self.layer.weight, self.weight_scale, self.weight_zero, *self.weight_range, 1e-3)
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, weight, self.layer.bias)
         return self.layer._conv_forward(x, weight, self.layer.bias)  # type: ignore[operator]

@@ -160,7 +160,7 @@ def _as_if_trained(model: Any, images: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 3 and parameter.numel() == parameter.shape[-1]:
-                parameter.normal_()  # a class token is at most 0.02 at first: less than a step of the image's tokens
+                parameter.normal_()  # a class token is at most 0.02 at first: less than a scale of the image's tokens
             if parameter.any():
                 continue
             if parameter.numel() == max(parameter.shape, default=1) and not name.endswith("bias"):
@@ -194,17 +194,17 @@ def _train(model: object, images: object) -> None:
     import torch.nn.functional as F
     from torch import Tensor, nn
 
-    from qat.surgery.swap import parameter_groups, quantizers, sizes_of_steps
+    from qat.surgery.swap import parameter_groups, quantizers, sizes_of_scales
 
     assert isinstance(model, nn.Module) and isinstance(images, Tensor)
-    groups = parameter_groups(model.train(), 1e-4, 1e-4, step_sizes=sizes_of_steps(model))
+    groups = parameter_groups(model.train(), 1e-4, 1e-4, scale_sizes=sizes_of_scales(model))
     optimizer = torch.optim.AdamW(groups, lr=1e-4)
-    steps = {f"{n}.{p}": v for n, q in quantizers(model).items() for p, v in q.named_parameters()}
-    moved = dict.fromkeys(steps, False)
+    parameters = {f"{n}.{p}": v for n, q in quantizers(model).items() for p, v in q.named_parameters()}
+    moved = dict.fromkeys(parameters, False)
     for _ in range(2):
         optimizer.zero_grad()
         F.cross_entropy(model(images), torch.arange(len(images)) % CLASSES).backward()
-        for name, parameter in steps.items():
+        for name, parameter in parameters.items():
             gradient = parameter.grad
             if gradient is not None and not bool(torch.isfinite(gradient).all()):
                 raise ValueError(f"the gradient of {name} is not finite")

@@ -1,6 +1,6 @@
 """Weight averaging: EMA, and SWAD's dense average over the valley of the validation loss (Cha et al., arXiv 2102.08604).
 
-Everything a model learns is averaged: latent weights, norms, biases, and quantizer steps as positive steps (a raw step may
+Everything a model learns is averaged: latent weights, norms, biases, and quantizer scales as positive scales (a raw scale may
 have crossed zero, see `qat/quantizers/lsq.py`). Batch norm statistics are not averaged but taken again from data
 (`qat.surgery.batchnorm.restore_norm_statistics`), and with the quantizers on, for the averaged weights make other codes.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.contract import positive_step
+from qat.quantizers.contract import positive_scale
 
-STEP = "raw_step"
+SCALE = "raw_scale"
 
 
 class Average:
@@ -128,7 +128,7 @@ def merged(spans: Iterable[tuple[float, Average]]) -> Average:
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: positive_step(parameter.detach()) if name.rpartition(".")[2] == STEP else parameter.detach()
+        name: positive_scale(parameter.detach()) if name.rpartition(".")[2] == SCALE else parameter.detach()
         for name, parameter in model.named_parameters()
     }
 

@@ -5,7 +5,7 @@ code are followed by exponential means:
 
     f ← (1 - m) f + m · oscillated          k̄ ← (1 - m) k̄ + m · code
 
-Freezing holds a latent weight whose f passes a threshold at round(k̄) · s, whatever becomes of its step s. Damping adds
+Freezing holds a latent weight whose f passes a threshold at round(k̄) · s, whatever becomes of its scale s. Damping adds
 λ · Σ (w̃ - clip(w))², w̃ the fake-quantized weight held constant: a pull to the grid point, none outside the grid.
 """
 
@@ -38,7 +38,7 @@ class Oscillation:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was seen, as when quantization begins or steps are set anew."""
+        """Forget what was seen, as when quantization begins or scales are set anew."""
         self.last = [self._codes(i) for i in range(len(self.weights))]
         self.direction = [torch.zeros_like(c) for c in self.last]
         self.frequency = [torch.zeros(w.shape, device=w.device) for w in self.weights]
@@ -69,8 +69,8 @@ class Oscillation:
     def _hold(self, i: int) -> None:
         """Put frozen weights to their point of the grid, whatever the optimizer did."""
         if self.freeze_above is not None and bool(self.held[i].any()):
-            weight, step = self.weights[i], spread(self.quantizers[i], self.weights[i])
-            weight.copy_(torch.where(self.held[i], self.mean[i].round() * step, weight))
+            weight, scale = self.weights[i], spread(self.quantizers[i], self.weights[i])
+            weight.copy_(torch.where(self.held[i], self.mean[i].round() * scale, weight))
 
     def _codes(self, i: int) -> Tensor:
         return self.quantizers[i].codes(self.weights[i]).to(torch.int8)
@@ -97,15 +97,15 @@ def damping(weights: Sequence[Tensor], quantizers: Sequence[LSQ]) -> Tensor:
     """Σ over all weights of (w̃ - clip(w))²; scalar with gradient to the latent weights inside their grid alone."""
     terms = []
     for weight, quantizer in zip(weights, quantizers, strict=True):
-        step = spread(quantizer, weight)
-        point = quantizer.codes(weight) * step
-        inside = weight.clamp(quantizer.spec.qmin * step, quantizer.spec.qmax * step)
+        scale = spread(quantizer, weight)
+        point = quantizer.codes(weight) * scale
+        inside = weight.clamp(quantizer.spec.qmin * scale, quantizer.spec.qmax * scale)
         terms.append((point - inside).square().sum())
     return torch.stack(terms).sum()
 
 
 def spread(quantizer: LSQ, weight: Tensor) -> Tensor:
-    """The quantizer's step, detached, in a shape that broadcasts over `weight`."""
+    """The quantizer's scale, detached, in a shape that broadcasts over `weight`."""
     if quantizer.spec.axis is None:
-        return quantizer.step
-    return quantizer.step.view([-1 if d == quantizer.spec.axis else 1 for d in range(weight.dim())])
+        return quantizer.scale
+    return quantizer.scale.view([-1 if d == quantizer.spec.axis else 1 for d in range(weight.dim())])

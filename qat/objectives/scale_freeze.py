@@ -1,6 +1,6 @@
 """GAQAT: gradient-adaptive freezing of quantizer scales (arXiv 2412.05551; reconstruction in `docs/algorithms.md`, GAQAT).
 
-Under SAGM every scale (step) s_i has two gradients, the task's and the perturbed, smoothing one's:
+Under SAGM every scale s_i has two gradients, the task's and the perturbed, smoothing one's:
 
     g(s_i) = w_t · m_i · g_task(s_i) + w_p · k_i · g_smooth(s_i)          m, k in {0, 1}
 
@@ -80,7 +80,7 @@ class Seen:
 class ScaleFreezer:
     """Follows the scales' gradients and masks a stream of some. Call `mask` after the objective, once a step.
 
-    names, scales: the steps to follow, shape () or (channels,) each; is_weight tells which threshold holds.
+    names, scales: what to follow, shape () or (channels,) each; is_weight tells which threshold holds.
     seed: of the "random" policy's draws, the same on every process.
     """
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.contract import SMALLEST_STEP, Init, Quantizer, Start, along, positive_step, sign
+from qat.quantizers.contract import SMALLEST_SCALE, Init, Quantizer, Start, along, positive_scale, sign
 from qat.quantizers.spec import QuantSpec
 
 AlphaInit = Literal["least-squares", "uniform"]
@@ -36,7 +36,7 @@ def sign_ste(u: Tensor) -> Tensor:
 class BinaryWeight(Quantizer):
     """A latent weight w, any shape, in one bit: ŵ = α · sign(u(w)), with u of a subclass (`before_sign`).
 
-    α (`step`) is learned, one per channel of spec.axis or one in all. The sign's derivative is taken as 1.
+    α (`scale`) is learned, one per channel of spec.axis or one in all. The sign's derivative is taken as 1.
 
     alpha_init: where α starts, "least-squares" or as BiPer's code has it.
     Raises ValueError for a spec of more than 1 bit.
@@ -52,13 +52,13 @@ class BinaryWeight(Quantizer):
         super().__init__(spec, name)
         self.alpha_init = alpha_init
         shape = () if spec.axis is None else (weight.shape[spec.axis],)
-        self.raw_step = nn.Parameter(torch.ones(shape))
+        self.raw_scale = nn.Parameter(torch.ones(shape))
 
     @torch.no_grad()
     def start_for(self, values: Tensor, init: Init) -> Start:
         """α as `alpha_init` says; one bit has no clipping that `init` could weigh."""
         if self.alpha_init == "uniform":
-            return Start(torch.empty_like(self.raw_step).uniform_(0, 1).clamp_min_(SMALLEST_STEP))
+            return Start(torch.empty_like(self.raw_scale).uniform_(0, 1).clamp_min_(SMALLEST_SCALE))
         dims = [d for d in range(values.dim()) if d != self.spec.axis]
         magnitude = self.before_sign(values).abs().float().mean(dim=dims)
         return Start(torch.where(magnitude > 0, magnitude, 1.0))
@@ -68,7 +68,7 @@ class BinaryWeight(Quantizer):
         raise NotImplementedError(f"{type(self).__name__} defines no function before the sign")
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return self.relaxed(self.before_sign(x)) * along(positive_step(self.raw_step), x, self.spec.axis)
+        return self.relaxed(self.before_sign(x)) * along(positive_scale(self.raw_scale), x, self.spec.axis)
 
     def relaxed(self, u: Tensor) -> Tensor:
         """ŵ / α for u = u(w), of u's shape: sign(u) with derivative 1, or what a subclass trains on in its place."""

@@ -45,10 +45,10 @@ class BinaryActivation(Quantizer):
         self, spec: QuantSpec, name: str = "", *, standardize: bool = True, channels: int | None = None
     ) -> None:
         if spec.bits != 1 or spec.axis is not None:
-            raise ValueError(f"quantizer {name!r}: a binary activation has 1 bit and one step, got spec {spec}")
+            raise ValueError(f"quantizer {name!r}: a binary activation has 1 bit and one scale, got spec {spec}")
         super().__init__(spec, name)
         self.standardize, self.initialized = standardize, True
-        self.raw_step = nn.Parameter(torch.ones(()), requires_grad=False)  # BatchNorm scales what a binary layer reads
+        self.raw_scale = nn.Parameter(torch.ones(()), requires_grad=False)  # BatchNorm scales what a binary layer reads
         self.threshold = None if channels is None else nn.Parameter(torch.zeros(channels))
 
     def fake_quantize(self, x: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """What every quantizer is and does, whatever its paper.
 
-`forward(x)` fake-quantizes; `codes(x)` gives the integers; `forward(x) == (codes(x) - zero_point) * step` bit for bit (not in
+`forward(x)` fake-quantizes; `codes(x)` gives integers; `forward(x) == (codes(x) - zero_point) * scale` bit for bit (not in
 BiPer's stage 1, which has no codes yet and cannot be exported).
-`raw_step` is the trained parameter of `step`, a positive number: step = max(|raw_step|, 1e-10).
+`raw_scale` is the trained parameter of `scale`, a positive number: scale = max(|raw_scale|, 1e-10).
 
 A paper's file says how x is fake-quantized (`fake_quantize`), which codes that are (`codes`) and where to start from
 (`start_for`). Here is what a training system asks of all: passing through while somebody observes or all is switched off,
-refusing to run without a step, beginning, state dicts, `torch.compile` and activations that backward makes again.
+refusing to run without a scale, beginning, state dicts, `torch.compile` and activations that backward makes again.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,8 @@ from qat.quantizers.recompute import Quantize, is_checkpointed, origin_of, remem
 from qat.quantizers.spec import Grid, QuantSpec
 
 Init = Literal["lsq", "mse"]
-SMALLEST_STEP = 1e-10
+SMALLEST_SCALE = 1e-10
+EARLIER_NAME = "raw_step"  # of raw_scale, in state dicts of before version 0.2
 # What of a spec decides which numbers the codes stand for; the sign is apart, since calibration may decide it.
 GRID_FIELDS = ("bits", "axis", "offset", "power_of_two", "symmetric")
 NONE = -1  # in a state dict
@@ -28,10 +29,10 @@ NONE = -1  # in a state dict
 
 @dataclass(frozen=True)
 class Start:
-    """Where a quantizer starts from: its steps (of `Quantizer.step`'s shape), the sign of its codes where data decides it
+    """Where a quantizer starts from: its scales (of `Quantizer.scale`'s shape), the sign of its codes where data decides it
     (else None), and the offset () of a grid that has one."""
 
-    step: Tensor
+    scale: Tensor
     signed: bool | None = None
     offset: Tensor | None = None
 
@@ -41,8 +42,8 @@ class Quantizer(nn.Module):
 
     zero_point = 0
     is_weight = False
-    starts_from_data = False  # whether it has no step until `calibrate` has shown it what it will quantize
-    raw_step: nn.Parameter
+    starts_from_data = False  # whether it has no scale until `calibrate` has shown it what it will quantize
+    raw_scale: nn.Parameter
 
     def __init__(self, spec: QuantSpec, name: str = "") -> None:
         super().__init__()
@@ -51,9 +52,9 @@ class Quantizer(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
 
     @property
-    def step(self) -> Tensor:
-        """Positive steps, float32, shape () or (channels,), detached."""
-        return positive_step(self.raw_step.detach())
+    def scale(self) -> Tensor:
+        """Positive scales, float32, shape () or (channels,), detached."""
+        return positive_scale(self.raw_scale.detach())
 
     @property
     def grid(self) -> Grid:
@@ -75,18 +76,18 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where to start from")
 
-    def initialize(self, step: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
-        """Set the steps (positive, of the shape of `self.step`), the sign where the spec left it open, and the offset () of a
-        quantizer that has one. Raises ValueError naming the quantizer."""
-        if not bool((torch.isfinite(step) & (step > 0)).all()):
-            raise ValueError(f"quantizer {self.name!r}: steps must be positive and finite, got {step.min():g}")
+    def initialize(self, scale: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
+        """Set the scales (positive, of the shape of `self.scale`), the sign where the spec left it open, and the offset () of
+        a quantizer that has one. Raises ValueError naming the quantizer."""
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(f"quantizer {self.name!r}: scales must be positive and finite, got {scale.min():g}")
         if self.spec.signed is None and signed is None:
             raise ValueError(f"quantizer {self.name!r}: pass signed=, its spec leaves the sign open")
         if offset is not None:
             raise ValueError(f"quantizer {self.name!r}: its grid has no offset")
         if signed is not None:
             self.spec = self.spec.with_sign(signed)
-        self.raw_step.data.copy_(step)
+        self.raw_scale.data.copy_(scale)
         self.initialized = True
 
     def begin(self, values: Tensor, init: Init = "lsq") -> None:
@@ -94,21 +95,21 @@ class Quantizer(nn.Module):
         kind = "weight of quantizer" if self.is_weight else "input of quantizer"
         require_finite(values, f"{kind} {self.name!r}")
         start = self.start_for(values, init)
-        self.initialize(start.step, start.signed, start.offset)
+        self.initialize(start.scale, start.signed, start.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂; x itself while it is observed. Raises RuntimeError while no step has been set."""
+        """x̂; x itself while it is observed. Raises RuntimeError while no scale has been set."""
         if self.observer is not None:
             self.observer(x.detach())
             return x
-        self.require_step()
+        self.require_scale()
         return self.fake_quantize(x)
 
-    def require_step(self) -> None:
-        """Raises RuntimeError naming the quantizer while nobody has set its step."""
+    def require_scale(self) -> None:
+        """Raises RuntimeError naming the quantizer while nobody has set its scale."""
         if not self.initialized:
             raise RuntimeError(
-                f"quantizer {self.name or type(self).__name__!r} has no step yet: run calibrate(model, loader) or load a "
+                f"quantizer {self.name or type(self).__name__!r} has no scale yet: run calibrate(model, loader) or load a "
                 "checkpoint before using the model"
             )
 
@@ -129,8 +130,13 @@ class Quantizer(nn.Module):
             remember(out, x, parameters[0], self.grid, quantize)
         return out
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if f"{prefix}{EARLIER_NAME}" in state_dict:
+            state_dict[f"{prefix}raw_scale"] = state_dict.pop(f"{prefix}{EARLIER_NAME}")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def get_extra_state(self) -> Tensor:
-        """What a state dict keeps besides parameters: sign, whether a step is set, and the grid that it was trained for.
+        """What a state dict keeps besides parameters: sign, whether a scale is set, and the grid that it was trained for.
 
         One number each, int64, -1 for None; a tensor, because safetensors and others save nothing else.
         """
@@ -140,7 +146,7 @@ class Quantizer(nn.Module):
     def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Take over sign and initialization; a dict is what earlier versions saved.
 
-        Raises ValueError when the state dict comes from a quantizer of another grid: its step means other numbers.
+        Raises ValueError when the state dict comes from a quantizer of another grid: its scale means other numbers.
         """
         read = _read_state(state) if isinstance(state, Tensor) else state
         grid = read.get("grid")  # the first versions saved none
@@ -169,27 +175,27 @@ def _read_state(state: Tensor) -> dict[str, Any]:
 
 
 def require_finite(x: Tensor, what: str) -> None:
-    """Raises ValueError naming `what` when x holds nan or an infinity, from which no step can be taken."""
+    """Raises ValueError naming `what` when x holds nan or an infinity, from which no scale can be taken."""
     bad = int((~torch.isfinite(x)).sum())
     if bad:
         raise ValueError(
-            f"{what}: {bad:,} of {x.numel():,} values are nan or infinite, so it gets no step; look for the first layer or "
+            f"{what}: {bad:,} of {x.numel():,} values are nan or infinite, so it gets no scale; look for the first layer or "
             "image that is not finite"
         )
 
 
-def along(step: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """Steps (channels,) shaped to broadcast along `axis` of x; a step of the whole tensor as it is."""
+def along(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Scales (channels,) shaped to broadcast along `axis` of x; a scale of the whole tensor as it is."""
     if axis is None:
-        return step
+        return scale
     shape = [1] * x.dim()
     shape[axis] = -1
-    return step.view(shape)
+    return scale.view(shape)
 
 
-def positive_step(raw_step: Tensor) -> Tensor:
-    """max(|raw_step|, 1e-10), of the same shape."""
-    return raw_step.abs().clamp_min(SMALLEST_STEP)
+def positive_scale(raw_scale: Tensor) -> Tensor:
+    """max(|raw_scale|, 1e-10), of the same shape."""
+    return raw_scale.abs().clamp_min(SMALLEST_SCALE)
 
 
 def sign(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """LSQ with one pass over memory forward and one backward (equations: `lsq.py`): on CPU by `lsq_kernel.cpp`, on CUDA by
 `lsq_triton.py`.
 
-Only x and the step are kept for backward, and x the layer before has mostly kept already; v = x/s is computed again.
-Forward is the plain formula bit for bit. The step's gradient is summed in float32 over at most 512 elements (on CUDA a tile
+Only x and the scale are kept for backward, and x the layer before has mostly kept already; v = x/s is computed again.
+Forward is the plain formula bit for bit. The scale's gradient is summed in float32 over at most 512 elements (on CUDA a tile
 of 1024) and in float64 beyond, in an order that the number of threads does not change.
 
 Used for float32 and bfloat16 tensors in eager mode, on CUDA from a size on. `torch.compile` and `torch.export` see the plain
@@ -51,8 +51,8 @@ def _gpu_kernels(device: torch.device) -> Any | None:
         return None
     try:
         kernels = importlib.import_module("qat.quantizers.lsq_triton")
-        x, step = torch.ones(2, device=device), torch.ones((), device=device)
-        kernels.forward(x, step, torch.empty_like(x), (1, 1, 2), Grid(None, -1, 1))
+        x, scale = torch.ones(2, device=device), torch.ones((), device=device)
+        kernels.forward(x, scale, torch.empty_like(x), (1, 1, 2), Grid(None, -1, 1))
     except (
         Exception
     ) as error:  # Triton's own errors are of many classes: no compiler, an old GPU, a driver that is too new
@@ -61,13 +61,13 @@ def _gpu_kernels(device: torch.device) -> Any | None:
     return kernels
 
 
-def available(x: Tensor, raw_step: Tensor) -> bool:
+def available(x: Tensor, raw_scale: Tensor) -> bool:
     """Whether the kernels take these tensors, here and now."""
     if (
         torch.compiler.is_compiling()
         or x.dtype not in DTYPES
-        or raw_step.dtype != torch.float32
-        or x.device != raw_step.device
+        or raw_scale.dtype != torch.float32
+        or x.device != raw_scale.device
         or type(x) not in (Tensor, torch.nn.Parameter)
     ):
         return False
@@ -76,51 +76,53 @@ def available(x: Tensor, raw_step: Tensor) -> bool:
     return x.device == CPU and _kernels() is not None
 
 
-def quantize(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
+def quantize(x: Tensor, raw_scale: Tensor, grid: Grid) -> Tensor:
     """x̂ by the kernels where they take it, else by the plain formula: the same bits."""
-    chosen = forward if available(x, raw_step) else uniform.quantize
-    return chosen(x, raw_step, grid)
+    chosen = forward if available(x, raw_scale) else uniform.quantize
+    return chosen(x, raw_scale, grid)
 
 
 def gradients(
-    x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float
+    x: Tensor, upstream: Tensor, raw_scale: Tensor, grid: Grid, gradient_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(dL/dx, dL/d raw_step), by the plain formula also where they are differentiated again."""
-    fast = available(x, raw_step) and not torch.is_grad_enabled()
+    """(dL/dx, dL/d raw_scale), by the plain formula also where they are differentiated again."""
+    fast = available(x, raw_scale) and not torch.is_grad_enabled()
     chosen = backward if fast else uniform.gradients
-    return chosen(x, upstream, raw_step, grid, gradient_scale)
+    return chosen(x, upstream, raw_scale, grid, gradient_scale)
 
 
-def forward(x: Tensor, raw_step: Tensor, grid: Grid) -> Tensor:
-    """x̂ of x; raw_step float32 () or (channels of `grid.axis`,). The result lies in memory as `_beside` says."""
+def forward(x: Tensor, raw_scale: Tensor, grid: Grid) -> Tensor:
+    """x̂ of x; raw_scale float32 () or (channels of `grid.axis`,). The result lies in memory as `_beside` says."""
     out = _beside(x)
-    x, raw_step = _dense(x, out), raw_step.contiguous()
+    x, raw_scale = _dense(x, out), raw_scale.contiguous()
     if x.is_cuda:
-        _gpu(x).forward(x, raw_step, out, _layout(x, grid.axis), grid)
+        _gpu(x).forward(x, raw_scale, out, _layout(x, grid.axis), grid)
         return out
     kernels = _kernels()
     assert kernels is not None
     kernels.lsq_forward(
-        x.data_ptr(), raw_step.data_ptr(), out.data_ptr(), *_layout(x, grid.axis), *grid[1:], DTYPES[x.dtype],
+        x.data_ptr(), raw_scale.data_ptr(), out.data_ptr(), *_layout(x, grid.axis), *grid[1:], DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def backward(x: Tensor, upstream: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float) -> tuple[Tensor, Tensor]:
-    """(dL/dx, dL/d raw_step) from upstream = dL/dx̂ of x's shape."""
+def backward(
+    x: Tensor, upstream: Tensor, raw_scale: Tensor, grid: Grid, gradient_scale: float
+) -> tuple[Tensor, Tensor]:
+    """(dL/dx, dL/d raw_scale) from upstream = dL/dx̂ of x's shape."""
     gradient = _beside(x)
-    x, upstream, raw_step = _dense(x, gradient), _dense(upstream, gradient), raw_step.contiguous()
+    x, upstream, raw_scale = _dense(x, gradient), _dense(upstream, gradient), raw_scale.contiguous()
     layout = _layout(x, grid.axis)
     if x.is_cuda:
-        return gradient, _gpu(x).backward(x, upstream, raw_step, gradient, layout, grid, gradient_scale)
-    kernels, step_gradient = _kernels(), torch.empty_like(raw_step)
+        return gradient, _gpu(x).backward(x, upstream, raw_scale, gradient, layout, grid, gradient_scale)
+    kernels, scale_gradient = _kernels(), torch.empty_like(raw_scale)
     assert kernels is not None
     kernels.lsq_backward(
-        x.data_ptr(), upstream.data_ptr(), raw_step.data_ptr(), gradient.data_ptr(), step_gradient.data_ptr(),
+        x.data_ptr(), upstream.data_ptr(), raw_scale.data_ptr(), gradient.data_ptr(), scale_gradient.data_ptr(),
         *layout, *grid[1:], gradient_scale, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return gradient, step_gradient
+    return gradient, scale_gradient
 
 
 def _gpu(x: Tensor) -> Any:

@@ -4,12 +4,12 @@
 
     dx̂/dx = 1 where -Qn < v < Qp, else 0
     dx̂/ds = round(v) - v where -Qn < v < Qp;  -Qn where v <= -Qn;  Qp where v >= Qp
-    the step's gradient is scaled by g = 1 / sqrt(N · Qp), N = elements that share the step (weights) or features
+    the scale's gradient is scaled by g = 1 / sqrt(N · Qp), N = elements that share the scale (weights) or features
     per sample that share it (activations)
     s0 = 2 · mean|x| / sqrt(Qp)
 
-Clipping is decided on v, not on the rounded code. Steps stay positive by reflection: s = max(|raw|, 1e-10), where raw is
-the parameter, so that no optimizer can turn a step negative and nothing has to be projected after it.
+Clipping is decided on v, not on the rounded code. Scales stay positive by reflection: s = max(|raw|, 1e-10), where raw is
+the parameter, so that no optimizer can turn a scale negative and nothing has to be projected after it.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.contract import SMALLEST_STEP, Init, Quantizer, Start, along, positive_step
+from qat.quantizers.contract import SMALLEST_SCALE, Init, Quantizer, Start, along, positive_scale
 from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
@@ -27,25 +27,25 @@ from qat.quantizers.uniform import rounded
 
 
 class FakeQuantizeLSQ(torch.autograd.Function):
-    """x (any float dtype and shape), raw step () or (channels of axis,) float32 -> x̂ of x's shape and dtype.
+    """x (any float dtype and shape), raw scale () or (channels of axis,) float32 -> x̂ of x's shape and dtype.
 
     Half precision is quantized in float32 and x̂ rounded once at the end.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, raw_step: Tensor, grid: Grid, gradient_scale: float, origin: Origin | None = None
+        ctx: Any, x: Tensor, raw_scale: Tensor, grid: Grid, gradient_scale: float, origin: Origin | None = None
     ) -> Tensor:
         """origin: how x was made, if backward shall make it again."""
-        ctx.save_for_backward(*((raw_step,) if origin is not None else (raw_step, x)))
+        ctx.save_for_backward(*((raw_scale,) if origin is not None else (raw_scale, x)))
         ctx.origin, ctx.grid, ctx.gradient_scale = origin, grid, gradient_scale
-        return fused.quantize(x, raw_step, grid)
+        return fused.quantize(x, raw_scale, grid)
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,), (raw_step, *kept) = upstreams, ctx.saved_tensors
+        (upstream,), (raw_scale, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
-        return *fused.gradients(x, upstream, raw_step, ctx.grid, ctx.gradient_scale), None, None, None
+        return *fused.gradients(x, upstream, raw_scale, ctx.grid, ctx.gradient_scale), None, None, None
 
 
 class LSQ(Quantizer):
@@ -53,14 +53,14 @@ class LSQ(Quantizer):
 
         x̂ = round(clip(x / s, -Qn, Qp)) · s
 
-    with a learned scale s (`step`): dx̂/ds is round(v) - v for v = x / s within (-Qn, Qp), else the nearer bound, times
+    with a learned scale s: dx̂/ds is round(v) - v for v = x / s within (-Qn, Qp), else the nearer bound, times
     1 / sqrt(N · Qp). Esser et al., ICLR 2020, arXiv 1902.08153.
 
     spec:     bits, sign and axis. An activation's sign may be None until `calibrate` sees data.
-    channels: length of `spec.axis`; the step has shape (channels,), else ().
+    channels: length of `spec.axis`; the scale has shape (channels,), else ().
     name:     where it sits in its model, for messages; `quantize_` sets it.
 
-    `forward(x) == (codes(x) - zero_point) * step` holds bit for bit; the zero point of LSQ is 0.
+    `forward(x) == (codes(x) - zero_point) * scale` holds bit for bit; the zero point of LSQ is 0.
 
     Raises ValueError for a grid of one bit, and for channels without an axis or the reverse.
     """
@@ -75,38 +75,38 @@ class LSQ(Quantizer):
             raise ValueError(
                 f"LSQ {name!r}: channels ({channels}) must be given exactly when spec.axis ({spec.axis}) is"
             )
-        self.raw_step = nn.Parameter(torch.full(() if channels is None else (channels,), float("nan")))
+        self.raw_scale = nn.Parameter(torch.full(() if channels is None else (channels,), float("nan")))
 
     @property
-    def step(self) -> Tensor:
-        """Positive steps, float32, shape () or (channels,), detached."""
-        return positive_step(self._own_step().detach())
+    def scale(self) -> Tensor:
+        """Positive scales, float32, shape () or (channels,), detached."""
+        return positive_scale(self._own_scale().detach())
 
-    def _own_step(self) -> Tensor:
-        return power_of_two(self.raw_step) if self.spec.power_of_two else self.raw_step
+    def _own_scale(self) -> Tensor:
+        return power_of_two(self.raw_scale) if self.spec.power_of_two else self.raw_scale
 
     @property
     def starts_from_data(self) -> bool:  # type: ignore[override]
-        """True of activations; a weight's step starts from the weight."""
+        """True of activations; a weight's scale starts from the weight."""
         return not self.is_weight
 
     def start_for(self, values: Tensor, init: Init) -> Start:
         """By the paper, or by least squared error; of an activation the sign follows from `values`, too."""
         if self.is_weight:
-            return Start(starting_step(values, self.spec, init))
+            return Start(starting_scale(values, self.spec, init))
         # An activation that is zero so far (after a norm whose gamma starts at 0) may take either sign; as an unsigned one
         # its zeros would count as clipped, no gradient would pass, and the branch would never come to life.
         signed = bool(values.min() < 0) or not bool(values.any())
-        return Start(starting_step(values, self.spec.with_sign(signed), init), signed)
+        return Start(starting_scale(values, self.spec.with_sign(signed), init), signed)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         settings = (self.grid, self.gradient_scale(x))
-        return self.run_function(FakeQuantizeLSQ, x, (self._own_step(),), settings, fused.quantize)
+        return self.run_function(FakeQuantizeLSQ, x, (self._own_scale(),), settings, fused.quantize)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
-        self.require_step()
-        return rounded(x.detach(), along(self.step, x, self.spec.axis), self.grid).to(torch.int32)
+        self.require_scale()
+        return rounded(x.detach(), along(self.scale, x, self.spec.axis), self.grid).to(torch.int32)
 
     @property
     def grid(self) -> Grid:
@@ -118,8 +118,8 @@ class LSQ(Quantizer):
         return self.spec.signed is False and self.initialized and self.observer is None
 
     def gradient_scale(self, x: Tensor) -> float:
-        """g = 1 / sqrt(N · Qp). Weights (signed, given an axis or not) count all that share the step; activations
-        count features of one sample, so that the batch size does not change the step's learning rate."""
+        """g = 1 / sqrt(N · Qp). Weights (signed, given an axis or not) count all that share the scale; activations
+        count features of one sample, so that the batch size does not change the scale's learning rate."""
         if self.spec.gradient_count == "numel":
             return float((max(x.numel(), 1) * self.spec.qmax) ** -0.5)
         shared = x.numel() // (1 if self.spec.axis is None else x.shape[self.spec.axis])
@@ -127,11 +127,11 @@ class LSQ(Quantizer):
         return float((max(count, 1) * self.spec.qmax) ** -0.5)
 
     def extra_repr(self) -> str:
-        return f"{self.spec}, {'step set' if self.initialized else 'no step yet'}"
+        return f"{self.spec}, {'scale set' if self.initialized else 'no scale yet'}"
 
 
 class LSQWeight(LSQ):
-    """LSQ of a weight: signed, its step initialised from the weight at once (per channel where spec.axis is set)."""
+    """LSQ of a weight: signed, its scale initialised from the weight at once (per channel where spec.axis is set)."""
 
     is_weight = True
 
@@ -142,20 +142,20 @@ class LSQWeight(LSQ):
         self.begin(weight.detach(), init)
 
 
-def starting_step(x: Tensor, spec: QuantSpec, init: Init) -> Tensor:
-    """Steps to start from, float32, shape () or (channels,): the paper's ("lsq") or least squared error ("mse")."""
-    return initial_step(x, spec) if init == "lsq" else least_squares_step(x, spec)
+def starting_scale(x: Tensor, spec: QuantSpec, init: Init) -> Tensor:
+    """Scales to start from, float32, shape () or (channels,): the paper's ("lsq") or least squared error ("mse")."""
+    return initial_scale(x, spec) if init == "lsq" else least_squares_scale(x, spec)
 
 
-def initial_step(x: Tensor, spec: QuantSpec) -> Tensor:
-    """LSQ's s0 = 2 · mean|x| / sqrt(Qp), float32, shape () or (channels,); an all-zero slice gets step 1."""
+def initial_scale(x: Tensor, spec: QuantSpec) -> Tensor:
+    """LSQ's s0 = 2 · mean|x| / sqrt(Qp), float32, shape () or (channels,); an all-zero slice gets scale 1."""
     dims = [d for d in range(x.dim()) if d != spec.axis]
     magnitude = x.abs().float().mean(dim=dims)
-    return torch.where(magnitude > 0, 2 * magnitude / spec.qmax**0.5, 1.0).clamp_min(SMALLEST_STEP)
+    return torch.where(magnitude > 0, 2 * magnitude / spec.qmax**0.5, 1.0).clamp_min(SMALLEST_SCALE)
 
 
-def least_squares_step(x: Tensor, spec: QuantSpec, candidates: int = 100) -> Tensor:
-    """The step, of `candidates` up to the one that clips nothing, with the least mean squared error, per step of `spec`.
+def least_squares_scale(x: Tensor, spec: QuantSpec, candidates: int = 100) -> Tensor:
+    """The scale, of `candidates` up to the one that clips nothing, with the least mean squared error, per scale of `spec`.
 
     The paper's s0 makes a 2-bit grid well and wastes an 8-bit one: uniform weights reach code 11 of 127.
     """
@@ -164,7 +164,7 @@ def least_squares_step(x: Tensor, spec: QuantSpec, candidates: int = 100) -> Ten
     reach = torch.where(reach > 0, reach, 1.0)[:, None]
     best, least = reach, torch.full_like(reach, float("inf"))
     for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
-        step = reach * fraction
-        error = ((rows / step).clamp_(spec.qmin, spec.qmax).round_() * step - rows).square_().mean(1, keepdim=True)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+        scale = reach * fraction
+        error = ((rows / scale).clamp_(spec.qmin, spec.qmax).round_() * scale - rows).square_().mean(1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best.squeeze(1).squeeze(0) if spec.axis is None else best.squeeze(1)

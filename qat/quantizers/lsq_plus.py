@@ -17,45 +17,45 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.contract import Init, Start, positive_step
+from qat.quantizers.contract import Init, Start, positive_scale
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
 
 
 class FakeQuantizeLSQPlus(torch.autograd.Function):
-    """x (any float dtype and shape), raw step (), offset () float32 -> x̂ of x's shape and dtype."""
+    """x (any float dtype and shape), raw scale (), offset () float32 -> x̂ of x's shape and dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, raw_step: Tensor, offset: Tensor, top: int, gradient_scale: float,
+        ctx: Any, x: Tensor, raw_scale: Tensor, offset: Tensor, top: int, gradient_scale: float,
         origin: Origin | None = None,
     ) -> Tensor:  # fmt: skip
         """origin: how x was made, if backward shall make it again."""
-        ctx.save_for_backward(raw_step, offset, *(() if origin is not None else (x,)))
+        ctx.save_for_backward(raw_scale, offset, *(() if origin is not None else (x,)))
         ctx.origin, ctx.top, ctx.gradient_scale = origin, top, gradient_scale
-        return fused.quantize(x, raw_step, shifted(raw_step, offset, top))
+        return fused.quantize(x, raw_scale, shifted(raw_scale, offset, top))
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,), (raw_step, offset, *kept) = upstreams, ctx.saved_tensors
+        (upstream,), (raw_scale, offset, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
-        scale, zero = ctx.gradient_scale, zero_point_of(raw_step, offset, ctx.top)
-        by_x, by_step = fused.gradients(x, upstream, raw_step, shifted(raw_step, offset, ctx.top), scale)
+        gradient_scale, zero = ctx.gradient_scale, zero_point_of(raw_scale, offset, ctx.top)
+        by_x, by_scale = fused.gradients(x, upstream, raw_scale, shifted(raw_scale, offset, ctx.top), gradient_scale)
         # What was clipped: each such element moves with β, and with s by its code, which is the grid's edge plus z.
-        by_offset = (upstream.sum(dtype=torch.float64) - by_x.sum(dtype=torch.float64)).float() * scale
-        by_step = by_step + torch.where(raw_step < 0, -zero, zero) * by_offset
-        return by_x, by_step, by_offset, None, None, None
+        by_offset = (upstream.sum(dtype=torch.float64) - by_x.sum(dtype=torch.float64)).float() * gradient_scale
+        by_scale = by_scale + torch.where(raw_scale < 0, -zero, zero) * by_offset
+        return by_x, by_scale, by_offset, None, None, None
 
 
-def zero_point_of(raw_step: Tensor, offset: Tensor, top: int) -> Tensor:
+def zero_point_of(raw_scale: Tensor, offset: Tensor, top: int) -> Tensor:
     """z as a float32 tensor ()."""
-    return torch.round(-offset / positive_step(raw_step)).clamp(0, top)
+    return torch.round(-offset / positive_scale(raw_scale)).clamp(0, top)
 
 
-def shifted(raw_step: Tensor, offset: Tensor, top: int) -> Grid:
+def shifted(raw_scale: Tensor, offset: Tensor, top: int) -> Grid:
     """The grid around the zero point; of tensors while PyTorch compiles, which could not follow a number."""
-    zero = zero_point_of(raw_step, offset, top)
+    zero = zero_point_of(raw_scale, offset, top)
     if torch.compiler.is_compiling():
         return Grid(None, -zero, top - zero)  # type: ignore[arg-type]
     return Grid(None, -int(zero), top - int(zero))
@@ -68,7 +68,7 @@ class LSQPlus(LSQ):
 
     Bhalgat et al., CVPR Workshops 2020, arXiv 2004.09576.
 
-    `forward(x) == (codes(x) - zero_point) * step` holds bit for bit, with an integer zero point in [0, p]. Raises
+    `forward(x) == (codes(x) - zero_point) * scale` holds bit for bit, with an integer zero point in [0, p]. Raises
     ValueError for a spec with an axis or scales that are powers of two.
     """
 
@@ -81,25 +81,25 @@ class LSQPlus(LSQ):
     @property
     def zero_point(self) -> int:  # type: ignore[override]
         """The code of 0.0, round(-β / s) clipped to the grid."""
-        return int(zero_point_of(self.raw_step.detach(), self.offset.detach(), self.spec.qmax))
+        return int(zero_point_of(self.raw_scale.detach(), self.offset.detach(), self.spec.qmax))
 
     @property
     def grid(self) -> Grid:
         """The grid around the zero point."""
-        return shifted(self.raw_step.detach(), self.offset.detach(), self.spec.qmax)
+        return shifted(self.raw_scale.detach(), self.offset.detach(), self.spec.qmax)
 
     def start_for(self, values: Tensor, init: Init) -> Start:
-        """Step and offset of least squared error, whatever `init` says."""
-        step, offset = least_squares_range(values, self.spec)
-        return Start(step, offset=offset)
+        """Scale and offset of least squared error, whatever `init` says."""
+        scale, offset = least_squares_range(values, self.spec)
+        return Start(scale, offset=offset)
 
-    def initialize(self, step: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
-        """Set step and offset (); the codes are unsigned whatever the data's sign."""
-        super().initialize(step, False)
+    def initialize(self, scale: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
+        """Set scale and offset (); the codes are unsigned whatever the data's sign."""
+        super().initialize(scale, False)
         self.offset.data.copy_(torch.zeros(()) if offset is None else offset)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        parameters, settings = (self.raw_step, self.offset), (self.spec.qmax, self.gradient_scale(x))
+        parameters, settings = (self.raw_scale, self.offset), (self.spec.qmax, self.gradient_scale(x))
         return self.run_function(FakeQuantizeLSQPlus, x, parameters, settings, fused.quantize)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class LSQPlus(LSQ):
 
 
 def least_squares_range(x: Tensor, spec: QuantSpec, candidates: int = 24) -> tuple[Tensor, Tensor]:
-    """(step, offset) of the grid with the least mean squared error on samples x, of `candidates`² shares of x's range.
+    """(scale, offset) of the grid with the least mean squared error on samples x, of `candidates`² shares of x's range.
 
     The range always holds 0. Shapes ().
     """
@@ -122,10 +122,10 @@ def least_squares_range(x: Tensor, spec: QuantSpec, candidates: int = 24) -> tup
     shares, best = torch.linspace(1 / candidates, 1, candidates), (float("inf"), torch.ones(()), torch.zeros(()))
     for below in shares.tolist() if bool(low < 0) else [1.0]:
         for above in shares.tolist() if bool(high > 0) else [1.0]:
-            step = (high * above - low * below) / spec.qmax
-            zero = torch.round(-low * below / step)
-            codes = (x / step).round_().clamp_(-zero, spec.qmax - zero)
-            error = float((codes * step - x).square_().mean())
+            scale = (high * above - low * below) / spec.qmax
+            zero = torch.round(-low * below / scale)
+            codes = (x / scale).round_().clamp_(-zero, spec.qmax - zero)
+            error = float((codes * scale - x).square_().mean())
             if error < best[0]:
-                best = error, step, -zero * step
+                best = error, scale, -zero * scale
     return best[1], best[2]

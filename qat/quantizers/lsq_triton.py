@@ -3,7 +3,7 @@
 A tensor is seen as outer x channels x inner elements in the order they lie in memory, as in `lsq_kernel.cpp`, and covered by
 tiles of C channels x R positions (a position is a pair of outer and inner). Rounding is PyTorch's, operation by operation:
 IEEE division, clamp, round half to even, multiplication, all float32; bfloat16 is widened on the way in and rounded on the
-way out. Sums for the step are float32 within a tile and float64 over tiles, in an order that depends on the shape alone.
+way out. Sums for the scale are float32 within a tile and float64 over tiles, in an order that depends on the shape alone.
 
 With TRITON_INTERPRET=1 set before the first import the kernels run on CPU tensors: how they are tested without a GPU.
 """
@@ -22,7 +22,7 @@ from qat.quantizers.spec import Grid
 TILE = 1024  # elements of one program
 OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add would round differently from PyTorch
 COALESCED = 128  # channels of a tile where they are innermost in memory: whole lines of it
-SMALLEST_STEP = tl.constexpr(1e-10)
+SMALLEST_SCALE = tl.constexpr(1e-10)
 ROUNDER = tl.constexpr(
     12582912.0
 )  # 1.5 · 2^23: a float32 of up to 2^22 added to it is rounded to an integer, half to even
@@ -40,9 +40,9 @@ def _positions(positions, channels, inner, C: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _steps(raw_steps, channel, known):
-    size = tl.abs(tl.load(raw_steps + channel, mask=known, other=1.0))
-    return tl.where(size < SMALLEST_STEP, SMALLEST_STEP, size)[:, None]
+def _scales(raw_scales, channel, known):
+    size = tl.abs(tl.load(raw_scales + channel, mask=known, other=1.0))
+    return tl.where(size < SMALLEST_SCALE, SMALLEST_SCALE, size)[:, None]
 
 
 @triton.jit
@@ -66,63 +66,65 @@ def _narrow(value, like):
 
 @triton.jit
 def _forward(
-    x, raw_steps, out, positions, channels, inner, low, high, ceiling,
+    x, raw_scales, out, positions, channels, inner, low, high, ceiling,
     C: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     channel, known, at, mask = _positions(positions, channels, inner, C, R)
-    step = _steps(raw_steps, channel, known)
+    scale = _scales(raw_scales, channel, known)
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     value = tl.where(value > ceiling, ceiling, value)
-    tl.store(out + at, _narrow(_code(tl.div_rn(value, step), low, high) * step, out), mask=mask)
+    tl.store(out + at, _narrow(_code(tl.div_rn(value, scale), low, high) * scale, out), mask=mask)
 
 
 @triton.jit
 def _backward(
-    x, upstream, raw_steps, gradient, partial, positions, channels, inner,
+    x, upstream, raw_scales, gradient, partial, positions, channels, inner,
     low, high, ceiling, C: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     channel, known, at, mask = _positions(positions, channels, inner, C, R)
-    step = _steps(raw_steps, channel, known)
+    scale = _scales(raw_scales, channel, known)
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(upstream + at, mask=mask, other=0.0).to(tl.float32)
-    v = tl.div_rn(tl.where(value > ceiling, ceiling, value), step)
+    v = tl.div_rn(tl.where(value > ceiling, ceiling, value), scale)
     inside = (v > low) & (v < high)
     passes = tl.where(inside & (value < ceiling), 1.0, 0.0)
     tl.store(gradient + at, _narrow(up * passes, gradient), mask=mask)
-    by_step = (_code(v, low, high) - tl.where(inside, v, 0.0)) * up
-    reflected = tl.load(raw_steps + channel, mask=known, other=1.0) < 0
-    sums = tl.sum(tl.where(mask, by_step, 0.0), axis=1) * tl.where(reflected, -1.0, 1.0)
+    by_scale = (_code(v, low, high) - tl.where(inside, v, 0.0)) * up
+    reflected = tl.load(raw_scales + channel, mask=known, other=1.0) < 0
+    sums = tl.sum(tl.where(mask, by_scale, 0.0), axis=1) * tl.where(reflected, -1.0, 1.0)
     tl.store(partial + tl.program_id(0).to(tl.int64) * channels + channel, sums, mask=known)
 
 
-def forward(x: Tensor, raw_step: Tensor, out: Tensor, layout: tuple[int, int, int], grid: Grid) -> None:
+def forward(x: Tensor, raw_scale: Tensor, out: Tensor, layout: tuple[int, int, int], grid: Grid) -> None:
     """Fill `out`, which lies in memory as x does, with x̂. layout: (outer, channels, inner) of both."""
     if x.numel():
         launch, sizes = _tiles(layout)
         with torch.cuda.device_of(x):
-            _forward[launch](x, raw_step, out, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS)
+            _forward[launch](x, raw_scale, out, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS)
 
 
 def backward(
-    x: Tensor, upstream: Tensor, raw_step: Tensor, gradient: Tensor, layout: tuple[int, int, int], grid: Grid,
+    x: Tensor, upstream: Tensor, raw_scale: Tensor, gradient: Tensor, layout: tuple[int, int, int], grid: Grid,
     gradient_scale: float,
 ) -> Tensor:  # fmt: skip
-    """Fill `gradient` with dL/dx; x, upstream and gradient lie in memory alike. Returns dL/d raw_step."""
+    """Fill `gradient` with dL/dx; x, upstream and gradient lie in memory alike. Returns dL/d raw_scale."""
     if not x.numel():
-        return torch.zeros_like(raw_step)
+        return torch.zeros_like(raw_scale)
     launch, sizes = _tiles(layout)
-    partial = raw_step.new_empty(launch[0], layout[1])
+    partial = raw_scale.new_empty(launch[0], layout[1])
     with torch.cuda.device_of(x):
-        _backward[launch](x, upstream, raw_step, gradient, partial, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS)
+        _backward[launch](x, upstream, raw_scale, gradient, partial, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS)
     total = partial.sum(0, dtype=torch.float64).mul_(gradient_scale)
-    return total.to(raw_step.dtype).view(raw_step.shape)
+    return total.to(raw_scale.dtype).view(raw_scale.shape)
 
 
 def _bounds(grid: Grid) -> tuple[float, float, float]:
     return float(grid.qmin), float(grid.qmax), float(grid.ceiling)
 
 
-@lru_cache(maxsize=4096)  # of as many shapes: on a GPU the step of a small net is as long as Python takes to launch it
+@lru_cache(
+    maxsize=4096
+)  # of as many shapes: on a GPU the training step of a small net is as long as Python takes to launch it
 def _tiles(layout: tuple[int, int, int]) -> tuple[tuple[int, int], tuple[int, int, int, int, int]]:
     """(programs along positions and channels), (positions, channels, inner, C, R); C and R are powers of two."""
     outer, channels, inner = layout

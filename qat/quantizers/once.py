@@ -53,7 +53,7 @@ class _Once:
             self.made = out, out.detach().requires_grad_(out.requires_grad)
         elif any(now is not then or new != old for (now, new), (then, old) in zip(read, self.read, strict=True)):
             raise RuntimeError(
-                f"quantizer {self.name!r}: its weight or step was written to between two microbatches of one step, after "
+                f"quantizer {self.name!r}: its weight or scale was written to between two microbatches of one step, after "
                 "the weight had been quantized; step the optimizer outside weights_quantized_once"
             )
         return self.made[1]

@@ -46,15 +46,15 @@ class Origin:
     """x̂ as `root` quantized once or several times in turn."""
 
     root: Kept
-    steps: tuple[tuple[Kept, Grid], ...]
+    quantizations: tuple[tuple[Kept, Grid], ...]
     quantize: Quantize
 
     @torch.no_grad()
     def compute(self) -> Tensor:
         """The tensor made again: what was kept, through the quantizers that it went through."""
         x = self.root.get()
-        for raw_step, grid in self.steps:
-            x = self.quantize(x, raw_step.get(), grid)
+        for raw_scale, grid in self.quantizations:
+            x = self.quantize(x, raw_scale.get(), grid)
         return x
 
 
@@ -64,11 +64,15 @@ def origin_of(x: Tensor) -> Origin | None:
     return None if made is None or made[1] != x._version else made[0]
 
 
-def remember(out: Tensor, x: Tensor, raw_step: Tensor, grid: Grid, quantize: Quantize) -> None:
+def remember(out: Tensor, x: Tensor, raw_scale: Tensor, grid: Grid, quantize: Quantize) -> None:
     """Note on `out` that it is x quantized."""
     before = origin_of(x)
-    steps = ((Kept(raw_step), grid),)
-    origin = Origin(Kept(x), steps, quantize) if before is None else Origin(before.root, before.steps + steps, quantize)
+    quantizations = ((Kept(raw_scale), grid),)
+    origin = (
+        Origin(Kept(x), quantizations, quantize)
+        if before is None
+        else Origin(before.root, before.quantizations + quantizations, quantize)
+    )
     out._origin = origin, out._version  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,7 @@ GradientCount = Literal["per_sample", "numel"]
 
 
 class Grid(NamedTuple):
-    """What one quantization computes with: the axis of its steps (None: one step), its smallest and largest code, and a
+    """What one quantization computes with: the axis of its scales (None: one scale), its smallest and largest code, and a
     ceiling above which x counts as the ceiling."""
 
     axis: int | None
@@ -22,11 +22,11 @@ class QuantSpec:
 
     bits:   1 to 8; one bit is the code set {-1, +1}, 0 not among it, and always signed.
     signed: True for [-2^(b-1), 2^(b-1)-1], False for [0, 2^b-1], None while calibration data has yet to decide.
-    axis:   None for one step per tensor, or the axis whose slices each have their own step.
+    axis:   None for one scale per tensor, or the axis whose slices each have their own scale.
     offset: LSQ+, codes around a learned zero point (activations).
-    power_of_two: steps are powers of two.
+    power_of_two: scales are powers of two.
     symmetric: the smallest code is left out, so that codes are ±(2^(b-1)-1).
-    gradient_count: N of the step's gradient scale, what shares the step in one sample, or the whole tensor (as many
+    gradient_count: N of the scale's gradient scale, what shares the scale in one sample, or the whole tensor (as many
             published codes count).
     """
 

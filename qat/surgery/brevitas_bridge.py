@@ -32,8 +32,8 @@ class OurTensorQuant(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         quantizer = self.quantizer
-        step = along(quantizer.step, x, quantizer.spec.axis)
-        return quantizer(x), step, torch.tensor(float(quantizer.zero_point)), torch.tensor(float(quantizer.spec.bits))
+        scale = along(quantizer.scale, x, quantizer.spec.axis)
+        return quantizer(x), scale, torch.tensor(float(quantizer.zero_point)), torch.tensor(float(quantizer.spec.bits))
 
 
 class _Unviewed(nn.Module):
@@ -45,14 +45,14 @@ class _Unviewed(nn.Module):
 
 
 def weight_quantizer_for_brevitas(quantizer: LSQ) -> Any:
-    """What brevitas layers take as `weight_quant`. Raises ValueError for a quantizer without a step."""
+    """What brevitas layers take as `weight_quant`. Raises ValueError for a quantizer without a scale."""
     from brevitas.inject import ExtendedInjector
     from brevitas.inject.enum import QuantType
     from brevitas.proxy import WeightQuantProxyFromInjector
 
     if not quantizer.initialized:
         raise ValueError(
-            f"quantizer {quantizer.name!r} has no step yet: calibrate the model before handing it to brevitas"
+            f"quantizer {quantizer.name!r} has no scale yet: calibrate the model before handing it to brevitas"
         )
 
     class OurWeightQuant(ExtendedInjector):
@@ -95,7 +95,7 @@ def _prepare_input(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def gptq_(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Move the weights of a calibrated, quantized `model` by GPTQ on `batches` of N_C_H_W images; steps stay."""
+    """Move the weights of a calibrated, quantized `model` by GPTQ on `batches` of N_C_H_W images; scales stay."""
     from brevitas.graph.gptq import gptq_mode
 
     theirs = in_brevitas_layers(model).eval()

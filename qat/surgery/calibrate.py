@@ -1,4 +1,4 @@
-"""Initialise the activation quantizers from data: sign and step (`docs/algorithms.md`, LSQ)."""
+"""Initialise the activation quantizers from data: sign and scale (`docs/algorithms.md`, LSQ)."""
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ class CalibrationRow:
 
     name: str
     spec: QuantSpec
-    step: float
+    scale: float
     clipped: float
 
 
@@ -40,17 +40,17 @@ def calibrate(
     batches: int | None = 32,
     overwrite: bool = False,
 ) -> list[CalibrationRow]:
-    """Set sign and step of every activation quantizer from batches of `loader`, run in full precision.
+    """Set sign and scale of every activation quantizer from batches of `loader`, run in full precision.
 
     loader: batches of images N_C_H_W, of (images, labels), or of dicts of what forward takes and more; what forward does not
             take is left out.
     batches: how many of them are run, the first ones; None: all. Each adds to the memory that calibrating takes.
-    init: "lsq", the paper's 2 · mean|x| / sqrt(Qp); or "mse", the step of least squared quantization error.
-    overwrite: replace the steps that quantizers already have. Without it a model that was calibrated, trained or loaded is
-    refused, since its learned steps would be lost.
-    Calibrating again with the same batches gives the same steps. Batch norm statistics do not move. Either all quantizers get
-    their steps or none does. Raises ValueError when there is no batch, a batch or what a quantizer sees is not finite, a
-    quantizer has its step already, or a one-bit activation never saw a negative value; RuntimeError naming a quantizer that
+    init: "lsq", the paper's 2 · mean|x| / sqrt(Qp); or "mse", the scale of least squared quantization error.
+    overwrite: replace the scales that quantizers already have. Without it a model that was calibrated, trained or loaded is
+    refused, since its learned scales would be lost.
+    Calibrating again with the same batches gives the same scales. Batch norm statistics do not move. Either all quantizers
+    get their scales or none does. Raises ValueError when there is no batch, a batch or what a quantizer sees is not finite, a
+    quantizer has its scale already, or a one-bit activation never saw a negative value; RuntimeError naming a quantizer that
     no batch reached.
     """
     if batches is not None and batches < 1:
@@ -60,7 +60,7 @@ def calibrate(
     taken = [name for name, quantizer in found.items() if quantizer.initialized]
     if taken and not overwrite:
         raise ValueError(
-            f"calibrate: {len(taken)} of {len(found)} activation quantizers, {taken[0]!r} first, have their steps already, "
+            f"calibrate: {len(taken)} of {len(found)} activation quantizers, {taken[0]!r} first, have their scales already, "
             "from calibration, training or a checkpoint; pass overwrite=True to lose them"
         )
     samples: dict[str, list[Tensor]] = {name: [] for name in found}
@@ -80,12 +80,12 @@ def calibrate(
     values = {name: _values(name, samples[name]) for name in found}
     starts = {name: quantizer.start_for(values[name], init) for name, quantizer in found.items()}
     for name, start in starts.items():
-        found[name].initialize(start.step, start.signed, start.offset)
+        found[name].initialize(start.scale, start.signed, start.offset)
     return [_row(name, quantizer, values[name]) for name, quantizer in found.items()]
 
 
 def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The values that all processes of a distributed run saw, alike in each: so all get the same signs and steps."""
+    """The values that all processes of a distributed run saw, alike in each: so all get the same signs and scales."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return samples
     mine = {name: [tensor.cpu() for tensor in tensors] for name, tensors in samples.items()}
@@ -127,7 +127,7 @@ def paused(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def begin(model: nn.Module, batches: Iterable[Any], init: Init = "mse") -> list[CalibrationRow]:
-    """End a `pause`: weight steps are set from the weights of now, activation steps from `batches` of N_C_H_W images."""
+    """End a `pause`: weight scales are set from the weights of now, activation scales from `batches` of N_C_H_W images."""
     model = unwrapped(model)
     for weight, quantizer in quantized_weights(model):
         quantizer.begin(weight.detach(), init)
@@ -137,7 +137,7 @@ def begin(model: nn.Module, batches: Iterable[Any], init: Init = "mse") -> list[
 
 
 def _begin_computed(model: nn.Module, batches: Iterable[Any], init: Init) -> None:
-    """Steps of the weights that are computed in forward, from one pass."""
+    """Scales of the weights that are computed in forward, from one pass."""
     found = [o.weight_quantizer for o in computed_weights(model) if o.weight_quantizer is not None]
     if not found:
         return
@@ -184,6 +184,6 @@ def _values(name: str, samples: list[Tensor]) -> Tensor:
 
 
 def _row(name: str, quantizer: Quantizer, values: Tensor) -> CalibrationRow:
-    v, grid = values / quantizer.step, quantizer.grid
+    v, grid = values / quantizer.scale, quantizer.grid
     clipped = ((v < grid.qmin - 0.5) | (v > grid.qmax + 0.5)).float().mean()
-    return CalibrationRow(name, quantizer.spec, float(quantizer.step), float(clipped))
+    return CalibrationRow(name, quantizer.spec, float(quantizer.scale), float(clipped))

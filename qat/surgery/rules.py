@@ -4,7 +4,7 @@
     layers = "blocks.0.*"     # glob over layer names; the first rule that matches decides
     weight_bits = 8           # left out: the weight stays in floating point
     input_bits = 8            # left out: so does the input
-    per_channel = true        # the default; false: one step for the whole weight
+    per_channel = true        # the default; false: one scale for the whole weight
     offset = false            # true: LSQ+ for the input
 
 The same as JSON: {"rules": [{"layers": "head", "weight_bits": 8, "input_bits": 8}]}.

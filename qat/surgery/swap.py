@@ -34,7 +34,7 @@ def uniform_rules(
     """The usual rules: the named first and last layers at `edge_bits`, all others at the given bits; inputs have as many as
     weights unless `input_bits` says otherwise.
 
-    Weights are signed with one step per output channel, inputs have one step and take their sign from data.
+    Weights are signed with one scale per output channel, inputs have one scale and take their sign from data.
     """
 
     def spec(weights: int, inputs: int) -> LayerSpec:
@@ -86,7 +86,7 @@ def quantize_(
              tuple of its arguments, or a dict of them by name.
     stream:  grid of the tensors that join integer operations (residual adds, concats, pools); None: no such quantizers,
              for weight-only quantization.
-    weight_init: how weight steps start, "lsq" (the paper's) or "mse" (least squared error).
+    weight_init: how weight scales start, "lsq" (the paper's) or "mse" (least squared error).
 
     A weight that is computed or used outside its layer is quantized where it is used, under the name of the layer or the
     parameter; a weight with several users gets one scale for all. Layers that the example's pass does not run, or runs on
@@ -186,21 +186,21 @@ def computed_weights(model: nn.Module) -> list[QuantOperands]:
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,
-    step_lr: float | None = None,
+    scale_lr: float | None = None,
     *,
-    step_sizes: Mapping[str, float] | None = None,
+    scale_sizes: Mapping[str, float] | None = None,
     decay_norms: bool = False,
 ) -> list[dict[str, object]]:
-    """Optimizer groups: weights with decay; biases and norms without, unless `decay_norms`; steps without, at
+    """Optimizer groups: weights with decay; biases and norms without, unless `decay_norms`; scales without, at
     their own learning rate.
 
-    step_lr: of the quantizers' steps; None: the optimizer's own.
-    step_sizes: by quantizer, what `step_lr` is multiplied with (`sizes_of_steps`). Adam and its kind move every parameter by
-    about its learning rate, and the steps of one model lie between 0.001 and 1: with one rate for all, the large ones stand
-    still or the small ones are thrown about. Raises ValueError for step_sizes without a step_lr.
+    scale_lr: of the quantizers' scales; None: the optimizer's own.
+    scale_sizes: by quantizer, what `scale_lr` is multiplied with (`sizes_of_scales`). Adam and its kind move every parameter
+    by about its learning rate, and the scales of one model lie between 0.001 and 1: with one rate for all, the large ones
+    stand still or the small ones are thrown about. Raises ValueError for scale_sizes without a scale_lr.
     """
-    if step_sizes is not None and step_lr is None:
-        raise ValueError("parameter_groups: step_sizes multiply step_lr; give both")
+    if scale_sizes is not None and scale_lr is None:
+        raise ValueError("parameter_groups: scale_sizes multiply scale_lr; give both")
     known = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, object]] = [
@@ -210,21 +210,21 @@ def parameter_groups(
     by_size: dict[float, list[nn.Parameter]] = {}
     grouped: set[int] = set()
     for name, quantizer in quantizers(model).items():
-        size = 1.0 if step_sizes is None else step_sizes[name]
+        size = 1.0 if scale_sizes is None else scale_sizes[name]
         own = [p for p in quantizer.parameters() if id(p) not in grouped]  # layers that share a weight share its scale
         grouped |= {id(p) for p in own}
         by_size.setdefault(size, []).extend(own)
     for size in sorted(by_size):
         group: dict[str, object] = {"params": by_size[size], "weight_decay": 0.0}
-        if step_lr is not None:
-            group["lr"] = step_lr * size
+        if scale_lr is not None:
+            group["lr"] = scale_lr * size
         groups.append(group)
     return [group for group in groups if group["params"]]
 
 
-def sizes_of_steps(model: nn.Module) -> dict[str, float]:
-    """By quantizer, the power of two next to the mean magnitude of its step; 1 where it has none yet."""
-    means = {name: float(q.raw_step.detach().abs().mean()) for name, q in quantizers(model).items()}
+def sizes_of_scales(model: nn.Module) -> dict[str, float]:
+    """By quantizer, the power of two next to the mean magnitude of its scale; 1 where it has none yet."""
+    means = {name: float(q.raw_scale.detach().abs().mean()) for name, q in quantizers(model).items()}
     return {n: 2.0 ** round(math.log2(m)) if math.isfinite(m) and m > 0 else 1.0 for n, m in means.items()}
 
 
@@ -243,6 +243,6 @@ def _wrap(layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> nn.Module
 
 
 def _move_like(model: nn.Module) -> None:
-    device = next(p.device for n, p in model.named_parameters() if "raw_step" not in n)
+    device = next(p.device for n, p in model.named_parameters() if "raw_scale" not in n)
     for quantizer in quantizers(model).values():
         quantizer.to(device)

@@ -35,6 +35,7 @@ from qat.surgery.binarize import Binarizer, hardtanh_for_relu_
 from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.rules import before, read_rules, with_options
 from qat.surgery.swap import QuantizationTable, binary_rules, quantize_, uniform_rules
+from qat.training import earlier
 from qat.training.ranges import flag
 from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError, from_json, to_json
 from qat.training.tracking import read_log
@@ -50,7 +51,7 @@ SAVED = ("last.pt", "checkpoint.pt", "results.json")  # what makes a folder a ru
 # Entries that a checkpoint, and last.pt, must have.
 CHECKPOINT: dict[str, Kind] = {"model": dict, "classes": list}
 RESUMABLE: dict[str, Kind] = {
-    "optimizer": dict, "schedule": dict, "progress": dict, "step": dict, "average": dict, "valley": dict, "step_sizes": dict,
+    "optimizer": dict, "schedule": dict, "progress": dict, "step": dict, "average": dict, "valley": dict, "scale_sizes": dict,
     "rng": Tensor,
 }  # fmt: skip
 # Entries of a recipe that decide nothing about the net: where files lie, how a run is shown and loaded.
@@ -166,6 +167,8 @@ class RunFolder:
         if damaged is not None:
             raise RecipeError(f"{path}: is damaged, the checksum of {damaged} is wrong; take another copy of it")
         entries = CHECKPOINT | RESUMABLE if name == "last.pt" else CHECKPOINT
+        if isinstance(state, dict):
+            state = earlier.checkpoint_entries(state)
         return require_entries(state, entries, str(path))
 
     def write_predictions(self, predictions: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
@@ -250,7 +253,7 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
     """The model a recipe names, quantized by its rules but not calibrated.
 
     load_weights: whether to load the recipe's own backbone weights.
-    start:        state dict of a float model of the same backbone, loaded before quantization so that weight steps are
+    start:        state dict of a float model of the same backbone, loaded before quantization so that weight scales are
                   initialised from it.
     Raises ValueError naming the flag at fault.
     """
@@ -279,7 +282,7 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
             equalize_(model, example)
         rules = rules_of(recipe, model)
         table = quantize_(
-            model, rules, example, stream=None if recipe.weight_only else stream, weight_init=recipe.step_init
+            model, rules, example, stream=None if recipe.weight_only else stream, weight_init=recipe.scale_init
         )
     return Built(model, table, mean, std)
 

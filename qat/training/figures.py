@@ -61,13 +61,13 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequen
     return svg(figure)
 
 
-def step_curves(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Every quantizer's step relative to its first recorded value, over training: weights, inputs, stream. The three that
+def scale_curves(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Every quantizer's scale relative to its first recorded value, over training: weights, inputs, stream. The three that
     moved furthest are named."""
-    recorded = [e for e in entries if e.get("steps")]
+    recorded = [e for e in entries if e.get("scales")]
     figure, axes_row = new_figure(9, 3.2, columns=3)
     for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
-        steps, names, ratios = relative_steps(recorded, kind)
+        steps, names, ratios = relative_scales(recorded, kind)
         furthest = np.argsort(-np.abs(np.log(ratios[-1])))[:3].tolist() if len(names) else []
         lines = [np.column_stack(thinned(steps, column)) for column in ratios.T]
         axes.add_collection(LineCollection(lines, linewidths=0.5, colors=BASELINE, alpha=0.6, rasterized=True))
@@ -75,44 +75,46 @@ def step_curves(entries: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(
                 *thinned(steps, ratios[:, index]), linewidth=1.2, color=colour, label=shown(layer_of(names[index]))
             )
-        axes.set_title(f"{kind} steps ({len(names)})", fontsize=9)
-        _step_axes(axes, bool(names))
+        axes.set_title(f"{kind} scales ({len(names)})", fontsize=9)
+        _axes_over_training(axes, bool(names))
         if names:
             axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.2), fontsize=7)
-    axes_row[0].set_ylabel("step / first recorded")
+    axes_row[0].set_ylabel("scale / first recorded")
     return svg(figure)
 
 
-def step_medians(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]) -> str:
-    """Median over quantizers, with the 5th to 95th percentile, of the relative step over training; a colour a run."""
+def scale_medians(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]) -> str:
+    """Median over quantizers, with the 5th to 95th percentile, of the relative scale over training; a colour a run."""
     figure, axes_row = new_figure(9, 2.9, columns=3)
     for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
         drawn = False
         for (name, entries), colour in zip(runs.items(), colours, strict=True):
-            steps, names, ratios = relative_steps([e for e in entries if e.get("steps")], kind)
+            steps, names, ratios = relative_scales([e for e in entries if e.get("scales")], kind)
             if names:
                 low, middle, high = (thinned(steps, row) for row in np.percentile(ratios, (5, 50, 95), axis=1))
                 axes.fill_between(low[0], low[1], high[1], color=colour, alpha=0.12, linewidth=0)
                 axes.plot(*middle, color=colour, linewidth=1.2, label=shown(name))
                 drawn = True
-        axes.set_title(f"{kind} steps", fontsize=9)
-        _step_axes(axes, drawn)
-    axes_row[0].set_ylabel("step / first recorded")
+        axes.set_title(f"{kind} scales", fontsize=9)
+        _axes_over_training(axes, drawn)
+    axes_row[0].set_ylabel("scale / first recorded")
     handles = {line.get_label(): line for axes in axes_row for line in axes.get_lines()}
     figure.legend(handles=list(handles.values()), frameon=False, ncols=4, loc="outside upper left", fontsize=8)
     return svg(figure)
 
 
-def relative_steps(
+def relative_scales(
     recorded: Sequence[Mapping[str, Any]], kind: str
 ) -> tuple[NDArray[np.int64], list[str], NDArray[np.float64]]:
-    """(training steps, names, steps relative to the first entry (entries, names)) of the quantizers of a kind."""
-    names = [n for n in recorded[0]["steps"] if kind_of(n) == kind] if recorded else []
-    values = np.array([[e["steps"][n] for n in names] for e in recorded], np.float64).reshape(len(recorded), len(names))
+    """(training steps, names, scales relative to the first entry (entries, names)) of the quantizers of a kind."""
+    names = [n for n in recorded[0]["scales"] if kind_of(n) == kind] if recorded else []
+    values = np.array([[e["scales"][n] for n in names] for e in recorded], np.float64).reshape(
+        len(recorded), len(names)
+    )
     return np.array([e["step"] for e in recorded], np.int64), names, values / values[:1]
 
 
-def _step_axes(axes: Axes, drawn: bool) -> None:
+def _axes_over_training(axes: Axes, drawn: bool) -> None:
     """Logarithmic, with plain numbers; or a word where there is nothing to draw."""
     if not drawn:
         axes.set_axis_off()
@@ -124,27 +126,27 @@ def _step_axes(axes: Axes, drawn: bool) -> None:
         axes.set_yscale("log")
 
 
-def step_profile(steps: Mapping[str, float]) -> str:
-    """The learned mean step of every quantizer, in layer order, logarithmic."""
+def scale_profile(scales: Mapping[str, float]) -> str:
+    """The learned mean scale of every quantizer, in layer order, logarithmic."""
     figure, axes = new_figure(9, 2.6)
     for kind, colour in (("weight", RUN), ("input", THIRD), ("stream", BASELINE)):
-        values = [v for n, v in steps.items() if kind_of(n) == kind]
+        values = [v for n, v in scales.items() if kind_of(n) == kind]
         axes.semilogy(range(len(values)), values, marker="o", markersize=3, linewidth=0.8, color=colour, label=kind)
     axes.set_xlabel("quantizer, in layer order")
-    axes.set_ylabel("step")
+    axes.set_ylabel("scale")
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
     return svg(figure)
 
 
 def weight_histogram(name: str, scaled: NDArray[np.float32], qmin: int, qmax: int) -> str:
-    """Latent weights in units of their step, over the grid of their codes."""
+    """Latent weights in units of their scale, over the grid of their codes."""
     figure, axes = new_figure(4.4, 2.4)
     reach = (qmin - 1.5, qmax + 1.5)
     axes.hist(np.clip(scaled, *reach), bins=160, range=reach, color=RUN)
     if qmax - qmin <= 32:
         for code in range(qmin, qmax + 1):
             axes.axvline(code, color=THIRD, linewidth=0.6, zorder=0)
-    axes.set_xlabel("weight / step (lines: codes)")
+    axes.set_xlabel("weight / scale (lines: codes)")
     axes.set_yticks([])
     axes.set_title(shown(name), fontsize=9)
     return svg(figure)

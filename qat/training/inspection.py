@@ -21,7 +21,7 @@ class ConflictedScale:
 
     conflict: share of steps (and channels) whose task and smoothing signs differ; cosine: mean over steps; disorder: of the
     last window, None where it got no gradient there, beside fair coins' mean ± two standard deviations; frozen: share of
-    steps (and channels); steps: mean over channels at the first and the last recording, None where there is none.
+    steps (and channels); scales: mean over channels at the first and the last recording, None where there is none.
     """
 
     name: str
@@ -33,8 +33,8 @@ class ConflictedScale:
     coin_low: float
     coin_high: float
     frozen: float
-    step_start: float | None
-    step_end: float | None
+    scale_start: float | None
+    scale_end: float | None
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Inspection:
             *([f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"] if self.silent else []),
             "",
             f"{'scale':<{width}}  kind    channels  conflict  cosine  disorder (fair coin)   frozen  "
-            f"step {_at(self.first_step)} -> {_at(self.last_step)}",
+            f"value {_at(self.first_step)} -> {_at(self.last_step)}",
         ]
         for name, s in zip(names, self.scales, strict=True):
             lines.append(
                 f"{name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.conflict:>8.1%}  {s.cosine:>+6.3f}  "
                 f"{_disorder(s.disorder):>8} ({s.coin_low:.2f}-{s.coin_high:.2f})  {s.frozen:>7.1%}  "
-                f"{_step(s.step_start)} -> {_step(s.step_end)}"
+                f"{_scale(s.scale_start)} -> {_scale(s.scale_end)}"
             )
         return "\n".join(lines)
 
@@ -110,7 +110,7 @@ def conflicted(view: ScaleView, metrics: Sequence[Mapping[str, Any]], top: int) 
     recorded = _recorded(metrics)
     conflict, cosine, frozen = (view.mean(name) for name in ("conflict", "cosine", "frozen"))
     spread = 1 / np.sqrt(view.comparisons)  # two standard deviations of a fair coin
-    first, last = (recorded[0]["steps"], recorded[-1]["steps"]) if recorded else ({}, {})
+    first, last = (recorded[0]["scales"], recorded[-1]["scales"]) if recorded else ({}, {})
     return [
         ConflictedScale(
             view.names[i], view.kinds[i], int(view.channels[i]), float(conflict[i]), float(cosine[i]),
@@ -130,7 +130,7 @@ def threshold_text(rule: FreezeRule) -> str:
 
 
 def _recorded(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [entry for entry in metrics if entry.get("steps")]
+    return [entry for entry in metrics if entry.get("scales")]
 
 
 def _or_none(value: float) -> float | None:
@@ -150,5 +150,5 @@ def _at(step: int | None) -> str:
     return "-" if step is None else f"@{step}"
 
 
-def _step(value: float | None) -> str:
+def _scale(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"

@@ -30,7 +30,7 @@ from qat.settle import settle_
 from qat.surgery.backbones import create_optimizer
 from qat.surgery.batchnorm import restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import begin, pause
-from qat.surgery.swap import parameter_groups, quantizers, sizes_of_steps
+from qat.surgery.swap import parameter_groups, quantizers, sizes_of_scales
 from qat.training.checkpoint import Built, RunFolder, build, check_out, load_state
 from qat.training.data import in_steps
 from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
@@ -103,8 +103,8 @@ class _Trainer:
             built.model.to(memory_format=torch.channels_last)
         set_norm_mode(built.model, recipe.norms)
         resumed = folder.load("last.pt") if recipe.resume else None
-        self.step_sizes = sizes_of_steps(built.model) if resumed is None else resumed["step_sizes"]
-        groups = groups_of(recipe, built.model, self.step_sizes)
+        self.scale_sizes = sizes_of_scales(built.model) if resumed is None else resumed["scale_sizes"]
+        groups = groups_of(recipe, built.model, self.scale_sizes)
         optimizer = create_optimizer(recipe.optimizer, groups, recipe.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(recipe))
         if resumed is not None:
@@ -139,8 +139,8 @@ class _Trainer:
         # Several processes would note a signal at different steps, and wait for each other for ever.
         stop = StopRequest(wanted=self.accelerator.num_processes == 1)
         with tracker, nullcontext() if scales is None else closing(scales), stop:
-            if self.progress.step == 0 and not self.quant_start:  # delayed quantizers have no steps yet
-                tracker.log(0, {"steps": mean_steps(self.built.model)})
+            if self.progress.step == 0 and not self.quant_start:  # delayed quantizers have no scales yet
+                tracker.log(0, {"scales": mean_scales(self.built.model)})
             self.model.train()
             for images, labels, domains in self.loader:
                 self._train(images, labels, domains, tracker, scales)
@@ -164,7 +164,7 @@ class _Trainer:
         if self.quant_start and self.progress.step == self.quant_start:
             assert isinstance(self.recipe, QtdogRecipe)
             calibration = some_images(self.split, self.recipe, self.built, self.recipe.calibration_batches)
-            begin(self.built.model, calibration, self.recipe.step_init)
+            begin(self.built.model, calibration, self.recipe.scale_init)
             if self.step.oscillation is not None:
                 self.step.oscillation.restart()
         began = time.perf_counter()
@@ -237,14 +237,14 @@ class _Trainer:
             entry["source_loss"] = loss
         if self.step.oscillation is not None:
             entry["oscillating_often"] = self.step.oscillation.share_above()
-        tracker.log(self.progress.step, entry | {"steps": mean_steps(self.built.model)})
+        tracker.log(self.progress.step, entry | {"scales": mean_scales(self.built.model)})
         self._save_progress()
 
     def _save_progress(self) -> None:
         """Write last.pt, from which the run can go on bit for bit."""
         full = self._state() | as_saved(self.optimizer, self.schedule) | {
             "progress": vars(self.progress), "step": self.step.state_dict(), "average": self.average.state_dict(),
-            "valley": self.valley.state_dict(), "step_sizes": self.step_sizes, "cross_entropies": self.cross_entropies,
+            "valley": self.valley.state_dict(), "scale_sizes": self.scale_sizes, "cross_entropies": self.cross_entropies,
         }  # fmt: skip
         self.folder.save("last.pt", full)
 
@@ -348,16 +348,16 @@ class _Trainer:
         return predicted.numpy(), labels.numpy()
 
 
-def groups_of(recipe: Recipe, model: nn.Module, step_sizes: dict[str, float]) -> list[dict[str, object]]:
-    """The optimizer's parameter groups. step_sizes: as they were when the run began."""
+def groups_of(recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]) -> list[dict[str, object]]:
+    """The optimizer's parameter groups. scale_sizes: as they were when the run began."""
     if not isinstance(recipe, LsqRecipe):
         return parameter_groups(model, recipe.weight_decay, recipe.lr, decay_norms=recipe.decay_norms)
     return parameter_groups(
-        model, recipe.weight_decay, recipe.lr * recipe.step_lr_ratio, decay_norms=recipe.decay_norms,
-        step_sizes=step_sizes if recipe.step_lr_unit == "step" else None,
+        model, recipe.weight_decay, recipe.lr * recipe.scale_lr_ratio, decay_norms=recipe.decay_norms,
+        scale_sizes=scale_sizes if recipe.scale_lr_unit == "scale" else None,
     )  # fmt: skip
 
 
-def mean_steps(model: nn.Module) -> dict[str, float]:
-    """Mean step of every quantizer by name, for the report."""
-    return {name: float(q.step.mean()) for name, q in quantizers(model).items()}
+def mean_scales(model: nn.Module) -> dict[str, float]:
+    """Mean scale of every quantizer by name, for the report."""
+    return {name: float(q.scale.mean()) for name, q in quantizers(model).items()}

@@ -75,7 +75,7 @@ RECIPE: dict[str, Range] = {
     "stage2_steps": COUNT,
     "stage2_weight_decay": NOT_NEGATIVE,
     "start_step": COUNT_OR_NONE,
-    "step_lr_ratio": NOT_NEGATIVE,
+    "scale_lr_ratio": NOT_NEGATIVE,
     "steps": COUNT_OR_NONE,
     "threshold": SHARE,
     "trial_seed": SEED,

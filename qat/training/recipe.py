@@ -11,6 +11,7 @@ from qat.quantizers.binary import AlphaInit
 from qat.quantizers.contract import Init
 from qat.quantizers.spec import GradientCount
 from qat.surgery.batchnorm import NormMode
+from qat.training import earlier
 from qat.training.controls import CONTROLS, ControlName
 from qat.training.ranges import BINARY, RECIPE, out_of_range
 
@@ -58,9 +59,9 @@ class Recipe:
     lr: float = 1e-3
     """Learning rate at the start."""
     weight_decay: float = 0.0
-    """Weight decay of weights; biases, norms and quantizer steps have none."""
+    """Weight decay of weights; biases, norms and quantizer scales have none."""
     decay_norms: bool = False
-    """Weight decay of biases and norms too, as most CIFAR recipes have it; quantizer steps still have none."""
+    """Weight decay of biases and norms too, as most CIFAR recipes have it; quantizer scales still have none."""
     schedule: Literal["cosine", "linear", "constant", "refined"] = "cosine"
     """Learning-rate schedule over the run (DomainBed itself: constant). "linear" is worst-case optimal for the last step;
     "refined" follows the gradient norms of --refine-from (arXiv 2310.07831)."""
@@ -153,7 +154,7 @@ class LsqRecipe(Recipe):
     weight_only: bool = False
     """Quantize weights alone; activations stay in floating point."""
     init: Literal["lsq", "mse", "cle", "gptq", "bias-correction"] = "mse"
-    """How steps start: LSQ's mean magnitude, or least squared error; with it, a repair of the net before training:
+    """How scales start: LSQ's mean magnitude, or least squared error; with it, a repair of the net before training:
     cross-layer equalization, GPTQ's weights or corrected biases (brevitas)."""
     activations: Literal["lsq", "lsq-plus"] = "lsq"
     """Quantizer of layer inputs: symmetric, or with a learned offset (arXiv 2004.09576)."""
@@ -162,9 +163,9 @@ class LsqRecipe(Recipe):
     symmetric_weights: bool = True
     """8-bit weights have codes from -127 to 127, as runtimes want them, rather than from -128 (as in older runs)."""
     power_of_two: bool = False
-    """Steps are powers of two, for hardware that shifts."""
+    """Scales are powers of two, for hardware that shifts."""
     gradient_count: GradientCount = "per_sample"
-    """N of the steps' gradient scale: elements that share a step in one sample, or the whole tensor's."""
+    """N of the scales' gradient scale: elements that share a scale in one sample, or the whole tensor's."""
     rules: Path | None = None
     """TOML or JSON file of bit rules for single layers (`qat/surgery/rules.py`); they come before the flags' rules."""
     fold_norms: bool = False
@@ -172,10 +173,10 @@ class LsqRecipe(Recipe):
     calibration_batches: int = 8
     """Training batches for calibration."""
     lr: float = 5e-4
-    step_lr_ratio: float = 1.0
-    """Learning rate of quantizer steps relative to --lr."""
-    step_lr_unit: Literal["step", "absolute"] = "step"
-    """Whether that rate counts in units of each step's size at the start, for Adam and its kind, which move a parameter by
+    scale_lr_ratio: float = 1.0
+    """Learning rate of quantizer scales relative to --lr."""
+    scale_lr_unit: Literal["scale", "absolute"] = "scale"
+    """Whether that rate counts in units of each scale's size at the start, for Adam and its kind, which move a parameter by
     about its learning rate whatever the gradient's scale; or is absolute, as in LSQ's own runs with SGD."""
 
     teacher: Path | None = None
@@ -194,7 +195,7 @@ class LsqRecipe(Recipe):
         return "lsq"
 
     @property
-    def step_init(self) -> Init:
+    def scale_init(self) -> Init:
         """How scales start; brevitas's initializations move them later."""
         return "lsq" if self.init == "lsq" else "mse"
 
@@ -271,7 +272,7 @@ class BiperRecipe(LsqRecipe):
     optimizer: str = "momentum"
     lr: float = 0.021
     weight_decay: float = 0.0016
-    step_lr_ratio: float = 1.0
+    scale_lr_ratio: float = 1.0
     warmup: int = 5
     epochs: int | None = 600
     """Epochs of stage 1."""
@@ -333,6 +334,7 @@ def from_json(values: Any, source: Path) -> Recipe:
     """The recipe recorded in a run folder. Raises RecipeError when `source` holds something else."""
     if not isinstance(values, dict):
         raise RecipeError(f"{source}: holds no recipe, which has one entry for each flag")
+    values = earlier.recipe_entries(values)
     method = values.get("method", "")
     known = KNOWN.get(method) if isinstance(method, str) else None
     if known is None:

@@ -121,21 +121,21 @@ def metrics_of(folder: RunFolder) -> list[dict[str, Any]]:
     first: Mapping[str, float] | None = None
     for number, entry in enumerate(entries, 1):
         place = f"line {number}: "
-        require(entry, {"step": WHOLE, "steps": Maybe(Each(NUMBER))}, path, place)
+        require(entry, {"step": WHOLE, "scales": Maybe(Each(NUMBER))}, path, place)
         for name in ("loss", "source_mean"):
             value = entry.get(name, 0.0)
             if not isinstance(value, float) and not _is_whole(value):  # a loss may be NaN
                 raise _wrong(path, f"{place}entry {name}", value, NUMBER)
-        steps = entry.get("steps") or None
-        if steps is None:
+        scales = entry.get("scales") or None
+        if scales is None:
             continue
-        first = steps if first is None else first
-        missing = [name for name in first if name not in steps]
+        first = scales if first is None else first
+        missing = [name for name in first if name not in scales]
         if missing:
-            raise RecipeError(f"{path}: {place}entry steps.{missing[0]} is missing")
-        for name, value in steps.items():
+            raise RecipeError(f"{path}: {place}entry scales.{missing[0]} is missing")
+        for name, value in scales.items():
             if value <= 0:
-                raise _wrong(path, f"{place}entry steps.{name}", value, "a positive number")
+                raise _wrong(path, f"{place}entry scales.{name}", value, "a positive number")
     return entries
 
 

@@ -22,7 +22,7 @@ from qat.training import figures, scale_figures
 from qat.training.checkpoint import RunFolder, load_run
 from qat.training.compare import require_same_classes
 from qat.training.inspection import conflicted, threshold_text
-from qat.training.loop import mean_steps
+from qat.training.loop import mean_scales
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError
 from qat.training.records import CERTIFICATE, LATENCIES, RECIPE, metrics_of, optional, require, results_of
 from qat.training.scale_log import QUANTIZER_KINDS
@@ -48,7 +48,7 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
     rows = _accuracy_rows(results, first)
     latencies = optional(folder, "latency.json", LATENCIES) or []
     certificate = optional(folder, "certificate.json", CERTIFICATE)
-    steps = mean_steps(built.model)
+    scales = mean_scales(built.model)
     recipe_values = read_json(folder / "recipe.json")
     require(recipe_values, RECIPE, folder / "recipe.json")
     # Whatever a file says is text; only pictures, which are Markup, are HTML.
@@ -65,8 +65,8 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
         accuracy_figure=_accuracy_figure(shown, colours),
         loss_figure=Markup(figures.loss_curves({name: metrics_of(run) for name, run in shown.items()}, colours)),
         beside=_side_by_side([*baselines, folder, *beside]) if beside else None,
-        profile_figure=Markup(figures.step_profile(steps)) if steps else "",
-        steps_figure=Markup(figures.step_curves(metrics_of(folder))) if steps else "",
+        profile_figure=Markup(figures.scale_profile(scales)) if scales else "",
+        scales_figure=Markup(figures.scale_curves(metrics_of(folder))) if scales else "",
         scales=_scales(folder, built.model),
         histograms=_histograms(built.model),
         frequency_figure=_frequency_figure(built.model),
@@ -118,14 +118,14 @@ def _side_by_side(folders: Sequence[RunFolder]) -> dict[str, Any]:
     colours = [figures.COLOURS[i % len(figures.COLOURS)] for i in range(len(runs))]
     percents = [_percents(results_of(run)) for run in runs.values()]
     metrics = {name: metrics_of(run) for name, run in runs.items()}
-    quantized = any(entry.get("steps") for entries in metrics.values() for entry in entries)
+    quantized = any(entry.get("scales") for entries in metrics.values() for entry in entries)
     return {
         "names": list(runs),
         "rows": [(domain, [p[domain] for p in percents]) for domain in percents[0]],
         "means": [float(np.mean(list(p.values())[:-1])) for p in percents],
         "accuracy_figure": _accuracy_figure(runs, colours),
         "loss_figure": Markup(figures.loss_curves(metrics, colours)),
-        "steps_figure": Markup(figures.step_medians(metrics, colours)) if quantized else "",
+        "scales_figure": Markup(figures.scale_medians(metrics, colours)) if quantized else "",
     }
 
 
@@ -184,7 +184,7 @@ def _frequency_figure(model: nn.Module) -> Markup:
 
 
 def _histogram(weight: nn.Parameter, quantizer: Quantizer) -> Markup:
-    step = quantizer.step.view(-1, *[1] * (weight.dim() - 1)) if quantizer.step.dim() else quantizer.step
-    scaled: NDArray[np.float32] = (weight.detach() / step).flatten().to(torch.float32).numpy()
+    scale = quantizer.scale.view(-1, *[1] * (weight.dim() - 1)) if quantizer.scale.dim() else quantizer.scale
+    scaled: NDArray[np.float32] = (weight.detach() / scale).flatten().to(torch.float32).numpy()
     title = f"{quantizer.name} ({quantizer.spec.bits} bits)"
     return Markup(figures.weight_histogram(title, scaled, quantizer.spec.qmin, quantizer.spec.qmax))

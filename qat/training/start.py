@@ -81,7 +81,7 @@ def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[Calibratio
     if isinstance(recipe, BiperRecipe):
         with in_full_precision(built.model):
             restore_norm_statistics(built.model, batches)
-    rows = calibrate(built.model, batches, recipe.step_init, batches=None)
+    rows = calibrate(built.model, batches, recipe.scale_init, batches=None)
     if recipe.init in ("gptq", "bias-correction"):
         from qat.surgery import brevitas_bridge
 

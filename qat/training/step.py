@@ -219,7 +219,7 @@ def objective_of(recipe: Recipe, model: nn.Module, parameters: list[Parameter]) 
 
 
 def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
-    """Follows every quantizer's step; freezes by the recipe's rule, or nothing where it has none. None without quantizers."""
+    """Follows every quantizer's scale; freezes by the recipe's rule, or nothing where it has none. None where none are."""
     found = quantizers(model)
     if not found:
         return None
@@ -240,7 +240,7 @@ def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
             rescale=recipe.rescale,
         )
     return ScaleFreezer(
-        list(found), [q.raw_step for q in found.values()], [q.is_weight for q in found.values()], rule, recipe.seed
+        list(found), [q.raw_scale for q in found.values()], [q.is_weight for q in found.values()], rule, recipe.seed
     )
 
 
@@ -274,5 +274,5 @@ def scale_groups(model: nn.Module, each: bool = False) -> list[list[Parameter]]:
     groups: dict[str, list[Parameter]] = {}
     for name, quantizer in quantizers(model).items():
         layer = name if each or "#" in name else name.rpartition(".")[0]
-        groups.setdefault(layer, []).append(quantizer.raw_step)
+        groups.setdefault(layer, []).append(quantizer.raw_scale)
     return list(groups.values())

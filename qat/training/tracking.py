@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from edgeqat.files import FileError, read_text, reason_of, require_entries, write_text
+from qat.training import earlier
 
 log = logging.getLogger("edgeqat")
 
@@ -74,7 +75,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, 1):
         try:
-            entries.append(require_entries(json.loads(line), {"step": int}, f"{path}: line {number}"))
+            entry = require_entries(json.loads(line), {"step": int}, f"{path}: line {number}")
+            entries.append(earlier.log_entry(entry))
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise FileError(f"{path}: line {number} is not JSON ({error})") from error

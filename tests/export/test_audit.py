@@ -53,10 +53,10 @@ def test_arm64_depthwise_kernels_overflow_at_byte_minus_128_only(byte: int, over
     x = np.stack([np.full((16, 5, 5), code, np.uint8) for code in (0, 1, 128, 255)])
     weight = np.full((16, 1, 3, 3), byte, np.int8)
     sums = exact_sums(x, weight, shape)
-    step = np.float32(250 / 9 / 255 / 128)
-    expected = np.clip(np.rint(sums.astype(np.float32) * step) + 255, 0, 255).astype(np.uint8)
+    scale = np.float32(250 / 9 / 255 / 128)
+    expected = np.clip(np.rint(sums.astype(np.float32) * scale) + 255, 0, 255).astype(np.uint8)
     case = Case({"x": x})
-    scales = case.constant(np.full(16, step, np.float32))
+    scales = case.constant(np.full(16, scale, np.float32))
     zeros = case.constant(np.zeros(16, np.int8))
     inputs = ["x", *case.grid(Grid(np.float32(1), 0)), case.constant(weight), scales, zeros]
     node = case.add("QLinearConv", [*inputs, *case.grid(Grid(np.float32(1), 255))], **shape.attributes())

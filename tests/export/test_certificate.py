@@ -52,9 +52,9 @@ def test_rounding_of_biases_is_all_that_separates_training_from_the_integer_defi
     tiny: Exported,
 ) -> None:
     exact = dataclasses.replace(tiny.lowered, layers=dict(tiny.lowered.layers), quantizers={})
-    steps = {name: np.float32(q.step.item()) for name, q in quantizers(tiny.model).items() if not q.is_weight}
+    scales = {name: np.float32(q.scale.item()) for name, q in quantizers(tiny.model).items() if not q.is_weight}
     for name, grid in tiny.lowered.quantizers.items():  # with the trained scales, before ties were avoided
-        exact.quantizers[name] = dataclasses.replace(grid, scale=steps[name])
+        exact.quantizers[name] = dataclasses.replace(grid, scale=scales[name])
     for name, layer in exact.layers.items():
         unit = (exact.quantizers[layer.input_quantizer].scale * layer.stored_scale).astype(np.float64)
         bias = np.zeros(len(unit)) if layer.bias is None else layer.bias

@@ -1,6 +1,6 @@
 """On emulated ARM: planted faults show there, and what the exporter does about them mends them.
 
-A file with a weight byte -128 in a depthwise layer, and one with two sums of power-of-two steps, compute other codes on ARM
+A file with a weight byte -128 in a depthwise layer, and one with two sums of power-of-two scales, compute other codes on ARM
 than on x86; the exporter's own files do not. `.ci/run` sets the machines up where QEMU is installed.
 """
 
@@ -83,7 +83,7 @@ def test_ties_of_two_sums_are_rounded_otherwise_on_arm_and_moved_away() -> None:
     model = net(power_of_two=False)
     with torch.no_grad():
         for quantizer in quantizers(model).values():
-            quantizer.raw_step.copy_(2.0 ** quantizer.step.log2().round())
+            quantizer.raw_scale.copy_(2.0 ** quantizer.scale.log2().round())
     planted = on_arm(model, Target("keeping", keeps_scales=True))
     assert not planted.passed
     assert set(planted.mismatches) <= {"#add0", "#add1"} and planted.total > 50

@@ -182,11 +182,11 @@ def test_results_far_beyond_a_grid_may_end_next_to_its_ties(tmp_path: Path) -> N
     quantize_(model, uniform_rules(8, 8), images[:1])
     calibrate(model, [images])
     found = quantizers(model)
-    found["first.weight"].raw_step.data.fill_(found["first.weight"].step.mean())
+    found["first.weight"].raw_scale.data.fill_(found["first.weight"].scale.mean())
     unit = (
-        found["first.input"].step * found["first.weight"].step
+        found["first.input"].scale * found["first.weight"].scale
     )  # of the sums: every result is next to a tie of this grid
-    found["last.input"].raw_step.data.copy_(unit.max())
+    found["last.input"].raw_scale.data.copy_(unit.max())
     model.first.bias.data.copy_(unit * (0.5 - 0.002))
     result = certificate(model, to_integers(lower(model, images[:1])), tmp_path, images=images).fidelity
     assert result.at_ties > 0 and result.unexplained == {}
@@ -220,7 +220,7 @@ def wide(bias_in_units: float) -> nn.Module:
         model.last_norm.bias[0] = bias
         for name, quantizer in quantizers(model).items():
             if "#" in name or name == "head.input":
-                quantizer.raw_step.fill_(1.6 * bias / 127)
+                quantizer.raw_scale.fill_(1.6 * bias / 127)
     return model
 
 
@@ -245,7 +245,7 @@ def test_a_channel_that_its_bias_alone_decides_keeps_only_that(tmp_path: Path) -
     model = wide(2.1 * 2**30)
     with torch.no_grad():
         for name in ("last_norm#batch_norm0", "#mul0", "#clip1"):
-            quantizers(model)[name].raw_step.mul_(1e-3)
+            quantizers(model)[name].raw_scale.mul_(1e-3)
     lowered = to_integers(lower(model, IMAGES[:1]))
     assert lowered.layers["second.weight"].dead_channels == (0,) and "only the bias decides" in lowered.notes[0]
     assert not certificate(model, lowered, tmp_path).fidelity.unexplained

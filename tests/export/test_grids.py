@@ -1,4 +1,4 @@
-"""Offsets, power-of-two steps and float weights go through export with every code as trained."""
+"""Offsets, power-of-two scales and float weights go through export with every code as trained."""
 
 import dataclasses
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_lsq_plus_exports_its_zero_points(tmp_path: Path) -> None:
     assert not proof(model, lowered, file).passed
 
 
-def test_power_of_two_steps_export(tmp_path: Path) -> None:
+def test_power_of_two_scales_export(tmp_path: Path) -> None:
     layer = LayerSpec(QuantSpec(4, signed=True, axis=0, power_of_two=True), QuantSpec(4, power_of_two=True))
     keeping = dataclasses.replace(TARGETS["ort-int8"], keeps_scales=True)
     model, lowered, file = exported(layer, QuantSpec(8, power_of_two=True), tmp_path, keeping)
@@ -68,12 +68,12 @@ def test_power_of_two_steps_export(tmp_path: Path) -> None:
     assert any(tried.remaining for tried in lowered.tried)  # ties that runtimes round differently
 
 
-def test_power_of_two_steps_stay_and_their_ties_are_counted(tmp_path: Path) -> None:
+def test_power_of_two_scales_stay_and_their_ties_are_counted(tmp_path: Path) -> None:
     """The net in PyTorch rounds its ties as this runtime does; a moved scale would ship another net than was trained."""
     layer = LayerSpec(QuantSpec(4, signed=True, axis=0, power_of_two=True), QuantSpec(4, power_of_two=True))
     model, lowered, file = exported(layer, QuantSpec(8, power_of_two=True), tmp_path)
-    steps = {name: float(q.step) for name, q in quantizers(model).items() if not q.is_weight}
-    assert {name: float(grid.scale) for name, grid in lowered.quantizers.items()} == steps
+    scales = {name: float(q.scale) for name, q in quantizers(model).items() if not q.is_weight}
+    assert {name: float(grid.scale) for name, grid in lowered.quantizers.items()} == scales
     assert any(tried.remaining for tried in lowered.tried)
     found = proof(model, lowered, file)
     assert found.mismatches == 0 and "at ties that runtimes may round differently" in str(found)

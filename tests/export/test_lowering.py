@@ -58,8 +58,8 @@ def test_folding_reports_whether_it_changed_anything(tiny: Exported) -> None:
 def test_bias_codes_are_rounded_in_units_of_both_scales(tiny: Exported) -> None:
     layer = tiny.lowered.layers["block.conv1.weight"]
     assert layer.carry == 15
-    step = quantizers(tiny.model)["block.conv1.input"].step.item()
-    expected = np.rint(layer.bias / (np.float64(np.float32(step)) * layer.scale.astype(np.float64) / 15))
+    scale = quantizers(tiny.model)["block.conv1.input"].scale.item()
+    expected = np.rint(layer.bias / (np.float64(np.float32(scale)) * layer.scale.astype(np.float64) / 15))
     assert np.abs(layer.bias_codes - expected).max() <= 1  # the unit itself is rounded to float32
     assert (layer.bias_codes == expected).mean() > 0.8
 
@@ -106,7 +106,7 @@ def test_model_without_quantizers_or_calibration_is_refused() -> None:
         lower(TinyNet(), IMAGES)
     model = TinyNet()
     quantize_(model, uniform_rules(4, 4, ("stem", "head")), IMAGES)
-    with pytest.raises(ExportError, match=r"'stem.input' has no step"):
+    with pytest.raises(ExportError, match=r"'stem.input' has no scale"):
         lower(model, IMAGES)
 
 

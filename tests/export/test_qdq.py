@@ -192,7 +192,7 @@ def test_two_quantizers_in_a_row_both_survive_the_runtimes_optimiser() -> None:
     quantize_(model, uniform_rules(8, 8), images)
     model.extra = LSQ(QuantSpec(8), name="extra")
     calibrate(model, [images])
-    model.extra.raw_step.data.mul_(2.7)
+    model.extra.raw_scale.data.mul_(2.7)
     lowered = to_integers(lower(model, images), TARGETS["qdq"])
     proto = emit(lowered, TARGETS["qdq"])
     _, expected = IntegerReference(lowered, session.FloatOperators()).run(images)

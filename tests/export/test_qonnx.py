@@ -45,12 +45,12 @@ def test_qonnx_computes_our_codes(offset: bool, tmp_path: Path) -> None:
     for name, quantizer in quantizers(model).items():
         computed = seen[f"{name}.quantized"]
         if quantizer.is_weight:
-            step = quantizer.step.numpy().reshape(-1, *[1] * (computed.ndim - 1))
+            scale = quantizer.scale.numpy().reshape(-1, *[1] * (computed.ndim - 1))
             expected = quantizer.codes(model.get_submodule(name.removesuffix(".weight")).weight).numpy()
-            assert np.array_equal(np.rint(computed / step), expected), name
+            assert np.array_equal(np.rint(computed / scale), expected), name
         else:
             shift = 1 << (quantizer.spec.bits - 1) if quantizer.spec.signed and not quantizer.spec.offset else 0
-            found = np.rint(computed / quantizer.step.numpy()) + (
+            found = np.rint(computed / quantizer.scale.numpy()) + (
                 quantizer.zero_point if quantizer.spec.offset else shift
             )
             assert np.array_equal(found, codes[name]), name

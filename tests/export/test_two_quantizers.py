@@ -32,7 +32,7 @@ def test_both_quantizers_keep_their_grid() -> None:
     quantize_(model, uniform_rules(8, 8), images)
     model.extra = LSQ(QuantSpec(8), name="extra")
     calibrate(model, [images])
-    model.extra.raw_step.data.mul_(2.7)
+    model.extra.raw_scale.data.mul_(2.7)
     lowered = to_integers(lower(model, images))
     names = list(lowered.quantizers)
     (found,) = session.load(emit_qdq(lowered)).run(images.numpy()).values()

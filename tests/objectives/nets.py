@@ -42,7 +42,7 @@ def two_layer_gradients(a: Array, b: Array, x: Array, labels: Array) -> tuple[fl
 
 
 class OneScale(nn.Module):
-    """y = w2 · Q(w1 x), one 3-bit signed LSQ step between two weights; loss ½ mean (y - t)²."""
+    """y = w2 · Q(w1 x), one 3-bit signed LSQ scale between two weights; loss ½ mean (y - t)²."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +60,9 @@ def one_scale_gradients(w1: float, w2: float, s: float, x: Array, t: Array, grad
     code = np.rint(np.clip(v, -4, 3))
     inside = (v > -4) & (v < 3)
     by_y = (w2 * code * s - t) / len(x)
-    by_step = np.where(inside, code - v, np.clip(v, -4, 3))
+    by_scale = np.where(inside, code - v, np.clip(v, -4, 3))
     return np.array([
-        (by_y * w2 * inside * x).sum(), (by_y * code * s).sum(), (by_y * w2 * by_step).sum() * gradient_scale
+        (by_y * w2 * inside * x).sum(), (by_y * code * s).sum(), (by_y * w2 * by_scale).sum() * gradient_scale
     ])  # fmt: skip
 
 

@@ -44,19 +44,19 @@ def test_plain_mean_and_ema_against_numpy() -> None:
     assert value_of(ema) == pytest.approx(expected, abs=1e-6)
 
 
-def test_steps_are_averaged_as_positive_steps() -> None:
+def test_scales_are_averaged_as_positive_scales() -> None:
     torch.manual_seed(0)
     model = with_random_norms(TinyNet())
     quantize_(model, uniform_rules(4, 4, ("stem", "head")), X)
     calibrate(model, [X])
-    average, step = Average(), quantizers(model)["stem.weight"].raw_step
-    first = step.detach().clone()
-    for factor in (1.0, -3.0):  # the second crossed zero: the step is 3 of the first, not their cancelled mean
+    average, scale = Average(), quantizers(model)["stem.weight"].raw_scale
+    first = scale.detach().clone()
+    for factor in (1.0, -3.0):  # the second crossed zero: the scale is 3 of the first, not their cancelled mean
         with torch.no_grad():
-            step.copy_(first * factor)
+            scale.copy_(first * factor)
         average.update(model)
     average.copy_to(model)
-    assert torch.allclose(quantizers(model)["stem.weight"].step, 2 * first, rtol=1e-6)
+    assert torch.allclose(quantizers(model)["stem.weight"].scale, 2 * first, rtol=1e-6)
 
 
 def test_a_loaded_average_goes_on_as_it_would_have() -> None:

@@ -11,17 +11,17 @@ from qat.quantizers.spec import QuantSpec
 
 
 def quantized(
-    shape: tuple[int, ...], bits: int = 4, axis: int | None = 0, step: float = 0.5
+    shape: tuple[int, ...], bits: int = 4, axis: int | None = 0, scale: float = 0.5
 ) -> tuple[Parameter, LSQWeight]:
     weight = Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     quantizer = LSQWeight(QuantSpec(bits, signed=True, axis=axis), weight)
-    steps = torch.tensor(step) if axis is None else step * torch.arange(1, shape[axis] + 1)
-    quantizer.initialize(steps.float())
+    scales = torch.tensor(scale) if axis is None else scale * torch.arange(1, shape[axis] + 1)
+    quantizer.initialize(scales.float())
     return weight, quantizer
 
 
 def play(sequence: list[list[int]], bits: int = 8, **options: float) -> tuple[Oscillation, list[float], Parameter]:
-    """Codes of a few weights over time -> what `update` returned after each; the step is 0.5."""
+    """Codes of a few weights over time -> what `update` returned after each; the scale is 0.5."""
     weight, quantizer = quantized((1, len(sequence[0])), bits)
     with torch.no_grad():
         weight.copy_(0.5 * torch.tensor([sequence[0]]))
@@ -61,28 +61,28 @@ def test_frequency_and_mean_against_a_loop_over_single_weights() -> None:
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((3, 2, 3, 3), 0), ((3, 2, 3, 3), None), ((3, 5), 0), ((3, 5), None)])
-def test_a_swinging_weight_is_held_at_its_mean_code_whatever_optimizer_and_step_do(
+def test_a_swinging_weight_is_held_at_its_mean_code_whatever_optimizer_and_scale_do(
     shape: tuple[int, ...], axis: int | None
 ) -> None:
     weight, quantizer = quantized(shape, axis=axis)
     place = (2, *[1] * (len(shape) - 1))
     follower = Oscillation([weight], [quantizer], momentum=0.3, freeze_above=0.4)
     others = weight.detach().clone()
-    step = quantizer.step if axis is None else quantizer.step[2]
+    scale = quantizer.scale if axis is None else quantizer.scale[2]
     for code in (1, 2, 1, 2, 1, 2):  # swings between 1 and 2, more often at 2 in the mean
         with torch.no_grad():
-            weight[place] = code * step
+            weight[place] = code * scale
         follower.update()
         if follower.frozen:
             break
     held = round(float(follower.mean[0][place]))
     assert follower.frozen == pytest.approx(1 / weight.numel()) and held in (1, 2)
-    assert float(weight[place].detach()) == pytest.approx(held * float(step), rel=1e-6)  # in the very step it froze in
+    assert float(weight[place].detach()) == pytest.approx(held * float(scale), rel=1e-6)  # in the very step it froze in
     with torch.no_grad():
-        weight[place] = 100.0  # the optimizer pushes on, and the step grows
-        quantizer.raw_step.mul_(1.7)
+        weight[place] = 100.0  # the optimizer pushes on, and the scale grows
+        quantizer.raw_scale.mul_(1.7)
     assert follower.update() == 0
-    assert float(weight[place].detach()) == pytest.approx(held * 1.7 * float(step), rel=1e-6)
+    assert float(weight[place].detach()) == pytest.approx(held * 1.7 * float(scale), rel=1e-6)
     assert int(quantizer.codes(weight)[place]) == held
     others[place] = weight[place].detach()
     assert torch.equal(weight.detach(), others)  # nothing else moved
@@ -107,7 +107,7 @@ def test_state_survives_and_restart_forgets() -> None:
 def test_damping_against_numpy_pulls_to_the_grid_inside_and_not_outside(
     shape: tuple[int, ...], axis: int | None
 ) -> None:
-    weight, quantizer = quantized(shape, bits=3, axis=axis, step=0.2)
+    weight, quantizer = quantized(shape, bits=3, axis=axis, scale=0.2)
     value = damping([weight, weight], [quantizer, quantizer])
     value.backward()
     w, s = weight.detach().double().numpy(), spread(quantizer, weight).double().numpy()
@@ -116,4 +116,4 @@ def test_damping_against_numpy_pulls_to_the_grid_inside_and_not_outside(
     assert 0 < inside.mean() < 1
     assert value.item() == pytest.approx(2 * ((w - point)[inside] ** 2).sum(), rel=1e-5)
     assert np.allclose(weight.grad, 4 * (w - point) * inside, atol=1e-5)
-    assert quantizer.raw_step.grad is None
+    assert quantizer.raw_scale.grad is None

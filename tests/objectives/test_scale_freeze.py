@@ -217,7 +217,7 @@ def test_one_stream_is_refused_and_so_is_a_window_of_one() -> None:
 
 def numpy_steps(problem: Problem, rho: float) -> tuple[np.ndarray, np.ndarray]:
     model: OneScale = problem.model  # type: ignore[assignment]
-    values = np.array([p.item() for p in (model.w1, model.w2, model.quantizer.raw_step)])
+    values = np.array([p.item() for p in (model.w1, model.w2, model.quantizer.raw_scale)])
     x, t = problem.x.double().numpy(), problem.target.double().numpy()
     scale = model.quantizer.gradient_scale(problem.x)
     task = one_scale_gradients(*values, x, t, scale)
@@ -227,7 +227,7 @@ def numpy_steps(problem: Problem, rho: float) -> tuple[np.ndarray, np.ndarray]:
 def sagm_step(problem: Problem, rule: FreezeRule, rho: float = 0.05) -> list[float]:
     model: OneScale = problem.model  # type: ignore[assignment]
     parameters = problem.parameters
-    freezer = ScaleFreezer(["middle"], [model.quantizer.raw_step], [False], rule)
+    freezer = ScaleFreezer(["middle"], [model.quantizer.raw_scale], [False], rule)
     gradients = sagm(problem.closure, parameters, rho=rho, alpha=0.0)
     freezer.mask(gradients, parameters)
     return [float(p.grad) for p in parameters]  # type: ignore[arg-type]
@@ -248,7 +248,7 @@ def trajectory(rule: FreezeRule | None, steps: int = 30, *, rho: float = 0.05, a
     model: OneScale = problem.model  # type: ignore[assignment]
     parameters = problem.parameters
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    freezer = None if rule is None else ScaleFreezer(["middle"], [model.quantizer.raw_step], [False], rule)
+    freezer = None if rule is None else ScaleFreezer(["middle"], [model.quantizer.raw_scale], [False], rule)
     for _ in range(steps):
         gradients = sagm(problem.closure, parameters, rho=rho, alpha=alpha)
         if freezer is not None:
@@ -269,7 +269,7 @@ def test_impossible_thresholds_never_or_always_freeze() -> None:
     # r > 1 freezes from the first window's end on: after 5 unfrozen steps every later one is masked.
     problem = one_scale()
     model: OneScale = problem.model  # type: ignore[assignment]
-    freezer = ScaleFreezer(["middle"], [model.quantizer.raw_step], [False], FreezeRule(window=5, threshold=1.1))
+    freezer = ScaleFreezer(["middle"], [model.quantizer.raw_scale], [False], FreezeRule(window=5, threshold=1.1))
     shares = []
     for _ in range(12):
         shares.append(float(freezer.mask(sagm(problem.closure, problem.parameters), problem.parameters).frozen))
@@ -290,18 +290,18 @@ def test_without_perturbation_gaqat_is_plain_lsq() -> None:
 def test_a_frozen_scale_does_not_move_in_100_steps_at_learning_rate_0(stream: str) -> None:
     problem = one_scale()
     model: OneScale = problem.model  # type: ignore[assignment]
-    start = model.quantizer.raw_step.detach().clone()
+    start = model.quantizer.raw_scale.detach().clone()
     optimizer = torch.optim.Adam(problem.parameters, lr=0.0)
     freezer = ScaleFreezer(
         ["middle"],
-        [model.quantizer.raw_step],
+        [model.quantizer.raw_scale],
         [False],
         FreezeRule(policy="always", stream=stream),  # type: ignore[arg-type]
     )
     for _ in range(100):
         freezer.mask(sagm(problem.closure, problem.parameters, rho=0.3), problem.parameters)
         optimizer.step()
-    assert torch.equal(model.quantizer.raw_step.detach(), start)
+    assert torch.equal(model.quantizer.raw_scale.detach(), start)
 
 
 def test_a_scale_frozen_in_both_streams_does_not_coast_on_momentum() -> None:
@@ -309,14 +309,14 @@ def test_a_scale_frozen_in_both_streams_does_not_coast_on_momentum() -> None:
     model: OneScale = problem.model  # type: ignore[assignment]
     optimizer = torch.optim.Adam(problem.parameters, lr=1e-2)
     freezer = ScaleFreezer(
-        ["middle"], [model.quantizer.raw_step], [False], FreezeRule(window=5, threshold=1.1, stream="both")
+        ["middle"], [model.quantizer.raw_scale], [False], FreezeRule(window=5, threshold=1.1, stream="both")
     )
     moved = []
     for _ in range(15):
-        before = model.quantizer.raw_step.detach().clone()
+        before = model.quantizer.raw_scale.detach().clone()
         freezer.mask(sagm(problem.closure, problem.parameters), problem.parameters)
         optimizer.step()
-        moved.append(not torch.equal(before, model.quantizer.raw_step.detach()))
+        moved.append(not torch.equal(before, model.quantizer.raw_scale.detach()))
     assert moved == [True] * 5 + [False] * 10
 
 

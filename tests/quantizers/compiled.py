@@ -23,7 +23,7 @@ def name_of(pass_: str, inner: int | None, element: str) -> str:
 def compile_kernel(pass_: str, inner: int | None, element: str) -> str:
     """PTX for compute capability 8.0."""
     kernel = getattr(lsq_triton, f"_{pass_}")
-    types = dict.fromkeys(kernel.arg_names, element) | {"raw_steps": "*fp32", "partial": "*fp32", "inner": "i32"}
+    types = dict.fromkeys(kernel.arg_names, element) | {"raw_scales": "*fp32", "partial": "*fp32", "inner": "i32"}
     types |= dict.fromkeys(("positions", "channels"), "i32") | dict.fromkeys(("low", "high", "ceiling"), "fp32")
     fixed = {"C": 32, "R": 32} | ({} if inner is None else {"inner": inner})
     signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}

@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_sine_in_both_stages(stage: int) -> None:
     upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
     out = quantizer(w)
     out.backward(upstream)
-    phase, alpha = FREQUENCY * w.detach().double().numpy(), quantizer.step.double().numpy().reshape(-1, 1, 1, 1)
+    phase, alpha = FREQUENCY * w.detach().double().numpy(), quantizer.scale.double().numpy().reshape(-1, 1, 1, 1)
     expected = upstream.double().numpy() * alpha * FREQUENCY * np.cos(phase)
     assert (
         np.abs(w.grad.double().numpy() - expected).max()
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_sine_in_both_stages(stage: int) -> None:
     terms = upstream.double().numpy() * wave
     sizes = np.abs(terms).sum((1, 2, 3))
     # Sums of 63 floats, each off by the phase's error before it is added.
-    assert_near(quantizer.raw_step.grad, terms.sum((1, 2, 3)), 63 * ROUNDING + PHASE_ERROR, of=sizes.max())
+    assert_near(quantizer.raw_scale.grad, terms.sum((1, 2, 3)), 63 * ROUNDING + PHASE_ERROR, of=sizes.max())
 
 
 def test_the_square_wave_has_period_two_pi_over_the_frequency() -> None:
@@ -75,8 +75,8 @@ def test_codes_are_two_values_whatever_the_input_and_the_contract_holds(cls: typ
         quantizer = cls(BIT, w)
         codes = quantizer.codes(w)
         assert codes.dtype == torch.int32 and set(codes.unique().tolist()) <= {-1, 1}
-        step = quantizer.step.view(-1, 1, 1, 1)
-        assert torch.equal(quantizer(w), (codes - quantizer.zero_point) * step)
+        scale = quantizer.scale.view(-1, 1, 1, 1)
+        assert torch.equal(quantizer(w), (codes - quantizer.zero_point) * scale)
     assert set(cls(BIT, weight(3)).codes(weight(3)).unique().tolist()) == {-1, 1}
 
 
@@ -110,12 +110,12 @@ def test_a_learned_frequency_gets_its_gradient_and_a_scheduled_one_moves() -> No
     w = weight(6)
     quantizer = PeriodicWeight(BIT, w, frequency=3.0, stage=1, learn_frequency=True)
     quantizer(w).sum().backward()
-    alpha, x = quantizer.step.double().numpy().reshape(-1, 1, 1, 1), w.double().numpy()
+    alpha, x = quantizer.scale.double().numpy().reshape(-1, 1, 1, 1), w.double().numpy()
     assert abs(float(quantizer.frequency.grad) - (alpha * x * np.cos(3.0 * x)).sum()) < 1e-3
     scheduled = PeriodicWeight(BIT, w, frequency=3.0)
     scheduled.set_frequency(20.0)
     assert torch.equal(scheduled.codes(w), PeriodicWeight(BIT, w, frequency=20.0).codes(w))
-    assert not [n for n, _ in scheduled.named_parameters() if n != "raw_step"]
+    assert not [n for n, _ in scheduled.named_parameters() if n != "raw_scale"]
 
 
 def test_recu_standardises_and_clamps_to_quantiles() -> None:

@@ -52,7 +52,7 @@ def test_codes_are_signs_with_zero_up_and_the_same_in_training_and_evaluation() 
     assert torch.equal(quantizer.codes(x), expected) and quantizer.codes(x).view(-1)[:2].tolist() == [1, 1]
     trained = quantizer.train()(x.clone().requires_grad_()).detach()
     assert torch.equal(trained, quantizer.eval()(x))
-    assert torch.equal(trained, (quantizer.codes(x) - quantizer.zero_point) * quantizer.step)
+    assert torch.equal(trained, (quantizer.codes(x) - quantizer.zero_point) * quantizer.scale)
 
 
 def test_tiny_inputs_keep_their_sign() -> None:
@@ -61,5 +61,5 @@ def test_tiny_inputs_keep_their_sign() -> None:
 
 
 def test_other_specs_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 bit and one step"):
+    with pytest.raises(ValueError, match="1 bit and one scale"):
         BinaryActivation(QuantSpec(2))

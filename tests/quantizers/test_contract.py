@@ -13,31 +13,31 @@ X = torch.linspace(-2, 2, 33).view(1, 3, 11, 1).repeat(4, 1, 1, 11)
 
 
 class MaxQuantizer(Quantizer):
-    """The step covers the largest magnitude; gradients pass straight through."""
+    """The scale covers the largest magnitude; gradients pass straight through."""
 
     starts_from_data = True
 
     def __init__(self, name: str = "") -> None:
         super().__init__(QuantSpec(4, signed=True), name)
-        self.raw_step = nn.Parameter(torch.full((), float("nan")))
+        self.raw_scale = nn.Parameter(torch.full((), float("nan")))
 
     def start_for(self, values: Tensor, init: Init) -> Start:
         return Start(values.abs().max() / self.spec.qmax)
 
     def codes(self, x: Tensor) -> Tensor:
-        return (x.detach() / self.step).round().clamp(self.spec.qmin, self.spec.qmax).int()
+        return (x.detach() / self.scale).round().clamp(self.spec.qmin, self.spec.qmax).int()
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return x + (self.codes(x) * self.step - x).detach()
+        return x + (self.codes(x) * self.scale - x).detach()
 
 
-def test_it_refuses_to_run_before_it_has_a_step_and_runs_after() -> None:
+def test_it_refuses_to_run_before_it_has_a_scale_and_runs_after() -> None:
     quantizer = MaxQuantizer("mine")
-    with pytest.raises(RuntimeError, match="quantizer 'mine' has no step yet"):
+    with pytest.raises(RuntimeError, match="quantizer 'mine' has no scale yet"):
         quantizer(X)
     quantizer.begin(X)
-    assert float(quantizer.step) == pytest.approx(2 / 7)
-    assert torch.allclose(quantizer(X), quantizer.codes(X) * quantizer.step)
+    assert float(quantizer.scale) == pytest.approx(2 / 7)
+    assert torch.allclose(quantizer(X), quantizer.codes(X) * quantizer.scale)
     copy = MaxQuantizer()
     copy.load_state_dict(quantizer.state_dict())
     assert copy.initialized and torch.equal(copy(X), quantizer(X))
@@ -53,7 +53,7 @@ def test_what_is_not_finite_gives_no_step() -> None:
     quantizer = MaxQuantizer("mine")
     with pytest.raises(ValueError, match="input of quantizer 'mine'"):
         quantizer.begin(torch.tensor([1.0, float("nan")]))
-    with pytest.raises(ValueError, match="steps must be positive"):
+    with pytest.raises(ValueError, match="scales must be positive"):
         quantizer.begin(torch.zeros(3))
     with pytest.raises(ValueError, match="no offset"):
         quantizer.initialize(torch.tensor(1.0), offset=torch.tensor(1.0))
@@ -67,4 +67,4 @@ def test_calibrate_gives_it_its_step() -> None:
     qat.calibrate(model, [X])
     with torch.no_grad():
         largest = float(model[1](nn.functional.conv2d(X, model[0].weight, model[0].bias)).max())  # type: ignore[arg-type]
-    assert float(quantizers(model)["2.input"].step) == pytest.approx(largest / 7, rel=1e-5)
+    assert float(quantizers(model)["2.input"].scale) == pytest.approx(largest / 7, rel=1e-5)

@@ -48,11 +48,11 @@ def test_our_quantizers_inside_brevitas_layers_give_our_outputs() -> None:
             theirs.block.conv1.quant_weight().int().numpy(),
             made.block.conv1.weight_quantizer.codes(made.block.conv1.weight).numpy(),
         )
-        made.block.conv1.weight_quantizer.raw_step.mul_(1.3)
+        made.block.conv1.weight_quantizer.raw_scale.mul_(1.3)
         assert not torch.equal(theirs(images), made(images))
 
 
-def test_gradients_pass_through_brevitas_layers_to_our_steps() -> None:
+def test_gradients_pass_through_brevitas_layers_to_our_scales() -> None:
     weight = torch.randn(5, 3, 3, 3)
     layer, x = nn.Conv2d(3, 5, 3), torch.randn(2, 3, 9, 9)
     gradients = []
@@ -67,7 +67,7 @@ def test_gradients_pass_through_brevitas_layers_to_our_steps() -> None:
             conv(x).square().sum().backward()
         else:
             nn.functional.conv2d(x, quantizer(conv.weight), conv.bias).square().sum().backward()
-        gradients.append((conv.weight.grad, quantizer.raw_step.grad))
+        gradients.append((conv.weight.grad, quantizer.raw_scale.grad))
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -113,7 +113,7 @@ def test_equalization_finds_functional_relus_and_says_when_there_is_nothing() ->
         brevitas_bridge.equalize_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3)), images)
 
 
-def test_a_quantizer_without_a_step_is_refused_by_name() -> None:
+def test_a_quantizer_without_a_scale_is_refused_by_name() -> None:
     quantizer = LSQWeight(QuantSpec(4, signed=True), torch.ones(2, 2), name="head.weight")
     quantizer.initialized = False
     with pytest.raises(ValueError, match=r"head\.weight.*calibrate"):

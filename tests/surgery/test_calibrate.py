@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.quantizers.lsq import least_squares_step
+from qat.quantizers.lsq import least_squares_scale
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
 from qat.surgery.rules import with_options
@@ -49,38 +49,38 @@ def test_calibration_is_idempotent_and_leaves_batch_norm_and_mode_alone(init: st
     assert torch.equal(model.bn.running_mean, statistics)
 
 
-def test_clipped_share_and_step_against_numpy() -> None:
+def test_clipped_share_and_scale_against_numpy() -> None:
     model = fresh()
     row = next(r for r in calibrate(model, [X], "lsq") if r.name == "stem.input")
     x = X.numpy()
-    step = 2 * np.abs(x).mean() / np.sqrt(127)
+    scale = 2 * np.abs(x).mean() / np.sqrt(127)
     # the calibration sample adds each batch's two extremes to every element
-    assert row.step == pytest.approx(step, rel=2e-3)
-    share = ((x / row.step < -128.5) | (x / row.step > 127.5)).mean()
+    assert row.scale == pytest.approx(scale, rel=2e-3)
+    share = ((x / row.scale < -128.5) | (x / row.scale > 127.5)).mean()
     assert row.clipped == pytest.approx(share, abs=1e-3)
 
 
-def test_least_squares_step_beats_its_neighbours() -> None:
+def test_least_squares_scale_beats_its_neighbours() -> None:
     values = torch.randn(20_001, generator=torch.Generator().manual_seed(1)).relu_()
     spec = QuantSpec(3, signed=False)
-    best = float(least_squares_step(values, spec))
+    best = float(least_squares_scale(values, spec))
 
-    def error(step: float) -> float:
+    def error(scale: float) -> float:
         v = values.numpy()
-        return float(((np.clip(np.rint(v / step), 0, 7) * step - v) ** 2).mean())
+        return float(((np.clip(np.rint(v / scale), 0, 7) * scale - v) ** 2).mean())
 
     assert all(error(best) <= error(best * factor) for factor in (0.7, 0.85, 1.15, 1.4))
 
 
-def test_least_squares_steps_per_channel_are_those_of_each_channel_alone() -> None:
+def test_least_squares_scales_per_channel_are_those_of_each_channel_alone() -> None:
     weight = (
         torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
         * torch.tensor([1.0, 0.01, 7, 0])[:, None, None]
     )
-    steps = least_squares_step(weight, QuantSpec(4, signed=True, axis=0))
-    alone = [float(least_squares_step(w, QuantSpec(4, signed=True))) for w in weight]
-    assert steps.tolist() == alone
-    assert steps[3] > 0
+    scales = least_squares_scale(weight, QuantSpec(4, signed=True, axis=0))
+    alone = [float(least_squares_scale(w, QuantSpec(4, signed=True))) for w in weight]
+    assert scales.tolist() == alone
+    assert scales[3] > 0
 
 
 def test_no_batch_and_an_unreached_quantizer_raise() -> None:
@@ -94,13 +94,13 @@ def test_no_batch_and_an_unreached_quantizer_raise() -> None:
 
 def test_uncalibrated_model_raises_naming_the_first_quantizer() -> None:
     model = fresh()
-    with pytest.raises(RuntimeError, match=r"'stem.input' has no step yet"):
+    with pytest.raises(RuntimeError, match=r"'stem.input' has no scale yet"):
         model(X)
     assert all(q.initialized == q.is_weight for q in quantizers(model).values())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_images_that_are_not_finite_set_no_step(bad: float) -> None:
+def test_images_that_are_not_finite_set_no_scale(bad: float) -> None:
     model = fresh()
     images = X.clone()
     images[1, 2, 3, 4] = bad
@@ -118,26 +118,26 @@ def test_a_layer_that_gives_nan_is_found_by_the_quantizer_after_it_and_nothing_i
 
 
 @pytest.mark.parametrize("init", ["lsq", "mse"])
-def test_a_weight_that_is_not_finite_gets_no_step(init: str) -> None:
+def test_a_weight_that_is_not_finite_gets_no_scale(init: str) -> None:
     model = with_random_norms(TinyNet())
     model.stem.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"'stem\.weight'.*nan"):
         quantize_(model, uniform_rules(4, 4, ("stem", "head")), X, weight_init=init)
 
 
-def test_learned_steps_are_not_overwritten_unasked() -> None:
+def test_learned_scales_are_not_overwritten_unasked() -> None:
     model = fresh()
     calibrate(model, [X])
-    learned = {name: q.raw_step.detach().mul_(1.25).clone() for name, q in quantizers(model).items()}
-    with pytest.raises(ValueError, match="have their steps already"):
+    learned = {name: q.raw_scale.detach().mul_(1.25).clone() for name, q in quantizers(model).items()}
+    with pytest.raises(ValueError, match="have their scales already"):
         calibrate(model, [X])
-    assert all(torch.equal(q.raw_step, learned[name]) for name, q in quantizers(model).items())
+    assert all(torch.equal(q.raw_scale, learned[name]) for name, q in quantizers(model).items())
     loaded = fresh()
     loaded.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match="have their steps already"):
+    with pytest.raises(ValueError, match="have their scales already"):
         calibrate(loaded, [X])
     calibrate(loaded, [X], overwrite=True)
-    assert not torch.equal(quantizers(loaded)["head.input"].raw_step, learned["head.input"])
+    assert not torch.equal(quantizers(loaded)["head.input"].raw_scale, learned["head.input"])
 
 
 @pytest.mark.parametrize(

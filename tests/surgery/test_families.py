@@ -1,4 +1,4 @@
-"""Backbones of several families: quantized whole, every step parameter trained, nothing silently left out."""
+"""Backbones of several families: quantized whole, every scale parameter trained, nothing silently left out."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_every_quantizer_is_reached_and_gets_a_finite_gradient(name: str) -> Non
     assert all(row.weight is not None for row in table.rows)
     calibrate(model, [x])
     (model.train()(x) ** 2).sum().backward()
-    gradients = {n: q.raw_step.grad for n, q in quantizers(model).items()}
+    gradients = {n: q.raw_scale.grad for n, q in quantizers(model).items()}
     assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
 
 

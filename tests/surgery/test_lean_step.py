@@ -68,7 +68,7 @@ def quantized(net: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     model, images = with_random_norms(net()), torch.randn(4, 3, 13, 11)
     quantize_(model, uniform_rules(4, 4, (), 8), images)
     calibrate(model, [images])
-    for quantizer in model.modules():  # steps that leave codes above the clip at 6, and some elements beyond the grid
+    for quantizer in model.modules():  # scales that leave codes above the clip at 6, and some elements beyond the grid
         if isinstance(quantizer, LSQ) and quantizer.ceiling == 6:
             quantizer.initialize(torch.tensor(0.83))
     for norm in model.modules():
@@ -139,7 +139,7 @@ def test_without_the_upper_clip_the_test_above_would_see_it() -> None:
 def test_a_relu_stays_where_its_quantizer_is_signed_or_off() -> None:
     model, images = quantized(ClipNet)
     for quantizer in model.stream_quantizers.relus.values():
-        quantizer.initialize(quantizer.step, signed=True)
+        quantizer.initialize(quantizer.scale, signed=True)
     signed, _ = step(model, images)
     model.stream_quantizers.relus = {}
     assert torch.equal(step(model, images)[0]["logits"], signed["logits"])
@@ -160,7 +160,7 @@ def test_tensors_computed_again_change_no_bit_and_keep_less(
     net: type[nn.Module], fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fast:
-        monkeypatch.setattr(fused, "available", lambda x, raw_step: False)
+        monkeypatch.setattr(fused, "available", lambda x, raw_scale: False)
     model, images = quantized(net)
     again, kept_again = step(model, images)
     for module in (contract, recompute):

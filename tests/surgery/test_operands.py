@@ -85,13 +85,13 @@ def test_the_output_is_that_of_the_quantized_operands() -> None:
     assert torch.equal(model(X), expected)
 
 
-def test_all_steps_learn() -> None:
+def test_all_scales_learn() -> None:
     model, _ = odd()
     optimizer = torch.optim.SGD(parameter_groups(model.train(), 0.0, 1e-3), lr=1e-3)
-    before = {n: copy.deepcopy(q.step) for n, q in quantizers(model).items()}
+    before = {n: copy.deepcopy(q.scale) for n, q in quantizers(model).items()}
     F.cross_entropy(model(X), torch.arange(4)).backward()
     optimizer.step()
-    assert all(not torch.equal(before[n], q.step) for n, q in quantizers(model).items())
+    assert all(not torch.equal(before[n], q.scale) for n, q in quantizers(model).items())
 
 
 def test_delayed_quantization_starts_from_the_weights_of_now() -> None:
@@ -100,11 +100,11 @@ def test_delayed_quantization_starts_from_the_weights_of_now() -> None:
     with torch.no_grad():
         model.kernel.mul_(3)
         model.conv.weight.mul_(3)  # standardized: what is multiplied stays
-    before = {n: q.step for n, q in quantizers(model).items()}
+    before = {n: q.scale for n, q in quantizers(model).items()}
     begin(model, [X], "lsq")
     after = quantizers(model)
-    assert torch.allclose(after["kernel.weight"].step, 3 * before["kernel.weight"])
-    assert torch.allclose(after["conv.weight"].step, before["conv.weight"])
+    assert torch.allclose(after["kernel.weight"].scale, 3 * before["kernel.weight"])
+    assert torch.allclose(after["conv.weight"].scale, before["conv.weight"])
 
 
 def test_the_file_holds_the_codes_of_the_computed_weights(tmp_path) -> None:
@@ -112,8 +112,8 @@ def test_the_file_holds_the_codes_of_the_computed_weights(tmp_path) -> None:
     lowered = to_integers(lower(model, X[:1]), TARGETS["ort-packed"])
     w = model.conv.weight.detach()
     w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
-    step = quantizers(model)["conv.weight"].step
-    assert (lowered.layers["conv.weight"].codes == (w / step.view(-1, 1, 1, 1)).round().clamp(-8, 7).numpy()).all()
+    scale = quantizers(model)["conv.weight"].scale
+    assert (lowered.layers["conv.weight"].codes == (w / scale.view(-1, 1, 1, 1)).round().clamp(-8, 7).numpy()).all()
     assert lowered.layers["qkv.weight"].bias == pytest.approx([*model.q_bias.tolist(), *model.v_bias.tolist()])
     certificate = certified(model, tmp_path / "odd.onnx")
     assert certificate.passed, str(certificate)
@@ -135,7 +135,7 @@ def test_a_weight_with_two_users_has_one_scale_and_one_set_of_codes(tmp_path: Pa
     calibrate(model, [X])
     assert [row.name for row in table.rows] == ["conv", "conv2d0"]
     found = quantizers(model)
-    assert found["conv.weight"].raw_step is found["conv2d0.weight"].raw_step
+    assert found["conv.weight"].raw_scale is found["conv2d0.weight"].raw_scale
     lowered = to_integers(lower(model, X[:1]), TARGETS["ort-packed"])
     assert (lowered.layers["conv.weight"].codes == lowered.layers["conv2d0.weight"].codes).all()
     certificate = certified(model, tmp_path / "tied.onnx")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, pad_same
-from qat.surgery.swap import parameter_groups, quantize_, quantizers, sizes_of_steps, uniform_rules
+from qat.surgery.swap import parameter_groups, quantize_, quantizers, sizes_of_scales, uniform_rules
 from tests.surgery.nets import TinyNet, with_random_norms
 
 X = torch.randn(2, 3, 33, 29, generator=torch.Generator().manual_seed(0))
@@ -58,32 +58,34 @@ def test_sites_stand_where_integer_operations_join() -> None:
 def test_every_quantizer_gets_a_gradient_and_moves() -> None:
     model, _ = quantized()
     model.train()
-    steps = {name: q.step.clone() for name, q in quantizers(model).items()}
-    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.01)
+    scales = {name: q.scale.clone() for name, q in quantizers(model).items()}
+    groups = parameter_groups(model, weight_decay=0.1, scale_lr=0.01)
     optimizer = torch.optim.SGD(groups, lr=0.01)
     F.cross_entropy(model(X), torch.tensor([1, 3])).backward()
     optimizer.step()
-    assert all(torch.isfinite(q.step).all() and not torch.equal(q.step, steps[n]) for n, q in quantizers(model).items())
+    assert all(
+        torch.isfinite(q.scale).all() and not torch.equal(q.scale, scales[n]) for n, q in quantizers(model).items()
+    )
 
 
-def test_steps_are_a_group_of_their_own_without_weight_decay() -> None:
+def test_scales_are_a_group_of_their_own_without_weight_decay() -> None:
     model, _ = quantized()
-    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.5)
-    steps = {id(q.raw_step) for q in quantizers(model).values()}
-    holding = [g for g in groups if any(id(p) in steps for p in g["params"])]
-    assert len(holding) == 1 and {id(p) for p in holding[0]["params"]} == steps
+    groups = parameter_groups(model, weight_decay=0.1, scale_lr=0.5)
+    scales = {id(q.raw_scale) for q in quantizers(model).values()}
+    holding = [g for g in groups if any(id(p) in scales for p in g["params"])]
+    assert len(holding) == 1 and {id(p) for p in holding[0]["params"]} == scales
     assert (holding[0]["weight_decay"], holding[0]["lr"]) == (0.0, 0.5)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
-def test_relative_steps_learn_in_units_of_their_size() -> None:
+def test_relative_scales_learn_in_units_of_their_size() -> None:
     model, _ = quantized()
     found = quantizers(model)
     for factor, quantizer in zip(np.geomspace(1e-3, 10, len(found)), found.values(), strict=True):
-        quantizer.raw_step.data.fill_(factor)
-    groups = parameter_groups(model, weight_decay=0.1, step_lr=0.01, step_sizes=sizes_of_steps(model))
+        quantizer.raw_scale.data.fill_(factor)
+    groups = parameter_groups(model, weight_decay=0.1, scale_lr=0.01, scale_sizes=sizes_of_scales(model))
     rates = {id(p): g["lr"] for g in groups if "lr" in g for p in g["params"]}
-    relative = [rates[id(q.raw_step)] / float(q.step.mean()) for q in found.values()]
+    relative = [rates[id(q.raw_scale)] / float(q.scale.mean()) for q in found.values()]
     assert len(set(rates.values())) > 8 and all(0.0070 < r < 0.0142 for r in relative)  # 0.01 to a factor of root two
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
@@ -103,7 +105,7 @@ def test_copy_of_a_quantized_model_is_independent() -> None:
     twin = copy.deepcopy(model)
     before = model(X)
     for quantizer in quantizers(twin).values():
-        quantizer.raw_step.data.mul_(3)
+        quantizer.raw_scale.data.mul_(3)
     assert torch.equal(model(X), before)
     assert not torch.equal(twin(X), before)
 

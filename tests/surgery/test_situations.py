@@ -528,7 +528,7 @@ def test_other_precisions_stay_on_the_grid(dtype: torch.dtype) -> None:
     out = model(X.to(dtype))
     assert out.dtype == dtype and bool(out.isfinite().all())
     given, made = seen
-    assert torch.equal(made, (quantizer.codes(given) * quantizer.step.to(made.dtype)).to(dtype))
+    assert torch.equal(made, (quantizer.codes(given) * quantizer.scale.to(made.dtype)).to(dtype))
 
 
 def test_wrapped_and_compiled_models_are_refused_at_once() -> None:

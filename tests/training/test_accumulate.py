@@ -62,7 +62,7 @@ def gradients(recipe: Recipe, model: nn.Module, norms: str = "frozen-statistics"
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert any("raw_step" in name for name in found)
+    assert any("raw_scale" in name for name in found)
     # The loss and its derivative by the logits are float32: some roundings each, and all else float64.
     assert_all_near(found, expected, 16 * ROUNDING)
 
@@ -126,19 +126,19 @@ def weight_quantizer() -> tuple[nn.Module, nn.Parameter, LSQ]:
     return model, weight, quantizer
 
 
-@pytest.mark.parametrize("changed", ["weight", "step"])
-def test_a_weight_or_step_that_changes_in_between_is_no_stale_one(changed: str) -> None:
+@pytest.mark.parametrize("changed", ["weight", "scale"])
+def test_a_weight_or_scale_that_changes_in_between_is_no_stale_one(changed: str) -> None:
     model, weight, quantizer = weight_quantizer()
     with weights_quantized_once(model):
         before = quantizer(weight)
         assert quantizer(weight) is before
         with torch.no_grad():
-            (weight if changed == "weight" else quantizer.raw_step).mul_(2.5)
+            (weight if changed == "weight" else quantizer.raw_scale).mul_(2.5)
         with pytest.raises(RuntimeError, match=r"'stem\.weight'.* written to between two microbatches"):
             quantizer(weight)
     after = quantizer(weight)
     assert not torch.equal(after, before) and torch.equal(
-        after, quantizer.codes(weight) * quantizer.step[:, None, None, None]
+        after, quantizer.codes(weight) * quantizer.scale[:, None, None, None]
     )
     with weights_quantized_once(model):
         assert torch.equal(quantizer(weight), after)

@@ -58,11 +58,11 @@ def test_lsq_plus_with_rules_and_norms_that_stay_is_certified(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_power_of_two_steps_after_gptq_with_statistics_taken_again_are_certified(tmp_path: Path) -> None:
+def test_power_of_two_scales_after_gptq_with_statistics_taken_again_are_certified(tmp_path: Path) -> None:
     path = trained(tmp_path / "run", power_of_two=True, init="gptq", norm_batches=2)
     model, results = load_run(path)[2].model, RunFolder.open(path).results()
-    steps = np.concatenate([q.step.numpy().ravel() for q in quantizers(model).values()])
-    assert np.array_equal(np.log2(steps), np.rint(np.log2(steps)))
+    scales = np.concatenate([q.scale.numpy().ravel() for q in quantizers(model).values()])
+    assert np.array_equal(np.log2(scales), np.rint(np.log2(scales)))
     assert "taken again from 2 batches" in results["selection"]
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {int(m.num_batches_tracked) for m in norms} == {2}
@@ -104,7 +104,7 @@ def test_repairs_come_before_training_and_options_survive_the_recipe_file() -> N
         check(QtdogRecipe(init="gptq"))
     recipe = LsqRecipe(init="cle", rules=Path("a.toml"), norms="frozen", activations="lsq-plus")
     assert from_json(to_json(recipe), Path("recipe.json")) == recipe
-    assert dataclasses.replace(recipe, init="lsq").step_init == "lsq" and recipe.step_init == "mse"
+    assert dataclasses.replace(recipe, init="lsq").scale_init == "lsq" and recipe.scale_init == "mse"
 
 
 def test_eight_bit_weights_are_symmetric_but_in_runs_of_before() -> None:

@@ -112,8 +112,8 @@ def with_names(run: Path, out: Path, names: list[str]) -> Path:
     (out / "latency.json").write_text(json.dumps(latencies(names)))
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for entry in entries:
-        if entry.get("steps"):
-            entry["steps"] |= {f"{name}.weight": float(entry["step"] + 1) for name in names}
+        if entry.get("scales"):
+            entry["scales"] |= {f"{name}.weight": float(entry["step"] + 1) for name in names}
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     return out
 
@@ -278,7 +278,7 @@ def test_metrics_of_the_wrong_kind_are_refused_or_drawn(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     folder = RunFolder(tmp_path)
     good = [
-        {"step": s, "loss": 1.0, "source_mean": 0.5, "steps": {"a.weight": 1.0 + s, "b.input": 2.0}} for s in (1, 2)
+        {"step": s, "loss": 1.0, "source_mean": 0.5, "scales": {"a.weight": 1.0 + s, "b.input": 2.0}} for s in (1, 2)
     ]
     count = 0
     for done, mutant in mutants(good[1]):
@@ -286,7 +286,7 @@ def test_metrics_of_the_wrong_kind_are_refused_or_drawn(tmp_path: Path) -> None:
         wrong = refused(lambda: metrics_of(folder), path, done)
         count += wrong
         if not wrong:
-            figures.relative_steps([e for e in metrics_of(folder) if e.get("steps")], "weight")
+            figures.relative_scales([e for e in metrics_of(folder) if e.get("scales")], "weight")
             figures.series(metrics_of(folder), "loss")
     assert count > 25
 

@@ -80,7 +80,7 @@ def test_export_certify_compare_report(runs: tuple[Path, Path]) -> None:
     page = write_report(quantized).read_text()
     for text in (
         "Certificate",
-        "Learned steps",
+        "Learned scales",
         "Weights on their grid",
         "Size and latency",
         "sketch (target)",

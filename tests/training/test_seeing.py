@@ -71,7 +71,7 @@ def view_of(values: NDArray[np.float16], rule: FreezeRule | None = None) -> Scal
 
 def test_conflicted_scales_against_loops_over_the_raw_signs() -> None:
     task, smoothing, frozen = raw_signs()
-    metrics = [{"step": s, "steps": {n: s + i + 1.0 for i, n in enumerate(NAMES)}} for s in (0, 20, 45)] + [
+    metrics = [{"step": s, "scales": {n: s + i + 1.0 for i, n in enumerate(NAMES)}} for s in (0, 20, 45)] + [
         {"step": 46}
     ]
     rows = {row.name: row for row in conflicted(view_of(hand_made()), metrics, 10)}
@@ -82,7 +82,7 @@ def test_conflicted_scales_against_loops_over_the_raw_signs() -> None:
         assert row.conflict == pytest.approx((products < 0).mean(), abs=half_f16)
         assert row.cosine == pytest.approx(products.mean(), abs=half_f16)
         assert row.frozen == frozen[:, i].mean() and row.channels == CHANNELS[i]
-        assert (row.step_start, row.step_end) == (i + 1.0, i + 46.0)
+        assert (row.scale_start, row.scale_end) == (i + 1.0, i + 46.0)
         n = CHANNELS[i] * (WINDOW - 1)
         assert (row.coin_low, row.coin_high) == pytest.approx(
             (0.5 - 2 * (0.25 / n) ** 0.5, 0.5 + 2 * (0.25 / n) ** 0.5)
@@ -99,7 +99,7 @@ def test_order_is_by_conflict_and_top_cuts_it() -> None:
     values = hand_made()
     rows = conflicted(view_of(values), [], 2)
     means = sorted(values[:, :, 1].astype(np.float64).mean(axis=0), reverse=True)
-    assert [row.conflict for row in rows] == pytest.approx(means[:2], abs=1e-12) and rows[0].step_start is None
+    assert [row.conflict for row in rows] == pytest.approx(means[:2], abs=1e-12) and rows[0].scale_start is None
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_inspect_prints_and_writes_what_the_run_recorded(
     worst = inspection.scales[0]
     column = history.names.index(worst.name)
     assert worst.conflict == pytest.approx(float(history.column("conflict")[:, column].mean()), abs=1e-6)
-    recorded = [e for e in RunFolder.open(runs[1]).metrics() if "steps" in e]
+    recorded = [e for e in RunFolder.open(runs[1]).metrics() if "scales" in e]
     assert (inspection.first_step, inspection.last_step) == (0, 5) and recorded[0]["step"] == 0
-    assert worst.step_end == recorded[-1]["steps"][worst.name]
+    assert worst.scale_end == recorded[-1]["scales"][worst.name]
     monkeypatch.setattr(sys, "argv", ["qat", "inspect", str(runs[1]), "--top", "3", "--json", str(tmp_path / "i.json")])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -132,10 +132,10 @@ def qtdog(out: Path, **changes: object) -> QtdogRecipe:
     return QtdogRecipe(**TINY | {"steps": 8} | changes, quant_start_step=4, out=out)  # type: ignore[arg-type]
 
 
-def test_delayed_quantization_is_full_precision_before_and_its_steps_move_after(
+def test_delayed_quantization_is_full_precision_before_and_its_scales_move_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps are in the optimizer from the beginning (QT-DoG's published code forgets them), stand still until the start,
+    """The scales are in the optimizer from the beginning (QT-DoG's published code forgets them), stand still until the start,
     and train after it; before it, weights and predictions are exactly those of a full-precision run."""
     history: list[dict[str, torch.Tensor]] = []
     whole = loop._Trainer._train
@@ -144,8 +144,8 @@ def test_delayed_quantization_is_full_precision_before_and_its_steps_move_after(
         whole(self, *args)  # type: ignore[arg-type]
         found = quantizers(self.built.model)
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        assert all(id(q.raw_step) in owned for q in found.values())
-        history.append({n: q.raw_step.detach().clone() for n, q in found.items()})
+        assert all(id(q.raw_scale) in owned for q in found.values())
+        history.append({n: q.raw_scale.detach().clone() for n, q in found.items()})
 
     monkeypatch.setattr(loop._Trainer, "_train", watched)
     folder = run(qtdog(tmp_path / "qtdog"), DOMAINS)
@@ -160,7 +160,7 @@ def test_delayed_quantization_is_full_precision_before_and_its_steps_move_after(
     assert folder.results()["selected_step"] > 4  # what is selected is quantized
 
 
-def test_begin_sets_weight_steps_from_the_weights_of_now() -> None:
+def test_begin_sets_weight_scales_from_the_weights_of_now() -> None:
     split = leave_one_domain_out(DOMAINS, "sketch", holdout_fraction=0.2, trial_seed=0)
     built = build(qtdog(Path("unused")), len(split.classes))
     model, x = built.model.eval(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -179,7 +179,7 @@ def test_begin_sets_weight_steps_from_the_weights_of_now() -> None:
         if hasattr(layer, "weight_quantizer"):
             w = layer.weight.detach().double().numpy().reshape(len(layer.weight), -1)
             expected = 2 * np.abs(w).mean(1) / np.sqrt(63)
-            assert np.allclose(layer.weight_quantizer.step, expected, rtol=1e-5)
+            assert np.allclose(layer.weight_quantizer.scale, expected, rtol=1e-5)
 
 
 def test_oscillation_and_damping_rest_until_quantization_begins(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Files of run folders written before 0.2, in which a quantizer's scale was called its step."""
+
+from typing import Any
+
+RECIPE_ENTRIES = {
+    "step_init": "scale_init",
+    "step_lr_ratio": "scale_lr_ratio",
+    "step_lr_unit": "scale_lr_unit",
+}
+CHECKPOINT_ENTRIES = {"step_sizes": "scale_sizes"}
+PARAMETER, EARLIER_PARAMETER = "raw_scale", "raw_step"
+
+
+def recipe_entries(values: dict[str, Any]) -> dict[str, Any]:
+    """Entries of a recipe.json under the names of now."""
+    renamed = {RECIPE_ENTRIES.get(name, name): value for name, value in values.items()}
+    if renamed.get("scale_lr_unit") == "step":
+        renamed["scale_lr_unit"] = "scale"
+    return renamed
+
+
+def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """One line of a metrics.jsonl under the names of now."""
+    if isinstance(entry.get("steps"), dict):
+        return {"scales" if name == "steps" else name: value for name, value in entry.items()}
+    return entry
+
+
+def checkpoint_entries(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint under the names of now: its entries, and the parameters in whatever part of it."""
+    renamed = {CHECKPOINT_ENTRIES.get(name, name): _parameters(value) for name, value in state.items()}
+    if isinstance(renamed.get("recipe"), dict):
+        renamed["recipe"] = recipe_entries(renamed["recipe"])
+    return renamed
+
+
+def _parameters(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_parameter(key): _parameters(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_parameters(inner) for inner in value)
+    return value
+
+
+def _parameter(key: Any) -> Any:
+    if isinstance(key, str) and key.rpartition(".")[2] == EARLIER_PARAMETER:
+        return key.removesuffix(EARLIER_PARAMETER) + PARAMETER
+    return key
