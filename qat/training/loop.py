@@ -182,6 +182,12 @@ class _Trainer:
         loss = float(outcome.loss)
         if not math.isfinite(loss):
             raise RecipeError(f"step {self.progress.step}: the loss is {loss}; {self._what_to_change()}")
+        norm = float(outcome.norm)
+        if not math.isfinite(norm) and self.recipe.mixed_precision != "fp16":  # whose scaler leaves such steps out
+            raise RecipeError(
+                f"step {self.progress.step}: the loss is finite, and the norm of its gradient is {norm}; "
+                f"{self._what_to_change()}"
+            )
         self.cross_entropies.append(float(cross_entropy(outcome.logits.float(), labels)))
         values: dict[str, float | Mapping[str, float]] = {
             "loss": loss,
@@ -189,7 +195,7 @@ class _Trainer:
             "images_per_second": len(labels) / max(seconds, 1e-9),
         }
         tracker.show(self.progress.step, **values)  # type: ignore[arg-type]
-        values |= {"gradient_norm": float(outcome.norm), "gradient_l1_norm": float(outcome.l1_norm)}
+        values |= {"gradient_norm": norm, "gradient_l1_norm": float(outcome.l1_norm)}
         values["learning_rate"] = rate
         if outcome.swung is not None:
             values["oscillating"] = outcome.swung
@@ -220,8 +226,17 @@ class _Trainer:
             )
         self.cross_entropies.clear()
 
+    def _require_finite_parameters(self) -> None:
+        """Raises RecipeError where the last steps left nan or an infinity, which must not be saved over a good state."""
+        name = next((n for n, p in self.built.model.named_parameters() if not bool(p.isfinite().all())), "")
+        if name:
+            raise RecipeError(
+                f"step {self.progress.step}: {name} holds values that are nan or infinite; {self._what_to_change()}"
+            )
+
     def _evaluate(self, tracker: Tracker) -> None:
         self._require_convergence()
+        self._require_finite_parameters()
         with self._averaged():
             found = {s.name: self._accuracy(s) for s in self.split.validation}
             mean = float(np.mean(list(found.values())))

@@ -12,18 +12,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from torch import Tensor, nn
 
 from edgeqat.files import FileError, write_text
 from edgeqat.interrupts import SIGNALS, Interrupted, StopRequest
 from qat import cli
 from qat.domains.synthetic import synthetic_domains
 from qat.training import loop
+from qat.training import step as step_module
 from qat.training.checkpoint import RunFolder
 from qat.training.loop import run
 from qat.training.recipe import LsqRecipe, Recipe, RecipeError
@@ -237,6 +239,36 @@ def test_a_flipped_bit_in_last_pt_is_found(tmp_path: Path) -> None:
     (tmp_path / "cut/last.pt").write_bytes(content)
     with pytest.raises(RecipeError, match=r"last\.pt: is damaged|last\.pt: is not a readable"):
         run(dataclasses.replace(recipe, resume=True), DOMAINS)
+
+
+@pytest.mark.parametrize("what", ["gradient", "parameter"])
+@pytest.mark.parametrize("at", [4, 7])
+def test_nan_at_a_finite_loss_ends_the_run_and_leaves_the_last_good_state(
+    what: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a step within a run, and at its last, after which no loss would show it."""
+    clip = step_module.clip_gradients
+    calls = 0
+
+    def spoil(parameters: Sequence[nn.Parameter], *others: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        norm = clip(parameters, *others)
+        if calls == at and what == "gradient":
+            return norm * float("nan")
+        if calls == at:
+            parameters[0].data.fill_(float("inf"))
+        return norm
+
+    monkeypatch.setattr(step_module, "clip_gradients", spoil)
+    words = (
+        rf"step {at}: the loss is finite, and the norm of its gradient is nan" if what == "gradient" else r"step \d: "
+    )
+    with pytest.raises(RecipeError, match=words + r".*The last good state is .*last\.pt"):
+        run(Recipe(**LONGER, out=tmp_path / "run"), DOMAINS)
+    saved = RunFolder.open(tmp_path / "run").load("last.pt")
+    assert saved["progress"]["step"] == (at - 1) // 3 * 3
+    assert all(bool(value.isfinite().all()) for value in saved["model"].values() if value.is_floating_point())
 
 
 def test_training_that_diverged_is_no_finished_run(tmp_path: Path) -> None:
