@@ -26,7 +26,7 @@ from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.onnx_file import read
 from export.reference import IntegerReference
 
-Carriers = dict[str, NDArray[np.uint8]]
+StoredCodes = dict[str, NDArray[np.uint8]]
 ROUNDING_LEVELS = tuple(f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL"))
 
 
@@ -34,13 +34,13 @@ ROUNDING_LEVELS = tuple(f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED
 class Runtime:
     """One way to run a file; `version` is that of the software.
 
-    codes:  images -> carrier codes of every quantizer, from the file with those tensors exposed.
+    codes:  images -> storage codes of every quantizer, from the file with those tensors exposed.
     logits: images -> logits of the file as it ships; exposing tensors can keep a runtime from fusing across them.
     """
 
     name: str
     version: str
-    codes: Callable[[Images], Carriers]
+    codes: Callable[[Images], StoredCodes]
     logits: Callable[[Images], Images]
 
 
@@ -186,7 +186,7 @@ def agree(
     """Prove what `file` stores against the canonical `model`, and compare what ONNX Runtime computes from it at every level,
     and `further` runtimes, with the integer definition.
 
-    trained: the trained net: images -> (carrier codes per quantizer, outputs by name).
+    trained: the trained net: images -> (storage codes per quantizer, outputs by name).
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
@@ -259,9 +259,9 @@ def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Run
     exposed = session.load(session.with_outputs(proto, list(model.quantizers)), level=level)
     plain = session.load(proto, level=level)
 
-    def codes(images: Images) -> Carriers:
+    def codes(images: Images) -> StoredCodes:
         found = exposed.run(images)
-        return {name: to_carrier(found[name], grid) for name, grid in model.quantizers.items()}
+        return {name: to_storage(found[name], grid) for name, grid in model.quantizers.items()}
 
     def logits(images: Images) -> Images:
         return _first(plain.run(images)).astype(np.float32)
@@ -269,14 +269,14 @@ def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Run
     return Runtime(f"ONNX Runtime {level}", session.version(), codes, logits)
 
 
-def to_carrier(codes: NDArray[np.generic], grid: LoweredQuantizer) -> NDArray[np.uint8]:
-    """Codes as a file holds them, uint8 with the quantizer's zero point or int8 with zero point 0, on the uint8 carrier."""
+def to_storage(codes: NDArray[np.generic], grid: LoweredQuantizer) -> NDArray[np.uint8]:
+    """Codes as a file holds them, uint8 with the quantizer's zero point or int8 with zero point 0, in uint8 storage."""
     shift = grid.zero_point if codes.dtype == np.int8 else 0
     return (codes.astype(np.int16) + shift).astype(np.uint8)
 
 
 def from_reals(values: NDArray[np.float32], grid: LoweredQuantizer) -> NDArray[np.uint8]:
-    """Carrier codes of the values that come out of DequantizeLinear, for runtimes that show no codes."""
+    """Storage codes of the values that come out of DequantizeLinear, for runtimes that show no codes."""
     return (np.rint(values / grid.scale) + grid.zero_point).astype(np.uint8)
 
 

@@ -248,7 +248,7 @@ def certify(
     what else the net takes; `Feeds` where that is more than one tensor.
 
     labels: (N,) classes of the images; no accuracy is given where the first output is not N_C. trained: the trained net:
-    images -> (carrier codes per quantizer, outputs by name). on: machines to run the file on besides this one
+    images -> (storage codes per quantizer, outputs by name). on: machines to run the file on besides this one
     (`export/elsewhere.py`), on the first images. described: what the run would say of the file (`export/metadata.py`), to
     compare with what the file says; an empty `input` in it is compared with nothing, and the certificate says so.
     Raises ExportError when the file is not an edgeqat file of this run.

@@ -137,7 +137,7 @@ def fidelity(
 ) -> tuple[Fidelity, Outputs]:
     """Judge the definition, and the outputs `found` that the file gave, on `images`; also returns the trained net's outputs.
 
-    trained: images -> (carrier codes per quantizer, outputs by name) of the trained net.
+    trained: images -> (storage codes per quantizer, outputs by name) of the trained net.
     """
     follower = _Follower(reference.model)
     parts: list[Outputs] = []
@@ -243,19 +243,19 @@ class _Follower:
         assert isinstance(found, Codes)
         trained = torch.from_numpy(expected).float()
         self.total += trained.numel()
-        if trained.shape != found.carrier.shape:
+        if trained.shape != found.stored.shape:
             self.unexplained[name] = self.unexplained.get(name, 0) + trained.numel()
             return
         allowance = self.allowances[name]
         if allowance.dim() and name in self.model.trained_at:
             allowance = allowance.max()  # its channels may lie elsewhere now
         if grid.is_binary:
-            wrong = (found.carrier >= 0) != (trained > grid.zero_point)
-            unexplained = wrong & (found.carrier.abs() > allowance)
+            wrong = (found.stored >= 0) != (trained > grid.zero_point)
+            unexplained = wrong & (found.stored.abs() > allowance)
         else:
-            rounded = found.carrier.round().clamp(grid.low, grid.high)
+            rounded = found.stored.round().clamp(grid.low, grid.high)
             wrong = rounded != trained
-            clipped = found.carrier.clamp(grid.low, grid.high)
+            clipped = found.stored.clamp(grid.low, grid.high)
             unexplained = (clipped - trained).abs() > 0.5 + allowance
         self.at_ties += int((wrong & ~unexplained).sum())
         if count := int(unexplained.sum()):
@@ -389,7 +389,7 @@ def shape_of(value: Value) -> tuple[int, ...]:
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, Codes):
-        return tuple(value.carrier.shape)
+        return tuple(value.stored.shape)
     return tuple(value.sums.shape if isinstance(value, Accumulator) else value.real().shape)
 
 

@@ -113,7 +113,7 @@ class Emitter:
         self.codes[value_name(node.outputs[0])] = (quantizer.name, quantizer)
 
     def _binarize(self, node: ir.Node, quantizer: LoweredQuantizer) -> None:
-        """Carrier 254 from the threshold on, 0 below it (`export/thresholds.py`)."""
+        """Storage code 254 from the threshold on, 0 below it (`export/thresholds.py`)."""
         source = node.inputs[0]
         assert source is not None
         if value_name(source) in self.codes:
@@ -167,7 +167,7 @@ class Emitter:
         self._add("Mul", [sums, self._add("Reshape", [unit, shape])], value_name(node.outputs[0]))
 
     def _weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
-        """DequantizeLinear of the layer's codes · carry."""
+        """DequantizeLinear of the layer's codes · weight multiplier."""
         plan = plan_layer(self.target, layer, source)
         name, channels = self._weight_codes(layer, plan), len(layer.scale)
         inputs = [name, self._constant(f"{name}/s", layer.stored_scale)]
@@ -182,43 +182,45 @@ class Emitter:
         return self._add("DequantizeLinear", inputs, axis=0)
 
     def _weight_codes(self, layer: LoweredLayer, plan: LayerPlan) -> str:
-        """The layer's codes · carry, which the runtime finds as one byte tensor `<layer>.weight`."""
+        """The layer's codes · weight multiplier, which the runtime finds as one byte tensor `<layer>.weight`."""
         name = f"{layer.name}.weight"
         if plan.uint8:
-            self._constant(name, (layer.codes.astype(np.int16) * layer.carry + 128).astype(np.uint8))
+            self._constant(name, (layer.codes.astype(np.int16) * layer.weight_multiplier + 128).astype(np.uint8))
         elif plan.bits == 8:
-            self._constant(name, (layer.codes.astype(np.int16) * layer.carry).astype(np.int8))
+            self._constant(name, (layer.codes.astype(np.int16) * layer.weight_multiplier).astype(np.int8))
         elif self.target.storage == "onnx-int4" and plan.bits in (3, 4):
             nibbles = pack(layer.codes, 4)[0].tobytes()
             self.initializers[f"{name}/int4"] = helper.make_tensor(
                 f"{name}/int4", TensorProto.INT4, layer.codes.shape, nibbles, raw=True
             )
-            self._widen_int4(f"{name}/int4", layer.carry, name)
+            self._widen_int4(f"{name}/int4", layer.weight_multiplier, name)
         else:
             self._unpack(layer, plan.bits)
         return name
 
-    def _widen_int4(self, codes: str, carry: int, output: str) -> None:
-        """INT4 codes -> int8 codes · carry; constants all, so the runtime folds them. It multiplies no 4-bit integers."""
-        if carry == 1:
+    def _widen_int4(self, codes: str, weight_multiplier: int, output: str) -> None:
+        """INT4 codes -> int8 codes · weight multiplier; constants all, so the runtime folds them, which
+        multiplies no 4-bit integers."""
+        if weight_multiplier == 1:
             self._add("Cast", [codes], output, to=TensorProto.INT8)
             return
         wide = self._add("Cast", [codes], to=TensorProto.INT32)
-        product = self._add("Mul", [wide, self._constant(f"x{carry}", np.int32(carry))])
+        product = self._add("Mul", [wide, self._constant(f"x{weight_multiplier}", np.int32(weight_multiplier))])
         self._add("Cast", [product], output, to=TensorProto.INT8)
 
     def _unpack(self, layer: LoweredLayer, bits: int) -> None:
-        """Planes -> int8 codes · carry by table look-ups; constants all, so the runtime folds them when it loads the file.
+        """Planes -> int8 codes · weight multiplier by table look-ups; constants all, so the runtime folds them when it
+        loads the file.
 
         What several planes contribute is added in int32: the runtime adds no smaller integers.
         """
         name, count = f"{layer.name}.weight", layer.codes.size
-        planes = list(zip(pack(layer.codes, bits), tables(bits, layer.carry), strict=True))
+        planes = list(zip(pack(layer.codes, bits), tables(bits, layer.weight_multiplier), strict=True))
         padded = any(plane.size * table.shape[1] != count for plane, table in planes)
         columns = planes[0][1].shape[1]
         parts = []
         for index, (plane, table) in enumerate(planes):
-            lookup = self._table(f"{bits}bit/x{layer.carry}/{index}", table, wide=len(planes) > 1)
+            lookup = self._table(f"{bits}bit/x{layer.weight_multiplier}/{index}", table, wide=len(planes) > 1)
             numbers = self._add("Cast", [self._constant(f"{name}/p{index}", plane)], to=TensorProto.INT32)
             rows = self._add("Gather", [lookup, numbers], axis=0)
             if padded:

@@ -201,7 +201,7 @@ def trained_codes(
 def codes_and_outputs(
     model: nn.Module, arguments: Arguments
 ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
-    """What the trained net itself computes in eval mode: carrier codes of every activation quantizer, and its outputs by
+    """What the trained net itself computes in eval mode: storage codes of every activation quantizer, and its outputs by
     name."""
     codes: dict[str, NDArray[np.uint8]] = {}
     passes = _Passes(model)
@@ -412,5 +412,5 @@ def _activation(quantizer: Quantizer) -> LoweredQuantizer:
         return LoweredQuantizer.binary(quantizer.name, float(quantizer.scale), thresholds)
     signed, bits = bool(quantizer.spec.signed), quantizer.spec.bits
     zero_point = quantizer.zero_point if quantizer.spec.offset else None
-    grid = LoweredQuantizer.on_carrier(quantizer.name, float(quantizer.scale), bits, signed, zero_point)
+    grid = LoweredQuantizer.in_storage(quantizer.name, float(quantizer.scale), bits, signed, zero_point)
     return dataclasses.replace(grid, is_fixed=quantizer.spec.power_of_two)

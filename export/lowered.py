@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 DOMAIN, MARK = "edgeqat", "Mark"
 BIAS_PARAMETER = "edgeqat.bias_parameter"  # noted at a batch norm of the skeleton: name of the parameter that beta is
-BINARY_GAIN = (
-    127  # one-bit codes are -127 and +127 on the carrier: the integer bias gains as much precision, for nothing
-)
+BINARY_GAIN = 127  # one-bit codes are -127 and +127 in storage: the integer bias gains as much precision, for nothing
 
 
 class ExportError(ValueError):
@@ -33,9 +31,10 @@ class LoweredLayer:
              bias, or the beta of the batch norm that was folded in. Empty where there is none.
     bias_codes: int32 (O,) in units of input scale times `stored_scale`; set by `passes.to_integers`, but for targets whose
              files hold float biases.
-    input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`. Empty in a weight-only
-             net, whose layers multiply floats with dequantized codes.
-    carry:   integer the codes are multiplied with in the file, so that the integer bias has a finer unit.
+    input_quantizer: name of the quantizer whose codes the layer reads; set by `passes.to_integers`. Empty in a
+             weight-only net, whose layers multiply floats with dequantized codes.
+    weight_multiplier: integer the codes are multiplied with in the file, so that the integer bias has a finer unit
+             ("carry" in metadata and nodes).
     dead_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
     """
 
@@ -48,13 +47,13 @@ class LoweredLayer:
     bias_parameter: str = ""
     bias_codes: NDArray[np.int32] | None = None
     input_quantizer: str = ""
-    carry: int = 1
+    weight_multiplier: int = 1
     dead_channels: tuple[int, ...] = ()
 
     @property
     def stored_scale(self) -> NDArray[np.float32]:
-        """float32 (O,): real value of one unit of codes · carry, what the file's weight scale is."""
-        return self.scale / np.float32(self.carry)
+        """float32 (O,): real value of one unit of codes · weight multiplier, what the file's weight scale is."""
+        return self.scale / np.float32(self.weight_multiplier)
 
     @property
     def folded_bias(self) -> NDArray[np.float64]:
@@ -69,9 +68,9 @@ class LoweredLayer:
 
 @dataclass(frozen=True)
 class LoweredQuantizer:
-    """One activation quantizer, on the uint8 carrier: value = (carrier - zero_point) · scale, low <= carrier <= high.
+    """One activation quantizer, its codes in uint8 storage: value = (stored - zero_point) · scale, low <= stored <= high.
 
-    thresholds:  one bit only, one number or one per channel: carrier 254 where the value reaches it, else 0.
+    thresholds:  one bit only, one number or one per channel: storage code 254 where the value reaches it, else 0.
     write_scale: one bit only, after a layer: scale that QuantizeLinear gets (`export/thresholds.py`).
     moved_ppm:   how far the scale was moved from the trained one, in parts per million (`export/ties.py`).
     is_fixed:    whether the scale must stay as it is, a power of two.
@@ -95,7 +94,7 @@ class LoweredQuantizer:
 
     @property
     def gain(self) -> int:
-        """carrier = code · gain + zero_point."""
+        """stored = code · gain + zero_point."""
         return BINARY_GAIN if self.is_binary else 1
 
     @classmethod
@@ -104,10 +103,10 @@ class LoweredQuantizer:
         return cls(name, np.float32(scale / BINARY_GAIN), BINARY_GAIN, 1, 0, 2 * BINARY_GAIN, thresholds)
 
     @classmethod
-    def on_carrier(
+    def in_storage(
         cls, name: str, scale: float, bits: int, signed: bool, zero_point: int | None = None
     ) -> "LoweredQuantizer":
-        """zero_point: of a quantizer with an offset, whose codes lie on the carrier as they are."""
+        """zero_point: of a quantizer with an offset, whose codes lie in storage as they are."""
         if zero_point is None:
             zero_point = 1 << (bits - 1) if signed else 0
         return cls(name, np.float32(scale), zero_point, bits, 0, (1 << bits) - 1)
@@ -117,11 +116,11 @@ class LoweredQuantizer:
         onto the codes."""
         if self.is_binary:  # the clip's own bounds reach a threshold, or never do
             return replace(self, thresholds=tuple(_clipped_threshold(t, lowest, highest) for t in self.thresholds))
-        low = max(self.low, self._carrier(lowest)) if np.isfinite(lowest) else self.low
-        high = min(self.high, self._carrier(highest)) if np.isfinite(highest) else self.high
+        low = max(self.low, self._stored(lowest)) if np.isfinite(lowest) else self.low
+        high = min(self.high, self._stored(highest)) if np.isfinite(highest) else self.high
         return replace(self, low=low, high=high)
 
-    def _carrier(self, value: float) -> int:
+    def _stored(self, value: float) -> int:
         code = np.rint(np.float32(value) / self.scale) + self.zero_point
         return int(np.clip(code, 0, 255))
 

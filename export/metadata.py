@@ -121,7 +121,7 @@ def _entry(layer: LoweredLayer) -> dict[str, Any]:
     entry = {
         "name": layer.name,
         "bits": layer.bits,
-        "carry": layer.carry,
+        "carry": layer.weight_multiplier,
         "shape": list(layer.codes.shape),
         "sha256": digest(layer.codes),
         "scale_sha256": _digest_of_bytes(layer.stored_scale),
@@ -295,17 +295,18 @@ def broken_signatures(proto: onnx.ModelProto, metadata: Mapping[str, Any]) -> di
 
 def codes_of(layer: LoweredLayer, found: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic] | None:
     """The layer's weight codes as a file's initialisers `found` hold them."""
-    return stored_codes(found, layer.name, layer.bits, layer.carry, layer.codes.shape)
+    return stored_codes(found, layer.name, layer.bits, layer.weight_multiplier, layer.codes.shape)
 
 
 def stored_codes(
-    found: Mapping[str, NDArray[np.generic]], name: str, bits: int, carry: int, shape: tuple[int, ...]
+    found: Mapping[str, NDArray[np.generic]], name: str, bits: int, weight_multiplier: int, shape: tuple[int, ...]
 ) -> NDArray[np.generic] | None:
-    """Codes of layer `name` in any storage (float64 where a byte is not a multiple of the carry); None where absent."""
+    """Codes of layer `name` in any storage (float64 where a byte is not a multiple of the weight multiplier); None where
+    absent."""
     weight = f"{name}.weight"
     if weight in found:
         offset = 128 if found[weight].dtype == np.uint8 else 0
-        return (found[weight].astype(np.float64) - offset) / carry
+        return (found[weight].astype(np.float64) - offset) / weight_multiplier
     if f"{weight}/int4" in found:
         return found[f"{weight}/int4"].astype(np.int8)
     planes = [found[f"{weight}/p{i}"] for i in range(3) if f"{weight}/p{i}" in found]

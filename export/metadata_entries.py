@@ -22,7 +22,7 @@ MOST_CLASSES = 1_000_000
 MOST_NAME = 1_000  # characters
 SIZES = range(1, 4097)  # pixels
 BITS = range(1, 9)
-CARRIES = range(1, 128)
+WEIGHT_MULTIPLIERS = range(1, 128)
 MOST_CODES = 1 << 31  # of one layer
 FLOAT_TARGETS = ("fp32", "fp16", "qonnx")  # files without layers of codes
 SESSION_OPTIONS = frozenset(option for target in TARGETS.values() for option in target.session_options)
@@ -147,7 +147,7 @@ def _check_options(options: Any, where: str) -> None:
 
 def _check_layer(value: Any, where: str) -> None:
     entries = _require(value, LAYER, where)
-    for key, possible in (("bits", BITS), ("carry", CARRIES)):
+    for key, possible in (("bits", BITS), ("carry", WEIGHT_MULTIPLIERS)):
         if entries[key] not in possible:
             raise ExportError(f"{where}.{key} is {_short(entries[key])}; {possible[0]} to {possible[-1]} are possible")
     shape = entries["shape"]

@@ -174,7 +174,8 @@ class NativeEmitter(Emitter):
         groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
         window = _window(node, layer.codes.shape[2:]) | {"groups": groups} if node.op_type == "Conv" else {}
         return window | {
-            "layer": layer.name, "bits": layer.bits, "carry": layer.carry, "channels_in": layer.codes.shape[1] * groups,
+            "layer": layer.name, "bits": layer.bits, "carry": layer.weight_multiplier,
+            "channels_in": layer.codes.shape[1] * groups,
             "channels_out": layer.codes.shape[0], "x_scale": float(source.scale), "x_zero": source.zero_point,
             "x_high": source.high, "one_bit": int(layer.bits == 1 and source.is_binary and not _is_padded(node.inputs[0])),
         }  # fmt: skip

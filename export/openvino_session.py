@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.agreement import Carriers, Runtime, from_reals, with_real_outputs
+from export.agreement import Runtime, StoredCodes, from_reals, with_real_outputs
 from export.certificate import Images
 from export.lowered import ExportError, LoweredQuantizer
 
@@ -46,7 +46,7 @@ def openvino_runtime(
     instrumented, outputs = with_real_outputs(proto, quantizers)
     exposed, plain = OpenvinoSession(instrumented, options), OpenvinoSession(proto, options)
 
-    def codes(images: Images) -> Carriers:
+    def codes(images: Images) -> StoredCodes:
         found = exposed.run(images)
         return {name: from_reals(found[outputs[name]], grid) for name, grid in quantizers.items()}
 

@@ -27,7 +27,7 @@ from export.skeleton import (
     weight_layer,
     written_by,
 )  # fmt: skip
-from export.targets import SUM_LIMIT, TARGETS, Target, carry_of, check_quantizer
+from export.targets import SUM_LIMIT, TARGETS, Target, check_quantizer, weight_multiplier_of
 from export.thresholds import with_threshold_bias
 from export.ties import avoid_ties
 
@@ -337,7 +337,7 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             _check_gemm(node, layer)
         source, written = model.quantizers[grid], written_by(node, model)
         if written is not None and written.is_binary:
-            layer = replace(layer, carry=carry_of(target, layer.bits, source))
+            layer = replace(layer, weight_multiplier=weight_multiplier_of(target, layer.bits, source))
             layer, model.quantizers[written.name] = with_threshold_bias(layer, source, written)
         else:
             layer = _with_bias_codes(layer, source, written, target)
@@ -356,7 +356,7 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
 def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
     """Raises ExportError when a sum of the layer, bias included, may exceed the 32 bits that every kernel adds it in."""
     assert layer.bias_codes is not None
-    largest = largest_sums(layer, source) * layer.carry + np.abs(layer.bias_codes.astype(np.float64))
+    largest = largest_sums(layer, source) * layer.weight_multiplier + np.abs(layer.bias_codes.astype(np.float64))
     if (largest > SUM_LIMIT).any():
         channel = int(largest.argmax())
         raise ExportError(
@@ -425,12 +425,12 @@ def _with_bias_codes(
     source: the quantizer it reads; written: the one that reads its results, None where they stay in floating point.
     Raises ExportError for a channel whose bias no int32 code can hold though its sums matter.
     """
-    for carry in (carry_of(target, layer.bits, source), 1):
-        layer = replace(layer, carry=carry, input_quantizer=source.name)
+    for weight_multiplier in (weight_multiplier_of(target, layer.bits, source), 1):
+        layer = replace(layer, weight_multiplier=weight_multiplier, input_quantizer=source.name)
         unit = (source.scale * layer.stored_scale).astype(np.float64)  # in float32, as the runtime multiplies them
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             codes = np.rint(layer.folded_bias / unit)
-        out_of_range = ~(np.abs(codes) + largest_sums(layer, source) * carry <= SUM_LIMIT)
+        out_of_range = ~(np.abs(codes) + largest_sums(layer, source) * weight_multiplier <= SUM_LIMIT)
         if not out_of_range.any():
             return replace(layer, bias_codes=codes.astype(np.int32))
         needed = out_of_range & ~_sums_are_negligible(layer, source, written)
@@ -466,8 +466,8 @@ def _with_biases_alone(
     channels = [int(c) for c in np.flatnonzero(silent)]
     bias, input_scale = layer.folded_bias[silent], float(source.scale)
     codes[silent] = 0
-    scale[silent] = layer.carry * np.maximum(np.abs(bias), 1e-6) / (input_scale * (1 << 20))
-    bias_codes[silent] = np.rint(bias / (input_scale * scale[silent].astype(np.float64) / layer.carry))
+    scale[silent] = layer.weight_multiplier * np.maximum(np.abs(bias), 1e-6) / (input_scale * (1 << 20))
+    bias_codes[silent] = np.rint(bias / (input_scale * scale[silent].astype(np.float64) / layer.weight_multiplier))
     bits = max(layer.bits, 2)  # 0 is not a 1-bit code
     silenced = replace(layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels))
     return replace(silenced, bias_codes=bias_codes.astype(np.int32))

@@ -34,14 +34,14 @@ FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 
 
 @dataclass(frozen=True)
 class Codes:
-    """uint8 carrier codes held as float32 integers."""
+    """uint8 storage codes held as float32 integers."""
 
-    carrier: Tensor
+    stored: Tensor
     grid: LoweredQuantizer
 
     def centred(self) -> Tensor:
         """Codes minus the zero point."""
-        return self.carrier - self.grid.zero_point
+        return self.stored - self.grid.zero_point
 
     def real(self) -> Tensor:
         """What the codes stand for, float32."""
@@ -179,7 +179,7 @@ class IntegerReference:
     float_operator: evaluates a node that stays in floating point (softmax, LayerNorm, GELU, gates); without it such a node
     raises ExportError.
 
-    `run(images)` returns ({quantizer: uint8 carrier codes}, {output: float32}). With `given`, every quantizer's codes are
+    `run(images)` returns ({quantizer: uint8 storage codes}, {output: float32}). With `given`, every quantizer's codes are
     computed from the *given* codes of the tensors before it: a difference then names the operation it arose in. `follow` is
     called after every node with all values so far, and may put others in their place (`export/fidelity.py`).
 
@@ -234,21 +234,21 @@ class IntegerReference:
             return  # a weight: its codes are the layer's
         assert node.inputs[0] is not None
         value = values[node.inputs[0]]
-        carrier = quantize(value, quantizer)
-        computed[quantizer.name] = carrier.to(torch.uint8).numpy()
+        stored = quantize(value, quantizer)
+        computed[quantizer.name] = stored.to(torch.uint8).numpy()
         if given is not None:
             known = given[quantizer.name]
-            if known.shape != tuple(carrier.shape):
+            if known.shape != tuple(stored.shape):
                 raise ExportError(
-                    f"quantizer {quantizer.name!r}: given codes of shape {known.shape}, it computes {tuple(carrier.shape)}"
+                    f"quantizer {quantizer.name!r}: given codes of shape {known.shape}, it computes {tuple(stored.shape)}"
                 )
             found = torch.from_numpy(np.ascontiguousarray(known)).float()
-            differing = found != carrier
+            differing = found != stored
             if differing.any():
                 distance = float(distance_from_tie(value, quantizer)[differing].max())
                 self.farthest_from_tie = max(self.farthest_from_tie, distance)
-            carrier = found
-        values[node.outputs[0]] = Codes(carrier, quantizer)
+            stored = found
+        values[node.outputs[0]] = Codes(stored, quantizer)
 
     def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value | list[Value]:
         if not node.inputs or node.inputs[0] is None:
@@ -273,14 +273,14 @@ class IntegerReference:
             case "AveragePool" if isinstance(x, Codes):
                 return _average_pool(node, _codes(x, node))
             case "MaxPool" if isinstance(x, Codes):
-                return Codes(_max_pool(node, x.carrier), x.grid)
+                return Codes(_max_pool(node, x.stored), x.grid)
             case "Flatten" if isinstance(x, Codes):
-                return Codes(x.carrier.flatten(1), x.grid)
+                return Codes(x.stored.flatten(1), x.grid)
             case "Reshape" if constant(node.inputs[1]) is not None and x is not None:
                 shape = _resolved(node, x)
-                return Codes(x.carrier.reshape(shape), x.grid) if isinstance(x, Codes) else real_of(x).reshape(shape)
+                return Codes(x.stored.reshape(shape), x.grid) if isinstance(x, Codes) else real_of(x).reshape(shape)
             case "Transpose" if isinstance(x, Codes):
-                return Codes(x.carrier.permute(tuple(node.attributes["perm"].as_ints())).contiguous(), x.grid)
+                return Codes(x.stored.permute(tuple(node.attributes["perm"].as_ints())).contiguous(), x.grid)
             case "Mul" | "MatMul" if self._reads_codes_only(node, values):
                 second = _codes(values[node.inputs[1]], node)  # type: ignore[index]
                 return Product(_codes(x, node), second) if node.op_type == "Mul" else _matmul(_codes(x, node), second)
@@ -290,7 +290,7 @@ class IntegerReference:
         """A layer that reads floats: the runtime's operator on the codes times their scale, as DequantizeLinear has them."""
         assert x is not None
         scale = layer.stored_scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
-        weight = layer.codes.astype(np.float32) * layer.carry * scale
+        weight = layer.codes.astype(np.float32) * layer.weight_multiplier * scale
         return self._evaluate(node, [real_of(x).contiguous().numpy(), weight, layer.float_bias])[0]
 
     def _reads_codes_only(self, node: ir.Node, values: dict[ir.Value, Value]) -> bool:
@@ -301,12 +301,12 @@ class IntegerReference:
         source = given[0] if given else None
         if isinstance(source, Codes) and moves_codes(node):  # as in the file
             rest = [
-                x.carrier.numpy() if isinstance(x, Codes) else self._operand(v, x)
+                x.stored.numpy() if isinstance(x, Codes) else self._operand(v, x)
                 for v, x in zip(node.inputs[1:], given[1:], strict=True)
             ]
             if node.op_type == "Pad":
                 rest[1:2] = [np.array(code_of_fill(node, source.grid), np.float32)]
-            outputs = self._evaluate(node, [source.carrier.numpy(), *rest])
+            outputs = self._evaluate(node, [source.stored.numpy(), *rest])
             return [Codes(codes, source.grid) for codes in outputs]
         return list(self._evaluate(node, [self._operand(v, x) for v, x in zip(node.inputs, given, strict=True)]))
 
@@ -323,7 +323,7 @@ def _resolved(node: ir.Node, x: Value) -> list[int]:
     """The shape a Reshape asks for; 0 copies the input's size unless allowzero is set."""
     wanted = constant(node.inputs[1])
     assert wanted is not None
-    sizes = (x.carrier if isinstance(x, Codes) else real_of(x)).shape
+    sizes = (x.stored if isinstance(x, Codes) else real_of(x)).shape
     keeps_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1
     return [sizes[i] if d == 0 and not keeps_zero else int(d) for i, d in enumerate(wanted.ravel())]
 
@@ -343,7 +343,7 @@ def distance_from_tie(value: Value, grid: LoweredQuantizer) -> Tensor:
 
 
 def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
-    """Carrier codes (float32 integers) of `value` on `grid`."""
+    """Storage codes (float32 integers) of `value` on `grid`."""
     scale = torch.tensor(float(grid.scale))
     if grid.is_binary:
         return _binarize(value, grid)
@@ -359,7 +359,7 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
         return torch.cat([quantize(part, grid) for part in value.parts], value.axis)
     elif isinstance(value, Mean):
         x = value.source
-        count = x.carrier.shape[2] * x.carrier.shape[3]
+        count = x.stored.shape[2] * x.stored.shape[3]
         sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
         code = torch.round(sums * (torch.tensor(float(x.grid.scale)) / (scale * count))) + grid.zero_point
     elif isinstance(value, WindowMean):
@@ -370,12 +370,13 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
 
 
 def _binarize(value: Value, grid: LoweredQuantizer) -> Tensor:
-    """Carrier 0 or 254, decided in integers: a layer's biased sum in the direction of its scale, or a code's threshold."""
+    """Storage code 0 or 254, decided in integers: a layer's biased sum in the direction of its scale, or a code's
+    threshold."""
     if isinstance(value, Accumulator):
         return grid.high * (value.sums * value.unit.sign() >= 0).float()
     if isinstance(value, Codes):
         first = torch.from_numpy(code_thresholds(value.grid, grid).astype(np.float32))
-        return grid.high * (value.carrier >= first.view(-1, *[1] * (value.carrier.dim() - 2))).float()
+        return grid.high * (value.stored >= first.view(-1, *[1] * (value.stored.dim() - 2))).float()
     raise ExportError(f"quantizer {grid.name!r}: one bit is decided from a layer's sums or from codes, not from floats")
 
 
@@ -384,13 +385,13 @@ def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:
     ratio_a, ratio_b = one(a.grid.scale / grid.scale), one(b.grid.scale / grid.scale)
     offset = constant_of_sum(ratio_a, ratio_b, a.grid, b.grid, grid)
     # float64 holds a product of a code and a float32 exactly, so rounding after the sum is a fused multiply-add.
-    inner = (b.carrier.double() * float(ratio_b) + float(offset)).float()
-    return (a.carrier.double() * float(ratio_a) + inner.double()).float()
+    inner = (b.stored.double() * float(ratio_b) + float(offset)).float()
+    return (a.stored.double() * float(ratio_a) + inner.double()).float()
 
 
 def accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
     """Exact integer sums of a Conv or Gemm node on codes, bias included."""
-    weight = torch.from_numpy(layer.codes.astype(np.float32) * layer.carry)
+    weight = torch.from_numpy(layer.codes.astype(np.float32) * layer.weight_multiplier)
     largest = max(x.grid.high - x.grid.zero_point, x.grid.zero_point - x.grid.low)
     bound = largest * float(weight.abs().flatten(1).sum(1).max())
     dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
@@ -427,7 +428,7 @@ def _average_pool(node: ir.Node, source: Codes) -> WindowMean:
     return WindowMean(source, (kernel[0], kernel[1]), (stride[0], stride[1]), tuple(pads), ceil, counts_padding)  # type: ignore[arg-type]
 
 
-def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:
+def _max_pool(node: ir.Node, stored: Tensor) -> Tensor:
     """Of an image, or of a sequence (N, C, L) as an image of one row."""
     get = node.attributes
     kernel, stride = list(get["kernel_shape"].as_ints()), list(get["strides"].as_ints())
@@ -436,9 +437,9 @@ def _max_pool(node: ir.Node, carrier: Tensor) -> Tensor:
     ceil = "ceil_mode" in get and get["ceil_mode"].as_int() == 1
     if is_sequence := len(kernel) == 1:
         kernel, stride, dilation, pads = [1, *kernel], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
-        carrier = carrier.unsqueeze(2)
+        stored = stored.unsqueeze(2)
     top, left, bottom, right = pads
-    padded = F.pad(carrier, (left, right, top, bottom), value=0.0)  # 0 is the smallest carrier code
+    padded = F.pad(stored, (left, right, top, bottom), value=0.0)  # 0 is the smallest storage code
     pooled = F.max_pool2d(padded, tuple(kernel), tuple(stride), 0, tuple(dilation), ceil)
     return pooled.squeeze(2) if is_sequence else pooled
 

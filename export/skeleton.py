@@ -91,7 +91,7 @@ def fill_of(pad: ir.Node) -> float | None:
 
 
 def code_of_fill(pad: ir.Node, grid: LoweredQuantizer) -> int:
-    """The carrier code that a Pad on codes fills with: a zero is the zero point, and minus infinity, which a max pool never
+    """The storage code that a Pad on codes fills with: a zero is the zero point, and minus infinity, which a max pool never
     picks, the lowest code."""
     return grid.zero_point if fill_of(pad) == 0.0 else grid.low
 

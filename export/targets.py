@@ -120,7 +120,7 @@ def needs_uint8(target: Target, layer: LoweredLayer, source: LoweredQuantizer) -
 
 def holds_lowest_byte(layer: LoweredLayer) -> bool:
     """Whether a weight, as stored, is the byte -128, with which ARM's int8 kernels overflow."""
-    return int(layer.codes.min(initial=0)) * layer.carry < LOWEST_BYTE
+    return int(layer.codes.min(initial=0)) * layer.weight_multiplier < LOWEST_BYTE
 
 
 def check_quantizer(target: Target, quantizer: LoweredQuantizer) -> None:
@@ -143,11 +143,11 @@ def check_quantizer(target: Target, quantizer: LoweredQuantizer) -> None:
 
 def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
     """Whether two products of this layer, as stored, can overflow the 16-bit lanes that x86 without VNNI adds them in."""
-    largest = int(np.abs(layer.codes.astype(np.int32)).max(initial=0)) * layer.carry
+    largest = int(np.abs(layer.codes.astype(np.int32)).max(initial=0)) * layer.weight_multiplier
     return 2 * source.high * largest > PAIR_LIMIT
 
 
-def carry_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
+def weight_multiplier_of(target: Target, bits: int, source: LoweredQuantizer) -> int:
     """The integer that weights are multiplied with in the file: the bias, an integer in the same unit, is as much finer.
 
     It is the largest that keeps codes within [-127, 127] and pairs of products within 16 bits whatever the weights; 1-bit

@@ -1,13 +1,13 @@
 """One-bit activations in integers (`docs/lowering.md`).
 
-A one-bit quantizer writes the carrier 254 where its value reaches the threshold t and 0 elsewhere; read with zero point 127
-these are +127 and -127 (codes ±1), and zero padding is the carrier 127, a true 0. The specification's 0, 1, 2 does as well,
-but 127 times the code gives the integer bias of the next layer 127 times the precision at the same price. The comparison is
-decided in integers:
+A one-bit quantizer writes the storage code 254 where its value reaches the threshold t and 0 elsewhere; read with zero point
+127 these are +127 and -127 (codes ±1), and zero padding is the storage code 127, a true 0. Storage codes 0, 1, 2 would do as
+well, but 127 times the code gives the integer bias of the next layer 127 times the precision at the same price. The
+comparison is decided in integers:
 
     after a layer    acc + b/u >= t/u becomes acc + B >= 0 (or <= 0 where u < 0), B an integer. Sums acc are multiples of
-                     c, the layer's carry times its input's gain, so B is put half of c away from the last sum that counts:
-                     never a tie, and no float error at lower optimisation levels reaches over.
+                     c, the layer's weight multiplier times its input's gain, so B is put half of c away from the last
+                     sum that counts: never a tie, and no float error at lower optimisation levels reaches over.
     after codes      q >= T, the first code whose value reaches t.
 
 QuantizeLinear does the rest with zero point 254 and a scale that takes every difference of 1 (of c/2) to 256 codes; Clip(0,
@@ -30,7 +30,7 @@ def with_threshold_bias(
     layer: LoweredLayer, source: LoweredQuantizer, target: LoweredQuantizer
 ) -> tuple[LoweredLayer, LoweredQuantizer]:
     """The layer with integer biases that put `target`'s thresholds at 0, and `target` with the scale to write it with."""
-    stride = layer.carry * source.gain
+    stride = layer.weight_multiplier * source.gain
     half = max(stride // 2, 1)
     unit = (source.scale * layer.stored_scale).astype(np.float64)
     bias = np.zeros(len(unit)) if layer.bias is None else layer.bias
@@ -61,7 +61,7 @@ def _silenced(layer: LoweredLayer, silent: NDArray[np.bool_]) -> LoweredLayer:
 
 
 def code_thresholds(source: LoweredQuantizer, target: LoweredQuantizer) -> NDArray[np.uint8]:
-    """uint8 () or (C,): the carrier code of `source` from which on `target` is +1.
+    """uint8 () or (C,): the storage code of `source` from which on `target` is +1.
 
     Raises ExportError for a threshold that no code reaches.
     """

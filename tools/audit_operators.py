@@ -796,10 +796,10 @@ def movers() -> Iterator[Case]:
 def unpacking(bits: int, rng: np.random.Generator) -> Case:
     """Planes to int8 codes by table look-ups, as `export/graph.py` writes them; in the end a uint8, to be returned."""
     codes = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), 960).astype(np.int8)
-    carry = 127 // (1 << (bits - 1))
+    weight_multiplier = 127 // (1 << (bits - 1))
     case = Case({"x": np.zeros(1, np.uint8)})
     parts = []
-    for plane, table in zip(pack(codes, bits), tables(bits, carry), strict=True):
+    for plane, table in zip(pack(codes, bits), tables(bits, weight_multiplier), strict=True):
         numbers = case.add("Cast", [case.constant(plane)], to=TensorProto.INT32)
         widened = case.add("Cast", [case.constant(table)], to=TensorProto.INT32)
         rows = case.add("Gather", [widened, numbers], axis=0)
@@ -809,7 +809,7 @@ def unpacking(bits: int, rng: np.random.Generator) -> Case:
     unpacked = case.add("Cast", [case.add("Cast", parts, to=TensorProto.INT8)], to=TensorProto.FLOAT)
     offset = case.constant(128, np.uint8)
     shown = case.add("QuantizeLinear", [unpacked, case.constant(1, np.float32), offset])
-    expected = (codes.astype(np.int16) * carry + 128).astype(np.uint8)
+    expected = (codes.astype(np.int16) * weight_multiplier + 128).astype(np.uint8)
     case.returns(shown, f"unpacking {bits}-bit planes", {"exact": expected})
     return case
 

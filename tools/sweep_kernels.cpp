@@ -67,14 +67,14 @@ void choose_values(Case& c) {
   s.input_zero = s.one_bit ? 127 : pick({0, int(s.input_high), (int(s.input_high) + 1) / 2});
   const int highest = weight_bits == 1 ? 1 : (1 << (weight_bits - 1)) - 1, lowest = weight_bits == 1 ? -1 : -highest - 1;
   const int most = weight_bits == 8 ? 1 : 127 >> (weight_bits - 1);
-  s.carry = s.one_bit ? 64 : uniform(1, most);
-  if (weight_bits == 1) s.carry = std::min<int64_t>(s.carry, 64);
+  s.weight_multiplier = s.one_bit ? 64 : uniform(1, most);
+  if (weight_bits == 1) s.weight_multiplier = std::min<int64_t>(s.weight_multiplier, 64);
   const int64_t depth = s.inputs / s.groups * s.window.kernel[0] * s.window.kernel[1];
   for (int64_t i = 0; i < s.outputs * depth; ++i) {
     const int code = pattern == 1 ? highest : pattern == 2 ? lowest : pattern == 3 ? (i % 2 ? highest : lowest) : uniform(lowest, highest);
     s.codes.push_back(int8_t(weight_bits == 1 ? (code > 0 ? 1 : -1) : code));
   }
-  const float typical = 1.0f / (float(s.carry) * std::sqrt(float(depth)) * float(highest) * float(s.input_high));
+  const float typical = 1.0f / (float(s.weight_multiplier) * std::sqrt(float(depth)) * float(highest) * float(s.input_high));
   for (int64_t o = 0; o < s.outputs; ++o) {
     s.bias.push_back(uniform(-(1 << uniform(1, 20)), 1 << uniform(1, 20)));
     s.multiplier.push_back(real(-2.0f, 2.0f) * typical * 255.0f);
@@ -129,7 +129,7 @@ int64_t defined_sum(const Case& c, int64_t n, int64_t y, int64_t x, int64_t o) {
         const int64_t code = c.x[((n * c.height + in_y) * c.width + in_x) * s.inputs + first + i];
         sum += (code - s.input_zero) * s.codes[((o * inputs + i) * w.kernel[0] + ky) * w.kernel[1] + kx];
       }
-  return sum * s.carry + s.bias[o];
+  return sum * s.weight_multiplier + s.bias[o];
 }
 
 double clip(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
@@ -163,11 +163,11 @@ bool differs(const Case& c, const edgeqat::Isa& isa, const std::vector<uint8_t> 
   const auto& w = s.window;
   std::printf(
       "%s: %lld wrong: image %lldx%lldx%lldx%lld, %lld outputs, %lld groups, kernel %lldx%lld, stride %lldx%lld, dilation "
-      "%lldx%lld, one bit %d, input 0..%lld zero %lld, carry %lld, residual %d, real %d\n",
+      "%lldx%lld, one bit %d, input 0..%lld zero %lld, weight_multiplier %lld, residual %d, real %d\n",
       isa.name, (long long)wrong, (long long)c.batch, (long long)c.height, (long long)c.width, (long long)s.inputs,
       (long long)s.outputs, (long long)s.groups, (long long)w.kernel[0], (long long)w.kernel[1], (long long)w.stride[0],
       (long long)w.stride[1], (long long)w.dilation[0], (long long)w.dilation[1], s.one_bit, (long long)s.input_high,
-      (long long)s.input_zero, (long long)s.carry, c.residual, c.real_output);
+      (long long)s.input_zero, (long long)s.weight_multiplier, c.residual, c.real_output);
   return true;
 }
 

@@ -123,12 +123,12 @@ void unit(const Product& p, const uint8_t* const* pixels, int u, int32_t* sums) 
     const int8_t* w = p.weights + ptrdiff_t(r) * p.stretches.quads * 64 * p.units + 64 * u;
     stretch<kPixels>(p, x, w, sums);
   }
-  const __m256i carry = _mm256_set1_epi32(p.carry);
+  const __m256i weight_multiplier = _mm256_set1_epi32(p.weight_multiplier);
   for (int half = 0; half < 16; half += 8) {
     const __m256i bias = load(p.bias + u * kLanes + half);
     for (int m = 0; m < kPixels; ++m) {
       int32_t* to = sums + m * kBlock + half;
-      store(to, _mm256_add_epi32(_mm256_mullo_epi32(load(to), carry), bias));
+      store(to, _mm256_add_epi32(_mm256_mullo_epi32(load(to), weight_multiplier), bias));
     }
   }
 }

@@ -136,14 +136,14 @@ void lookup_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) 
     }
   }
   const __m512i lift = _mm512_set1_epi32(18 * p.stretches.runs * p.stretches.quads);
-  const __m512i carry = _mm512_set1_epi32(p.carry);
+  const __m512i weight_multiplier = _mm512_set1_epi32(p.weight_multiplier);
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m) {
     const __m256i parts[4] = {_mm512_castsi512_si256(even[m]), _mm512_extracti64x4_epi64(even[m], 1),
                               _mm512_castsi512_si256(odd[m]), _mm512_extracti64x4_epi64(odd[m], 1)};
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
-      const __m512i sum = _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[u]), lift), carry);
+      const __m512i sum = _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[u]), lift), weight_multiplier);
       _mm512_store_si512(sums + m * kBlock + u * kLanes, _mm512_add_epi32(sum, _mm512_loadu_si512(p.bias + u * kLanes)));
     }
   }
@@ -374,9 +374,9 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
 }
 
 void winograd_output(
-    const int32_t* sums, int units, int carry, const int32_t* bias, int32_t* const* pixels) {
+    const int32_t* sums, int units, int weight_multiplier, const int32_t* bias, int32_t* const* pixels) {
   constexpr ptrdiff_t plane = kWinogradTiles * kBlock;
-  const __m512i up = _mm512_set1_epi32(carry);
+  const __m512i up = _mm512_set1_epi32(weight_multiplier);
   for (int u = 0; u < units; ++u) {
     const __m512i b = _mm512_loadu_si512(bias + u * kLanes);
     __m512i row[2][4];

@@ -17,7 +17,7 @@ constexpr int kMaxTables = 4;   // requantized copies of one output
 // A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel starts at `pixel + offsets[r]`.
 //   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded
 //   bias     s32 [16 · units]
-// The inner loop writes sums s32 [pixels][64] = bias + carry · Σ w·x, exactly.
+// The inner loop writes sums s32 [pixels][64] = bias + weight_multiplier · Σ w·x, exactly.
 struct Stretches {
   const ptrdiff_t* offsets;
   int runs;
@@ -28,7 +28,7 @@ struct Product {
   const int8_t* weights;
   const int32_t* bias;
   int units;           // 1 to 4
-  int carry;           // what sums are multiplied with; 1 where the weights were multiplied with it beforehand
+  int weight_multiplier;  // what sums are multiplied with; 1 where the weights were multiplied with it beforehand
   int narrow_steps;    // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
   int32_t binary_gain; // one-bit product only: real value of one agreeing bit
   bool codes_below_128;
@@ -87,10 +87,10 @@ using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int coun
 // Winograd's F(2×2, 3×3) in integers; winograd.cpp has the equations.
 //   input   16 pixels of a 4×4 tile -> its 16 transforms, `plane` bytes apart, each in bytes modulo 256 plus offset
 //           (the one of positions 1,1 without, it is never negative)
-//   output  16 sums, kWinogradTiles · 64 elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · carry + bias
+//   output  16 sums, kWinogradTiles · 64 elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · weight_multiplier + bias
 using WinogradInput = void (*)(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane);
 using WinogradOutput = void (*)(
-    const int32_t* sums, int units, int carry, const int32_t* bias, int32_t* const* pixels);
+    const int32_t* sums, int units, int weight_multiplier, const int32_t* bias, int32_t* const* pixels);
 
 struct Isa {
   const char* name;
@@ -110,7 +110,7 @@ struct Isa {
   void (*interleave_three)(const uint8_t* planes, size_t count, uint8_t* to);  // [3][count] -> [count][3], or null
   WinogradInput winograd_input;
   WinogradOutput winograd_output;
-  int prescales;        // whether `product` wants weights multiplied with their carry
+  int prescales;        // whether `product` wants weights multiplied with their weight multiplier
   int quads_depthwise;  // `depthwise` wants quads of taps, channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
 };
 

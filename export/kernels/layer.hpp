@@ -38,9 +38,9 @@ struct LayerSpec {
   int64_t inputs = 0, outputs = 0, groups = 1;
   Window window;
   std::vector<int8_t> codes;  // [O][I / groups][kH][kW]
-  std::vector<int32_t> bias;  // in units of input scale · weight scale / carry
+  std::vector<int32_t> bias;  // in units of input scale · weight scale / weight_multiplier
   std::vector<float> multiplier;
-  int64_t carry = 1;
+  int64_t weight_multiplier = 1;
   int64_t input_zero = 0, input_high = 255;
   bool one_bit = false;  // weights are -1 and +1, inputs 0 and 254 around 127, padding 127
   Epilogue epilogue{};   // its scalars and tables; pointers into tensors come with each run

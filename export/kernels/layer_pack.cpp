@@ -42,10 +42,10 @@ void Layer::check() const {
   if (int64_t(s.codes.size()) != s.outputs * depth) refuse("has another number of weight codes than its shape says");
   if (int64_t(s.bias.size()) != s.outputs || int64_t(s.multiplier.size()) != s.outputs)
     refuse("needs one bias and one scale per output channel");
-  if (s.carry < 1 || s.carry > 127) refuse("its carry is not between 1 and 127");
+  if (s.weight_multiplier < 1 || s.weight_multiplier > 127) refuse("its weight multiplier is not between 1 and 127");
   if (s.input_zero < 0 || s.input_high < 1 || s.input_high > 255 || s.input_zero > s.input_high) refuse("its input grid is not within a byte");
   for (const int8_t code : s.codes)
-    if (code * s.carry < -128 || code * s.carry > 127) refuse("weight code " + std::to_string(code) + " times its carry does not fit a byte");
+    if (code * s.weight_multiplier < -128 || code * s.weight_multiplier > 127) refuse("weight code " + std::to_string(code) + " times its weight multiplier does not fit a byte");
   for (int64_t o = 0; o < s.outputs; ++o) {
     int64_t magnitude = 0, total = 0;
     for (int64_t k = 0; k < depth; ++k) {
@@ -53,8 +53,8 @@ void Layer::check() const {
       total += s.codes[o * depth + k];
     }
     // |Σ w·x| <= high · Σ|w| for codes 0 <= x <= high; the zero point's share sits in the bias.
-    const int64_t bias = std::abs(int64_t(s.bias[o]) - s.carry * s.input_zero * total);
-    if (s.carry * s.input_high * magnitude + bias > kLargestSum)
+    const int64_t bias = std::abs(int64_t(s.bias[o]) - s.weight_multiplier * s.input_zero * total);
+    if (s.weight_multiplier * s.input_high * magnitude + bias > kLargestSum)
       refuse("sums of output channel " + std::to_string(o) + " may exceed 32 bits");
   }
 }
@@ -83,7 +83,7 @@ void Layer::prepare_bias() {
     const int64_t at = kind_ == Kind::kDepthwise ? o : o / group_outputs() * padded + o % group_outputs();
     int64_t total = 0;
     for (int64_t k = 0; k < depth; ++k) total += s.codes[o * depth + k];
-    const int64_t shift = kind_ == Kind::kBinary ? -s.carry * s.input_zero * depth : s.carry * s.input_zero * total;
+    const int64_t shift = kind_ == Kind::kBinary ? -s.weight_multiplier * s.input_zero * depth : s.weight_multiplier * s.input_zero * total;
     bias_[at] = int32_t(s.bias[o] - shift);
     multiplier_[at] = s.multiplier[o];
     in_32_bits_ &= std::abs(s.multiplier[o]) <= 0.5f;  // a sum has 31 bits and a sign
@@ -104,7 +104,7 @@ void Layer::pack_products() {
   block_bytes_ = runs_ * quads_ * kBlock * 4;
   allot_weights(s.groups * blocks_ * block_bytes_);
   if (binary) border_.assign(rows * columns * blocks_ * kBlock, 0);
-  const int scale = !binary && isa_.prescales ? int(s.carry) : 1;
+  const int scale = !binary && isa_.prescales ? int(s.weight_multiplier) : 1;
   for (int64_t o = 0; o < s.outputs; ++o) {
     const int64_t in_group = o % group_outputs(), block = in_group / kBlock, lane = in_group % kBlock;
     const int64_t width = rounded_up(std::min<int64_t>(kBlock, group_outputs() - block * kBlock), kLanes);
@@ -120,7 +120,7 @@ void Layer::pack_products() {
           continue;
         }
         if (code > 0) target = int8_t(uint8_t(target) | 1u << element % 8);
-        border_[tap * blocks_ * kBlock + in_group] += int32_t(code * s.carry * s.input_zero);
+        border_[tap * blocks_ * kBlock + in_group] += int32_t(code * s.weight_multiplier * s.input_zero);
       }
   }
 }
@@ -178,7 +178,7 @@ void Layer::pack_depthwise() {
       int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + i / 4 * kBlock * 4;
       const int64_t c = o % kBlock, shuffled = c / 4 % 4 * 16 + c / 16 * 4 + c % 4;
       const int64_t place = isa_.quads_depthwise ? shuffled * 4 + i % 4 : i % 4 * kBlock + c;
-      group[place] = int8_t(s.codes[o * taps + order[i]] * s.carry);
+      group[place] = int8_t(s.codes[o * taps + order[i]] * s.weight_multiplier);
     }
 }
 

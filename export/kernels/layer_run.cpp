@@ -147,9 +147,9 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
     const int64_t channel = group * group_outputs() + within * kBlock;
     const int8_t* weights = aligned_weights_ + block * block_bytes_;
     const int32_t* bias = bias_.data() + block * kBlock;
-    const int carry = (isa_.prescales && !lookup) || binary ? 1 : int(spec_.carry);
-    Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, carry, narrow_steps_,
-                    int32_t(spec_.carry * spec_.input_zero), spec_.input_high < 128, weights + block_bytes_};
+    const int weight_multiplier = (isa_.prescales && !lookup) || binary ? 1 : int(spec_.weight_multiplier);
+    Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, weight_multiplier, narrow_steps_,
+                    int32_t(spec_.weight_multiplier * spec_.input_zero), spec_.input_high < 128, weights + block_bytes_};
     const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
     const int step = lookup ? kMaxPixels : isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);

@@ -17,9 +17,9 @@ inline uint32_t four_bytes(const uint8_t* x) {
   return four;
 }
 
-// sums = sum · carry + bias for one quarter.
+// sums = sum · weight_multiplier + bias for one quarter.
 inline void store_sums(const Product& p, int channel, int32x4_t sum, int32_t* to) {
-  vst1q_s32(to, vmlaq_n_s32(vld1q_s32(p.bias + channel), sum, p.carry));
+  vst1q_s32(to, vmlaq_n_s32(vld1q_s32(p.bias + channel), sum, p.weight_multiplier));
 }
 
 // Differing bits, counted in bytes: a step adds at most 8, so 31 steps stay within 255.

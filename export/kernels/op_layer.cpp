@@ -64,7 +64,7 @@ LayerSpec spec_of(const Info& info, bool conv, bool real) {
   spec.outputs = info.integer("channels_out", 1, kMostChannels);
   spec.groups = conv ? info.integer("groups", 1, kMostChannels) : 1;
   if (conv) spec.window = window_of(info);
-  spec.carry = info.integer("carry", 1, 127);
+  spec.weight_multiplier = info.integer("carry", 1, 127);
   spec.input_zero = info.byte("x_zero");
   spec.input_high = info.integer("x_high", 1, 255);
   spec.one_bit = info.flag("one_bit");

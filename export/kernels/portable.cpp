@@ -20,7 +20,7 @@ void product(const Product& p, const uint8_t* const* pixels, int count, int32_t*
         for (int o = 0; o < width; ++o)
           for (int k = 0; k < 4; ++k) row[o] += int32_t(x[k]) * w[4 * o + k];
     }
-    for (int o = 0; o < width; ++o) row[o] = row[o] * p.carry + p.bias[o];
+    for (int o = 0; o < width; ++o) row[o] = row[o] * p.weight_multiplier + p.bias[o];
   }
 }
 
@@ -113,7 +113,7 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
 }
 
 void winograd_output(
-    const int32_t* sums, int units, int carry, const int32_t* bias, int32_t* const* pixels) {
+    const int32_t* sums, int units, int weight_multiplier, const int32_t* bias, int32_t* const* pixels) {
   constexpr ptrdiff_t plane = kWinogradTiles * kBlock;
   for (int o = 0; o < units * kLanes; ++o) {
     int32_t rows[2][4];
@@ -123,8 +123,8 @@ void winograd_output(
       rows[1][x] = m[4 * plane] - m[8 * plane] - m[12 * plane];
     }
     for (int y = 0; y < 2; ++y) {  // both are multiples of 4, so the division is exact
-      pixels[2 * y][o] = (rows[y][0] + rows[y][1] + rows[y][2]) / 4 * carry + bias[o];
-      pixels[2 * y + 1][o] = (rows[y][1] - rows[y][2] - rows[y][3]) / 4 * carry + bias[o];
+      pixels[2 * y][o] = (rows[y][0] + rows[y][1] + rows[y][2]) / 4 * weight_multiplier + bias[o];
+      pixels[2 * y + 1][o] = (rows[y][1] - rows[y][2] - rows[y][3]) / 4 * weight_multiplier + bias[o];
     }
   }
 }

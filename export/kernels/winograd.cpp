@@ -133,7 +133,7 @@ void Layer::winograd_strip(
   const int64_t depth = 4 * quads_, plane = t.batch * rows * columns * depth, tiles = last - first;
   const int width = int(std::min<int64_t>(kBlock, spec_.outputs - block * kBlock)), units = (width + kLanes - 1) / kLanes;
   const int8_t* weights = aligned_weights_ + block * block_bytes_;
-  const int step = isa_.max_pixels[units], carry = int(spec_.carry);
+  const int step = isa_.max_pixels[units], weight_multiplier = int(spec_.weight_multiplier);
   const ptrdiff_t nowhere = 0;
   alignas(64) int32_t sums[kPositions * kWinogradTiles * kBlock];
   alignas(64) int32_t lines[2][2 * kWinogradTiles * kBlock];
@@ -156,7 +156,7 @@ void Layer::winograd_strip(
           lines[0] + 2 * i * kBlock, lines[0] + (2 * i + 1) * kBlock, lines[1] + 2 * i * kBlock,
           lines[1] + (2 * i + 1) * kBlock};
       isa_.winograd_output(
-          sums + (tile - first + i) * kBlock, units, carry, bias_.data() + block * kBlock, pixels);
+          sums + (tile - first + i) * kBlock, units, weight_multiplier, bias_.data() + block * kBlock, pixels);
     }
     const int64_t n = tile / (rows * columns), y = 2 * (tile / columns % rows), x = 2 * column;
     const int count = int(std::min(2 * run, out_w - x));

@@ -45,18 +45,18 @@ COMBINE: dict[str, Combine] = {"project": project, "min-norm": min_norm}
 def combine(
     gradients: Gradients, parameters: Sequence[Parameter], groups: Sequence[Sequence[Parameter]], how: str
 ) -> None:
-    """Fill `.grad` of the scales in `groups` with their combined streams; the other parameters keep theirs."""
+    """Fill `.grad` of the scales in `groups` with their combined branches; the other parameters keep theirs."""
     place = {id(p): i for i, p in enumerate(parameters)}
     for group in groups:
         chosen = [(p, place[id(p)]) for p in group if p.grad is not None]
-        streams = [
-            torch.cat([_or_zero(stream[i], p).flatten() for p, i in chosen])
-            for stream in (gradients.task, gradients.perturbed)
+        branches = [
+            torch.cat([_or_zero(branch[i], p).flatten() for p, i in chosen])
+            for branch in (gradients.task, gradients.perturbed)
             if chosen
         ]
-        if not streams:
+        if not branches:
             continue
-        combined = COMBINE[how](streams[0], streams[1], gradients.mix)
+        combined = COMBINE[how](branches[0], branches[1], gradients.mix)
         for (parameter, _), part in zip(chosen, combined.split([p.numel() for p, _ in chosen]), strict=True):
             assert parameter.grad is not None
             parameter.grad.copy_(part.view_as(parameter))

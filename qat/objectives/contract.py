@@ -1,7 +1,7 @@
 """The Objective contract: a function that fills `.grad` and returns what it saw.
 
     gradients = objective(closure, parameters, replay)      # .grad of every parameter is set
-    freezer.mask(gradients, ...)                            # GAQAT: some streams of some scales are taken out
+    freezer.mask(gradients, ...)                            # GAQAT: some branches of some scales are taken out
     optimizer.step()
 
 `closure()` computes the loss of the current batch, adds its gradients to `.grad`, and returns the loss; an objective may
@@ -26,7 +26,7 @@ class Gradients:
 
     loss:      the batch's loss at the current parameters, scalar, detached.
     task:      gradient of that loss per parameter, in the order of `parameters`; None where there is none. Empty for
-               objectives that have only one stream and keep no copy.
+               objectives that have only one branch and keep no copy.
     perturbed: gradient of the perturbed (flatness) loss, likewise.
     mix:       `.grad` = mix[0] · task + mix[1] · perturbed.
     """

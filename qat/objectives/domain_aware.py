@@ -111,7 +111,7 @@ LOSSES: dict[str, Callable[[int], DomainLoss]] = {
 def per_domain(
     objective: Objective, replays: Callable[[], Replay] = lambda: nullcontext
 ) -> Callable[[Sequence[Closure], Sequence[Parameter]], Gradients]:
-    """`objective` (two streams) on each domain's own closure: both streams are averaged over the domains, then mixed.
+    """`objective` (two branches) on each domain's own closure: both branches are averaged over the domains, then mixed.
 
     Every domain is perturbed along its own gradient, so that each finds a flat region; two passes a domain. `replays()`
     is made before each domain's first pass: its second pass repeats the random numbers of its own first.

@@ -4,11 +4,11 @@ Under SAGM every scale s_i has two gradients, the task's and the perturbed, smoo
 
     g(s_i) = w_t · m_i · g_task(s_i) + w_p · k_i · g_smooth(s_i)          m, k in {0, 1}
 
-The *disorder* of a stream over a window of K steps is the share of its sign flips (a zero keeps the sign before it):
+The *disorder* of a branch over a window of K steps is the share of its sign flips (a zero keeps the sign before it):
 
     δ_i = flips_i / comparisons_i,     0 for a constant sign, 1 for an alternating one, about ½ for noise
 
-Every K steps the frozen stream of the scales with δ_i below a threshold is masked for the next K steps. The threshold is
+Every K steps the frozen branch of the scales with δ_i below a threshold is masked for the next K steps. The threshold is
 r, or a significance against coin flips: δ_i < ½ - z · ½/√comparisons_i. Per-channel scales are decided together, on the
 flips of all channels that got a gradient, or each for itself. The history goes on while a scale is frozen, so that it can
 be released.
@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from qat.objectives.contract import Gradients
 
-Stream = Literal["task", "smooth", "both"]
+Branch = Literal["task", "smooth", "both"]
 Policy = Literal["disorder", "never", "always", "permanent", "random"]
 
 
@@ -37,13 +37,13 @@ class FreezeRule:
     window:      K, steps between decisions, at least 2.
     threshold:   r; None decides by `z`. `weight_threshold`, where given, is the threshold of weight scales alone.
     when:        freeze what lies "below" the threshold, or "above" its mirror image about ½.
-    stream:      the gradient that is masked.
+    branch:      the gradient that is masked.
     policy:      "disorder" as above; "never"; "always"; "permanent": once frozen, for ever; "random": as many scales as
                  disorder would freeze, drawn at random.
     per_channel: each channel of a scale for itself.
     targets:     which scales may freeze.
     start:       first step at which anything may freeze.
-    rescale:     give the stream that is left the weight of both.
+    rescale:     give the branch that is left the weight of both.
     """
 
     window: int = 100
@@ -51,7 +51,7 @@ class FreezeRule:
     weight_threshold: float | None = None
     z: float = 3.0
     when: Literal["below", "above"] = "below"
-    stream: Stream = "task"
+    branch: Branch = "task"
     policy: Policy = "disorder"
     per_channel: bool = False
     targets: Literal["both", "weights", "activations"] = "both"
@@ -67,7 +67,7 @@ class FreezeRule:
 class Seen:
     """What one step showed, float32 of shape (scales,), in the order of the freezer's names.
 
-    disorder: of the task stream over the window so far; conflict: share of the channels whose task and smoothing signs
+    disorder: of the task branch over the window so far; conflict: share of the channels whose task and smoothing signs
     differ in this step; cosine: between the two gradients of the scale; frozen: share of its channels that are frozen.
     """
 
@@ -78,7 +78,7 @@ class Seen:
 
 
 class ScaleFreezer:
-    """Follows the scales' gradients and masks a stream of some. Call `mask` after the objective, once a step.
+    """Follows the scales' gradients and masks a branch of some. Call `mask` after the objective, once a step.
 
     names, scales: what to follow, shape () or (channels,) each; is_weight tells which threshold holds.
     seed: of the "random" policy's draws, the same on every process.
@@ -109,15 +109,15 @@ class ScaleFreezer:
         self.generator = torch.Generator().manual_seed(seed)
 
     def mask(self, gradients: Gradients, parameters: Sequence[Parameter]) -> Seen:
-        """Take the frozen stream out of the scales' `.grad`, then record this step's signs, and decide when a window ends.
+        """Take the frozen branch out of the scales' `.grad`, then record this step's signs, and decide when a window ends.
 
-        Raises ValueError when the objective returned one stream only.
+        Raises ValueError when the objective returned one branch only.
         """
         if not gradients.task or not gradients.perturbed:
-            raise ValueError("scale freezing needs an objective with two streams, such as sagm")
+            raise ValueError("scale freezing needs an objective with two branches, such as sagm")
         place = {id(p): i for i, p in enumerate(parameters)}
         where = [place[id(s)] for s in self.scales]
-        task, smooth = (self._flat([stream[i] for i in where]) for stream in (gradients.task, gradients.perturbed))
+        task, smooth = (self._flat([branch[i] for i in where]) for branch in (gradients.task, gradients.perturbed))
         if bool(self.frozen.any()):
             self._fill(task, smooth, gradients.mix)
         seen = self._see(task, smooth)
@@ -128,17 +128,17 @@ class ScaleFreezer:
     def _fill(self, task: Tensor, smooth: Tensor, mix: tuple[float, float]) -> None:
         keep = (~self.frozen).to(task.dtype)
         first, second = (torch.full_like(keep, w) for w in mix)
-        if self.rule.rescale and self.rule.stream != "both":
+        if self.rule.rescale and self.rule.branch != "both":
             first, second = (torch.where(self.frozen, sum(mix), w) for w in (first, second))
-        kept_task = first * task * (keep if self.rule.stream != "smooth" else 1)
-        kept_smooth = second * smooth * (keep if self.rule.stream != "task" else 1)
+        kept_task = first * task * (keep if self.rule.branch != "smooth" else 1)
+        kept_smooth = second * smooth * (keep if self.rule.branch != "task" else 1)
         share = self._sum(self.frozen.float()) / self.channels
         for scale, masked, part in zip(
             self.scales, (kept_task + kept_smooth).split(self.sizes), share.tolist(), strict=True
         ):
             if scale.grad is None or not part:
                 continue
-            if self.rule.stream == "both" and part == 1:
+            if self.rule.branch == "both" and part == 1:
                 scale.grad = None  # of a zero gradient an optimizer's momentum would make a step
             else:
                 scale.grad.copy_(masked.view_as(scale))

@@ -44,7 +44,7 @@ def sam(
     closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext,
     *, rho: float = 0.05, where: Perturbation = ALL,
 ) -> Gradients:  # fmt: skip
-    """Sharpness-aware minimisation. Both streams are returned; `.grad` is the perturbed one."""
+    """Sharpness-aware minimisation. Both branches are returned; `.grad` is the perturbed one."""
     return _two_passes(closure, parameters, replay, where, lambda norm: rho / (norm + TINY), (0.0, 1.0))
 
 
@@ -81,7 +81,7 @@ def sagm(
 
 
 def mixed(seen: Gradients, parameters: Sequence[Parameter], mix: tuple[float, float]) -> Gradients:
-    """Fill `.grad` with mix[0] · task + mix[1] · perturbed. A stream of weight 0 is left out of the sum."""
+    """Fill `.grad` with mix[0] · task + mix[1] · perturbed. A branch of weight 0 is left out of the sum."""
     for parameter, task, perturbed in zip(parameters, seen.task, seen.perturbed, strict=True):
         parts = [w * g for w, g in zip(mix, (task, perturbed), strict=True) if w and g is not None]
         parameter.grad = reduce(torch.add, parts) if parts else None

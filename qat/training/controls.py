@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qat.objectives.scale_freeze import Policy, Stream
+from qat.objectives.scale_freeze import Branch, Policy
 
 ControlName = Literal[
     "gaqat", "never", "always", "permanent", "random", "smooth", "both", "above", "alternate", "project", "min-norm"
@@ -15,14 +15,14 @@ class Control:
     """One row of the table.
 
     policy:   which scales freeze (`FreezeRule.policy`).
-    stream:   the gradient that a frozen scale loses.
+    branch:   the gradient that a frozen scale loses.
     above:    freeze what lies above the threshold, whatever --freeze-when says.
     combined: how the two gradients become one where nothing freezes: "alternate" takes them in turns, a window each;
               "project" and "min-norm" are functions of `qat/objectives/conflict.py`; "" adds them.
     """
 
     policy: Policy = "disorder"
-    stream: Stream = "task"
+    branch: Branch = "task"
     above: bool = False
     combined: str = ""
 
@@ -43,8 +43,8 @@ CONTROLS: dict[ControlName, Control] = {
     "always": Control("always"),
     "permanent": Control("permanent"),
     "random": Control("random"),
-    "smooth": Control(stream="smooth"),
-    "both": Control(stream="both"),
+    "smooth": Control(branch="smooth"),
+    "both": Control(branch="both"),
     "above": Control(above=True),
     "alternate": Control("never", combined="alternate"),
     "project": Control("never", combined="project"),

@@ -232,7 +232,7 @@ class GaqatRecipe(SagmLsqRecipe):
     start_step: int = 0
     """First step at which anything may freeze."""
     rescale: bool = False
-    """Give the stream that is left of a frozen scale the weight of both."""
+    """Give the branch that is left of a frozen scale the weight of both."""
     control: ControlName = "gaqat"
     """The method's own rule, or one of its controls."""
 

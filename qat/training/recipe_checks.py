@@ -157,5 +157,5 @@ def _check_sharpness(recipe: SagmRecipe) -> None:
         )
     if recipe.per_domain and recipe.flatness == "gsam":
         raise RecipeError(
-            "--per-domain mixes fixed shares of two streams, which gsam does not have; use sagm, sam or asam"
+            "--per-domain mixes fixed shares of two branches, which gsam does not have; use sagm, sam or asam"
         )

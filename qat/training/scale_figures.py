@@ -1,4 +1,4 @@
-"""The report's pictures of a scale log: where disorder left the fair coin's band, what was frozen, which streams oppose.
+"""The report's pictures of a scale log: where disorder left the fair coin's band, what was frozen, which branches oppose.
 
 Heat maps are embedded as pixels, whose size does not grow with the run; labels and lines stay vectors.
 """

@@ -1,6 +1,6 @@
 """scales.f16: what every quantizer scale showed in every step, eight bytes a scale and step.
 
-Rows of float16 (scales, 4) in the order of `Seen`: disorder of the task stream over its window so far, share of channels
+Rows of float16 (scales, 4) in the order of `Seen`: disorder of the task branch over its window so far, share of channels
 whose two gradients disagree in sign, cosine between them, share of channels frozen. scales.json names the scales.
 """
 

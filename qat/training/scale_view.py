@@ -1,4 +1,4 @@
-"""A scale log by windows: disorder against a fair coin, frozen spans, conflict of the two streams.
+"""A scale log by windows: disorder against a fair coin, frozen spans, conflict of the two branches.
 
 A window of K steps compares K − 1 neighbouring signs a channel, so a scale of C channels has n = C·(K − 1) comparisons.
 Were they fair coins,

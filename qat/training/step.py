@@ -2,7 +2,7 @@
 
 closure   forward, loss (domain-aware, distilled, damped), backward; microbatch by microbatch where gradients accumulate
 objective fills `.grad`: ERM in one pass, SAGM and its relatives in two
-freezer   GAQAT: takes a stream out of some scales' gradients, or a control does
+freezer   GAQAT: takes a branch out of some scales' gradients, or a control does
 clip, optimizer, schedule, oscillation
 """
 
@@ -41,7 +41,7 @@ WITH_ALPHA = {"sagm", "gsam"}
 @dataclass(frozen=True)
 class Outcome:
     """loss: scalar; logits: N_K of the first pass, detached; norm, l1_norm: of the gradient before clipping, over all
-    parameters; seen: what the scales showed, for objectives with two streams; swung: share of weights that swung back,
+    parameters; seen: what the scales showed, for objectives with two branches; swung: share of weights that swung back,
     where recorded."""
 
     loss: Tensor
@@ -167,7 +167,7 @@ class TrainingStep:
         return nullcontext() if no_sync is None else no_sync()
 
     def _resolve(self, gradients: Gradients) -> Seen | None:
-        """Settle what the two streams of the scales do to each other."""
+        """Settle what the two branches of the scales do to each other."""
         if self.freezer is None:
             return None
         if isinstance(self.recipe, GaqatRecipe):
@@ -175,7 +175,7 @@ class TrainingStep:
         return self.freezer.mask(gradients, self.parameters)
 
     def _combine(self, gradients: Gradients, how: str, per_channel: bool) -> None:
-        """Make the two streams one, as controls do that freeze nothing; how: of `Control.combined`."""
+        """Make the two branches one, as controls do that freeze nothing; how: of `Control.combined`."""
         assert self.freezer is not None
         if how == "alternate":
             turn = (self.taken // self.freezer.rule.window) % 2
@@ -232,7 +232,7 @@ def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
             weight_threshold=recipe.weight_threshold,
             z=recipe.z,
             when="above" if control.above else recipe.freeze_when,
-            stream=control.stream,
+            branch=control.branch,
             policy=control.policy,
             per_channel=recipe.per_channel,
             targets=recipe.freeze_scales,

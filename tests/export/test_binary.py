@@ -111,9 +111,9 @@ def test_the_trained_net_has_the_files_codes() -> None:
 
 @pytest.mark.parametrize("carry", [1, 64])
 @pytest.mark.parametrize("gain_from_bits", [1, 4])
-def test_threshold_biases_decide_as_exact_fractions_do(carry: int, gain_from_bits: int) -> None:
+def test_threshold_biases_decide_as_exact_fractions_do(weight_multiplier: int, gain_from_bits: int) -> None:
     """sign(acc·u + b - t) for every sum, u of both signs and 0, against float64 in real units."""
-    rng = np.random.default_rng(carry)
+    rng = np.random.default_rng(weight_multiplier)
     channels, fan_in = 41, 9
     scale = (rng.normal(size=channels) * 0.3).astype(np.float32)
     scale[:2] = 0.0, 1e-37
@@ -121,18 +121,20 @@ def test_threshold_biases_decide_as_exact_fractions_do(carry: int, gain_from_bit
     source = (
         LoweredQuantizer.binary("x", 1.0, (0.0,))
         if gain_from_bits == 1
-        else LoweredQuantizer.on_carrier("x", 0.37, gain_from_bits, signed=False)
+        else LoweredQuantizer.in_storage("x", 0.37, gain_from_bits, signed=False)
     )
     target = LoweredQuantizer.binary("y", 1.0, tuple(rng.normal(size=channels).tolist()))
     codes = rng.choice([-1, 1], (channels, fan_in)).astype(np.int8)
-    layer = LoweredLayer("l", "conv", codes, scale, 1, bias, carry=carry)
+    layer = LoweredLayer("l", "conv", codes, scale, 1, bias, weight_multiplier=weight_multiplier)
     done, written = with_threshold_bias(layer, source, target)
     unit = (source.scale * done.stored_scale).astype(np.float64)
     for total in range(-fan_in * 15, fan_in * 15 + 1):
-        acc = np.where(np.isin(np.arange(channels), done.dead_channels), 0, total * carry * source.gain)
+        acc = np.where(np.isin(np.arange(channels), done.dead_channels), 0, total * weight_multiplier * source.gain)
         decided = (acc + done.bias_codes) * np.sign(unit) >= 0
         real = (
-            acc * (source.scale * (scale / np.float32(carry))).astype(np.float64) + bias - np.array(target.thresholds)
+            acc * (source.scale * (scale / np.float32(weight_multiplier))).astype(np.float64)
+            + bias
+            - np.array(target.thresholds)
         )
         assert np.array_equal(decided, real >= 0)
         shown = (
@@ -143,7 +145,7 @@ def test_threshold_biases_decide_as_exact_fractions_do(carry: int, gain_from_bit
 
 
 def test_code_thresholds_are_the_first_code_that_reaches() -> None:
-    source = LoweredQuantizer.on_carrier("x", 0.1, 8, signed=True)
+    source = LoweredQuantizer.in_storage("x", 0.1, 8, signed=True)
     thresholds = (0.0, -0.05, 0.1, np.float32(0.1) * 7, -99.0, -np.inf)
     target = LoweredQuantizer.binary("y", 1.0, tuple(float(t) for t in thresholds))
     values = (np.arange(256) - 128).astype(np.float32) * np.float32(0.1)

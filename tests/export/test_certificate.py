@@ -30,7 +30,7 @@ def tampered(tiny: Exported, name: str, tmp_path: Path) -> Path:
     tensor = next(t for t in proto.graph.initializer if t.name == name)
     data = bytearray(tensor.raw_data)
     layer = tiny.lowered.layers.get(name)
-    data[4] ^= 1 if layer is None else layer.carry
+    data[4] ^= 1 if layer is None else layer.weight_multiplier
     tensor.raw_data = bytes(data)
     file = tmp_path / "tampered.onnx"
     onnx.save(proto, str(file))

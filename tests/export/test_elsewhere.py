@@ -71,7 +71,7 @@ def test_the_byte_minus_128_is_computed_wrongly_on_arm_and_never_written(monkeyp
     with torch.no_grad():
         model.depthwise.weight.fill_(-100.0)
     assert on_arm(model, TARGETS["ort-int8"]).passed
-    monkeypatch.setattr(passes, "carry_of", lambda target, bits, source: 16)
+    monkeypatch.setattr(passes, "weight_multiplier_of", lambda target, bits, source: 16)
     monkeypatch.setattr(qdq_graph, "plan_layer", lambda target, layer, source: LayerPlan(8, uint8=False))
     planted = on_arm(model, TARGETS["ort-int8"])
     assert not planted.passed

@@ -57,7 +57,7 @@ def test_folding_reports_whether_it_changed_anything(tiny: Exported) -> None:
 
 def test_bias_codes_are_rounded_in_units_of_both_scales(tiny: Exported) -> None:
     layer = tiny.lowered.layers["block.conv1.weight"]
-    assert layer.carry == 15
+    assert layer.weight_multiplier == 15
     scale = quantizers(tiny.model)["block.conv1.input"].scale.item()
     expected = np.rint(layer.bias / (np.float64(np.float32(scale)) * layer.scale.astype(np.float64) / 15))
     assert np.abs(layer.bias_codes - expected).max() <= 1  # the unit itself is rounded to float32
@@ -73,10 +73,10 @@ def test_clip_activations_move_onto_the_codes(tiny: Exported) -> None:
 
 
 def test_a_clip_above_the_grid_changes_nothing_and_one_below_binds() -> None:
-    grid = LoweredQuantizer.on_carrier("q", 0.5, 4, signed=False)
+    grid = LoweredQuantizer.in_storage("q", 0.5, 4, signed=False)
     assert grid.clipped(0.0, 100.0) == grid
     assert grid.clipped(0.0, 3.2).high == 6  # rint(3.2 / 0.5)
-    assert LoweredQuantizer.on_carrier("q", 0.5, 4, signed=True).clipped(0.0, np.inf).low == 8
+    assert LoweredQuantizer.in_storage("q", 0.5, 4, signed=True).clipped(0.0, np.inf).low == 8
 
 
 def test_a_silenced_channel_keeps_its_bias_alone() -> None:
@@ -95,7 +95,7 @@ def test_a_silenced_channel_keeps_its_bias_alone() -> None:
 def test_eight_bit_layers_that_could_saturate_get_uint8_weights(tiny: Exported) -> None:
     types = {t.name: t.data_type for t in tiny.proto.graph.initializer}
     assert types["stem.weight"] == 2 and types["block.conv1.weight"] == 3  # UINT8, INT8
-    grid = LoweredQuantizer.on_carrier("q", 1.0, 8, signed=False)
+    grid = LoweredQuantizer.in_storage("q", 1.0, 8, signed=False)
     layer = LoweredLayer("l", "conv", np.full((1, 2), 64, np.int8), np.ones(1, np.float32), 8)
     assert not saturates(layer, grid)  # 2 · 255 · 64 = 32640
     assert saturates(LoweredLayer("l", "conv", np.full((1, 2), 65, np.int8), np.ones(1, np.float32), 8), grid)

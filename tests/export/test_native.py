@@ -133,10 +133,10 @@ def test_a_table_holds_the_defined_code_of_every_code() -> None:
         signed = generator.integers(0, 2, 2)
         scales = generator.uniform(0.01, 1.0, 2)
         source, target = (
-            LoweredQuantizer.on_carrier("q", s, int(b), bool(n)) for s, b, n in zip(scales, bits, signed, strict=True)
+            LoweredQuantizer.in_storage("q", s, int(b), bool(n)) for s, b, n in zip(scales, bits, signed, strict=True)
         )
-        carrier = torch.arange(256).float().view(1, 1, 16, 16)
-        expected = quantize(Codes(carrier, source), target).numpy().ravel()
+        stored = torch.arange(256).float().view(1, 1, 16, 16)
+        expected = quantize(Codes(stored, source), target).numpy().ravel()
         assert np.array_equal(requantizing_table(source, target), expected)
 
 

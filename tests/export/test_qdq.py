@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from export import session
-from export.agreement import Agreement, agree, compare_codes, onnx_runtime, to_carrier
+from export.agreement import Agreement, agree, compare_codes, onnx_runtime, to_storage
 from export.certificate import FLOAT_LEVEL_LIMIT, compare_stored
 from export.fidelity import fidelity
 from export.lower import lower, trained_codes
@@ -20,7 +20,7 @@ from export.metadata import Preprocessing, broken_signatures, read_metadata, sig
 from export.native_graph import emit
 from export.passes import positive_scales, to_integers
 from export.reference import IntegerReference
-from export.targets import TARGETS, carry_of, check_quantizer, plan_layer
+from export.targets import TARGETS, check_quantizer, plan_layer, weight_multiplier_of
 from export.verify import verify_file
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.spec import QuantSpec
@@ -175,7 +175,7 @@ def test_the_definition_is_the_trained_net_but_for_ties() -> None:
 
 
 def test_a_pair_is_written_again_after_a_layout_operation_and_changes_nothing() -> None:
-    grid = LoweredQuantizer.on_carrier("q", 0.1, 8, signed=True)
+    grid = LoweredQuantizer.in_storage("q", 0.1, 8, signed=True)
     for scale in np.float32([1e-3, 0.1, 0.3, 7.7, 1 / 3]):
         codes = np.arange(-128, 128)
         reals = codes.astype(np.float32) * scale
@@ -231,28 +231,28 @@ def test_int4_holds_what_fits_and_nothing_is_carried() -> None:
     assert plan([[8, -7]], [1.0], 4) == 8  # -8 under a negative scale
     assert plan([[1, -1]], [1.0], 1) == 4
     assert plan([[1, -1]], [1.0], 5) == 8
-    grid = LoweredQuantizer.on_carrier("q", 1.0, 4, signed=False)
-    assert [carry_of(TARGETS[name], 2, grid) for name in QDQ] == [1, 1, 1]
+    grid = LoweredQuantizer.in_storage("q", 1.0, 4, signed=False)
+    assert [weight_multiplier_of(TARGETS[name], 2, grid) for name in QDQ] == [1, 1, 1]
 
 
 def test_int8_without_zero_points_refuses_unsigned_8_bit_codes_by_name() -> None:
     check = lambda grid: check_quantizer(TARGETS["qdq-symmetric"], grid)  # noqa: E731
-    unsigned = LoweredQuantizer.on_carrier("block.input", 1.0, 8, signed=False)
+    unsigned = LoweredQuantizer.in_storage("block.input", 1.0, 8, signed=False)
     with pytest.raises(
         ExportError, match=r"quantizer 'block.input': target qdq-symmetric .* 0 to 255; .*at most 7 bits"
     ):
         check(unsigned)
     check(dataclasses.replace(unsigned, high=127))
-    check(LoweredQuantizer.on_carrier("q", 1.0, 8, signed=True))
+    check(LoweredQuantizer.in_storage("q", 1.0, 8, signed=True))
     check_quantizer(TARGETS["qdq"], unsigned)
     with pytest.raises(ExportError, match=r"quantizer '.*': target qdq-symmetric"):
         exported(tiny_net("qdq"), "qdq-symmetric")
 
 
-def test_int8_codes_are_read_back_onto_the_carrier() -> None:
-    grid = LoweredQuantizer.on_carrier("q", 1.0, 4, signed=True)
-    assert to_carrier(np.array([-8, 0, 7], np.int8), grid).tolist() == [0, 8, 15]
-    assert to_carrier(np.array([0, 8, 15], np.uint8), grid).tolist() == [0, 8, 15]
+def test_int8_codes_are_read_back_into_storage() -> None:
+    grid = LoweredQuantizer.in_storage("q", 1.0, 4, signed=True)
+    assert to_storage(np.array([-8, 0, 7], np.int8), grid).tolist() == [0, 8, 15]
+    assert to_storage(np.array([0, 8, 15], np.uint8), grid).tolist() == [0, 8, 15]
 
 
 def test_one_bit_activations_are_refused_by_name() -> None:

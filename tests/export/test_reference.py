@@ -30,16 +30,16 @@ def test_conv_epilogue_against_a_loop_of_python_integers(tiny: Exported) -> None
                 for j in range(3):
                     y, z = row + i - 1, column + j - 1
                     if 0 <= y < x.shape[2] and 0 <= z < x.shape[3]:
-                        total += int(x[image, c, y, z]) * int(layer.codes[o, c, i, j]) * layer.carry
+                        total += int(x[image, c, y, z]) * int(layer.codes[o, c, i, j]) * layer.weight_multiplier
         m = np.float32(np.float32(source.scale * layer.stored_scale[o]) / target.scale)
         expected = np.clip(np.rint(np.float32(total) * m) + target.zero_point, target.low, target.high)
         assert codes["block.conv2.input"][image, o, row, column] == expected
 
 
 def test_requantization_is_division_not_multiplication_by_the_inverse() -> None:
-    carrier = torch.arange(256.0)
+    stored = torch.arange(256.0)
     first, second = grid(0.1, 0), grid(0.3, 128)
-    got = quantize(Codes(carrier, first), second).numpy()
+    got = quantize(Codes(stored, first), second).numpy()
     real = np.arange(256, dtype=np.float32) * np.float32(0.1)
     assert np.array_equal(got, np.clip(np.rint(real / np.float32(0.3)) + 128, 0, 255))
 

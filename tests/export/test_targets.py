@@ -18,7 +18,7 @@ from export.metadata import Preprocessing, missing_options, sign
 from export.native_graph import emit
 from export.passes import check_sums, to_integers
 from export.runtime_checks import INTEGER_KERNELS, layer_kernels
-from export.targets import TARGETS, carry_of, plan_layer, saturates, target_named
+from export.targets import TARGETS, plan_layer, saturates, target_named, weight_multiplier_of
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from tests.export.conftest import Exported, build_tiny
 from tests.quick import slow_but
@@ -63,12 +63,14 @@ def test_a_flipped_bit_in_a_plane_is_found(tiny: Exported) -> None:
     assert compare_stored(lowered, packed) == {"right": f"1 of {7 * 8 * 9} weight codes differ"}
 
 
-def layer(codes: list[int], bits: int = 8, carry: int = 1) -> LoweredLayer:
-    return LoweredLayer("l", "conv", np.array([codes], np.int8), np.array([0.5], np.float32), bits, carry=carry)
+def layer(codes: list[int], bits: int = 8, weight_multiplier: int = 1) -> LoweredLayer:
+    return LoweredLayer(
+        "l", "conv", np.array([codes], np.int8), np.array([0.5], np.float32), bits, weight_multiplier=weight_multiplier
+    )
 
 
 def test_saturation_is_decided_by_the_worst_pair() -> None:
-    grid = LoweredQuantizer.on_carrier("q", 1.0, 8, signed=False)
+    grid = LoweredQuantizer.in_storage("q", 1.0, 8, signed=False)
     assert not saturates(layer([64, 64]), grid)  # 2 · 255 · 64 = 32640 fits
     assert saturates(layer([65, 0]), grid)
     assert plan_layer(TARGETS["ort-int8"], layer([127]), grid).uint8
@@ -76,12 +78,12 @@ def test_saturation_is_decided_by_the_worst_pair() -> None:
 
 
 def test_the_byte_minus_128_is_stored_as_uint8_everywhere() -> None:
-    four_bits = LoweredQuantizer.on_carrier("q", 1.0, 4, signed=False)
+    four_bits = LoweredQuantizer.in_storage("q", 1.0, 4, signed=False)
     for target in (t for t in TARGETS.values() if not t.qdq):
         assert plan_layer(target, layer([-128, 3]), four_bits).uint8
-        assert plan_layer(target, layer([-8, 3], bits=4, carry=16), four_bits).uint8
+        assert plan_layer(target, layer([-8, 3], bits=4, weight_multiplier=16), four_bits).uint8
         assert not plan_layer(target, layer([-127, 3]), four_bits).uint8
-        assert not plan_layer(target, layer([-8, 3], bits=4, carry=15), four_bits).uint8
+        assert not plan_layer(target, layer([-8, 3], bits=4, weight_multiplier=15), four_bits).uint8
 
 
 STORED = list(itertools.product([2, 3, 4, 8], ["ort-int8", "ort-packed", "ort-packed-int4", "ort-packed-vnni", "qdq"]))
@@ -120,7 +122,7 @@ def bytes_the_runtime_reads(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def test_sums_beyond_32_bits_are_refused_with_layer_and_channel() -> None:
-    grid = LoweredQuantizer.on_carrier("q", 1.0, 8, signed=False)
+    grid = LoweredQuantizer.in_storage("q", 1.0, 8, signed=False)
     channels = 70_000
     wide = LoweredLayer(
         "wide", "linear", np.stack([np.ones(channels), np.full(channels, 127)]).astype(np.int8),
@@ -135,11 +137,11 @@ def test_sums_beyond_32_bits_are_refused_with_layer_and_channel() -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("high", [1, 3, 15, 127, 255])
 def test_carried_codes_fit_int8_and_16_bit_pairs(bits: int, high: int) -> None:
-    grid = dataclasses.replace(LoweredQuantizer.on_carrier("q", 1.0, 8, signed=False), high=high)
-    carry = carry_of(TARGETS["ort-packed"], bits, grid)
+    grid = dataclasses.replace(LoweredQuantizer.in_storage("q", 1.0, 8, signed=False), high=high)
+    weight_multiplier = weight_multiplier_of(TARGETS["ort-packed"], bits, grid)
     largest = 1 << max(bits - 1, 0)
     fits = [c for c in range(1, 200) if largest * c <= 127 and 2 * high * largest * c <= 32767]
-    assert carry == max(fits, default=1)
+    assert weight_multiplier == max(fits, default=1)
 
 
 def test_an_unknown_target_is_refused_with_those_there_are() -> None:

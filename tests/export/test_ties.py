@@ -15,7 +15,7 @@ from export.lowered import LoweredModel, LoweredQuantizer
 
 
 def grid(scale: float, bits: int = 8, signed: bool = False) -> LoweredQuantizer:
-    return LoweredQuantizer.on_carrier("q", scale, bits, signed)
+    return LoweredQuantizer.in_storage("q", scale, bits, signed)
 
 
 # --- the second enumeration: exact fractions and one rounding at a time, from the descriptions in docs/arithmetic.md ---
@@ -43,7 +43,7 @@ def clipped(code: int, out: LoweredQuantizer) -> int:
 
 
 def codes_of_sum(a: int, b: int, first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer) -> set[int]:
-    """What five implementations make of the carrier codes a and b."""
+    """What five implementations make of the storage codes a and b."""
     sa, sb, sy = (Fraction(float(g.scale)) for g in (first, second, out))
     za, zb, zy = first.zero_point, second.zero_point, out.zero_point
     ra, rb = f32(sa / sy), f32(sb / sy)
@@ -79,7 +79,7 @@ def codes_of_product(
     return {clipped(code, out) for code in (simd, contracted, generic)}
 
 
-def carriers(g: LoweredQuantizer) -> range:
+def storage_codes(g: LoweredQuantizer) -> range:
     return range(g.low, g.high + 1)
 
 
@@ -96,14 +96,14 @@ def test_sums_have_one_result_by_the_second_enumeration_too(
 ) -> None:
     operation = ties.pair("sum", first, second, arithmetic.sums, np.add)
     moved, remaining = ties.nearest_without_ties(out, operation.ties)
-    assert remaining == 0 and operation.inputs == len(carriers(first)) * len(carriers(second))
-    pairs = list(product(carriers(first), carriers(second)))
+    assert remaining == 0 and operation.inputs == len(storage_codes(first)) * len(storage_codes(second))
+    pairs = list(product(storage_codes(first), storage_codes(second)))
     assert all(len(codes_of_sum(a, b, first, second, moved)) == 1 for a, b in pairs)
 
 
 def test_ties_of_powers_of_two_are_seen_by_both_enumerations() -> None:
     first, second, out = SUMS[0]
-    pairs = list(product(carriers(first), carriers(second)))
+    pairs = list(product(storage_codes(first), storage_codes(second)))
     differing = sum(len(codes_of_sum(a, b, first, second, out)) > 1 for a, b in pairs)
     found = ties.pair("sum", first, second, arithmetic.sums, np.add).ties(out)
     assert found >= differing > 100  # ours knows more arithmetics
@@ -149,7 +149,8 @@ def test_products_and_global_pools_have_one_result_by_the_second_enumeration_too
     moved, remaining = ties.nearest_without_ties(out, operation.ties)
     assert remaining == 0 and moved.moved_ppm
     assert all(
-        len(codes_of_product(a, b, first, second, moved)) == 1 for a, b in product(carriers(first), carriers(second))
+        len(codes_of_product(a, b, first, second, moved)) == 1
+        for a, b in product(storage_codes(first), storage_codes(second))
     )
     source, count = grid(0.25, 6, signed=True), 8
     pool = ties.global_pool(source, count)

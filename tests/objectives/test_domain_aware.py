@@ -125,7 +125,7 @@ def test_head_features_are_what_the_head_reads_in_this_pass() -> None:
 
 
 @pytest.mark.parametrize("objective", [sagm, asam])
-def test_per_domain_is_the_mean_of_each_domains_own_two_streams(objective) -> None:  # type: ignore[no-untyped-def]
+def test_per_domain_is_the_mean_of_each_domains_own_two_branches(objective) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(5)
     model, x = Net().double().eval(), torch.randn(N, 5, generator=G).double()
     parameters = list(model.parameters())

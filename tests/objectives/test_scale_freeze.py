@@ -1,4 +1,4 @@
-"""Gradient disorder and the masks it makes (`docs/algorithms.md`, GAQAT), against hand-made streams and NumPy."""
+"""Gradient disorder and the masks it makes (`docs/algorithms.md`, GAQAT), against hand-made branches and NumPy."""
 
 import copy
 from functools import partial
@@ -30,7 +30,7 @@ def flips(signs: list[float]) -> float:
     return count / (len(signs) - 1)
 
 
-class Streams:
+class Branches:
     """Feeds a freezer with given task and smooth gradients of some scales and keeps what `.grad` became."""
 
     def __init__(self, sizes: list[int], rule: FreezeRule, weights: list[bool] | None = None) -> None:
@@ -61,38 +61,38 @@ def tensors(*values: float) -> list[Tensor]:
         ([0, 0, 1], 0),
     ],
 )
-def test_disorder_of_hand_made_streams(signs: list[float], expected: float) -> None:
-    streams = Streams([1], FreezeRule(window=len(signs), policy="never"))
+def test_disorder_of_hand_made_branches(signs: list[float], expected: float) -> None:
+    branches = Branches([1], FreezeRule(window=len(signs), policy="never"))
     for sign in signs:
-        streams.step(tensors(sign), tensors(0.0))
-    assert float(streams.seen.disorder) == pytest.approx(expected)
+        branches.step(tensors(sign), tensors(0.0))
+    assert float(branches.seen.disorder) == pytest.approx(expected)
 
 
 def test_the_freezer_sees_the_same_disorder_as_the_formula() -> None:
     draw = np.random.default_rng(0).normal(size=(20, 3))
-    streams = Streams([1, 1, 1], FreezeRule(window=20, policy="never"))
+    branches = Branches([1, 1, 1], FreezeRule(window=20, policy="never"))
     for row in draw:
-        streams.step(tensors(*row), tensors(0.0, 0.0, 0.0))
+        branches.step(tensors(*row), tensors(0.0, 0.0, 0.0))
     expected = [flips(list(draw[:, i])) for i in range(3)]
-    assert_near(streams.seen.disorder, expected, 4 * ROUNDING, of=1.0)  # shares, in float32
+    assert_near(branches.seen.disorder, expected, 4 * ROUNDING, of=1.0)  # shares, in float32
 
 
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5]), min_size=2, max_size=12))
 @settings(max_examples=40, deadline=None)
-def test_the_freezer_counts_zeros_as_the_sign_before_them(stream: list[float]) -> None:
-    streams = Streams([1], FreezeRule(window=len(stream), policy="never"))
-    for value in stream:
-        streams.step(tensors(value), tensors(0.0))
-    assert float(streams.seen.disorder) == pytest.approx(flips(stream))
+def test_the_freezer_counts_zeros_as_the_sign_before_them(branch: list[float]) -> None:
+    branches = Branches([1], FreezeRule(window=len(branch), policy="never"))
+    for value in branch:
+        branches.step(tensors(value), tensors(0.0))
+    assert float(branches.seen.disorder) == pytest.approx(flips(branch))
 
 
 def test_per_channel_scales_pool_their_flips_and_report_cosine_and_conflict() -> None:
-    streams = Streams([2], FreezeRule(window=4, policy="never"))
+    branches = Branches([2], FreezeRule(window=4, policy="never"))
     for first, second in ((1.0, 1.0), (1.0, -1.0), (1.0, 1.0), (1.0, -1.0)):
-        streams.step([torch.tensor([first, second])], [torch.tensor([-1.0, second])])
-    assert float(streams.seen.disorder) == pytest.approx((0 + 3) / 6)
-    assert float(streams.seen.conflict) == 0.5
-    assert float(streams.seen.cosine) == pytest.approx(((1 * -1) + (-1 * -1)) / 2)
+        branches.step([torch.tensor([first, second])], [torch.tensor([-1.0, second])])
+    assert float(branches.seen.disorder) == pytest.approx((0 + 3) / 6)
+    assert float(branches.seen.conflict) == 0.5
+    assert float(branches.seen.cosine) == pytest.approx(((1 * -1) + (-1 * -1)) / 2)
 
 
 def settled(step: int) -> list[Tensor]:
@@ -100,58 +100,58 @@ def settled(step: int) -> list[Tensor]:
     return tensors(1.0, 1.0 if step % 2 else -1.0)
 
 
-@pytest.mark.parametrize("stream", ["task", "smooth", "both"])
-def test_the_settled_scale_loses_the_named_stream_and_the_other_nothing(stream: str) -> None:
-    streams = Streams([1, 1], FreezeRule(window=10, threshold=0.3, stream=stream))  # type: ignore[arg-type]
+@pytest.mark.parametrize("branch", ["task", "smooth", "both"])
+def test_the_settled_scale_loses_the_named_branch_and_the_other_nothing(branch: str) -> None:
+    branches = Branches([1, 1], FreezeRule(window=10, threshold=0.3, branch=branch))  # type: ignore[arg-type]
     for step in range(10):
-        before = streams.step(settled(step), tensors(-3.0, -3.0))
+        before = branches.step(settled(step), tensors(-3.0, -3.0))
         assert before[0] == 0.5 * 1.0 + 0.5 * -3.0  # nothing freezes before a window has passed
-    frozen, free = streams.step(settled(10), tensors(-3.0, -3.0))
-    assert frozen == {"task": -1.5, "smooth": 0.5, "both": None}[stream]
+    frozen, free = branches.step(settled(10), tensors(-3.0, -3.0))
+    assert frozen == {"task": -1.5, "smooth": 0.5, "both": None}[branch]
     assert free == 0.5 * settled(10)[1] - 1.5
 
 
-def test_rescaled_streams_keep_the_weight_of_both() -> None:
-    streams = Streams([1, 1], FreezeRule(window=10, threshold=0.3, rescale=True))
+def test_rescaled_branches_keep_the_weight_of_both() -> None:
+    branches = Branches([1, 1], FreezeRule(window=10, threshold=0.3, rescale=True))
     for step in range(11):
-        last = streams.step(settled(step), tensors(-3.0, -3.0))
+        last = branches.step(settled(step), tensors(-3.0, -3.0))
     assert last[0] == -3.0 and last[1] == 0.5 * settled(10)[1] - 1.5
 
 
 def test_a_planted_conflict_is_found_within_two_windows_and_released_when_it_ends() -> None:
     draw = np.random.default_rng(1)
-    streams = Streams([1, 1], FreezeRule(window=50, z=3.0))
+    branches = Branches([1, 1], FreezeRule(window=50, z=3.0))
 
     def run(steps: int, settled_task: bool) -> None:
         for _ in range(steps):
             noise = draw.normal(size=2)
             task = (1 + 0.1 * noise[0], noise[1]) if settled_task else (noise[0], noise[1])
-            streams.step(tensors(*task), tensors(-1.0, 0.1))
+            branches.step(tensors(*task), tensors(-1.0, 0.1))
 
     run(100, settled_task=True)
-    assert streams.freezer.frozen.tolist() == [True, False]
+    assert branches.freezer.frozen.tolist() == [True, False]
     run(50, settled_task=True)
-    assert streams.freezer.frozen.tolist() == [True, False]  # seen while frozen: the history goes on
+    assert branches.freezer.frozen.tolist() == [True, False]  # seen while frozen: the history goes on
     run(50, settled_task=False)
-    assert streams.freezer.frozen.tolist() == [False, False]
+    assert branches.freezer.frozen.tolist() == [False, False]
 
 
 def test_z_is_a_significance_against_coin_flips_and_r_a_plain_bound() -> None:
     window = 101  # 100 comparisons: the bound of z = 3 is 0.5 - 3 · 0.05 = 0.35
     for below, flip_count in ((True, 34), (False, 36)):
-        stream = [1.0] * (window - flip_count) + [(-1.0) ** (i + 1) for i in range(flip_count)]
-        assert flips(stream) == pytest.approx(flip_count / 100)
-        streams = Streams([1], FreezeRule(window=window, z=3.0))
-        for value in stream:
-            streams.step(tensors(value), tensors(0.0))
-        assert bool(streams.freezer.frozen[0]) is below
+        branch = [1.0] * (window - flip_count) + [(-1.0) ** (i + 1) for i in range(flip_count)]
+        assert flips(branch) == pytest.approx(flip_count / 100)
+        branches = Branches([1], FreezeRule(window=window, z=3.0))
+        for value in branch:
+            branches.step(tensors(value), tensors(0.0))
+        assert bool(branches.freezer.frozen[0]) is below
 
 
 def test_above_freezes_the_disordered_one() -> None:
-    streams = Streams([1, 1], FreezeRule(window=10, threshold=0.3, when="above"))
+    branches = Branches([1, 1], FreezeRule(window=10, threshold=0.3, when="above"))
     for step in range(10):
-        streams.step(settled(step), tensors(0.0, 0.0))
-    assert streams.freezer.frozen.tolist() == [False, True]
+        branches.step(settled(step), tensors(0.0, 0.0))
+    assert branches.freezer.frozen.tolist() == [False, True]
 
 
 def test_thresholds_and_targets_apart() -> None:
@@ -162,40 +162,40 @@ def test_thresholds_and_targets_apart() -> None:
         (FreezeRule(window=10, threshold=0.6, targets="weights"), [True, False]),
         (FreezeRule(window=10, threshold=0.6, targets="activations"), [False, True]),
     ):
-        streams = Streams([1, 1], rule, weights=[True, False])
+        branches = Branches([1, 1], rule, weights=[True, False])
         for value in half:
-            streams.step(tensors(value, value), tensors(0.0, 0.0))
-        assert streams.freezer.frozen.tolist() == expected, rule
+            branches.step(tensors(value, value), tensors(0.0, 0.0))
+        assert branches.freezer.frozen.tolist() == expected, rule
 
 
 def test_channels_decided_together_or_each_by_itself() -> None:
     for per_channel, expected in ((False, [False] * 3), (True, [True, False, False])):
-        streams = Streams([3], FreezeRule(window=10, threshold=0.3, per_channel=per_channel))
+        branches = Branches([3], FreezeRule(window=10, threshold=0.3, per_channel=per_channel))
         for step in range(10):
             sign = 1.0 if step % 2 else -1.0
-            streams.step([torch.tensor([1.0, sign, sign])], [torch.zeros(3)])
-        assert streams.freezer.frozen.tolist() == expected
+            branches.step([torch.tensor([1.0, sign, sign])], [torch.zeros(3)])
+        assert branches.freezer.frozen.tolist() == expected
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_scales_without_gradient_are_not_taken_for_calm(per_channel: bool) -> None:
     """A dead scale stays free, and dead channels do not make an alternating channel look calm."""
-    streams = Streams([1, 4], FreezeRule(window=10, threshold=0.3, per_channel=per_channel))
+    branches = Branches([1, 4], FreezeRule(window=10, threshold=0.3, per_channel=per_channel))
     for step in range(10):
         alternating = torch.tensor([1.0 if step % 2 else -1.0, 0.0, 0.0, 0.0])
-        streams.step([torch.tensor(0.0), alternating], [torch.tensor(1.0), torch.ones(4)])
-    assert not streams.freezer.frozen.any()
+        branches.step([torch.tensor(0.0), alternating], [torch.tensor(1.0), torch.ones(4)])
+    assert not branches.freezer.frozen.any()
 
 
 def test_policies() -> None:
     def frozen_after(policy: str, steps: int) -> list[list[bool]]:
-        streams, found = Streams([1] * 8, FreezeRule(window=10, threshold=0.3, policy=policy)), []  # type: ignore[arg-type]
+        branches, found = Branches([1] * 8, FreezeRule(window=10, threshold=0.3, policy=policy)), []  # type: ignore[arg-type]
         for step in range(steps):
             calm = step < 10
             sign = 1.0 if calm or step % 2 else -1.0
-            streams.step(tensors(sign, sign, *([1.0 if step % 2 else -1.0] * 6)), tensors(*[0.0] * 8))
+            branches.step(tensors(sign, sign, *([1.0 if step % 2 else -1.0] * 6)), tensors(*[0.0] * 8))
             if (step + 1) % 10 == 0:
-                found.append(streams.freezer.frozen.tolist())
+                found.append(branches.freezer.frozen.tolist())
         return found
 
     two = [True, True] + [False] * 6
@@ -207,10 +207,10 @@ def test_policies() -> None:
     assert sum(drawn[0]) == 2 and drawn[1] == [False] * 8
 
 
-def test_one_stream_is_refused_and_so_is_a_window_of_one() -> None:
-    streams = Streams([1], FreezeRule())
-    with pytest.raises(ValueError, match="two streams"):
-        streams.freezer.mask(Gradients(torch.tensor(0.0)), streams.scales)
+def test_one_branch_is_refused_and_so_is_a_window_of_one() -> None:
+    branches = Branches([1], FreezeRule())
+    with pytest.raises(ValueError, match="two branches"):
+        branches.freezer.mask(Gradients(torch.tensor(0.0)), branches.scales)
     with pytest.raises(ValueError, match="at least 2 steps"):
         FreezeRule(window=1)
 
@@ -233,7 +233,7 @@ def sagm_step(problem: Problem, rule: FreezeRule, rho: float = 0.05) -> list[flo
     return [float(p.grad) for p in parameters]  # type: ignore[arg-type]
 
 
-def test_streams_of_a_quantized_net_against_numpy_and_their_mixes() -> None:
+def test_branches_of_a_quantized_net_against_numpy_and_their_mixes() -> None:
     task, smooth = numpy_steps(one_scale(), 0.05)
     assert abs(task[2] - smooth[2]) > 1e-3  # else the next lines show nothing
     mixed = sagm_step(one_scale(), FreezeRule(policy="never"))
@@ -286,8 +286,8 @@ def test_without_perturbation_gaqat_is_plain_lsq() -> None:
     assert same(trajectory(FreezeRule(window=5, policy="never"), rho=0.0, alpha=0.0), plain)
 
 
-@pytest.mark.parametrize("stream", ["task", "both"])
-def test_a_frozen_scale_does_not_move_in_100_steps_at_learning_rate_0(stream: str) -> None:
+@pytest.mark.parametrize("branch", ["task", "both"])
+def test_a_frozen_scale_does_not_move_in_100_steps_at_learning_rate_0(branch: str) -> None:
     problem = one_scale()
     model: OneScale = problem.model  # type: ignore[assignment]
     start = model.quantizer.raw_scale.detach().clone()
@@ -296,7 +296,7 @@ def test_a_frozen_scale_does_not_move_in_100_steps_at_learning_rate_0(stream: st
         ["middle"],
         [model.quantizer.raw_scale],
         [False],
-        FreezeRule(policy="always", stream=stream),  # type: ignore[arg-type]
+        FreezeRule(policy="always", branch=branch),  # type: ignore[arg-type]
     )
     for _ in range(100):
         freezer.mask(sagm(problem.closure, problem.parameters, rho=0.3), problem.parameters)
@@ -304,12 +304,12 @@ def test_a_frozen_scale_does_not_move_in_100_steps_at_learning_rate_0(stream: st
     assert torch.equal(model.quantizer.raw_scale.detach(), start)
 
 
-def test_a_scale_frozen_in_both_streams_does_not_coast_on_momentum() -> None:
+def test_a_scale_frozen_in_both_branches_does_not_coast_on_momentum() -> None:
     problem = one_scale()
     model: OneScale = problem.model  # type: ignore[assignment]
     optimizer = torch.optim.Adam(problem.parameters, lr=1e-2)
     freezer = ScaleFreezer(
-        ["middle"], [model.quantizer.raw_scale], [False], FreezeRule(window=5, threshold=1.1, stream="both")
+        ["middle"], [model.quantizer.raw_scale], [False], FreezeRule(window=5, threshold=1.1, branch="both")
     )
     moved = []
     for _ in range(15):
@@ -323,8 +323,8 @@ def test_a_scale_frozen_in_both_streams_does_not_coast_on_momentum() -> None:
 def test_state_survives_saving_and_foreign_state_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
     draw = np.random.default_rng(4).normal(size=(60, 3))
     rule = FreezeRule(window=10, threshold=0.5, policy="random")
-    whole, first = Streams([1, 1, 1], rule), Streams([1, 1, 1], rule)
-    second = Streams([1, 1, 1], rule)
+    whole, first = Branches([1, 1, 1], rule), Branches([1, 1, 1], rule)
+    second = Branches([1, 1, 1], rule)
     masks: list[list[list[bool]]] = [[], []]
     for row in draw:
         whole.step(tensors(*row), tensors(0.0, 0.0, 0.0))
@@ -338,11 +338,11 @@ def test_state_survives_saving_and_foreign_state_is_refused(tmp_path) -> None:  
         masks[1].append(active.freezer.frozen.tolist())
     assert masks[0] == masks[1] and any(any(m) for m in masks[0])
     with pytest.raises(ValueError, match="other scales"):
-        Streams([1], rule).freezer.load_state_dict(copy.deepcopy(first.freezer.state_dict()))
+        Branches([1], rule).freezer.load_state_dict(copy.deepcopy(first.freezer.state_dict()))
 
 
 def test_partial_objectives_carry_their_options() -> None:
-    """What the training step builds: a partial whose freezer sees the streams of the very parameters it is given."""
+    """What the training step builds: a partial whose freezer sees the branches of the very parameters it is given."""
     problem, same, other = one_scale(), one_scale(), one_scale()
     found = partial(sagm, rho=0.1)(problem.closure, problem.parameters)
     assert len(found.task) == len(problem.parameters) and found.mix == MIX

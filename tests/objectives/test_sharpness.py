@@ -18,7 +18,7 @@ from tests.objectives.nets import Problem, one_scale, two_layer_gradients, two_l
 NORM = 1e-9  # of the largest gradient: float64, and the published codes' 1e-12 in the denominators
 
 
-def numpy_streams(problem: Problem, move) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
+def numpy_branches(problem: Problem, move) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
     """Flat task and perturbed gradients; `move(flat gradient, flat parameters)` displaces the parameters."""
     a, b = (p.detach().numpy() for p in problem.parameters)
     x, labels = problem.x.numpy(), problem.target.numpy()
@@ -35,7 +35,7 @@ def flat(problem: Problem) -> np.ndarray:
 
 def test_sam_against_numpy() -> None:
     problem = two_layers()
-    task, there = numpy_streams(problem, lambda g, _: 0.3 * g / np.linalg.norm(g))
+    task, there = numpy_branches(problem, lambda g, _: 0.3 * g / np.linalg.norm(g))
     seen = sam(problem.closure, problem.parameters, rho=0.3)
     assert_near(flat(problem), there, NORM)
     assert_near(torch.cat([g.flatten() for g in seen.task]).numpy(), task, NORM)  # type: ignore[union-attr]
@@ -48,14 +48,14 @@ def test_asam_against_numpy() -> None:
         t = np.abs(values) + 0.01
         return 0.5 * t**2 * g / np.linalg.norm(t * g)
 
-    _, there = numpy_streams(problem, move)
+    _, there = numpy_branches(problem, move)
     asam(problem.closure, problem.parameters, rho=0.5)
     assert_near(flat(problem), there, NORM)
 
 
 def test_gsam_against_numpy() -> None:
     problem = two_layers()
-    task, there = numpy_streams(problem, lambda g, _: 0.3 * g / np.linalg.norm(g))
+    task, there = numpy_branches(problem, lambda g, _: 0.3 * g / np.linalg.norm(g))
     unit = there / np.linalg.norm(there)
     across = task - (task @ unit) * unit
     gsam(problem.closure, problem.parameters, rho=0.3, alpha=0.7)
@@ -64,7 +64,7 @@ def test_gsam_against_numpy() -> None:
 
 def test_sagm_against_numpy() -> None:
     problem = two_layers()
-    task, there = numpy_streams(problem, lambda g, _: (0.3 / np.linalg.norm(g) - 0.2) * g)
+    task, there = numpy_branches(problem, lambda g, _: (0.3 / np.linalg.norm(g) - 0.2) * g)
     sagm(problem.closure, problem.parameters, rho=0.3, alpha=0.2)
     assert_near(flat(problem), 0.5 * task + 0.5 * there, NORM)
 
@@ -193,7 +193,7 @@ def test_statistics_move_once_a_step_and_both_passes_draw_the_same_mask() -> Non
     after = torch.get_rng_state()
     torch.set_rng_state(state)
     Problem(once, problem.x, problem.target).closure()
-    assert torch.equal(after, torch.get_rng_state())  # the stream goes on as after one pass
+    assert torch.equal(after, torch.get_rng_state())  # the branch goes on as after one pass
     assert torch.equal(model.norm.running_mean, once.norm.running_mean)  # type: ignore[arg-type]
     assert int(model.norm.num_batches_tracked) == 1  # type: ignore[arg-type]
 

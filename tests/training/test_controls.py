@@ -11,8 +11,8 @@ def test_every_name_has_its_row_in_the_order_of_the_command_line() -> None:
 
 
 def test_a_control_differs_from_the_method_in_one_thing() -> None:
-    """policy, stream, above, combined; what combines gradients freezes nothing."""
-    rows = {name: (row.policy, row.stream, row.above, row.combined) for name, row in CONTROLS.items()}
+    """policy, branch, above, combined; what combines gradients freezes nothing."""
+    rows = {name: (row.policy, row.branch, row.above, row.combined) for name, row in CONTROLS.items()}
     method = ("disorder", "task", False, "")
     assert rows["gaqat"] == method
     for name, row in rows.items():

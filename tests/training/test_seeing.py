@@ -117,7 +117,7 @@ def test_shares_beyond_the_threshold_are_what_the_freezer_freezes(rule: FreezeRu
     freezer = ScaleFreezer(NAMES, scales, IS_WEIGHT.tolist(), rule)
     owner, expected = np.repeat(np.arange(5), CHANNELS), []
     for step in range(STEPS):
-        first, second = ([torch.from_numpy(s[step]).float() for s in stream] for stream in (task, smoothing))
+        first, second = ([torch.from_numpy(s[step]).float() for s in branch] for branch in (task, smoothing))
         freezer.mask(Gradients(torch.zeros(()), first, second, (0.5, 0.5)), scales)
         if step % WINDOW == WINDOW - 1:
             expected.append([bool(freezer.frozen[owner == i].all()) for i in range(4)])  # b#add0 gets no gradient
