@@ -20,7 +20,7 @@ from qat import __version__
 from qat.proof import recorded
 from qat.surgery.batches import inputs_of
 from qat.surgery.example import Example, arguments_of, tensors_in, with_leaves, with_tensors
-from qat.surgery.sites import example_of
+from qat.surgery.points import example_of
 from qat.surgery.wrappers import copied, require_float32, unwrapped
 
 if TYPE_CHECKING:

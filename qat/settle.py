@@ -27,7 +27,7 @@ from edgeqat.extras import require
 from qat.quantizers.contract import Quantizer
 from qat.surgery.example import Example
 from qat.surgery.layers import QuantConv2d, QuantLinear
-from qat.surgery.sites import example_of
+from qat.surgery.points import example_of
 from qat.surgery.swap import quantizers
 from qat.surgery.wrappers import require_float32, unwrapped
 

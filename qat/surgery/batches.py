@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.surgery.example import Arguments, Example, arguments_of, tensors_in
-from qat.surgery.sites import example_of
+from qat.surgery.points import example_of
 
 FORMS = "give a tensor, (images, labels) or a dict of tensors"
 

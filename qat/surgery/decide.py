@@ -10,8 +10,8 @@ from qat.quantizers.spec import QuantSpec
 from qat.surgery.frames import path_of
 from qat.surgery.layers import FLOAT, LayerSpec, wraps
 from qat.surgery.observe import Observation
-from qat.surgery.plan import JOINS, Plan, is_join, plan_sites
-from qat.surgery.sites import Addresses
+from qat.surgery.plan import MERGES, Plan, is_merge, plan_points
+from qat.surgery.points import Addresses
 from qat.surgery.training_paths import in_training, tallies
 
 Rules = Sequence[tuple[str, LayerSpec]]
@@ -35,7 +35,7 @@ class QuantizationPlan:
     specs:   what the rules ask for, by layer. patterns: the rule that decided each.
     wrapped: the layers whose modules are replaced. operands: by address, those quantized where they multiply.
     shared:  layers with one weight among them, which get one weight quantizer.
-    sites:   the 8-bit quantizers of operations without weights.
+    placement: the 8-bit quantizers of operations without weights.
     known:   addresses, for the modules that apply them.
     """
 
@@ -44,14 +44,14 @@ class QuantizationPlan:
     wrapped: Mapping[str, LayerSpec]
     operands: Mapping[str, OperandsPlan]
     shared: tuple[tuple[str, ...], ...]
-    sites: Plan
+    placement: Plan
     known: Addresses
 
 
 def plan_quantization(seen: Observation, rules: Rules, stream: QuantSpec | None) -> QuantizationPlan:
     """Decide every layer and every operation of an observed model.
 
-    stream: grid of the tensors that join integer operations; None: no such quantizers.
+    stream: grid of the tensors that merge (residual adds, concats, pools); None: no such quantizers.
     Raises ValueError naming a layer that no rule reaches, a rule that decides nothing, an operation that needs a FLOAT rule,
     layers with one weight and different rules.
     """
@@ -61,13 +61,13 @@ def plan_quantization(seen: Observation, rules: Rules, stream: QuantSpec | None)
     specs, shared = _with_shared_weights(seen, specs)
     binary = frozenset(name for name, spec in specs.items() if spec.input is not None and spec.input.bits == 1)
     in_float = frozenset(name for name, spec in specs.items() if spec == FLOAT)
-    sites = plan_sites(seen.trace, binary, in_float) if stream is not None else Plan((), frozenset())
+    placement = plan_points(seen.trace, binary, in_float) if stream is not None else Plan((), frozenset())
     wrapped: dict[str, LayerSpec] = {}
     operands: dict[str, OperandsPlan] = {}
     for name, spec in specs.items():
         if spec == FLOAT:
             continue
-        if stream is not None and name in sites.on_grid:
+        if stream is not None and name in placement.on_grid:
             spec = _input_from_stream(spec, stream)
         calls = seen.calls.get(name, [])
         if all(call.path == name for call in calls) and (not calls or wraps(seen.layers[name])):
@@ -75,8 +75,8 @@ def plan_quantization(seen: Observation, rules: Rules, stream: QuantSpec | None)
         else:
             address = calls[0].address
             operands[address] = OperandsPlan(name, calls[0].kind, spec, seen.trace.weights[address])
-    known = _addresses(seen, sites, wrapped, operands)
-    return QuantizationPlan(specs, patterns, wrapped, operands, shared, sites, known)
+    known = _addresses(seen, placement, wrapped, operands)
+    return QuantizationPlan(specs, patterns, wrapped, operands, shared, placement, known)
 
 
 def _by_rules(seen: Observation, rules: Rules) -> tuple[dict[str, LayerSpec], dict[str, str]]:
@@ -175,12 +175,12 @@ def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
 
 
 def _addresses(
-    seen: Observation, sites: Plan, wrapped: Mapping[str, LayerSpec], operands: Mapping[str, OperandsPlan]
+    seen: Observation, placement: Plan, wrapped: Mapping[str, LayerSpec], operands: Mapping[str, OperandsPlan]
 ) -> Addresses:
     trace = seen.trace
-    joins = frozenset(trace.constant | {call.address for call in trace.calls if call.kind in JOINS or is_join(call)})
-    quantized = [*sites.sites, *operands]
-    relus = [address for address, _, _ in sites.relus]
+    merges = frozenset(trace.constant | {call.address for call in trace.calls if call.kind in MERGES or is_merge(call)})
+    quantized = [*placement.points, *operands]
+    relus = [address for address, _, _ in placement.relus]
     shifted: dict[str, str | None] = {}
     counted: dict[str, dict[str, int]] = {}
     in_float = set(trace.weights) - operands.keys()
@@ -188,9 +188,9 @@ def _addresses(
         shifted = in_training(trace, seen.trained, [*quantized, *relus])
         counted = tallies(seen.trained, [address for address in quantized if path_of(address) not in trace.repeated])
         in_float |= set(_only_in_training(seen, wrapped))
-    written_back = trace.written_back.intersection(sites.sites)
+    written_back = trace.written_back.intersection(placement.points)
     return Addresses(
-        joins, frozenset(in_float), frozenset(wrapped), frozenset(written_back), shifted, counted,
+        merges, frozenset(in_float), frozenset(wrapped), frozenset(written_back), shifted, counted,
         frozenset(trace.repeated), dict(trace.starts),
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ class Explanation:
         if calls:
             return self._operation(calls[0])
         for position, value in enumerate(self.seen.trace.model_inputs):
-            if name == image_address(position) and name in self.plan.sites.sites:
+            if name == image_address(position) and name in self.plan.placement.points:
                 why = "quantized to 8 bits since it joins an integer operation"
                 return f"{name}: the model's input, {why}. Read by {self._readers(value)}."
         known = [*self.plan.specs, *(call.address for call in self.seen.trace.calls)]
@@ -64,7 +64,7 @@ class Explanation:
         source = self._source(calls[0].inputs[0])
         if spec is None:
             return f"in floating point, from {source}"
-        if name in self.plan.sites.on_grid and self._reads_codes(name):
+        if name in self.plan.placement.on_grid and self._reads_codes(name):
             return f"read as the 8-bit codes of {source}"
         return f"quantized to {spec} by the layer itself, from {source}"
 
@@ -83,11 +83,11 @@ class Explanation:
 
     def _result(self, call: Call) -> str:
         address = call.address
-        if address in self.plan.sites.sites:
+        if address in self.plan.placement.points:
             if is_integer(call):
                 return "quantized to 8 bits, since it is an integer operation that more than one layer's own quantizer reads"
             return "quantized to 8 bits, since it joins an integer operation or a layer with one-bit inputs"
-        if address in self.plan.sites.absorbed:
+        if address in self.plan.placement.absorbed:
             return "part of the layer before it: the file has no separate operation for it"
         if call.kind in LAYOUTS:
             return "only moves values, so codes stay codes"
@@ -112,7 +112,7 @@ class Explanation:
         if value in self.seen.trace.model_outputs:
             names["the model's output"] = None
         for reader in self.seen.trace.consumers().get(value, []):
-            if reader.kind in LAYOUTS or reader.address in self.plan.sites.absorbed:
+            if reader.kind in LAYOUTS or reader.address in self.plan.placement.absorbed:
                 for out in reader.outputs:
                     self._collect_readers(out, names)
             else:

@@ -1,10 +1,10 @@
 """Where 8-bit quantizers must stand so that the runtime stays in integers (`docs/lowering.md`).
 
 ONNX Runtime computes a convolution, linear, add, concat or average pool on integers only when every input comes from a
-quantizer and the output goes, through a clip at most, into exactly one. So each *unit* (such an operation with the batch
-norm and clip activation that follow it) whose result is read by anything but one layer's own input quantizer gets a trained
-8-bit quantizer on that result; and so does every floating-point result that joins such an operation. A layer whose input
-has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit codes.
+quantizer and the output goes, through a clip at most, into exactly one. So each *fused group* (such an operation with the
+batch norm and clip activation that follow it) whose result is read by anything but one layer's own input quantizer gets a
+trained 8-bit quantizer on that result; and so does every floating-point result that such an operation reads. A layer whose
+input has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit codes.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from qat.surgery.frames import image_address
 from qat.surgery.trace import MULTIPLIES, Call, Trace
 
 PRODUCTS = {"matmul"}  # of two activations: attention's q·kᵀ and attn·v
-JOINS = {"add", "cat", "mul"} | PRODUCTS
+MERGES = {"add", "cat", "mul"} | PRODUCTS
 # The runtime's integer kernels of these can write floats, so a floating-point operation may read them unquantized.
 FLOAT_OUTPUT = {"linear"} | PRODUCTS
 # Operations that only move, pick or repeat codes: quantizing before or after them is the same.
@@ -36,13 +36,13 @@ UNSUPPORTED_MULTIPLIES = {
 class Plan:
     """Where 8-bit quantizers stand.
 
-    sites:    addresses whose output is quantized to 8 bits; `#input0` and so on are the model's own inputs.
-    on_grid:  layers whose input comes from such a site.
+    points:   addresses whose output is quantized to 8 bits; `#input0` and so on are the model's own inputs.
+    on_grid:  layers whose input comes from such a quantization point.
     relus:    (address, convolution, upper clip) of each ReLU whose result that convolution alone reads.
     absorbed: addresses of the batch norms and clips that go into the layer before them.
     """
 
-    sites: tuple[str, ...]
+    points: tuple[str, ...]
     on_grid: frozenset[str]
     relus: tuple[tuple[str, str, float], ...] = ()
     absorbed: frozenset[str] = frozenset()
@@ -53,32 +53,32 @@ def unsupported(trace: Trace) -> list[Call]:
     return [call for call in trace.calls if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call)]
 
 
-def plan_sites(
+def plan_points(
     trace: Trace, binary_inputs: frozenset[str] = frozenset(), in_float: frozenset[str] = frozenset()
 ) -> Plan:
-    """Decide the 8-bit sites of a traced model.
+    """Decide the 8-bit points of a traced model.
 
     binary_inputs: layers that read one-bit codes. in_float: layers that are not quantized.
     Raises ValueError naming a layer that would binarize the model's input.
     """
     flow = _Flow(trace, in_float)
-    sites: dict[str, None] = {}
+    points: dict[str, None] = {}
     for call in trace.calls:
         if is_integer(call):
             end = flow.unit_end(call)
-            if flow.needs_site(call, end):
-                sites[flow.producer[end].address] = None
-        if is_join(call):
+            if flow.needs_point(call, end):
+                points[flow.producer[end].address] = None
+        if is_merge(call):
             for value in call.inputs:
-                sites[flow.source(value)] = None
+                points[flow.source(value)] = None
     for address in flow.read_by_binary(binary_inputs, in_float):
-        sites[address] = None
+        points[address] = None
     on_grid, elsewhere = set[str](), set[str]()
     for call in trace.calls:
         if call.kind in MULTIPLIES:
-            (on_grid if flow.source(call.inputs[0]) in sites else elsewhere).add(call.layer)
+            (on_grid if flow.source(call.inputs[0]) in points else elsewhere).add(call.layer)
     absorbed = frozenset(part for call in trace.calls if is_integer(call) for part in flow.absorbed(call))
-    return Plan(tuple(sites), frozenset(on_grid - elsewhere), tuple(flow.relus_of_one_conv(trace)), absorbed)
+    return Plan(tuple(points), frozenset(on_grid - elsewhere), tuple(flow.relus_of_one_conv(trace)), absorbed)
 
 
 def multiplies_table(call: Call) -> bool:
@@ -86,14 +86,14 @@ def multiplies_table(call: Call) -> bool:
     return call.kind in ({"einsum"} | PRODUCTS) and len(call.inputs) == 1
 
 
-def is_join(call: Call) -> bool:
+def is_merge(call: Call) -> bool:
     """An integer operation without weights: sum, product or concat of two activations, average pooling over space."""
-    return call.pools_space or (call.kind in JOINS and len(call.inputs) > 1)
+    return call.pools_space or (call.kind in MERGES and len(call.inputs) > 1)
 
 
 def is_integer(call: Call) -> bool:
-    """Whether a call runs on integers in a file: a product, or a join of tensors."""
-    return call.kind in MULTIPLIES or is_join(call)
+    """Whether a call runs on integers in a file: a product, or a merge of tensors."""
+    return call.kind in MULTIPLIES or is_merge(call)
 
 
 class _Flow:
@@ -115,7 +115,7 @@ class _Flow:
         return value
 
     def absorbed(self, call: Call) -> Iterator[str]:
-        """Addresses of the operations between `call` and its unit's end."""
+        """Addresses of the operations between `call` and the end of its fused group."""
         value, end = call.outputs[0], self.unit_end(call)
         while value != end:
             reader = self.readers[value][0]
@@ -132,8 +132,8 @@ class _Flow:
                 readers.append(reader)
         return readers
 
-    def needs_site(self, call: Call, end: int) -> bool:
-        """Whether the unit of `call`, ending in value `end`, must quantize its result itself."""
+    def needs_point(self, call: Call, end: int) -> bool:
+        """Whether the fused group of `call`, ending in value `end`, must quantize its result itself."""
         if self.read_by_one_layer(end) or self.is_model_output(end):
             return False
         stays_float = call.kind in FLOAT_OUTPUT and end == call.outputs[0]

@@ -18,7 +18,7 @@ from qat.surgery.layers import LayerSpec, QuantConv2d, QuantLinear
 from qat.surgery.observe import WEIGHTED, Observation, observe
 from qat.surgery.operands import QuantOperands
 from qat.surgery.plan import Plan
-from qat.surgery.sites import run_with_sites
+from qat.surgery.points import run_with_points
 from qat.surgery.table import QuantizationTable, table_of
 from qat.surgery.wrappers import unwrapped
 
@@ -143,8 +143,10 @@ def apply(
         for alias in seen.aliases.get(name, [name]):
             parent, _, attribute = alias.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer)
-    sites = {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.sites.sites}
-    run_with_sites(model, sites, operands, _relus_taken_over(plan.sites, quantized), plan.known, example)
+    points = (
+        {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.placement.points}
+    )
+    run_with_points(model, points, operands, _relus_taken_over(plan.placement, quantized), plan.known, example)
     _move_like(model)
     return quantized
 
@@ -162,13 +164,13 @@ def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, 
     relus: dict[str, LSQ] = {}
     for address, path, ceiling in plan.relus:
         quantizer = getattr(quantized.get(path), "input_quantizer", None)
-        if isinstance(quantizer, LSQ) and address not in plan.sites:
+        if isinstance(quantizer, LSQ) and address not in plan.points:
             quantizer.ceiling, relus[address] = ceiling, quantizer
     return relus
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Every quantizer of the model by its name: `<layer>.weight`, `<layer>.input`, or a site's address."""
+    """Every quantizer of the model by its name: `<layer>.weight`, `<layer>.input`, or a quantization point's address."""
     return {m.name: m for m in model.modules() if isinstance(m, Quantizer)}
 
 

@@ -11,7 +11,7 @@ from qat.quantizers.spec import QuantSpec
 from qat.surgery.decide import QuantizationPlan
 from qat.surgery.explain import Explanation
 from qat.surgery.observe import Observation
-from qat.surgery.plan import is_join
+from qat.surgery.plan import is_merge
 from qat.surgery.trace import MULTIPLIES
 
 
@@ -46,14 +46,14 @@ class QuantizationTable:
     """What `quantize_` did.
 
     rows:     every conv and linear.
-    sites:    addresses of the 8-bit stream quantizers.
+    points:   addresses of the 8-bit stream quantizers.
     products: products of two quantized activations: attention's, and gates.
     in_float: operations that multiply in floating point: softmax, norms, GELU, the inside of gates, tables of positions.
     witnessed: multiply-adds of one image that depend on it, as PyTorch's dispatcher counts them; all are in the rows.
     """
 
     rows: tuple[LayerRow, ...]
-    sites: tuple[str, ...]
+    points: tuple[str, ...]
     products: tuple[OperationRow, ...] = ()
     in_float: tuple[OperationRow, ...] = ()
     witnessed: int = 0
@@ -87,7 +87,7 @@ class QuantizationTable:
             )
         low = sum(r.macs for r in self.rows if r.weight is not None) / max(sum(r.macs for r in self.rows), 1)
         lines.append(
-            f"{len(self.rows)} layers, {low:.1%} of the MACs quantized; {len(self.sites)} stream quantizers of 8 bits"
+            f"{len(self.rows)} layers, {low:.1%} of the MACs quantized; {len(self.points)} stream quantizers of 8 bits"
         )
         if self.products:
             lines.append(f"products of activations, quantized: {_by_kind(self.products, self.multiplications)}")
@@ -103,7 +103,7 @@ def table_of(seen: Observation, plan: QuantizationPlan, quantized: Mapping[str, 
     rows = tuple(_row(name, seen, plan, quantized) for name in plan.specs if name in seen.layers or name in seen.calls)
     products, in_float = _operations(seen, plan)
     witnessed = sum(seen.witnessed.values()) // seen.samples
-    return QuantizationTable(rows, plan.sites.sites, products, in_float, witnessed, Explanation(seen, plan))
+    return QuantizationTable(rows, plan.placement.points, products, in_float, witnessed, Explanation(seen, plan))
 
 
 def _row(name: str, seen: Observation, plan: QuantizationPlan, quantized: Mapping[str, nn.Module]) -> LayerRow:
@@ -124,8 +124,8 @@ def _operations(seen: Observation, plan: QuantizationPlan) -> tuple[tuple[Operat
     for call in seen.trace.calls:
         row = OperationRow(call.address, call.kind, call.multiplications // seen.samples)
         is_layer = call.kind in MULTIPLIES or call.address in others
-        if row.multiplications and not is_layer and call.address not in plan.sites.absorbed:
-            (products if is_join(call) and plan.sites.sites else in_float).append(row)
+        if row.multiplications and not is_layer and call.address not in plan.placement.absorbed:
+            (products if is_merge(call) and plan.placement.points else in_float).append(row)
     for name, calls in seen.unquantizable.items():
         if name not in seen.layers:
             multiply_adds = _witnessed_in(name, calls[0].path, seen)

@@ -343,9 +343,9 @@ class _Trainer:
         return {"source_validation_before": before} | settlement.to_json()
 
     def _state(self) -> dict[str, Any]:
-        sites = list(self.built.table.sites) if self.built.table else []
+        points = list(self.built.table.points) if self.built.table else []
         return {
-            "model": self.built.model.state_dict(), "classes": list(self.split.classes), "sites": sites,
+            "model": self.built.model.state_dict(), "classes": list(self.split.classes), "sites": points,
             "recipe": self.described,
         }  # fmt: skip
 

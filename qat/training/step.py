@@ -26,7 +26,7 @@ from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
 from qat.quantizers.biper import periodic_regulariser
 from qat.quantizers.contract import Quantizer
-from qat.quantizers.once import weights_quantized_once
+from qat.quantizers.weight_cache import weight_cache
 from qat.surgery.backbones import clip_gradients, first_and_last
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.calibrate import paused
@@ -133,7 +133,7 @@ class TrainingStep:
 
         def closure() -> Tensor:
             logits, losses = list[Tensor](), list[Tensor]()
-            with weights_quantized_once(self.own) if len(parts) > 1 else nullcontext():
+            with weight_cache(self.own) if len(parts) > 1 else nullcontext():
                 for part in parts:
                     last = part is parts[-1]
                     with nullcontext() if last else self._without_exchange():

@@ -30,11 +30,11 @@ def test_every_quantizer_is_reached_and_gets_a_finite_gradient(name: str) -> Non
 
 def test_attention_products_and_gates_have_quantized_operands() -> None:
     model, _ = create_backbone("vit_tiny_patch16_224", 5, img_size=32)
-    sites = quantize_(model, uniform_rules(4, 4, first_and_last(model)), torch.zeros(1, 3, 32, 32)).sites
-    assert {"blocks.0.attn.qkv#linear0", "blocks.0.attn#softmax0", "blocks.0.attn#mul0", "blocks.0#add1"} <= set(sites)
+    points = quantize_(model, uniform_rules(4, 4, first_and_last(model)), torch.zeros(1, 3, 32, 32)).points
+    assert {"blocks.0.attn.qkv#linear0", "blocks.0.attn#softmax0", "blocks.0.attn#mul0", "blocks.0#add1"} <= set(points)
     gated, _ = create_backbone("mobilenetv3_small_050", 5)
-    sites = quantize_(gated, uniform_rules(4, 4, first_and_last(gated)), torch.zeros(1, 3, 32, 32)).sites
-    assert any(".se.gate#" in site for site in sites), sites
+    points = quantize_(gated, uniform_rules(4, 4, first_and_last(gated)), torch.zeros(1, 3, 32, 32)).points
+    assert any(".se.gate#" in point for point in points), points
 
 
 def test_unknown_backbone_and_weights_that_do_not_fit_are_named(tmp_path) -> None:

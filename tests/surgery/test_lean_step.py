@@ -11,7 +11,7 @@ from qat.quantizers import contract, fused, recompute
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
 from qat.quantizers.spec import QuantSpec
-from qat.surgery import sites
+from qat.surgery import points
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import QuantConv2d
 from qat.surgery.swap import quantize_, uniform_rules
@@ -175,7 +175,7 @@ def test_tensors_computed_again_change_no_bit_and_keep_less(
 def test_norms_and_pools_compute_what_they_read_again(net: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = quantized(net)
     again, kept_again = step(model, images)
-    monkeypatch.setattr(sites, "KEEPING", set())
+    monkeypatch.setattr(points, "KEEPING", set())
     plain, kept = step(model, images)
     for name, value in plain.items():
         assert torch.equal(value, again[name]), name

@@ -46,7 +46,7 @@ def test_table_names_every_layer_with_its_bits_and_macs() -> None:
 
 def test_sites_stand_where_integer_operations_join() -> None:
     _, table = quantized()
-    assert set(table.sites) == {
+    assert set(table.points) == {
         "#clip0",  # the stem's relu6: read by the residual add and, after the max pool, by conv1
         "block.bn2#batch_norm0",  # into the add
         "block#clip1",  # the sum after its relu

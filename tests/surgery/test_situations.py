@@ -83,7 +83,7 @@ def with_keyword(out: Tensor, x: Tensor) -> Tensor:
     return made
 
 
-JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "expression": lambda out, x: out + x,
     "augmented": lambda out, x: out.__iadd__(x),
     "method": lambda out, x: out.add_(x),
@@ -94,13 +94,13 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("join", MERGES)
 def test_a_sum_is_quantized_however_it_is_written(join: str) -> None:
     """All of them compute what the plain expression computes, with the same quantizers."""
     models = []
     for way in ("expression", join):
         torch.manual_seed(0)
-        models.append(ready(Residual(JOINS[way])))
+        models.append(ready(Residual(MERGES[way])))
         assert "#add0" in quantizers(models[-1])
     first, second = (model(X) for model in models)
     assert torch.equal(first, second)
@@ -117,7 +117,7 @@ def test_a_sum_is_quantized_however_it_is_written(join: str) -> None:
 def test_a_sum_into_a_tensor_of_ones_own_is_quantized() -> None:
     """Autograd has no such form, so in eval mode alone."""
     results = []
-    for way in (JOINS["expression"], with_keyword):
+    for way in (MERGES["expression"], with_keyword):
         torch.manual_seed(0)
         model = ready(Residual(way))
         with torch.no_grad():
@@ -568,7 +568,7 @@ def test_old_checkpoints_names_of_repeated_relus_stay() -> None:
             return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
 
     table = qat.quantize_(Net(), qat.uniform_rules(4), X)
-    assert "blocks.0.relu#clip1" in table.sites and "blocks.0.relu#clip0" not in table.sites
+    assert "blocks.0.relu#clip1" in table.points and "blocks.0.relu#clip0" not in table.points
 
 
 def test_explanations_name_bits_rule_and_readers() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq import LSQ, FakeQuantizeLSQ
-from qat.quantizers.once import weights_quantized_once
+from qat.quantizers.weight_cache import weight_cache
 from qat.surgery.batchnorm import set_norm_mode
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import binary_rules, parameter_groups, quantize_, quantized_weights, uniform_rules
@@ -84,10 +84,10 @@ def test_microbatches_are_one_batch(recipe: LsqRecipe) -> None:
 
 
 @pytest.mark.parametrize("recipe", [LsqRecipe(), SagmLsqRecipe()], ids=lambda r: r.method)
-def test_weights_quantized_once_change_no_gradient(recipe: LsqRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weight_cache_changes_no_gradient(recipe: LsqRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(recipe, accumulate=4)
     once = gradients(recipe, quantized(), "normal")
-    monkeypatch.setattr(step_module, "weights_quantized_once", lambda model: nullcontext())
+    monkeypatch.setattr(step_module, "weight_cache", lambda model: nullcontext())
     every_time = gradients(recipe, quantized(), "normal")
     assert_close(once, every_time)
 
@@ -95,7 +95,7 @@ def test_weights_quantized_once_change_no_gradient(recipe: LsqRecipe, monkeypatc
 def test_binary_weights_are_quantized_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = BiperRecipe(accumulate=3, epochs=None)
     once = gradients(recipe, quantized(lambda m: binary_rules(m, ("stem", "head"), input_bits=4)))
-    monkeypatch.setattr(step_module, "weights_quantized_once", lambda model: nullcontext())
+    monkeypatch.setattr(step_module, "weight_cache", lambda model: nullcontext())
     assert_close(once, gradients(recipe, quantized(lambda m: binary_rules(m, ("stem", "head"), input_bits=4))))
 
 
@@ -129,7 +129,7 @@ def weight_quantizer() -> tuple[nn.Module, nn.Parameter, LSQ]:
 @pytest.mark.parametrize("changed", ["weight", "scale"])
 def test_a_weight_or_scale_that_changes_in_between_is_no_stale_one(changed: str) -> None:
     model, weight, quantizer = weight_quantizer()
-    with weights_quantized_once(model):
+    with weight_cache(model):
         before = quantizer(weight)
         assert quantizer(weight) is before
         with torch.no_grad():
@@ -140,13 +140,13 @@ def test_a_weight_or_scale_that_changes_in_between_is_no_stale_one(changed: str)
     assert not torch.equal(after, before) and torch.equal(
         after, quantizer.codes(weight) * quantizer.scale[:, None, None, None]
     )
-    with weights_quantized_once(model):
+    with weight_cache(model):
         assert torch.equal(quantizer(weight), after)
 
 
 def test_nothing_is_kept_whatever_happens_inside() -> None:
     model, weight, quantizer = weight_quantizer()
-    with pytest.raises(ZeroDivisionError), weights_quantized_once(model):
+    with pytest.raises(ZeroDivisionError), weight_cache(model):
         quantizer(weight).sum().backward()
         raise ZeroDivisionError
     assert weight.grad is None and "forward" not in vars(quantizer)
@@ -156,7 +156,7 @@ def test_nothing_is_kept_whatever_happens_inside() -> None:
 
 def test_computed_weights_and_evaluation_pass_through() -> None:
     model, weight, quantizer = weight_quantizer()
-    with weights_quantized_once(model):
+    with weight_cache(model):
         with torch.no_grad():
             assert not quantizer(weight).requires_grad
         assert quantizer(weight * 2).grad_fn is not None and quantizer(weight * 2) is not quantizer(weight * 2)

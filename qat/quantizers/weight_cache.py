@@ -1,7 +1,7 @@
 """Weights quantized once for several microbatches.
 
 With ŵ = Q(w) and a loss L = Σ_i L_i(ŵ) over microbatches, dL/dw = Q'(w) · Σ_i dL_i/dŵ: Q is linear in what comes from
-above, so its backward may run once, on the sum. Inside `weights_quantized_once` the first call of each weight quantizer
+above, so its backward may run once, on the sum. Inside `weight_cache` the first call of each weight quantizer
 computes ŵ, further calls return it, the microbatches' backward passes add up in ŵ's gradient, and on the way out one
 backward pass hands the sums to the quantizers. Nothing is kept beyond the block. In it ŵ and its gradient are held, as much
 memory again as the weights and their gradients.
@@ -17,13 +17,13 @@ from qat.quantizers.contract import Quantizer
 
 
 @contextmanager
-def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+def weight_cache(model: nn.Module) -> Iterator[None]:
     """Around the forward and backward passes of one step's microbatches; weights must not change inside.
 
     Raises RuntimeError when a weight, or a parameter of its quantizer, was written to between two microbatches. A weight
     that is computed (standardised, say) and not a parameter itself is quantized every time.
     """
-    kept = [(m, _Once(m)) for m in model.modules() if isinstance(m, Quantizer) and m.is_weight]
+    kept = [(m, _CachedWeight(m)) for m in model.modules() if isinstance(m, Quantizer) and m.is_weight]
     try:
         for quantizer, once in kept:
             quantizer.forward = once  # type: ignore[method-assign,assignment]  # hooks on the quantizer still run
@@ -36,7 +36,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
         torch.autograd.backward([out for out, _ in made], [leaf.grad for _, leaf in made])
 
 
-class _Once:
+class _CachedWeight:
     """The forward of one weight quantizer. made: ŵ with its graph, and the same ŵ as a leaf, which the microbatches read."""
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -54,6 +54,6 @@ class _Once:
         elif any(now is not then or new != old for (now, new), (then, old) in zip(read, self.read, strict=True)):
             raise RuntimeError(
                 f"quantizer {self.name!r}: its weight or scale was written to between two microbatches of one step, after "
-                "the weight had been quantized; step the optimizer outside weights_quantized_once"
+                "the weight had been quantized; step the optimizer outside weight_cache"
             )
         return self.made[1]

@@ -1,10 +1,10 @@
 """Quantizers on the results of functional operations, applied while the model's own code runs.
 
 Every module that makes such an operation gets a subclass of its class, made on the spot, whose forward runs under
-`SiteMode`; its submodules, parameters and state-dict keys stay where they were. So the quantizers are there whoever calls the
-module: the model, `forward_features`, a user who runs single children, or activation checkpointing in backward. They live in
-the root's `stream_quantizers`, and there too those of convolutions and linears that are called outside a quantized layer
-(`qat/surgery/operands.py`).
+`PointMode`; its submodules, parameters and state-dict keys stay where they were. So the quantizers are there whoever calls
+the module: the model, `forward_features`, a user who runs single children, or activation checkpointing in backward. They
+live in the root's `stream_quantizers`, and there too those of convolutions and linears that are called outside a quantized
+layer (`qat/surgery/operands.py`).
 """
 
 import functools
@@ -24,7 +24,7 @@ from qat.surgery.example import Example, with_tensors
 from qat.surgery.frames import Frame, Location, image_address, is_image, kind_in, path_of
 from qat.surgery.open_forms import open_form
 from qat.surgery.operands import QuantOperands
-from qat.surgery.plan import JOINS
+from qat.surgery.plan import MERGES
 from qat.surgery.trace import MULTIPLIES, kind_of
 
 NOTHING: AbstractContextManager[None] = nullcontext()
@@ -37,7 +37,7 @@ KEEPING = {"mul", "matmul", "layer_norm", "max_pool2d", "avg_pool2d"}
 class Addresses:
     """What is known of a model's operations.
 
-    joins:       addresses that were there when the model was quantized, with or without a quantizer.
+    merges:      addresses that were there when the model was quantized, with or without a quantizer.
     multiplies:  convolutions and linears that stay in floating point.
     layers:      paths of the quantized layers.
     written_back: operations in place whose result is read through the tensor that they wrote to.
@@ -47,7 +47,7 @@ class Addresses:
     starts:      (path, method) -> how many operations of each kind come before the method; None: not always as many.
     """
 
-    joins: frozenset[str]
+    merges: frozenset[str]
     multiplies: frozenset[str]
     layers: frozenset[str]
     written_back: frozenset[str] = frozenset()
@@ -80,7 +80,7 @@ class StreamQuantizers(nn.ModuleDict):
         self.relus, self.known = relus, known
         self.example = with_tensors(example, lambda tensor: tensor.to("meta"))  # shapes alone
         self.guests = False  # whether another library's layers stand in for ours and multiply as they please
-        watched = (*quantizers, *known.joins, *relus)
+        watched = (*quantizers, *known.merges, *relus)
         self.watched = {(path_of(address), kind_in(address)) for address in watched}
         self.images = [address for address in quantizers if is_image(address)]
 
@@ -94,7 +94,7 @@ class StreamQuantizers(nn.ModuleDict):
         Raises RuntimeError for an operation that the plan does not know, if `must_be_known`.
         """
         quantizer = self._modules.get(_key(address))
-        if quantizer is None and must_be_known and address not in self.known.joins:
+        if quantizer is None and must_be_known and address not in self.known.merges:
             raise _unknown(address, "result")
         return quantizer  # type: ignore[return-value]
 
@@ -147,7 +147,7 @@ def _key(address: str) -> str:
     return address.replace(".", "/")
 
 
-class SiteMode(TorchFunctionMode):
+class PointMode(TorchFunctionMode):
     """Applies the quantizer registered for a call's address to the call's result."""
 
     def __init__(self, quantizers: StreamQuantizers, location: Location) -> None:
@@ -168,12 +168,12 @@ class SiteMode(TorchFunctionMode):
         if opened is not None:
             with self:
                 return opened(*args, **kwargs)
-        is_join = kind in JOINS and _joins_tensors(args)
-        if (frame.path, kind) not in self.quantizers.watched and not is_join:
+        is_merge = kind in MERGES and _merges_tensors(args)
+        if (frame.path, kind) not in self.quantizers.watched and not is_merge:
             with recomputed(*args[:2]) if kind in KEEPING else NOTHING:
                 return func(*args, **kwargs)
         address = self._address(frame, kind)
-        quantizer = self.quantizers.at(address, is_join and not frame.training) if address else None
+        quantizer = self.quantizers.at(address, is_merge and not frame.training) if address else None
         if quantizer is not None:
             _require_recording(frame, address)
         clips = self.quantizers.relus.get(address) if frame.training and args else None
@@ -229,19 +229,19 @@ def _quantized(out: Any, quantizer: LSQ) -> Any:
     return with_tensors(out, lambda tensor: quantizer(tensor) if tensor.is_floating_point() else tensor)
 
 
-def _joins_tensors(args: tuple[Any, ...]) -> bool:
+def _merges_tensors(args: tuple[Any, ...]) -> bool:
     operands = args[0] if args and isinstance(args[0], (list, tuple)) else args[:2]
     return sum(isinstance(a, Tensor) and a.dim() > 1 and a.is_floating_point() for a in operands) > 1
 
 
 class Entry:
-    """What a module needs to run under its model's `SiteMode`: where it is in the model, and the model's quantizers."""
+    """What a module needs to run under its model's `PointMode`: where it is in the model, and the model's quantizers."""
 
     def __init__(self, path: str, location: Location, quantizers: StreamQuantizers) -> None:
         self.path, self.location, self.quantizers = path, location, quantizers
 
     def run(self, module: nn.Module, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call `method`, called `name`, of `module` in a new frame, and under `SiteMode` if no caller has one."""
+        """Call `method`, called `name`, of `module` in a new frame, and under `PointMode` if no caller has one."""
         stack = self.location.stack
         depth = len(stack)
         start = self.quantizers.known.starts.get((self.path, name))
@@ -261,7 +261,7 @@ class Entry:
             if depth:
                 out = method(module, *args, **kwargs)
             else:
-                with SiteMode(quantizers, self.location):  # type: ignore[arg-type]
+                with PointMode(quantizers, self.location):  # type: ignore[arg-type]
                     out = method(module, *args, **kwargs)
             self._check_tally(frame, name)
         finally:
@@ -342,7 +342,7 @@ def _blank(base: type[nn.Module], methods: tuple[str, ...]) -> nn.Module:
     return made.__new__(made)
 
 
-def run_with_sites(
+def run_with_points(
     model: nn.Module,
     quantizers: dict[str, LSQ],
     operands: dict[str, QuantOperands],
