@@ -16,7 +16,7 @@ from edgeqat.extras import MissingExtra, naming_extra
 from edgeqat.files import reason_of
 from edgeqat.interrupts import Interrupted, Terminated, termination_raises
 from edgeqat.terminal import printable, say
-from qat.training.ranges import COMMAND, out_of_range
+from qat.runs.ranges import COMMAND, out_of_range
 
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy"}  # our words -> the runtime's
 
@@ -347,7 +347,7 @@ def _certify(command: Certify) -> int:
 def _compare(command: Compare) -> int:
     from edgeqat.files import write_json, write_text
     from qat import deploy
-    from qat.training.compare import compare_runs, write_baseline
+    from qat.analysis.compare import compare_runs, write_baseline
 
     if command.update_baseline:
         write_baseline(command.run, command.baseline)
@@ -369,7 +369,7 @@ def _compare(command: Compare) -> int:
 
 def _inspect(command: Inspect) -> int:
     from edgeqat.files import write_json
-    from qat.training.inspection import inspect_run
+    from qat.analysis.inspection import inspect_run
 
     inspection = inspect_run(command.run, command.top)
     say(inspection)
@@ -381,7 +381,7 @@ def _inspect(command: Inspect) -> int:
 def _ensemble(command: Ensemble) -> int:
     from edgeqat.files import write_json
     from qat import deploy
-    from qat.training.ensemble import evaluate_ensemble
+    from qat.analysis.ensemble import evaluate_ensemble
 
     table = evaluate_ensemble(command.runs, command.average, command.data_root)
     say(table)

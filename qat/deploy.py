@@ -15,9 +15,10 @@ import torch
 from edgeqat.files import make_folder, write_atomically, write_json, write_text
 from qat.own_model import PRODUCER, onnx_of, require_valid
 from qat.proof import recorded
-from qat.training.checkpoint import Built, RunFolder, load_run
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError, from_json
-from qat.training.records import classes_of, results_of
+from qat.runs.build import Built, load_run
+from qat.runs.recipe import LsqRecipe, Recipe, RecipeError, from_json
+from qat.runs.records import classes_of, results_of
+from qat.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from export.latency import Latency
     from export.lowered import LoweredModel
     from export.metadata import Preprocessing
-    from qat.training.compare import Comparison, Measured
+    from qat.analysis.compare import Comparison, Measured
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
@@ -163,8 +164,8 @@ def certificate_of(
     from export.metadata import describe, read_metadata
     from export.onnx_file import read
     from export.targets import target_named
-    from qat.training.data import split_of
-    from qat.training.loaders import samples_of_test
+    from qat.train.data import split_of
+    from qat.train.loaders import samples_of_test
 
     machines = machines_of(on)
     lowered = lowered_for(run, model)
@@ -233,7 +234,7 @@ def compare_file(
     file states. data_root: where the images are, if no longer where the baseline's run found them.
     Raises RecipeError when the baseline does not say which images they were, or when classes were renamed.
     """
-    from qat.training.compare import compare_measured, load_measured
+    from qat.analysis.compare import compare_measured, load_measured
 
     first = load_measured(baseline)
     if first.recipe is None:
@@ -251,10 +252,10 @@ def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> 
     from export.metadata import image_input, read_metadata
     from export.onnx_file import read
     from export.predict import logits_of
-    from qat.training.compare import Measured
-    from qat.training.data import split_of
-    from qat.training.evaluate import predictions
-    from qat.training.loaders import seen_batches
+    from qat.analysis.compare import Measured
+    from qat.train.data import split_of
+    from qat.train.evaluate import predictions
+    from qat.train.loaders import seen_batches
 
     split = split_of(recipe, data_root)
     proto = read(model)
@@ -302,7 +303,7 @@ def write_report(run: Path, baseline: Path | None = None, beside: Sequence[Path]
 
     beside: more runs to show side by side. Raises RecipeError when they or the baseline were tested on another domain.
     """
-    from qat.training.report import render
+    from qat.analysis.report import render
 
     folder = RunFolder.open(run)
     recipe = folder.recipe()
@@ -334,7 +335,7 @@ def bench_runs(
 ) -> BenchTable:
     """Bench exported `runs` against FP32 and static INT8; also writes bench.json and bench.svg into `out`."""
     from export.bench import bench
-    from qat.training.figures import size_accuracy_latency
+    from qat.analysis.figures import size_accuracy_latency
 
     if not runs:
         raise RecipeError("qat bench: name at least one run folder")

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from tyro.conf import OmitArgPrefixes
 
 from edgeqat.terminal import say
+from qat.analysis.compare import compare_runs
+from qat.analysis.results import table
 from qat.cli import choose, guarded
-from qat.training.compare import compare_runs
-from qat.training.data import split_of
-from qat.training.loop import run
-from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
-from qat.training.recipe_checks import check
-from qat.training.results import table
-from qat.training.two_stages import run_stages
+from qat.runs.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
+from qat.runs.recipe_checks import check
+from qat.train.data import split_of
+from qat.train.loop import run
+from qat.train.two_stages import run_stages
 
 CIFAR = {
     "data": "cifar10", "test_domain": "test", "backbone": "cifar_resnet20", "image_size": 32, "batch_size": 128,

@@ -18,15 +18,15 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes
 
 from edgeqat.terminal import say
+from qat.analysis.compare import compare_runs
+from qat.analysis.results import table
 from qat.cli import choose, guarded
 from qat.domains.domainnet import read_domainnet
 from qat.domains.inventory import PUBLISHED
 from qat.domains.miniature import MINIATURE, write_miniature
-from qat.training.compare import compare_runs
-from qat.training.loop import run
-from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError
-from qat.training.recipe_checks import check
-from qat.training.results import table
+from qat.runs.recipe import METHODS, LsqRecipe, Recipe, RecipeError
+from qat.runs.recipe_checks import check
+from qat.train.loop import run
 
 DEFAULTS = {
     "backbone": "resnet50.tv_in1k", "steps": 15001, "batch_size": 32, "lr": 3e-5, "schedule": "constant",

@@ -12,13 +12,13 @@ code is 1 when it lost more than a point.
 import sys
 
 from edgeqat.terminal import say
+from qat.analysis.compare import compare_runs
+from qat.analysis.results import table
 from qat.cli import choose, guarded
 from qat.domains.folders import read_domains
-from qat.training.compare import compare_runs
-from qat.training.loop import run
-from qat.training.recipe import METHODS, LsqRecipe, Recipe, RecipeError
-from qat.training.recipe_checks import check
-from qat.training.results import table
+from qat.runs.recipe import METHODS, LsqRecipe, Recipe, RecipeError
+from qat.runs.recipe_checks import check
+from qat.train.loop import run
 
 
 def train(recipe: Recipe) -> int:

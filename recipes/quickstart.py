@@ -12,13 +12,13 @@ import tyro
 
 from edgeqat.interrupts import Interrupted
 from edgeqat.terminal import say
+from qat.analysis.compare import compare_runs
 from qat.cli import DEBUG_HELP, arguments, guarded
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.training.compare import compare_runs
-from qat.training.loop import run
-from qat.training.ranges import COMMAND, out_of_range
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError
+from qat.runs.ranges import COMMAND, out_of_range
+from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
+from qat.train.loop import run
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from PIL import Image
 from qat import cli
 from qat.deploy import export_run
 from qat.domains.synthetic import synthetic_domains
-from qat.training.loop import run
-from qat.training.recipe import GaqatRecipe, Recipe
+from qat.runs.recipe import GaqatRecipe, Recipe
+from qat.train.loop import run
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60  # a case takes one or two on an idle machine; one that hangs is stopped

@@ -17,12 +17,14 @@ LAYERS = {
     "surgery": {"quantizers", "surgery"},
     "objectives": {"quantizers", "surgery", "objectives"},
     "domains": {"quantizers", "surgery", "domains"},
-    "training": {"quantizers", "surgery", "objectives", "domains", "training", "settle"},
+    "runs": {"quantizers", "surgery", "objectives", "runs"},
+    "train": {"quantizers", "surgery", "objectives", "domains", "runs", "train", "settle"},
+    "analysis": {"quantizers", "surgery", "objectives", "domains", "runs", "train", "analysis", "settle"},
 }
 DOORS = {
     "timm": {"qat/surgery/backbones.py"},
     "brevitas": {"qat/surgery/brevitas_bridge.py"},
-    "accelerate": {"qat/training/loop.py"},
+    "accelerate": {"qat/train/loop.py"},
     "onnxruntime": {"export/session.py", "export/bundled/check.py"},  # the latter runs alone, on a device
     "openvino": {"export/openvino_session.py"},
     "torch.onnx": {"export/lower.py"},
@@ -84,7 +86,7 @@ def test_import_qat_loads_none_of_the_heavy_libraries() -> None:
     ("modules", "absent"),
     [
         ("qat.surgery.swap, qat.quantizers.lsq, qat.domains.folders", ("timm", "brevitas", "onnx", "onnxruntime")),
-        ("qat.training.loop, qat.training.report", ("brevitas", "onnx", "onnxscript", "onnxruntime")),
+        ("qat.train.loop, qat.analysis.report", ("brevitas", "onnx", "onnxscript", "onnxruntime")),
     ],
 )
 def test_training_loads_neither_onnx_nor_the_runtime(modules: str, absent: tuple[str, ...]) -> None:

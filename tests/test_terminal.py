@@ -10,11 +10,11 @@ import pytest
 
 from edgeqat.terminal import in_lines, printable, say
 from qat import cli
+from qat.analysis.compare import compare_predictions
+from qat.analysis.ensemble import Answers, compare_ensemble
 from qat.cli import guarded
 from qat.domains.folders import DataError, read_domains
 from qat.domains.inventory import PUBLISHED, Found, Inventory
-from qat.training.compare import compare_predictions
-from qat.training.ensemble import Answers, compare_ensemble
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "a\x1b[2J\x1b]0;title\x07\r\n\x9b31m\x7f\u202egnp\u2028\u2066x\ufeff[bold]x[/]"
@@ -118,7 +118,7 @@ def test_a_certificate_has_a_line_a_fact_whatever_layers_are_called() -> None:
 def test_a_status_with_brackets_is_no_markup(tmp_path: Path) -> None:
     from rich.progress import TextColumn
 
-    from qat.training.tracking import Tracker
+    from qat.train.tracking import Tracker
 
     with Tracker(tmp_path, steps=3) as tracker:
         columns = [column for column in tracker.progress.columns if type(column) is TextColumn]

@@ -19,11 +19,11 @@ import tyro
 from processor import processor
 from torch import Tensor
 
+from qat.runs.recipe import GaqatRecipe
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import parameter_groups, quantize_, uniform_rules
-from qat.training.recipe import GaqatRecipe
-from qat.training.step import TrainingStep
+from qat.train.step import TrainingStep
 
 VARIANTS = ("sagm-lsq", "gaqat")
 

@@ -19,11 +19,12 @@ from export.lower import lower
 from export.native_graph import emit
 from export.passes import to_integers
 from export.targets import target_named
+from qat.runs.build import Built, load_run, load_state
+from qat.runs.recipe import Recipe
+from qat.runs.run_folder import Samples
 from qat.settle import settle_
-from qat.training.checkpoint import Built, Samples, load_run, load_state
-from qat.training.data import split_of
-from qat.training.loaders import samples_of_test
-from qat.training.recipe import Recipe
+from qat.train.data import split_of
+from qat.train.loaders import samples_of_test
 
 BATCH = 32
 

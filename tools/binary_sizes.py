@@ -15,10 +15,10 @@ from export.graph import emit_qdq
 from export.lower import lower, lower_float
 from export.passes import to_integers
 from export.targets import TARGETS
+from qat.runs.build import load_run
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import binary_rules, quantize_
-from qat.training.checkpoint import load_run
 
 TARGET = TARGETS["ort-packed"]
 

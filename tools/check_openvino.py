@@ -31,7 +31,7 @@ from export.passes import to_integers
 from export.reference import IntegerReference
 from export.targets import TARGETS, target_named
 from qat.deploy import exported
-from qat.training.checkpoint import Built, load_run
+from qat.runs.build import Built, load_run
 
 # OpenVINO as it comes, which takes bfloat16 for what is not quantized where the processor has it; and in float32.
 SETTINGS: dict[str, dict[str, str]] = {"OpenVINO": {}, "OpenVINO f32": FLOAT32}

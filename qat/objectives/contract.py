@@ -6,7 +6,7 @@
 
 `closure()` computes the loss of the current batch, adds its gradients to `.grad`, and returns the loss; an objective may
 call it more than once on the same batch, every time but the first inside `with replay():`. Nothing hides in optimizers:
-the order stands in `qat/training/step.py`.
+the order stands in `qat/train/step.py`.
 """
 
 from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ from PIL import Image
 from qat.domains.cifar import EpochBatches, cifar10_split, crop_flip, read_cifar10
 from qat.domains.folders import ArrayImages, DataError, Domain
 from qat.surgery.backbones import create_backbone
-from qat.training.evaluate import accuracy, predictor
+from qat.train.evaluate import accuracy, predictor
 from tests.real_data import FOLDER, needs
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq import LSQ, FakeQuantizeLSQ
 from qat.quantizers.weight_cache import weight_cache
+from qat.runs.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, RecipeError, SagmLsqRecipe
+from qat.runs.recipe_checks import check
 from qat.surgery.batchnorm import set_norm_mode
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import binary_rules, parameter_groups, quantize_, quantized_weights, uniform_rules
-from qat.training import step as step_module
-from qat.training.loop import run
-from qat.training.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, RecipeError, SagmLsqRecipe
-from qat.training.recipe_checks import check
-from qat.training.step import TrainingStep, microbatches
+from qat.train import step as step_module
+from qat.train.loop import run
+from qat.train.step import TrainingStep, microbatches
 from tests.nearness import ROUNDING, assert_all_near
 from tests.surgery.nets import TinyNet, with_random_norms
 from tests.training.test_run import TINY, killed_and_resumed, same_model

@@ -3,7 +3,7 @@
 from typing import get_args
 
 from qat.objectives.conflict import COMBINE
-from qat.training.controls import CONTROLS, ControlName
+from qat.objectives.controls import CONTROLS, ControlName
 
 
 def test_every_name_has_its_row_in_the_order_of_the_command_line() -> None:

@@ -19,6 +19,7 @@ from export.lowered import ExportError
 from export.metadata import proof_of, read_metadata, write_metadata
 from export.predict import predict
 from export.verify import verify_file
+from qat.analysis.compare import compare_runs, write_baseline
 from qat.cli import Bundle, Certify, Compare, execute, guarded
 from qat.deploy import (
     bundle_run,
@@ -30,11 +31,11 @@ from qat.deploy import (
     write_report,
 )
 from qat.domains.synthetic import synthetic_domains
+from qat.runs.build import load_run
+from qat.runs.recipe import LsqRecipe, RecipeError
+from qat.runs.run_folder import RunFolder
 from qat.surgery.calibrate import in_full_precision
-from qat.training.checkpoint import RunFolder, load_run
-from qat.training.compare import compare_runs, write_baseline
-from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, RecipeError
+from qat.train.loop import run
 from tests.quick import slow_but
 
 TINY: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 
 from qat import cli
 from qat.domains.folders import DataError
-from qat.training.checkpoint import RunFolder
-from qat.training.recipe import METHODS, RecipeError
+from qat.runs.recipe import METHODS, RecipeError
+from qat.runs.run_folder import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "recipes/domainnet.py"
 

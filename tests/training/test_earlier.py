@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from qat.analysis.inspection import inspect_run
 from qat.deploy import certify_run, export_run, write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.spec import QuantSpec
-from qat.training.checkpoint import RunFolder
-from qat.training.inspection import inspect_run
-from qat.training.loop import run
-from qat.training.recipe import GaqatRecipe, Recipe
+from qat.runs.recipe import GaqatRecipe, Recipe
+from qat.runs.run_folder import RunFolder
+from qat.train.loop import run
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
 TINY: dict[str, Any] = {
@@ -66,7 +66,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> GaqatRecipe:
         Recipe(backbone="test_resnet", image_size=32, steps=1, batch_size=4, workers=0, out=root / "fp"), DOMAINS
     )
     recipe = GaqatRecipe(**TINY, init_from=start.path, out=root / "run")
-    from qat.training import loop
+    from qat.train import loop
 
     whole = loop._Trainer._train
 

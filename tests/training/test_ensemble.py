@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from qat import cli
+from qat.analysis.compare import mcnemar
+from qat.analysis.ensemble import Answers, compare_ensemble, evaluate_ensemble
 from qat.deploy import export_ensemble
 from qat.domains.synthetic import synthetic_domains
-from qat.training.checkpoint import RunFolder
-from qat.training.compare import mcnemar
-from qat.training.ensemble import Answers, compare_ensemble, evaluate_ensemble
-from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError
+from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError
+from qat.runs.run_folder import RunFolder
+from qat.train.loop import run
 
 TINY = {
     "backbone": "test_resnet", "image_size": 32, "steps": 4, "batch_size": 4, "evaluate_every": 2, "workers": 0,

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qat.runs.recipe import GaqatRecipe
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import parameter_groups, quantize_, uniform_rules
-from qat.training.recipe import GaqatRecipe
-from qat.training.step import TrainingStep
+from qat.train.step import TrainingStep
 from tests.surgery.nets import TinyNet
 
 STEPS = 24

@@ -13,11 +13,12 @@ import torch
 from qat.deploy import certify_run, export_run
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq_plus import LSQPlus
+from qat.runs.build import load_run, rules_of
+from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, from_json, to_json
+from qat.runs.recipe_checks import check
+from qat.runs.run_folder import RunFolder
 from qat.surgery.swap import quantizers
-from qat.training.checkpoint import RunFolder, load_run, rules_of
-from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, from_json, to_json
-from qat.training.recipe_checks import check
+from qat.train.loop import run
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
 TINY: dict[str, Any] = {

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 
 from edgeqat.files import FileError
+from qat.analysis import figures, report
+from qat.analysis.compare import compare_predictions, load_measured, write_baseline
+from qat.analysis.results import table
 from qat.cli import Report, execute, guarded
 from qat.deploy import write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.training import figures, report
-from qat.training.checkpoint import RunFolder, load_run
-from qat.training.compare import compare_predictions, load_measured, write_baseline
-from qat.training.loop import run
-from qat.training.recipe import GaqatRecipe, RecipeError
-from qat.training.records import CERTIFICATE, LATENCIES, classes_of, metrics_of, optional, results_of
-from qat.training.results import table
+from qat.runs.build import load_run
+from qat.runs.recipe import GaqatRecipe, RecipeError
+from qat.runs.records import CERTIFICATE, LATENCIES, classes_of, metrics_of, optional, results_of
+from qat.runs.run_folder import RunFolder
+from qat.train.loop import run
 
 NAMES = [
     "<script>alert(1)</script>",

@@ -11,15 +11,16 @@ import torch
 
 from edgeqat.files import FileError, write_atomically
 from qat import cli
+from qat.analysis.compare import compare_runs, mcnemar, write_baseline
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
-from qat.training.checkpoint import RunFolder, load_run
-from qat.training.compare import compare_runs, mcnemar, write_baseline
-from qat.training.evaluate import accuracy
-from qat.training.loop import run
-from qat.training.recipe import GaqatRecipe, LsqRecipe, Recipe, RecipeError, from_json, to_json
-from qat.training.recipe_checks import check
-from qat.training.start import schedule_of
+from qat.runs.build import load_run
+from qat.runs.recipe import GaqatRecipe, LsqRecipe, Recipe, RecipeError, from_json, to_json
+from qat.runs.recipe_checks import check
+from qat.runs.run_folder import RunFolder
+from qat.train.evaluate import accuracy
+from qat.train.loop import run
+from qat.train.start import schedule_of
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
 TINY = {
@@ -101,7 +102,7 @@ def test_same_seed_same_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
 
 def killed_and_resumed(recipe: Recipe, at: int, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """`recipe` killed before step `at + 1` and resumed from what its folder holds."""
-    from qat.training import loop
+    from qat.train import loop
 
     whole = loop._Trainer._train
 

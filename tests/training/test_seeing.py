@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 from torch.nn import Parameter
 
 from qat import cli
+from qat.analysis.figures import POINTS, smooth, thinned
+from qat.analysis.inspection import conflicted, inspect_run
+from qat.analysis.report import labelled
+from qat.analysis.scale_figures import COLUMNS, conflict_curves, disorder_curves, disorder_map, heat_map
+from qat.analysis.scale_view import ScaleView, bounds, coin_below, frozen_spans
 from qat.deploy import write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.objectives.contract import Gradients
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
-from qat.training.checkpoint import RunFolder
-from qat.training.figures import POINTS, smooth, thinned
-from qat.training.inspection import conflicted, inspect_run
-from qat.training.loop import run
-from qat.training.recipe import GaqatRecipe, Recipe, RecipeError
-from qat.training.report import labelled
-from qat.training.scale_figures import COLUMNS, conflict_curves, disorder_curves, disorder_map, heat_map
-from qat.training.scale_log import ScaleHistory, ScaleLog, read_scales
-from qat.training.scale_view import ScaleView, bounds, coin_below, frozen_spans, scale_scalars
+from qat.runs.recipe import GaqatRecipe, Recipe, RecipeError
+from qat.runs.run_folder import RunFolder
+from qat.runs.scale_log import ScaleHistory, ScaleLog, read_scales
+from qat.train.loop import run
+from qat.train.scale_scalars import scale_scalars
 
 NAMES = ("a.weight", "a.input", "b.weight", "b.input", "b#add0")
 CHANNELS = (3, 1, 5, 1, 1)

@@ -10,16 +10,17 @@ import torch
 
 from qat.domains.splits import leave_one_domain_out
 from qat.domains.synthetic import synthetic_domains
+from qat.runs.build import build
+from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, SagmLsqRecipe, SagmRecipe
+from qat.runs.recipe_checks import check
+from qat.runs.run_folder import RunFolder
 from qat.surgery.calibrate import begin, pause, paused
 from qat.surgery.swap import quantizers
-from qat.training import loop
-from qat.training import step as training_step
-from qat.training.checkpoint import RunFolder, build
-from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, SagmLsqRecipe, SagmRecipe
-from qat.training.recipe_checks import check
-from qat.training.start import is_sgd, refined, schedule_of, teacher_of
-from qat.training.step import scale_groups
+from qat.train import loop
+from qat.train import step as training_step
+from qat.train.loop import run
+from qat.train.start import is_sgd, refined, schedule_of, teacher_of
+from qat.train.step import scale_groups
 from tests.quick import slow_but
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)

@@ -24,12 +24,12 @@ from edgeqat.files import FileError, write_text
 from edgeqat.interrupts import SIGNALS, Interrupted, StopRequest
 from qat import cli
 from qat.domains.synthetic import synthetic_domains
-from qat.training import loop
-from qat.training import step as step_module
-from qat.training.checkpoint import RunFolder
-from qat.training.loop import run
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError
-from qat.training.tracking import read_log
+from qat.runs.log import read_log
+from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
+from qat.runs.run_folder import RunFolder
+from qat.train import loop
+from qat.train import step as step_module
+from qat.train.loop import run
 from tests.quick import slow_but
 from tests.training.test_run import TINY, same_model
 

@@ -11,14 +11,15 @@ from qat.deploy import certify_run, export_run, write_report
 from qat.domains.cifar import cifar10_split
 from qat.domains.folders import ArrayImages, Domain
 from qat.domains.splits import Split
+from qat.runs.build import load_run
+from qat.runs.recipe import BiperRecipe, Recipe, RecipeError, from_json, to_json
+from qat.runs.recipe_checks import check
+from qat.runs.run_folder import RunFolder
 from qat.surgery.binarize import periodic_weights
-from qat.training import loop
-from qat.training.checkpoint import RunFolder, load_run
-from qat.training.data import in_steps
-from qat.training.recipe import BiperRecipe, Recipe, RecipeError, from_json, to_json
-from qat.training.recipe_checks import check
-from qat.training.start import schedule_of
-from qat.training.two_stages import run_stages
+from qat.train import loop
+from qat.train.data import in_steps
+from qat.train.start import schedule_of
+from qat.train.two_stages import run_stages
 
 TINY = BiperRecipe(
     data="cifar10", test_domain="test", backbone="test_resnet", image_size=32, batch_size=8, augmentation="crop-flip",

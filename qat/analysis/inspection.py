@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from edgeqat.terminal import printable
+from qat.analysis.scale_view import ScaleView, open_view
 from qat.objectives.scale_freeze import FreezeRule
-from qat.training.checkpoint import RunFolder
-from qat.training.recipe import RecipeError
-from qat.training.records import metrics_of
-from qat.training.scale_view import ScaleView, open_view
+from qat.runs.recipe import RecipeError
+from qat.runs.records import metrics_of
+from qat.runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeqat.terminal import printable
+from qat.runs.records import results_of
+from qat.runs.run_folder import RunFolder
 from qat.settle import LARGE_SHIFT
-from qat.training.checkpoint import RunFolder
-from qat.training.records import results_of
 
 
 def table(folder: RunFolder) -> str:

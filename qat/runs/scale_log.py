@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from edgeqat.files import read_json, require_readable, write_json
 from qat.objectives.scale_freeze import Seen
-from qat.training.recipe import RecipeError
-from qat.training.records import TEXT, WHOLE, require
+from qat.runs.recipe import RecipeError
+from qat.runs.records import TEXT, WHOLE, require
 
 COLUMNS = ("disorder", "conflict", "cosine", "frozen")
 QUANTIZER_KINDS = ("weight", "input", "stream")

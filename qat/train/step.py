@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from qat.objectives.conflict import combine
 from qat.objectives.contract import Closure, Gradients, Objective, erm
+from qat.objectives.controls import CONTROLS
 from qat.objectives.distillation import Distillation
 from qat.objectives.domain_aware import LOSSES, GroupDRO, head_features, per_domain
 from qat.objectives.oscillation import Oscillation, damping
@@ -27,12 +28,11 @@ from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
 from qat.quantizers.biper import periodic_regulariser
 from qat.quantizers.contract import Quantizer
 from qat.quantizers.weight_cache import weight_cache
+from qat.runs.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
 from qat.surgery.backbones import clip_gradients, first_and_last
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.calibrate import paused
 from qat.surgery.swap import quantized_weights, quantizers
-from qat.training.controls import CONTROLS
-from qat.training.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
 
 FLATNESS: dict[str, Callable[..., Gradients]] = {"sagm": sagm, "sam": sam, "asam": asam, "gsam": gsam}
 WITH_ALPHA = {"sagm", "gsam"}

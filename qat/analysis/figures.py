@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgeqat.terminal import printable
 from qat.quantizers.biper import quantization_error
-from qat.training.scale_log import QUANTIZER_KINDS, kind_of, layer_of
+from qat.runs.scale_log import QUANTIZER_KINDS, kind_of, layer_of
 
 BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
 COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")  # of runs and curves, in turn

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeqat.terminal import printable
+from qat.analysis.compare import mcnemar
 from qat.domains.splits import Split
-from qat.training.checkpoint import Built, load_run
-from qat.training.compare import mcnemar
-from qat.training.data import split_of
-from qat.training.loaders import eval_batches
-from qat.training.recipe import Recipe, RecipeError
-from qat.training.records import classes_of
+from qat.runs.build import Built, load_run
+from qat.runs.recipe import Recipe, RecipeError
+from qat.runs.records import classes_of
+from qat.train.data import split_of
+from qat.train.loaders import eval_batches
 
 Average = Literal["probabilities", "logits"]
 SAME = ("test_domain", "image_size", "trial_seed", "holdout")

@@ -11,10 +11,10 @@ from pathlib import Path
 from edgeqat.interrupts import Interrupted
 from qat.domains.folders import Domain
 from qat.domains.splits import Split
-from qat.training.checkpoint import RunFolder, check_out, default_folder
-from qat.training.loop import run
-from qat.training.recipe import BiperRecipe, RecipeError
-from qat.training.recipe_checks import SECOND_ALONE, check
+from qat.runs.recipe import BiperRecipe, RecipeError
+from qat.runs.recipe_checks import SECOND_ALONE, check
+from qat.runs.run_folder import RunFolder, check_out, default_folder
+from qat.train.loop import run
 
 
 def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from edgeqat.files import FileError, read_json, write_text
 from edgeqat.terminal import printable
-from qat.training.checkpoint import RunFolder
-from qat.training.recipe import RecipeError
-from qat.training.records import TEXT, WHOLE, Each, Maybe, Shape, require
+from qat.runs.recipe import RecipeError
+from qat.runs.records import TEXT, WHOLE, Each, Maybe, Shape, require
+from qat.runs.run_folder import RunFolder
 
 RESAMPLES = 4000
 Predictions = Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.domains.splits import Split
+from qat.runs.build import Built, load_run
+from qat.runs.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
+from qat.runs.records import classes_of
+from qat.runs.run_folder import RunFolder
 from qat.surgery.batchnorm import restore_norm_statistics
 from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
-from qat.training.checkpoint import Built, RunFolder, load_run
-from qat.training.loaders import some_images
-from qat.training.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
-from qat.training.records import classes_of
+from qat.train.loaders import some_images
 
 SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout")
 SMOOTH = 0.1  # width of the median filter over recorded gradient norms, as a share of them

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from qat.objectives.controls import CONTROLS, ControlName
 from qat.quantizers.binary import AlphaInit
 from qat.quantizers.contract import Init
 from qat.quantizers.spec import GradientCount
+from qat.runs import earlier
+from qat.runs.ranges import BINARY, RECIPE, out_of_range
 from qat.surgery.batchnorm import NormMode
-from qat.training import earlier
-from qat.training.controls import CONTROLS, ControlName
-from qat.training.ranges import BINARY, RECIPE, out_of_range
 
 Kind = Literal["weights", "norms", "biases", "scales"]
 PARAMETER_KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from edgeqat.files import FileError, read_text, reason_of, require_entries, write_text
-from qat.training import earlier
+from edgeqat.files import FileError, reason_of, write_text
+from qat.runs.log import read_log
 
 log = logging.getLogger("edgeqat")
 
@@ -66,22 +66,6 @@ class Tracker:
         if self.path.exists():
             kept = [json.dumps(entry) for entry in read_log(self.path) if entry["step"] <= step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, oldest first. A half-written last line, of a run that was killed, is left out with a
-    note on the log. Raises FileError naming any other line that is not an entry."""
-    lines = read_text(path).splitlines()
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = require_entries(json.loads(line), {"step": int}, f"{path}: line {number}")
-            entries.append(earlier.log_entry(entry))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise FileError(f"{path}: line {number} is not JSON ({error})") from error
-            log.warning("%s: its last line, %d, was half-written and is left out", path, number)
-    return entries
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -15,8 +15,9 @@ from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
 from qat.domains.cifar import EpochBatches, crop_flip
 from qat.domains.splits import Split, Subset
 from qat.domains.transforms import eval_transform, train_transform
-from qat.training.checkpoint import Built, Samples
-from qat.training.recipe import Recipe
+from qat.runs.build import Built
+from qat.runs.recipe import Recipe
+from qat.runs.run_folder import Samples
 
 AUGMENTATIONS = {"domainbed": train_transform, "crop-flip": crop_flip}
 EVAL_BATCH = 64

@@ -15,18 +15,19 @@ from torch import nn
 from edgeqat.files import read_json
 from edgeqat.terminal import printable
 from qat import __version__
+from qat.analysis import figures, scale_figures
+from qat.analysis.compare import require_same_classes
+from qat.analysis.inspection import conflicted, threshold_text
+from qat.analysis.scale_view import open_view
 from qat.quantizers.contract import Quantizer
+from qat.runs.build import load_run
+from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
+from qat.runs.records import CERTIFICATE, LATENCIES, RECIPE, metrics_of, optional, require, results_of
+from qat.runs.run_folder import RunFolder
+from qat.runs.scale_log import QUANTIZER_KINDS
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.swap import quantized_weights
-from qat.training import figures, scale_figures
-from qat.training.checkpoint import RunFolder, load_run
-from qat.training.compare import require_same_classes
-from qat.training.inspection import conflicted, threshold_text
-from qat.training.loop import mean_scales
-from qat.training.recipe import LsqRecipe, Recipe, RecipeError
-from qat.training.records import CERTIFICATE, LATENCIES, RECIPE, metrics_of, optional, require, results_of
-from qat.training.scale_log import QUANTIZER_KINDS
-from qat.training.scale_view import open_view
+from qat.train.scale_scalars import mean_scales
 
 HISTOGRAMS = 4
 MOST_CONFLICTED = 10
@@ -55,7 +56,7 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
     environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown)
     shown = ({"full precision": baseline} if baseline else {}) | {"this run": folder}
     colours = (figures.BASELINE, figures.RUN) if baseline else (figures.RUN,)
-    return environment.from_string(files("qat.training").joinpath(TEMPLATE).read_text()).render(
+    return environment.from_string(files("qat.analysis").joinpath(TEMPLATE).read_text()).render(
         title=f"{recipe_values['backbone']} · {recipe_values['method']} · target {results['test_domain']}",
         version=__version__,
         recipe=recipe_values,

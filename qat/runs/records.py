@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from edgeqat.files import read_json
-from qat.training.checkpoint import RunFolder
-from qat.training.recipe import RecipeError
+from qat.runs.recipe import RecipeError
+from qat.runs.run_folder import RunFolder
 
 TEXT, WHOLE, NUMBER, FLAG = "text", "a whole number", "a number", "true or false"
 

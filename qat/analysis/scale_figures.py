@@ -13,9 +13,9 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from qat.training.figures import BASELINE, COLOURS, RUN, THIRD, new_figure, shown, smooth, svg, thinned
-from qat.training.scale_log import QUANTIZER_KINDS, layer_of
-from qat.training.scale_view import ScaleView, frozen_spans
+from qat.analysis.figures import BASELINE, COLOURS, RUN, THIRD, new_figure, shown, smooth, svg, thinned
+from qat.analysis.scale_view import ScaleView, frozen_spans
+from qat.runs.scale_log import QUANTIZER_KINDS, layer_of
 
 COLUMNS = 240  # of a heat map; more windows than these are drawn as means of neighbours
 ROW = 0.128  # inches

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen, beyond
-from qat.training.checkpoint import RunFolder, load_run
-from qat.training.recipe import RecipeError, SagmRecipe
-from qat.training.scale_log import ScaleHistory, kind_of, read_scales
-from qat.training.step import freezer_of
+from qat.objectives.scale_freeze import FreezeRule
+from qat.runs.build import load_run
+from qat.runs.recipe import RecipeError, SagmRecipe
+from qat.runs.run_folder import RunFolder
+from qat.runs.scale_log import ScaleHistory, kind_of, read_scales
+from qat.train.scale_scalars import beyond_threshold
+from qat.train.step import freezer_of
 
 FLOAT16_COUNTS = 2048  # a share of fewer comparisons than this is rounded to float16 by less than half a flip
 
@@ -103,7 +104,7 @@ class ScaleView:
 
     def below(self) -> NDArray[np.bool_]:
         """(windows, scales): whose pooled disorder lies beyond the rule's threshold, whether or not anything freezes."""
-        return _beyond(self.disorder, self.comparisons, self.is_weight, self.rule)
+        return beyond_threshold(self.disorder, self.comparisons, self.is_weight, self.rule)
 
     def share_below(self, scales: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """(windows,) each: share of `scales` beyond the threshold, and the share that independent fair coins would give; of
@@ -140,44 +141,6 @@ def open_view(path: Path, model: nn.Module | None = None) -> ScaleView:
     if freezer is None or freezer.names != history.names:
         raise RecipeError(f"{path / 'scales.json'}: names other scales than this run's model has")
     return ScaleView(history, np.array(freezer.sizes, np.int64), freezer.is_weight.numpy(), freezer.rule)
-
-
-def scale_scalars(seen: Seen, freezer: ScaleFreezer) -> dict[str, float | dict[str, float]]:
-    """What one step is worth logging: means of conflict, cosine and frozen over all scales, over "weights" and over
-    "activations" (inputs and stream); at a window's end also of disorder, and below_threshold, the share of scales beyond
-    the rule's threshold, both without the scales that got no gradient.
-
-    Within a window disorder counts few flips and says nothing.
-    """
-    found = {name: getattr(seen, name).double().cpu().numpy() for name in ("conflict", "cosine", "frozen")}
-    is_weight = freezer.is_weight.cpu().numpy()
-    if freezer.step % freezer.rule.window == 0:
-        disorder = seen.disorder.double().cpu().numpy()
-        comparisons = np.array(freezer.sizes, np.int64) * (freezer.rule.window - 1)
-        below = _beyond(disorder, comparisons, is_weight, freezer.rule)
-        heard = (disorder > 0) | (found["cosine"] != 0)
-        found |= {"disorder": np.where(heard, disorder, np.nan), "below_threshold": np.where(heard, below, np.nan)}
-    values: dict[str, float | dict[str, float]] = _means(found, np.ones_like(is_weight))  # type: ignore[assignment]
-    for group, members in (("weights", is_weight), ("activations", ~is_weight)):
-        if members.any():
-            values[group] = _means(found, members)
-    return values
-
-
-def _beyond(
-    disorder: Floats, comparisons: NDArray[np.int64], is_weight: NDArray[np.bool_], rule: FreezeRule
-) -> NDArray[np.bool_]:
-    """The freezer's own decision (..., scales), in its own float32 so that ties fall alike; False for NaN."""
-    plain = np.nan if rule.threshold is None else rule.threshold
-    threshold = np.where(is_weight, plain if rule.weight_threshold is None else rule.weight_threshold, plain)
-    values, counts, limits = (torch.from_numpy(x).float() for x in (disorder, comparisons, threshold))
-    return beyond(values, counts, limits, rule).numpy()
-
-
-def _means(found: dict[str, Floats], members: NDArray[np.bool_]) -> dict[str, float]:
-    """Means over `members`, NaN left out, to six significant digits; without those that are NaN throughout."""
-    kept = {name: of_all[members][~np.isnan(of_all[members])] for name, of_all in found.items()}
-    return {name: float(f"{values.mean():.6g}") for name, values in kept.items() if len(values)}
 
 
 def bounds(rule: FreezeRule, comparisons: NDArray[np.int64], is_weight: NDArray[np.bool_]) -> Floats:

@@ -8,7 +8,7 @@ from qat.domains.domainnet import is_domainnet, read_domainnet
 from qat.domains.folders import read_domains
 from qat.domains.splits import Split, leave_one_domain_out
 from qat.domains.synthetic import synthetic_domains
-from qat.training.recipe import Recipe, RecipeError
+from qat.runs.recipe import Recipe, RecipeError
 
 
 def split_of(recipe: Recipe, root: Path | None = None, *, check_images: bool = False, download: bool = False) -> Split:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qat.training.controls import CONTROLS
-from qat.training.ranges import flag
-from qat.training.recipe import (
+from qat.objectives.controls import CONTROLS
+from qat.runs.ranges import flag
+from qat.runs.recipe import (
     BiperRecipe,
     LsqRecipe,
     QtdogRecipe,

@@ -26,22 +26,23 @@ from edgeqat.interrupts import Interrupted, StopRequest
 from qat.domains.folders import Domain
 from qat.domains.splits import Split, Subset, leave_one_domain_out
 from qat.objectives.averaging import Average, LossValley
+from qat.runs.build import Built, build, load_state
+from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, to_json
+from qat.runs.recipe_checks import check
+from qat.runs.run_folder import RunFolder, check_out
+from qat.runs.scale_log import ScaleLog
 from qat.settle import settle_
 from qat.surgery.backbones import create_optimizer
 from qat.surgery.batchnorm import restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import begin, pause
-from qat.surgery.swap import parameter_groups, quantizers, sizes_of_scales
-from qat.training.checkpoint import Built, RunFolder, build, check_out, load_state
-from qat.training.data import in_steps
-from qat.training.evaluate import accuracy, mean_loss, predictions, predictor
-from qat.training.loaders import collect_samples, eval_batches, some_images, train_loader
-from qat.training.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, to_json
-from qat.training.recipe_checks import check
-from qat.training.scale_log import ScaleLog
-from qat.training.scale_view import scale_scalars
-from qat.training.start import as_saved, calibrated, schedule_of, start_state, takes_over, teacher_of
-from qat.training.step import Outcome, TrainingStep
-from qat.training.tracking import Tracker
+from qat.surgery.swap import parameter_groups, sizes_of_scales
+from qat.train.data import in_steps
+from qat.train.evaluate import accuracy, mean_loss, predictions, predictor
+from qat.train.loaders import collect_samples, eval_batches, some_images, train_loader
+from qat.train.scale_scalars import mean_scales, scale_scalars
+from qat.train.start import as_saved, calibrated, schedule_of, start_state, takes_over, teacher_of
+from qat.train.step import Outcome, TrainingStep
+from qat.train.tracking import Tracker
 
 DIVERGED = 100  # times the cross entropy of guessing, on average between two evaluations
 NORM_BATCHES = 8  # training batches that batch norm statistics of averaged weights are taken from
@@ -371,8 +372,3 @@ def groups_of(recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]) -
         model, recipe.weight_decay, recipe.lr * recipe.scale_lr_ratio, decay_norms=recipe.decay_norms,
         scale_sizes=scale_sizes if recipe.scale_lr_unit == "scale" else None,
     )  # fmt: skip
-
-
-def mean_scales(model: nn.Module) -> dict[str, float]:
-    """Mean scale of every quantizer by name, for the report."""
-    return {name: float(q.scale.mean()) for name, q in quantizers(model).items()}

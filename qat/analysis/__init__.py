@@ -1,0 +1,1 @@
+"""What finished runs show: reports, figures, comparisons, inspections. Nothing here trains."""

@@ -1,0 +1,1 @@
+"""Runs: their recipe, their folder, and the model that a recipe names."""

@@ -1,0 +1,1 @@
+"""The training loop: data loaders, one step, schedules, evaluation."""
