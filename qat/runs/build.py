@@ -15,7 +15,8 @@ from qat.surgery.batchnorm import fold_norms
 from qat.surgery.binarize import Binarizer, hardtanh_for_relu_
 from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.rules import before, read_rules, with_options
-from qat.surgery.swap import QuantizationTable, binary_rules, quantize_, uniform_rules
+from qat.surgery.swap import binary_rules, quantize_, uniform_rules
+from qat.surgery.table import QuantizationTable
 
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
