@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError
 from qat.runs.run_folder import RunFolder
 from qat.train.loop import run
 
-TINY = {
+TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "steps": 4, "batch_size": 4, "evaluate_every": 2, "workers": 0,
     "per_class": 6,
 }  # fmt: skip

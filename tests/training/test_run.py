@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from qat.train.loop import run
 from qat.train.start import schedule_of
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
-TINY = {
+TINY: dict[str, Any] = {
     "backbone": "test_resnet",
     "image_size": 32,
     "steps": 4,

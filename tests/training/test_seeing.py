@@ -6,6 +6,7 @@ import sys
 from fractions import Fraction
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,14 @@ CHANNELS = (3, 1, 5, 1, 1)
 IS_WEIGHT = np.array([True, False, True, False, False])
 WINDOW, STEPS = 7, 45  # six windows and three steps more
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
-TINY = {"backbone": "test_resnet", "image_size": 32, "steps": 5, "batch_size": 4, "evaluate_every": 4, "workers": 0}
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet",
+    "image_size": 32,
+    "steps": 5,
+    "batch_size": 4,
+    "evaluate_every": 4,
+    "workers": 0,
+}
 
 
 def raw_signs() -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]], NDArray[np.int64]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from qat.train.step import scale_groups
 from tests.quick import slow_but
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
-TINY = {
+TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "steps": 6, "batch_size": 4, "evaluate_every": 2, "workers": 0,
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ from tests.quick import slow_but
 from tests.training.test_run import TINY, same_model
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
-LONGER = TINY | {"steps": 7, "evaluate_every": 3}
+LONGER: dict[str, Any] = TINY | {"steps": 7, "evaluate_every": 3}
 
 
 class Ending(NamedTuple):

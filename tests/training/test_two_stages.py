@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from qat.train.data import in_steps
 from qat.train.start import schedule_of
 from qat.train.two_stages import run_stages
 
-TINY = BiperRecipe(
+TINY: dict[str, Any] = BiperRecipe(
     data="cifar10", test_domain="test", backbone="test_resnet", image_size=32, batch_size=8, augmentation="crop-flip",
     normalization="imagenet", epochs=1, stage2_epochs=1, warmup=0, workers=0, lr=0.01, stage2_lr=1e-9, frequency=15.0,
     calibration_batches=1, holdout=0.25,
