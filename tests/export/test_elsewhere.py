@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from export import graph as qdq_graph
-from export import passes
 from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import unavailable
 from export.lower import lower
 from export.native_graph import emit
-from export.passes import to_integers
+from export.passes import biases, to_integers
 from export.targets import TARGETS, LayerPlan, Target
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
@@ -71,7 +70,7 @@ def test_the_byte_minus_128_is_computed_wrongly_on_arm_and_never_written(monkeyp
     with torch.no_grad():
         model.depthwise.weight.fill_(-100.0)
     assert on_arm(model, TARGETS["ort-int8"]).passed
-    monkeypatch.setattr(passes, "weight_multiplier_of", lambda target, bits, source: 16)
+    monkeypatch.setattr(biases, "weight_multiplier_of", lambda target, bits, source: 16)
     monkeypatch.setattr(qdq_graph, "plan_layer", lambda target, layer, source: LayerPlan(8, uint8=False))
     planted = on_arm(model, TARGETS["ort-int8"])
     assert not planted.passed

@@ -7,7 +7,8 @@ import torch
 from export.graph import emit_qdq
 from export.lower import lower
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
-from export.passes import fold_batch_norms, to_integers
+from export.passes import to_integers
+from export.passes.batch_norms import fold_batch_norms
 from export.targets import saturates
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
 from tests.export.conftest import Exported, build_tiny

@@ -18,7 +18,8 @@ from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.metadata import Preprocessing, broken_signatures, read_metadata, sign
 from export.native_graph import emit
-from export.passes import positive_scales, to_integers
+from export.passes import to_integers
+from export.passes.scales import positive_scales
 from export.reference import IntegerReference
 from export.targets import TARGETS, check_quantizer, plan_layer, weight_multiplier_of
 from export.verify import verify_file

@@ -16,7 +16,8 @@ from export.lower import lower, trained_codes
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
 from export.metadata import Preprocessing, missing_options, sign
 from export.native_graph import emit
-from export.passes import check_sums, to_integers
+from export.passes import to_integers
+from export.passes.biases import check_sums
 from export.runtime_checks import INTEGER_KERNELS, layer_kernels
 from export.targets import TARGETS, plan_layer, saturates, target_named, weight_multiplier_of
 from qat.surgery.layers import QuantConv2d, QuantLinear

@@ -1,0 +1,144 @@
+"""Biases become int32 codes, or floats for targets whose files hold such."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.rounding import NEGLIGIBLE_CODES, largest_results, largest_sums
+from export.skeleton import CODE_OPS, fill_of, grid_of, moves_codes, weight_layer, written_by
+from export.targets import SUM_LIMIT, Target, weight_multiplier_of
+from export.thresholds import with_threshold_bias
+
+# A channel that writes floats is reduced to its bias where 32 bits cannot hold both and the largest sum is at most so much:
+NEGLIGIBLE_SHARE = 2.0**-20  # of its bias, where floats are written
+
+
+def resolve_biases(model: LoweredModel, target: Target) -> bool:
+    """Biases as int32 in units of input scale times weight scale, as integer kernels add them. A net without activation
+    quantizers (weight-only) computes in floating point on its weight codes; its biases stay."""
+    reached: set[str] = set()
+    for node in model.skeleton.graph:
+        layer = weight_layer(node, model)
+        if layer is None:
+            continue
+        reached.add(f"{layer.name}.weight")
+        if not model.quantizers:
+            continue
+        grid = grid_of(node.inputs[0])
+        if grid is None:
+            raise ExportError(f"layer {layer.name!r}: {_why_no_codes(node.inputs[0])}, so no integer kernel can run it")
+        if node.op_type == "Gemm":
+            _check_gemm(node, layer)
+        source, written = model.quantizers[grid], written_by(node, model)
+        if written is not None and written.is_binary:
+            layer = replace(layer, weight_multiplier=weight_multiplier_of(target, layer.bits, source))
+            layer, model.quantizers[written.name] = with_threshold_bias(layer, source, written)
+        else:
+            layer = _with_bias_codes(layer, source, written, target)
+            if silent := list(layer.dead_channels):
+                model.notes.append(f"layer {layer.name!r}: in channels {silent} only the bias decides; only it is kept")
+        model.layers[f"{layer.name}.weight"] = layer
+        check_sums(layer, source)
+    missing = [name for name in model.layers if name not in reached]
+    if missing:
+        raise ExportError(
+            f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export"
+        )
+    return True
+
+
+def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
+    """Raises ExportError when a sum of the layer, bias included, may exceed the 32 bits that every kernel adds it in."""
+    assert layer.bias_codes is not None
+    largest = largest_sums(layer, source) * layer.weight_multiplier + np.abs(layer.bias_codes.astype(np.float64))
+    if (largest > SUM_LIMIT).any():
+        channel = int(largest.argmax())
+        raise ExportError(
+            f"layer {layer.name!r}: sums of output channel {channel} may reach {largest[channel]:,.0f}, which 32 bits cannot "
+            "hold; use fewer bits or fewer input channels"
+        )
+
+
+def _why_no_codes(value: ir.Value | None) -> str:
+    """Why `value`, which a layer reads, carries no codes."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in CODE_OPS:
+        if node.op_type == "Pad" and not moves_codes(node):
+            return f"its input is padded with {fill_of(node):g}, which is not a code (pad with 0)"
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return "its input is not quantized"
+
+
+def float_biases(model: LoweredModel) -> bool:
+    """Layers add their bias as it was trained, in floating point: plain QDQ files hold no integer biases."""
+    changed = False
+    for name, layer in model.layers.items():
+        if layer.bias_codes is not None:
+            model.layers[name] = replace(layer, bias_codes=None)
+            changed = True
+    return changed
+
+
+def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
+    get = {name: attribute.value for name, attribute in node.attributes.items()}
+    if get.get("transB", 0) != 1 or get.get("transA", 0) or get.get("alpha", 1.0) != 1.0 or get.get("beta", 1.0) != 1.0:
+        raise ExportError(f"layer {layer.name!r}: Gemm with {get} is not x·Wᵀ + b")
+
+
+def _with_bias_codes(
+    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None, target: Target
+) -> LoweredLayer:
+    """The layer with integer biases; its dead channels are those of which only the bias is kept.
+
+    source: the quantizer it reads; written: the one that reads its results, None where they stay in floating point.
+    Raises ExportError for a channel whose bias no int32 code can hold though its sums matter.
+    """
+    for weight_multiplier in (weight_multiplier_of(target, layer.bits, source), 1):
+        layer = replace(layer, weight_multiplier=weight_multiplier, input_quantizer=source.name)
+        unit = (source.scale * layer.stored_scale).astype(np.float64)  # in float32, as the runtime multiplies them
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            codes = np.rint(layer.folded_bias / unit)
+        out_of_range = ~(np.abs(codes) + largest_sums(layer, source) * weight_multiplier <= SUM_LIMIT)
+        if not out_of_range.any():
+            return replace(layer, bias_codes=codes.astype(np.int32))
+        needed = out_of_range & ~_sums_are_negligible(layer, source, written)
+        if not needed.any():
+            return _with_biases_alone(layer, source, codes, out_of_range)
+    check_sums(replace(layer, bias_codes=np.zeros(len(unit), np.int32)), source)  # whether the sums alone are too large
+    channel = int(np.flatnonzero(needed)[0])
+    raise ExportError(
+        f"layer {layer.name!r}: the bias of output channel {channel} is {layer.folded_bias[channel]:g}, in units of "
+        f"{unit[channel]:.3g}: 32 bits cannot hold both it and the sums it is added to; look at the batch norm after this "
+        "layer (a gamma next to 0, or a bias out of all proportion)"
+    )
+
+
+def _sums_are_negligible(
+    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None
+) -> NDArray[np.bool_]:
+    """bool (O,): channels whose largest possible sum decides no result, or whose result is clipped whatever the sum."""
+    largest = largest_results(layer, source)
+    bias = layer.folded_bias
+    if written is None:
+        return largest <= NEGLIGIBLE_SHARE * np.abs(bias)
+    lowest, highest = (float(written.scale) * (code - written.zero_point) for code in (written.low, written.high))
+    is_clipped = (bias - largest >= highest) | (bias + largest <= lowest)
+    return is_clipped | (largest <= NEGLIGIBLE_CODES * float(written.scale))
+
+
+def _with_biases_alone(
+    layer: LoweredLayer, source: LoweredQuantizer, bias_codes: NDArray[np.float64], silent: NDArray[np.bool_]
+) -> LoweredLayer:
+    """The layer with weights 0 in its silent channels, in a unit that leaves their biases 20 bits of precision."""
+    codes, scale, bias_codes = layer.codes.copy(), layer.scale.copy(), bias_codes.copy()
+    channels = [int(c) for c in np.flatnonzero(silent)]
+    bias, input_scale = layer.folded_bias[silent], float(source.scale)
+    codes[silent] = 0
+    scale[silent] = layer.weight_multiplier * np.maximum(np.abs(bias), 1e-6) / (input_scale * (1 << 20))
+    bias_codes[silent] = np.rint(bias / (input_scale * scale[silent].astype(np.float64) / layer.weight_multiplier))
+    bits = max(layer.bits, 2)  # 0 is not a 1-bit code
+    silenced = replace(layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels))
+    return replace(silenced, bias_codes=bias_codes.astype(np.int32))
