@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
 from export.skeleton import weight_layer, written_by
 
-NEGLIGIBLE_CODES = 2.0**-10  # the largest sum of a channel that `export/passes/biases.py` may reduce to its bias, in codes
+NEGLIGIBLE_CODES = (
+    2.0**-10
+)  # the largest sum of a channel that `export/passes/biases.py` may reduce to its bias, in codes
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from qat.runs.recipe import GaqatRecipe
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import parameter_groups, quantize_, uniform_rules
+from qat.train.from_recipe import training_step
 from qat.train.step import TrainingStep
 
 VARIANTS = ("sagm-lsq", "gaqat")
@@ -66,7 +67,7 @@ def step_of(variant: str, flags: Flags) -> TrainingStep:
     model.to(memory_format=torch.channels_last).train()
     recipe = GaqatRecipe(window=10, threshold=1.1)
     optimizer = torch.optim.Adam(parameter_groups(model, 0.0, 1e-5), lr=1e-4)
-    step = TrainingStep(recipe, model, model, optimizer, Plain(), domains=1)
+    step = training_step(recipe, model, model, optimizer, Plain(), domains=1)
     if variant == "sagm-lsq":
         step.freezer = None
     return step

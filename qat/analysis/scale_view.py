@@ -27,8 +27,8 @@ from qat.runs.build import load_run
 from qat.runs.recipe import RecipeError, SagmRecipe
 from qat.runs.run_folder import RunFolder
 from qat.runs.scale_log import ScaleHistory, kind_of, read_scales
+from qat.train.from_recipe import freezer_of
 from qat.train.scale_scalars import beyond_threshold
-from qat.train.step import freezer_of
 
 FLOAT16_COUNTS = 2048  # a share of fewer comparisons than this is rounded to float16 by less than half a flip
 

@@ -2,7 +2,8 @@
 
     y = a · (x - μ) + β,   a = γ / sqrt(σ² + ε)          folded into the convolution before it: W' = a·W,  b' = a·(b - μ) + β
 
-Export folds for itself (`export/passes/batch_norms.py`, codes untouched); `fold_norms` is for a float model before `quantize_`.
+Export folds for itself (`export/passes/batch_norms.py`, codes untouched); `fold_norms` is for a float model before
+`quantize_`.
 """
 
 import copy

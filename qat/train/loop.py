@@ -1,8 +1,8 @@
 """One training run, from a recipe and domains to a finished run folder. The one door to accelerate.
 
-Each step: the objective fills `.grad` through the closure, the optimizer steps, the schedule steps. Every
-`evaluate_every` steps the held-out images of the source domains are measured; the best mean accuracy over them selects
-the checkpoint (DomainBed's training-domain validation), and only that checkpoint ever meets the target domain.
+`qat/train/step.py` takes each step. Every `evaluate_every` steps the held-out images of the source domains are measured; the
+best mean accuracy over them selects the checkpoint (DomainBed's training-domain validation), and only that checkpoint ever
+meets the target domain.
 """
 
 import math
@@ -38,10 +38,11 @@ from qat.surgery.calibrate import begin, pause
 from qat.surgery.swap import parameter_groups, sizes_of_scales
 from qat.train.data import in_steps
 from qat.train.evaluate import accuracy, mean_loss, predictions, predictor
+from qat.train.from_recipe import training_step
 from qat.train.loaders import collect_samples, eval_batches, some_images, train_loader
 from qat.train.scale_scalars import mean_scales, scale_scalars
 from qat.train.start import as_saved, calibrated, schedule_of, start_state, takes_over, teacher_of
-from qat.train.step import Outcome, TrainingStep
+from qat.train.step import Outcome
 from qat.train.tracking import Tracker
 
 DIVERGED = 100  # times the cross entropy of guessing, on average between two evaluations
@@ -118,9 +119,10 @@ class _Trainer:
             pause(built.model)
         loader = train_loader(split, recipe, built, start_step=self.progress.step)
         self.model, self.optimizer, self.loader = accelerator.prepare(built.model, optimizer, loader)
-        self.step = TrainingStep(
-            recipe, self.model, built.model, self.optimizer, accelerator, domains=len(split.train), teacher=teacher
-        )
+        self.step = training_step(
+            recipe, self.model, built.model, self.optimizer, accelerator,
+            domains=len(split.train), teacher=teacher, schedule=self.schedule,
+        )  # fmt: skip
         self.average, self.valley = Average(recipe.ema_decay if recipe.averaging == "ema" else None), LossValley()
         if resumed is not None:
             self.step.load_state_dict(resumed["step"])
@@ -170,16 +172,14 @@ class _Trainer:
                 self.step.oscillation.restart()
         began = time.perf_counter()
         outcome = self.step(images, labels, domains)
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        self.schedule.step()
         self.progress.step += 1
         if self.recipe.averaging != "none" and self.progress.step > self.quant_start:
             self.average.update(self.built.model)
         if scales is not None and outcome.seen is not None:
             scales.write(outcome.seen)
-        self._report(outcome, labels, rate, time.perf_counter() - began, tracker)
+        self._report(outcome, labels, time.perf_counter() - began, tracker)
 
-    def _report(self, outcome: Outcome, labels: Tensor, rate: float, seconds: float, tracker: Tracker) -> None:
+    def _report(self, outcome: Outcome, labels: Tensor, seconds: float, tracker: Tracker) -> None:
         loss = float(outcome.loss)
         if not math.isfinite(loss):
             raise RecipeError(f"step {self.progress.step}: the loss is {loss}; {self._what_to_change()}")
@@ -197,7 +197,7 @@ class _Trainer:
         }
         tracker.show(self.progress.step, **values)  # type: ignore[arg-type]
         values |= {"gradient_norm": norm, "gradient_l1_norm": float(outcome.l1_norm)}
-        values["learning_rate"] = rate
+        values["learning_rate"] = outcome.rate
         if outcome.swung is not None:
             values["oscillating"] = outcome.swung
         if outcome.seen is not None and self.step.freezer is not None:

@@ -20,8 +20,9 @@ from qat.surgery.batchnorm import set_norm_mode
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import binary_rules, parameter_groups, quantize_, quantized_weights, uniform_rules
 from qat.train import step as step_module
+from qat.train.from_recipe import training_step
 from qat.train.loop import run
-from qat.train.step import TrainingStep, microbatches
+from qat.train.step import microbatches
 from tests.nearness import ROUNDING, assert_all_near
 from tests.surgery.nets import TinyNet, with_random_norms
 from tests.training.test_run import TINY, killed_and_resumed, same_model
@@ -52,7 +53,7 @@ def gradients(recipe: Recipe, model: nn.Module, norms: str = "frozen-statistics"
     model = copy.deepcopy(model)
     set_norm_mode(model, norms)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(parameter_groups(model, 0.0, 0.0), lr=0.0)
-    step = TrainingStep(recipe, model, model, optimizer, Plain(), domains=2)
+    step = training_step(recipe, model, model, optimizer, Plain(), domains=2)
     draw = torch.Generator().manual_seed(1)
     images = torch.randn(IMAGES, 3, 33, 29, generator=draw, dtype=torch.float64)
     labels, domains = torch.randint(0, 5, (IMAGES,), generator=draw), torch.arange(IMAGES) * 2 // IMAGES

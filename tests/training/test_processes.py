@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qat.runs.recipe import GaqatRecipe
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import parameter_groups, quantize_, uniform_rules
-from qat.train.step import TrainingStep
+from qat.train.from_recipe import training_step
 from tests.surgery.nets import TinyNet
 
 STEPS = 24
@@ -32,7 +32,7 @@ def train(rank: int, model: nn.Module, wrapped: nn.Module, accumulate: int = 1) 
     """A few GAQAT steps on this rank's own images -> masks of every step, and the weights in the end."""
     recipe = GaqatRecipe(window=4, threshold=0.45, per_channel=True, channels_last=False, accumulate=accumulate)
     optimizer = torch.optim.Adam(parameter_groups(model, 0.0, 1e-4), lr=1e-3)
-    step = TrainingStep(recipe, wrapped, model, optimizer, Plain(), domains=1)
+    step = training_step(recipe, wrapped, model, optimizer, Plain(), domains=1)
     draw = torch.Generator().manual_seed(rank)
     assert step.freezer is not None
     masks = []

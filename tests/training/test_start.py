@@ -19,9 +19,9 @@ from qat.surgery.calibrate import begin, pause, paused
 from qat.surgery.swap import quantizers
 from qat.train import loop
 from qat.train import step as training_step
+from qat.train.from_recipe import scale_groups
 from qat.train.loop import run
 from qat.train.start import is_sgd, refined, schedule_of, teacher_of
-from qat.train.step import scale_groups
 from tests.quick import slow_but
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
