@@ -14,19 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edgeqat.terminal import in_lines
 from export import session
-from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, Images, compare_stored
+from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, accuracy_of, compare_stored
+from export.feeds import Given
 from export.fidelity import Trained
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.onnx_file import read
 from export.reference import IntegerReference
 
 StoredCodes = dict[str, NDArray[np.uint8]]
+Logits = NDArray[np.float32]
 ROUNDING_LEVELS = tuple(f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL"))
 
 
@@ -40,8 +41,8 @@ class Runtime:
 
     name: str
     version: str
-    codes: Callable[[Images], StoredCodes]
-    logits: Callable[[Images], Images]
+    codes: Callable[[Given], StoredCodes]
+    logits: Callable[[Given], Logits]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class QuantizerResult:
 class RuntimeResult:
     """One runtime against the integer definition.
 
-    top1:              share of images with the definition's answer, of the file as it ships, computed end to end.
+    top1:              share of images with the definition's answer, of the file as it ships, computed end to end; None for a
+                       net without classes.
     logit_difference:  the largest, relative to the largest logit of the definition.
     top1_trained:      share of images with the answer of the trained, fake-quantized net.
     """
@@ -66,9 +68,9 @@ class RuntimeResult:
     runtime: str
     version: str
     quantizers: tuple[QuantizerResult, ...]
-    top1: float
+    top1: float | None
     logit_difference: float
-    top1_trained: float
+    top1_trained: float | None
 
     @property
     def codes(self) -> int:
@@ -109,8 +111,10 @@ class RuntimeResult:
             found = f"exact: all {self.codes:,} codes as defined"
         else:
             found = "computes in floating point (weight-only)"
-        answers = f"top-1 as defined {self.top1:.2%}, as trained {self.top1_trained:.2%}"
-        return f"{self.runtime} ({self.version}): {found}; {answers}; logits differ by {self.logit_difference:.1e}"
+        answers = ""
+        if self.top1 is not None and self.top1_trained is not None:
+            answers = f"top-1 as defined {self.top1:.2%}, as trained {self.top1_trained:.2%}; "
+        return f"{self.runtime} ({self.version}): {found}; {answers}logits differ by {self.logit_difference:.1e}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ class Agreement:
         lines += [f"  computed   {result}" for result in self.results]
         lines += [f"             {line}" for line in self.table()]
         accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
-        lines.append(f"  accuracy   {accuracies} on {self.images} images")
+        if accuracies:
+            lines.append(f"  accuracy   {accuracies} on {self.images} images")
         return in_lines([*lines, *(f"  note       {note}" for note in self.notes)])
 
     def _verdict(self) -> str:
@@ -178,7 +183,7 @@ def agree(
     model: LoweredModel,
     file: Path,
     target: str,
-    images: Images,
+    images: Given,
     labels: NDArray[np.int64],
     trained: Trained,
     further: Sequence[Runtime] = (),
@@ -196,7 +201,7 @@ def agree(
         raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
     reference = IntegerReference(model, session.FloatOperators())
     from_training = _in_batches(lambda batch: _first(trained(batch)[1]), images)
-    defined = _in_batches(lambda batch: _first(reference.run(torch.from_numpy(batch))[1]), images)
+    defined = _in_batches(lambda batch: _first(reference.run(batch)[1]), images)
     runtimes = [*(onnx_runtime(proto, model, level) for level in session.LEVELS), *further]
     logits = {runtime.name: _in_batches(runtime.logits, images) for runtime in runtimes}
     results = []
@@ -222,7 +227,9 @@ def agree(
         weight_codes=sum(layer.codes.size for layer in model.layers.values()),
         stored=compare_stored(model, proto),
         results=tuple(results),
-        accuracy={name: float((p.argmax(1) == labels).mean()) for name, p in predictions.items()},
+        accuracy={
+            name: accuracy for name, p in predictions.items() if (accuracy := accuracy_of(p, labels)) is not None
+        },
         notes=(*model.notes, *_causes(results)),
     )
 
@@ -237,14 +244,14 @@ def _causes(results: Sequence[RuntimeResult]) -> list[str]:
     ]
 
 
-def compare_codes(reference: IntegerReference, runtime: Runtime, images: Images) -> tuple[QuantizerResult, ...]:
+def compare_codes(reference: IntegerReference, runtime: Runtime, images: Given) -> tuple[QuantizerResult, ...]:
     """The codes of every quantizer in `runtime` against the definition's, which starts from the runtime's own codes at
     every operation. In the order of the graph."""
     totals: dict[str, list[int]] = {}
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         found = runtime.codes(batch)
-        expected, _ = reference.run(torch.from_numpy(batch), given=found)
+        expected, _ = reference.run(batch, given=found)
         for name, codes in expected.items():
             distance = np.abs(codes.astype(np.int16) - found[name])
             total = totals.setdefault(name, [0, 0, 0])
@@ -259,11 +266,11 @@ def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Run
     exposed = session.load(session.with_outputs(proto, list(model.quantizers)), level=level)
     plain = session.load(proto, level=level)
 
-    def codes(images: Images) -> StoredCodes:
+    def codes(images: Given) -> StoredCodes:
         found = exposed.run(images)
         return {name: to_storage(found[name], grid) for name, grid in model.quantizers.items()}
 
-    def logits(images: Images) -> Images:
+    def logits(images: Given) -> Logits:
         return _first(plain.run(images)).astype(np.float32)
 
     return Runtime(f"ONNX Runtime {level}", session.version(), codes, logits)
@@ -298,13 +305,16 @@ def with_real_outputs(
     return copy, outputs
 
 
-def _in_batches(compute: Callable[[Images], Images], images: Images) -> Images:
+def _in_batches(compute: Callable[[Given], Logits], images: Given) -> Logits:
     return np.concatenate([compute(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
 
 
-def _first(outputs: Mapping[str, NDArray[np.generic]]) -> Images:
+def _first(outputs: Mapping[str, NDArray[np.generic]]) -> Logits:
     return np.asarray(next(iter(outputs.values())), np.float32)
 
 
-def _same_answer(first: Images, second: Images) -> float:
+def _same_answer(first: Logits, second: Logits) -> float | None:
+    """Share of equal classes, per image, or per place where a net answers for each; None for outputs without classes."""
+    if first.ndim < 2:
+        return None
     return float((first.argmax(1) == second.argmax(1)).mean())

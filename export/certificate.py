@@ -304,9 +304,15 @@ def _elsewhere(
 def _accuracy(outputs: Mapping[str, Outputs], labels: NDArray[np.int64]) -> dict[str, float]:
     """Share of images whose largest value of the first output is at their label."""
     firsts = {name: next(iter(found.values())) for name, found in outputs.items()}
-    return {
-        n: float((p.argmax(1) == labels).mean()) for n, p in firsts.items() if p.ndim == 2 and len(p) == len(labels)
-    }
+    found = {name: accuracy_of(predictions, labels) for name, predictions in firsts.items()}
+    return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+
+
+def accuracy_of(predictions: NDArray[np.floating], labels: NDArray[np.int64]) -> float | None:
+    """Share of images whose largest value is at their label; None where predictions are not N_C, or there is no label."""
+    if predictions.ndim != 2 or len(predictions) != len(labels):
+        return None
+    return float((predictions.argmax(1) == labels).mean())
 
 
 def _input_note(described: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.agreement import Runtime, StoredCodes, from_reals, with_real_outputs
-from export.certificate import Images
+from export.agreement import Logits, Runtime, StoredCodes, from_reals, with_real_outputs
+from export.feeds import Feeds, Given
 from export.lowered import ExportError, LoweredQuantizer
 
 # On processors with bfloat16 OpenVINO takes it for what is not quantized, unless it is told otherwise.
@@ -30,9 +30,9 @@ class OpenvinoSession:
             raise ExportError(f"OpenVINO {version()} cannot load the model: {error}") from error
         self.outputs = [value.name for value in proto.graph.output]
 
-    def run(self, images: Images) -> dict[str, np.ndarray]:
+    def run(self, images: Given) -> dict[str, np.ndarray]:
         """Outputs by name for one batch."""
-        found = self.compiled(images)
+        found = self.compiled(dict(images) if isinstance(images, Feeds) else images)
         return {name: np.array(found[name]) for name in self.outputs}
 
 
@@ -46,11 +46,11 @@ def openvino_runtime(
     instrumented, outputs = with_real_outputs(proto, quantizers)
     exposed, plain = OpenvinoSession(instrumented, options), OpenvinoSession(proto, options)
 
-    def codes(images: Images) -> StoredCodes:
+    def codes(images: Given) -> StoredCodes:
         found = exposed.run(images)
         return {name: from_reals(found[outputs[name]], grid) for name, grid in quantizers.items()}
 
-    def logits(images: Images) -> Images:
+    def logits(images: Given) -> Logits:
         (value,) = plain.run(images).values()
         return value.astype(np.float32)
 

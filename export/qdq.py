@@ -16,10 +16,10 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from export.graph import Emitter, value_name
-from export.lowered import LoweredLayer, LoweredQuantizer
+from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
 from export.packing import pack
 from export.skeleton import grid_of, is_mark, mark_name, moves_codes, weight_layer
-from export.targets import plan_layer
+from export.targets import Target, plan_layer
 
 # Operators that a runtime computes on integers when their inputs come from DequantizeLinear, beside layers.
 QUANTIZED_OPS = {"Add", "Mul", "MatMul", "Concat", "AveragePool", "GlobalAveragePool"}
@@ -28,6 +28,10 @@ FULL_RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
 
 class QdqEmitter(Emitter):
     """Writes the file of a canonical model for a target with `qdq`."""
+
+    def __init__(self, model: LoweredModel, target: Target) -> None:
+        super().__init__(model, target)
+        self.written_again: dict[str, str] = {}  # float value on a grid -> its codes
 
     def _emit(self, node: ir.Node) -> None:
         if is_mark(node) or weight_layer(node, self.model) is not None:
@@ -62,12 +66,13 @@ class QdqEmitter(Emitter):
 
     def _quantized(self, value: ir.Value | None) -> str:
         """`value` from DequantizeLinear if it lies on a grid; after a layout operation the pair is written again."""
-        grid = grid_of(value)
-        if value is not None and grid is not None and value_name(value) not in self.codes:
-            quantizer = self.model.quantizers[grid]
-            codes = self._add("QuantizeLinear", [value_name(value), *self._grid(quantizer)])
-            self.codes[value_name(value)] = (codes, quantizer)
-        return self._float(value)
+        name_of_grid = grid_of(value)
+        if value is None or name_of_grid is None or value_name(value) in self.codes:
+            return self._float(value)
+        grid, name = self._grid(self.model.quantizers[name_of_grid]), value_name(value)
+        if name not in self.written_again:
+            self.written_again[name] = self._add("QuantizeLinear", [name, *grid])
+        return self._add("DequantizeLinear", [self.written_again[name], *grid])
 
     def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:
         source = self.model.quantizers.get(layer.input_quantizer)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from export.lowered import DOMAIN as MARKS
 from export.lowered import LoweredModel
+from export.passes.edit import take_over
 from export.skeleton import constant, is_mark, mark_name
 
 DOMAIN = "qonnx.custom_op.general"
@@ -38,7 +39,7 @@ def emit_qonnx(model: LoweredModel) -> onnx.ModelProto:
         )
         node.outputs[0].shape, node.outputs[0].dtype = mark.outputs[0].shape, ir.DataType.FLOAT
         node.outputs[0].name = f"{name}.quantized"
-        ir.convenience.replace_all_uses_with(mark.outputs[0], node.outputs[0])
+        take_over(node.outputs[0], mark.outputs[0])
         graph.insert_before(mark, node)
         graph.remove(mark, safe=True)
     _drop_unread(graph)

@@ -166,7 +166,7 @@ def certify(
         return _trained(on_cpu, part, given, names)
 
     if target.qdq:
-        return agree(lowered, file, target.name, feeds, answers, trained)  # type: ignore[arg-type]
+        return agree(lowered, file, target.name, feeds, answers, trained)
     described = describe(lowered, target, {}, PRODUCER)  # the model knows neither classes nor preprocessing
     certificate = certify_lowered(lowered, file, feeds, answers, trained, machines, described)
     return recorded(certificate, file)

@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from export.lowered import LoweredModel, LoweredQuantizer
+from export.passes.edit import take_over
 from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, only_reader
 
 
@@ -17,7 +18,7 @@ def hoist_marks(model: LoweredModel) -> bool:
         source = layout.inputs[0]
         if source is None or source.producer() is None or only_reader(source) is not layout:
             continue
-        ir.convenience.replace_all_uses_with(mark.outputs[0], layout.outputs[0])
+        take_over(layout.outputs[0], mark.outputs[0])
         model.trained_at.setdefault(mark_name(mark), layout.outputs[0])
         mark.replace_input_with(0, source)
         layout.replace_input_with(0, mark.outputs[0])
