@@ -232,7 +232,7 @@ def test_gradients_with_a_checkpointed_block_are_those_without(reentrant: bool) 
         model = ready(Split()).train()
         block = model.block
         if use:
-            model.block = Checkpointed(block, reentrant)
+            model.block = Checkpointed(block, reentrant)  # type: ignore[assignment]
         model(X).square().sum().backward()
         gradients.append({name.replace("block.inner.", "block."): p.grad for name, p in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
