@@ -304,6 +304,7 @@ class Emitter:
         if name in self.codes:
             codes, quantizer = self.codes[name]
             self._add("DequantizeLinear", [codes, *self._grid(quantizer)], name)
+            return _value_info(value, TensorProto.FLOAT)
         return _value_info(value)
 
 
@@ -343,6 +344,8 @@ def value_name(value: ir.Value) -> str:
     return value.name
 
 
-def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
+def _value_info(value: ir.Value, kind: int | None = None) -> onnx.ValueInfoProto:
+    """kind: of TensorProto; None: the value's own."""
     shape = [d if isinstance(d, int) else str(d) for d in value.shape or []]
-    return helper.make_tensor_value_info(value_name(value), TensorProto.FLOAT, shape)
+    own = TensorProto.FLOAT if value.dtype is None else int(value.dtype)
+    return helper.make_tensor_value_info(value_name(value), own if kind is None else kind, shape)

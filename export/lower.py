@@ -291,10 +291,12 @@ def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], ou
     batch = torch.export.Dim("batch")
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = with_leaves(dict(bound), lambda leaf: _dynamic(leaf, batch))
-    console, exporter_log = io.StringIO(), logging.getLogger("torch.onnx")
-    level = exporter_log.level
+    console = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
     try:
-        exporter_log.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(console):
             warnings.simplefilter("ignore")
             captured = _captured(model, args, kwargs, shapes)
@@ -307,6 +309,7 @@ def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], ou
             )
             assert program is not None, "torch.onnx gave no program"
             simplify(program.model)
+            _require_batch(program.model.graph.outputs, outputs)
             _name(program.model.graph.inputs, inputs)  # after `simplify`, which gives values of one name two
             _name(program.model.graph.outputs, outputs)
     except ExportError:
@@ -314,8 +317,21 @@ def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], ou
     except Exception as error:
         raise ExportError(f"torch.onnx could not export the model: {_root_cause(error)}") from error
     finally:
-        exporter_log.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     return program.model
+
+
+def _require_batch(outputs: Sequence[ir.Value], names: Sequence[str]) -> None:
+    """Raises ExportError for an output that is not one answer for each sample: a file runs any number of them."""
+    for output, name in zip(outputs, names, strict=True):
+        shape = output.shape
+        is_constant = output.const_value is not None
+        if is_constant or (shape is not None and (len(shape) == 0 or isinstance(shape[0], int))):
+            raise ExportError(
+                f"the model's output {name!r} has no batch as its first axis, so it is not an answer for each sample; leave "
+                "it out of what forward returns in eval mode, or return it for each sample"
+            )
 
 
 def _name(values: Sequence[ir.Value], names: Sequence[str]) -> None:
@@ -351,6 +367,7 @@ def _root_cause(error: BaseException) -> str:
 
 def _marker(quantizer: Quantizer, passes: _Passes) -> Callable[[Tensor], Tensor]:
     def mark(x: Tensor) -> Tensor:
+        x = x if x.is_floating_point() else x.float()  # as `Quantizer.forward` does
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{MARK}", (x,), {"name": passes.name(quantizer)}, dtype=x.dtype, shape=x.shape, version=1
         )

@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(folder))
     temporary = tmp_path / "temporary"
     temporary.mkdir(mode=0o700)
-    monkeypatch.setattr(compiled.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(compiled, "_before_termination", lambda action: None)
     return folder
 
@@ -93,6 +94,11 @@ def test_one_of_other_sources_is_another_library(home: Path, sources: Path) -> N
     assert compiled.library(NAME, sources, Compiler()).read_bytes() == GOOD and old.read_bytes() == b"old"
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -102,7 +108,7 @@ def test_one_of_other_sources_is_another_library(home: Path, sources: Path) -> N
         lambda path: path.chmod(0o664),
         lambda path: path.chmod(0o646),
         lambda path: (path.rename(path.with_suffix(".real")), path.symlink_to(path.with_suffix(".real"))),
-        lambda path: (path.unlink(), os.mkfifo(path)),
+        pipe,
     ],
     ids=["truncated", "empty", "one byte", "group-writable", "others write", "link", "pipe"],
 )
@@ -140,7 +146,7 @@ def test_another_users_library_is_not_ours_when_we_are_somebody_else(
     home: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(home / ".cache/edgeqat", b"evil")
-    monkeypatch.setattr(compiled.os, "getuid", lambda: STRANGER)
+    monkeypatch.setattr(os, "getuid", lambda: STRANGER)
     make = Compiler()
     path = compiled.library(NAME, sources, make)
     assert path.read_bytes() == GOOD and home not in path.parents and make.runs == 1
@@ -271,7 +277,7 @@ def test_a_library_that_was_installed_with_the_sources_may_be_their_owners(
 ) -> None:
     installed = planted(tmp_path / "sources", GOOD)
     installed.parent.chmod(0o755)
-    monkeypatch.setattr(compiled.os, "getuid", lambda: STRANGER)  # root's are the sources, and this module
+    monkeypatch.setattr(os, "getuid", lambda: STRANGER)  # root's are the sources, and this module
     make = Compiler()
     assert compiled.library(NAME, tmp_path / "sources", make) == installed and make.runs == 0
     os.chown(installed, STRANGER + 1, STRANGER + 1)
@@ -335,7 +341,7 @@ def test_a_compiler_that_refuses_the_sources_runs_once_and_leaves_nothing(home: 
 
 
 def test_without_user_ids_nothing_is_asked_of_them(home: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(compiled.os, "getuid")
+    monkeypatch.delattr(os, "getuid")
     home.chmod(0o777)
     make = Compiler()
     path = compiled.library(NAME, sources, make)

@@ -99,7 +99,7 @@ def test_what_the_file_says_of_images_decides_whether_it_classifies_them(tmp_pat
     _, silent = own(folder=tmp_path)
     with pytest.raises(ExportError, match=r"takes tensors \(x float32 .*export it with classes=, mean= and std="):
         predict(silent, [tmp_path / "image.png"])
-    said = {"classes": list("abcde"), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    said: dict[str, Any] = {"classes": list("abcde"), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     model, file = own(folder=tmp_path, **said)
     pixels = torch.full((1, 3, 16, 16), (0 - 0.5) / 0.2)
     assert predict(file, [tmp_path / "image.png"])[0].label == "abcde"[int(model(pixels).argmax())]

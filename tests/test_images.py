@@ -191,9 +191,9 @@ def test_filters_are_as_before_after_many_threads(tmp_path: Path) -> None:
 
 
 def test_an_image_that_breaks_under_a_loaders_worker_is_one_line_that_names_it(tmp_path: Path) -> None:
-    for domain in ("a", "b"):
+    for name in ("a", "b"):
         for number in range(4):
-            path = tmp_path / domain / "cat" / f"{number}.png"
+            path = tmp_path / name / "cat" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture("RGB").save(path)
     domain = read_domains(tmp_path)[0]

@@ -104,7 +104,7 @@ class Unpooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled, places = F.max_pool2d(F.relu(self.conv(x)), 2, return_indices=True)
-        return self.head(self.last(F.max_unpool2d(pooled, places, 2)).mean((2, 3)))
+        return self.head(self.last(F.max_unpool2d(pooled, places, (2, 2))).mean((2, 3)))
 
 
 def test_a_graph_that_the_exporter_writes_wrong_is_one_error(tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("kind", slow_but(["data parallel"], WRAPPERS))
 def test_a_wrapped_model_is_calibrated_settled_exported_and_certified_as_itself(kind: str, tmp_path: Path) -> None:
-    files, scales = [], []
+    files: list[Path] = []
+    scales: list[list[float]] = []
     for wrap in (lambda model: model, WRAPPERS[kind]):
         torch.manual_seed(0)
         model = with_random_norms(TinyNet())

@@ -148,7 +148,7 @@ def test_equal_betas_are_rounded_apart_and_a_layer_with_two_grids_is_left() -> N
     quantize_(model, uniform_rules(4, 4), IMAGES[:1])
     calibrate(model, [IMAGES])
     settlement = settle_(model, IMAGES[:1])
-    assert not torch.equal(model.norms[0].bias, model.norms[1].bias)
+    assert not torch.equal(model.norms[0].get_parameter("bias"), model.norms[1].get_parameter("bias"))
     assert set(settlement.left) <= {"again", "again@1", "again.input@1"}
 
 
@@ -189,7 +189,7 @@ def test_a_power_of_two_stays_one() -> None:
 def test_a_net_that_cannot_be_lowered_stays_as_it_was() -> None:
     model = tiny(4)
     with torch.no_grad():
-        model.get_submodule("head").bias[0] = float("nan")  # type: ignore[index]
+        model.get_submodule("head").bias[0] = float("nan")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"head\.bias: holds NaN"):
         settle_(model, IMAGES[:1])
@@ -202,7 +202,7 @@ def test_scaling_that_would_change_a_code_is_undone() -> None:
     grid = LSQWeight(QuantSpec.of_weight(4), weight)
     scale, latent = grid.raw_scale.clone(), weight.clone()
     with torch.no_grad():
-        grid.codes = lambda w: torch.round(100 * (w / grid.raw_scale + w)).int()  # type: ignore[method-assign]
+        grid.codes = lambda x: torch.round(100 * (x / grid.raw_scale + x)).int()  # type: ignore[method-assign]
         assert not _scale_weight(weight, grid, torch.tensor([1.5]).double())
     assert torch.equal(grid.raw_scale, scale) and torch.equal(weight, latent)
 

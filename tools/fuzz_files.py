@@ -34,7 +34,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from edgeqat import cpp
-from export.kernels.build import LIBRARY_FLAGS, compile_all, machine, sources
+from edgeqat.cpp import machine
+from export.kernels.build import LIBRARY_FLAGS, compile_all, sources
 from export.kernels.library import library
 from export.lower import lower
 from export.metadata import KEY, Preprocessing, sign

@@ -16,7 +16,8 @@ from pathlib import Path
 import tyro
 
 from edgeqat import cpp
-from export.kernels.build import compile_all, machine, sources
+from edgeqat.cpp import machine
+from export.kernels.build import compile_all, sources
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 NEED_THE_RUNTIME = {"library.cpp", "op_layer.cpp", "op_pointwise.cpp"}

@@ -11,6 +11,8 @@ def take_over(new: ir.Value, old: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     if was_returned:
         old.name, new.name = new.name, old.name
+        new.type = old.type
+        new.shape = old.shape
 
 
 def bypass(node: ir.Node) -> None:

@@ -103,6 +103,8 @@ class Quantizer(nn.Module):
             self.observer(x.detach())
             return x
         self.require_scale()
+        if not x.is_floating_point():  # such as a mask that activations are multiplied by
+            x = x.float()
         return self.fake_quantize(x)
 
     def require_scale(self) -> None:

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -192,7 +192,7 @@ def parameter_groups(
     *,
     scale_sizes: Mapping[str, float] | None = None,
     decay_norms: bool = False,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Optimizer groups: weights with decay; biases and norms without, unless `decay_norms`; scales without, at
     their own learning rate.
 
@@ -205,7 +205,7 @@ def parameter_groups(
         raise ValueError("parameter_groups: scale_sizes multiply scale_lr; give both")
     known = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in named if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in named if p.dim() <= 1], "weight_decay": weight_decay if decay_norms else 0.0},
     ]

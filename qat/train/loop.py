@@ -364,7 +364,7 @@ class _Trainer:
         return predicted.numpy(), labels.numpy()
 
 
-def groups_of(recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]) -> list[dict[str, object]]:
+def groups_of(recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]) -> list[dict[str, Any]]:
     """The optimizer's parameter groups. scale_sizes: as they were when the run began."""
     if not isinstance(recipe, LsqRecipe):
         return parameter_groups(model, recipe.weight_decay, recipe.lr, decay_norms=recipe.decay_norms)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,18 @@ from PIL import Image
 
 from qat.domains.domainnet import is_domainnet, read_domainnet
 from qat.domains.domainnet_lists import DOMAINS, read_duplicates, read_lists
-from qat.domains.folders import DataError
+from qat.domains.folders import DataError, Domain, FolderImages
 from qat.domains.inventory import PUBLISHED
 from qat.domains.miniature import CLASSES, MINIATURE, PER_CLASS, write_miniature
 from tests.real_data import FOLDER, needs
 
 LISTS = FOLDER / "domainnet_lists"
 real_lists = needs("domainnet_lists")
+
+
+def paths_of(domain: Domain) -> tuple[Path, ...]:
+    assert isinstance(domain.images, FolderImages)
+    return domain.images.paths
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +257,8 @@ def test_an_incomplete_copy_is_used_and_reported(
     assert f"incomplete, {used} of 144 images" in head and not inventory.complete
     assert [row[2:] for row in rows if row.startswith("- ")] == [p.replace("ROOT", str(root)) for p in problems]
     labelled = {
-        d.classes[label] == p.parent.name for d in domains for label, p in zip(d.labels, d.images.paths, strict=True)
-    }  # type: ignore[attr-defined]
+        d.classes[label] == p.parent.name for d in domains for label, p in zip(d.labels, paths_of(d), strict=True)
+    }
     assert labelled == {True}
 
 
@@ -269,7 +274,7 @@ def test_an_image_that_is_listed_and_a_duplicate_is_dropped(root: Path) -> None:
         file.write("real/circle/real_001_000007.jpg 0\n")
     domains, inventory = read_domainnet(root, published=MINIATURE)
     assert inventory.complete and inventory.found["real"].duplicates == 1
-    assert not any(p.name == "real_001_000007.jpg" for p in domains[4].images.paths)  # type: ignore[attr-defined]
+    assert not any(p.name == "real_001_000007.jpg" for p in paths_of(domains[4]))
 
 
 def line(number: int, text: str, name: str = "real_train.txt") -> Callable[[Path], None]:
@@ -281,6 +286,11 @@ def line(number: int, text: str, name: str = "real_train.txt") -> Callable[[Path
         (root / name).write_text("\n".join(lines))
 
     return act
+
+
+def remove(root: Path, domains: Sequence[str]) -> None:
+    for domain in domains:
+        shutil.rmtree(root / domain)
 
 
 FAULTS = [
@@ -300,8 +310,8 @@ FAULTS = [
         r"1 unreadable image\(s\): .*real_003_000002\.jpg",
     ),
     (lambda root: (root / "real/star/real_003_000002.jpg").write_bytes(b""), r"1 unreadable image\(s\)"),
-    (lambda root: [shutil.rmtree(root / d) for d in DOMAINS[1:]], r"only clipart holds images; expected <root>/{clipart,"),
-    (lambda root: [shutil.rmtree(root / d) for d in DOMAINS], r"holds no DomainNet domain"),
+    (lambda root: remove(root, DOMAINS[1:]), r"only clipart holds images; expected <root>/{clipart,"),
+    (lambda root: remove(root, DOMAINS), r"holds no DomainNet domain"),
     (shutil.rmtree, r"--data-root .*copy: no such folder"),
 ]  # fmt: skip
 

@@ -27,7 +27,9 @@ class Exported:
     file: Path
     images: NDArray[np.float32]
 
-    def trained(self, images: NDArray[np.float32]):
+    def trained(
+        self, images: NDArray[np.float32]
+    ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
         return trained_codes(self.model, images)
 
 

@@ -59,7 +59,7 @@ def _trained(model: nn.Module, example: Any) -> str:
         optimizer.zero_grad()
         out = model(*args, **kwargs)
         loss = sum((tensor.float() - 0.3).square().mean() for tensor in tensors_in(out))
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         for name, quantizer in quantizers(model).items():
             gradients = [parameter.grad for parameter in quantizer.parameters()]
             if any(gradient is None for gradient in gradients):

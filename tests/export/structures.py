@@ -7,7 +7,8 @@ and biases like those of a trained net.
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +203,7 @@ def not_square() -> Made:
     return Net(conv()), torch.randn(4, 3, 10, 14)
 
 
-def _padded(mode: str) -> nn.Module:
+def _padded(mode: Literal["reflect", "replicate", "circular"]) -> nn.Module:
     return Net(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode), nn.ReLU()))
 
 
@@ -585,8 +586,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "square_of_relu": lambda: Lambda(lambda s, x: F.relu(x) ** 2), "softsign": nn.Softsign, "clamp": lambda: Lambda(
         lambda s, x: x.clamp(-1, 2)),
 }  # fmt: skip
+
+
+def _with_activation(make: Callable[[], nn.Module]) -> Made:
+    return like_trained(_activation(make())), images()
+
+
 for _name, _make in ACTIVATIONS.items():
-    STRUCTURES[f"activation_{_name}"] = lambda make=_make: (like_trained(_activation(make())), images())
+    STRUCTURES[f"activation_{_name}"] = partial(_with_activation, _make)
 
 
 # ------------------------------------------------------------------------------------------------ pools, norms, layout
@@ -600,10 +607,15 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "amax": lambda x: x.amax((2, 3), keepdim=True),
     "generalized_mean": lambda x: F.avg_pool2d(x ** 3, 2).clamp_min(0.01) ** (1 / 3),
 }  # fmt: skip
+
+
+def _with_pool(pool: Callable[[Tensor], Tensor]) -> Made:
+    pooled = Lambda(lambda s, x: pool(x))
+    return like_trained(Net(nn.Sequential(conv(), nn.ReLU(), pooled, nn.Conv2d(8, 8, 1)))), images()
+
+
 for _name, _pool in POOLS.items():
-    STRUCTURES[f"pool_{_name}"] = lambda pool=_pool: (
-        like_trained(Net(nn.Sequential(conv(), nn.ReLU(), Lambda(lambda s, x: pool(x)), nn.Conv2d(8, 8, 1)))), images(),
-    )  # fmt: skip
+    STRUCTURES[f"pool_{_name}"] = partial(_with_pool, _pool)
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "group": lambda: nn.GroupNorm(2, 8), "instance": lambda: nn.InstanceNorm2d(8, affine=True),
@@ -613,10 +625,14 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "frozen": lambda: Lambda(lambda s, x: x * torch.linspace(0.5, 1.5, 8).view(-1, 1, 1) + 0.1),
     "unit_length": lambda: Lambda(lambda s, x: F.normalize(x, dim=1)),
 }  # fmt: skip
+
+
+def _with_norm(make: Callable[[], nn.Module]) -> Made:
+    return like_trained(Net(nn.Sequential(nn.Conv2d(8, 8, 3), make(), nn.ReLU(), nn.Conv2d(8, 8, 3)))), images()
+
+
 for _name, _make in NORMS.items():
-    STRUCTURES[f"norm_{_name}"] = lambda make=_make: (
-        like_trained(Net(nn.Sequential(nn.Conv2d(8, 8, 3), make(), nn.ReLU(), nn.Conv2d(8, 8, 3)))), images(),
-    )  # fmt: skip
+    STRUCTURES[f"norm_{_name}"] = partial(_with_norm, _make)
 
 
 @structure
@@ -866,6 +882,8 @@ def windows() -> nn.Module:
 @structure
 def relative_positions() -> nn.Module:
     class Biased(nn.Module):
+        index: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.qkv, self.table = nn.Linear(16, 48), nn.Parameter(torch.randn(81, 2))
@@ -1020,6 +1038,8 @@ def bare_parameters() -> nn.Module:
 @structure
 def fixed_filters() -> nn.Module:
     class Blurred(nn.Module):
+        kernel: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer(

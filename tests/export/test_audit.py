@@ -3,20 +3,12 @@
 `tools/audit_operators.py` tries every operator on every processor; these are its two findings that shaped the files.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnxruntime
 import pytest
 
 from export.elsewhere import unavailable
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-try:
-    from audit_operators import ALL_A, ALL_B, CONTRIB, Case, Grid, Shape, add_arithmetics, exact_sums, run_cases
-finally:
-    sys.path.pop(0)
+from tools.audit_operators import ALL_A, ALL_B, CONTRIB, Case, Grid, Shape, add_arithmetics, exact_sums, run_cases
 
 MACHINE = "neoverse-n1"
 REASON = unavailable(MACHINE, onnxruntime.__version__)

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from export import across, elsewhere
+from export import elsewhere, session
 from export.across import Elsewhere, certify_elsewhere, compared
 from export.bundle import origins, write_bundle
 from export.bundled.check import Found, verdict
@@ -85,7 +87,7 @@ def test_what_cannot_be_run_is_one_line(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_differences_are_excused_by_floating_point_and_by_what_came_before() -> None:
-    tensors = [
+    tensors: list[dict[str, Any]] = [
         {"name": "a", "made_by": "layer a", "sources": [], "float": False, "sha256": ["1", "1"]},
         {"name": "b", "made_by": "Softmax", "sources": ["a"], "float": True, "sha256": ["2", "2"]},
         {"name": "c", "made_by": "layer c", "sources": ["b"], "float": False, "sha256": ["3", "3"]},
@@ -95,7 +97,7 @@ def test_differences_are_excused_by_floating_point_and_by_what_came_before() -> 
 
     def judged(**digests: str) -> tuple[str, bool]:
         found = Found(expected)
-        found.logits = [np.float32([0, 1]), np.float32([1, 0])]
+        found.logits = [np.array([0, 1], np.float32), np.array([1, 0], np.float32)]
         found.digests = {t["name"]: [t["sha256"][0], digests.get(t["name"], t["sha256"][1])] for t in tensors}
         lines, passed = verdict(expected, found)
         return "\n".join(lines), passed
@@ -145,7 +147,7 @@ def test_codes_of_another_machine_are_compared_operation_by_operation(tiny: Expo
 def test_a_machine_that_is_not_there_fails_the_certificate_with_the_remedy(
     tiny: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elsewhere.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     (found,) = certify_elsewhere(tiny.lowered, tiny.proto, "tiny.onnx", tiny.images[:1], ("cortex-a72",))
     assert not found.passed and "apt-get install qemu-user" in str(found)
     (found,) = certify_elsewhere(tiny.lowered, tiny.proto, "tiny.onnx", tiny.images[:1], ("wasm",))
@@ -181,7 +183,7 @@ def test_the_record_of_where_a_file_was_proven_holds_for_its_graph_alone(tiny: E
 
 @pytest.mark.parametrize("machine", ["haswell", "wasm"])
 def test_this_machines_emulators_compute_the_same(tiny: Exported, machine: str) -> None:
-    if reason := elsewhere.unavailable(machine, across.session.version()):
+    if reason := elsewhere.unavailable(machine, session.version()):
         pytest.skip(reason)
     (found,) = certify_elsewhere(tiny.lowered, tiny.proto, "tiny.onnx", tiny.images[:2], (machine,))
     assert found.passed and found.images == 2 and found.codes > 10_000, str(found)
@@ -193,7 +195,7 @@ def test_a_machine_in_a_folder_that_others_can_write_is_not_used(
     modules = tmp_path / "edgeqat/wasm/node_modules"
     (modules / "onnxruntime-web").mkdir(parents=True)
     modules.parent.chmod(0o777)
-    monkeypatch.setattr(elsewhere.shutil, "which", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(elsewhere.WASM_VARIABLE, raising=False)
     assert f"others can write {modules.parent}" in str(elsewhere.unavailable("wasm", "1.0"))

@@ -58,7 +58,7 @@ def test_rounding_of_biases_is_all_that_separates_training_from_the_integer_defi
     for name, layer in exact.layers.items():
         unit = (exact.quantizers[layer.input_quantizer].scale * layer.stored_scale).astype(np.float64)
         bias = np.zeros(len(unit)) if layer.bias is None else layer.bias
-        exact.layers[name] = dataclasses.replace(layer, bias_codes=bias / unit)
+        exact.layers[name] = dataclasses.replace(layer, bias_codes=bias / unit)  # type: ignore[arg-type]  # not rounded
     found = tiny.trained(tiny.images)
     judged, _ = fidelity(IntegerReference(exact), tiny.images, lambda images: found, found[1], len(tiny.images))
     # float32 convolution in training against exact sums: about 3 codes in a million at ties

@@ -3,6 +3,7 @@ weight-only nets."""
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_every_member_is_certified_and_together_they_compute_the_same(members, t
     for (net, lowered, _), part in zip(members, parts, strict=True):
         file = tmp_path / "part.onnx"
         onnx.save(part, str(file))
-        found = certify(lowered, file, IMAGES.numpy(), np.zeros(4, np.int64), lambda x, n=net: trained_codes(n, x))
+        found = certify(lowered, file, IMAGES.numpy(), np.zeros(4, np.int64), partial(trained_codes, net))
         assert found.passed and found.mismatches == 0, str(found)
     joined = check_joined(proto, parts, IMAGES.numpy())
     assert joined.passed and joined.members == 3, str(joined)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -107,7 +108,7 @@ def test_a_mistake_that_file_and_reference_share_is_named(mistake: str, tmp_path
 def edited(model: nn.Module, name: str, **changes: Callable[[np.ndarray], np.ndarray]) -> LoweredModel:
     lowered = to_integers(lower(model, IMAGES[:1]))
     layer = lowered.layers[f"{name}.weight"]
-    values = {field: change(getattr(layer, field).copy()) for field, change in changes.items()}
+    values: dict[str, Any] = {field: change(getattr(layer, field).copy()) for field, change in changes.items()}
     lowered.layers[f"{name}.weight"] = dataclasses.replace(layer, **values)
     return lowered
 

@@ -72,7 +72,7 @@ def test_predictions_match_a_computation_by_hand_and_the_example(signed: Path, t
     picture = tmp_path / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(picture)
-    x = (pixels.astype(np.float32) / 255 - np.float32(INPUT.mean)) / np.float32(INPUT.std)
+    x = (pixels.astype(np.float32) / 255 - np.array(INPUT.mean, np.float32)) / np.array(INPUT.std, np.float32)
     assert np.allclose(
         preprocess(picture, read_metadata(onnx.load(str(signed)), "m")["input"])[0], x.transpose(2, 0, 1), atol=1e-6
     )
@@ -107,7 +107,9 @@ def test_settings_are_compared_code_by_code(tiny: Exported, monkeypatch: pytest.
         loaded = plain(model, threads=threads, **options)  # type: ignore[arg-type]
         if threads == 2:
             run = loaded.run
-            loaded.run = lambda x: {n: v + np.uint8(1) if v.dtype == np.uint8 else v for n, v in run(x).items()}  # type: ignore[method-assign]
+            loaded.run = lambda images: {  # type: ignore[method-assign]
+                n: v + np.uint8(1) if v.dtype == np.uint8 else v for n, v in run(images).items()
+            }
         return loaded
 
     monkeypatch.setattr(session, "load", unsteady)

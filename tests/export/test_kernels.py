@@ -10,6 +10,7 @@ from edgeqat import cpp
 from edgeqat.cpp import compiler, machine
 from export.kernels import library as kernels_library
 from export.kernels.build import HERE, library_name
+from tools.sweep_kernels import build_sweep
 
 ROOT = Path(__file__).parent.parent.parent
 ISAS = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod")}
@@ -20,11 +21,6 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to b
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from sweep_kernels import build_sweep
-    finally:
-        sys.path.pop(0)
     return build_sweep(tmp_path_factory.mktemp("sweep"), cpp.required_compiler(), machine())
 
 

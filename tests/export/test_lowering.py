@@ -20,7 +20,7 @@ IMAGES = torch.randn(4, 3, 33, 29, generator=torch.Generator().manual_seed(5))
 def test_codes_are_the_quantizers_codes_whatever_the_norm(tiny: Exported) -> None:
     for name, quantizer in quantizers(tiny.model).items():
         if quantizer.is_weight:
-            weight = tiny.model.get_submodule(name.removesuffix(".weight")).weight
+            weight = tiny.model.get_parameter(name)
             assert np.array_equal(tiny.lowered.layers[name].codes, quantizer.codes(weight).numpy())
 
 
@@ -34,6 +34,7 @@ def test_folded_scale_and_bias_reproduce_conv_and_norm(tiny: Exported, layer: st
         tiny.model.get_submodule(layer),
         tiny.model.get_submodule(norm),
     )
+    assert isinstance(conv, torch.nn.Conv2d) and isinstance(bn, torch.nn.BatchNorm2d)
     x = torch.randn(2, lowered.codes.shape[1] * conv.groups, 9, 7, dtype=torch.float64)
     weight = (lowered.codes.astype(np.float64).reshape(len(lowered.scale), -1) * lowered.scale[:, None]).reshape(
         conv.weight.shape

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qat
+from export.lowered import ExportError
 from qat.surgery.swap import quantizers
 from tests.quick import slow_but
 
@@ -73,20 +74,42 @@ CASES: dict[str, tuple[Answers, list[str]]] = {
     "a mean over the image": (lambda net, x: {"embedding": net.features(x).mean((2, 3))}, ["embedding"]),
     "a softmax": (lambda net, x: {"shares": net.head(net.features(x).mean((2, 3))).softmax(1)}, ["shares"]),
 }
+OTHER_TYPES: dict[str, tuple[Answers, list[torch.dtype]]] = {
+    "a class": (lambda net, x: net.head(net.features(x).mean((2, 3))).argmax(1), [torch.int64]),
+    "the best two": (
+        lambda net, x: tuple(net.head(net.features(x).mean((2, 3))).topk(2)), [torch.float32, torch.int64]
+    ),
+    "a mask": (lambda net, x: {"mask": net.features(x) > 0, "map": net.features(x)}, [torch.bool, torch.float32]),
+    "halves": (lambda net, x: net.features(x).half(), [torch.float16]),
+}  # fmt: skip
+WITHOUT_BATCH: dict[str, Answers] = {
+    "total": lambda net, x: {"map": net.features(x), "total": net.features(x).mean()},
+    "anchors": lambda net, x: {"map": net.features(x), "anchors": torch.arange(8.0) + net.norm.weight},
+    "size": lambda net, x: {"map": net.features(x), "size": torch.tensor(x.shape[2:])},
+    "mean of all": lambda net, x: {"map": net.features(x), "mean of all": net.features(x).mean(0)},
+}
 QUICK = {("a batch norm by name", "ort-packed"), ("tokens that are read again", "ort-int8"), ("a batch norm", "qdq"),
          ("tokens that are read again", "qonnx"), ("a number for each image", "qdq")}  # fmt: skip
 ALL = [(case, target) for case in CASES for target in TARGETS]
 
 
+def ready(net: nn.Module, *inputs: Tensor) -> nn.Module:
+    """Quantized to 8 bits, calibrated and settled."""
+    torch.manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.reset_parameters()
+    qat.quantize_(net, qat.uniform_rules(8), tuple(tensor[:1] for tensor in inputs))
+    qat.calibrate(net, [inputs], batches=None)
+    net.eval()
+    qat.settle_(net)
+    return net
+
+
 @pytest.mark.parametrize(("case", "target"), slow_but(QUICK, ALL))
 def test_names_and_values_are_the_nets(case: str, target: str, tmp_path: Path) -> None:
     answers, names = CASES[case]
-    torch.manual_seed(1)
-    net = Net(answers)
-    qat.quantize_(net, qat.uniform_rules(8), IMAGES[:1])
-    qat.calibrate(net, [IMAGES])
-    net.eval()
-    qat.settle_(net)
+    net = ready(Net(answers), IMAGES)
     file = qat.export_onnx(net, tmp_path / "net.onnx", target=target)
     assert [output.name for output in onnx.load(file).graph.output] == names
     if target == "qonnx":  # its operators are not the runtime's
@@ -98,7 +121,7 @@ def test_names_and_values_are_the_nets(case: str, target: str, tmp_path: Path) -
         return
     if target == "fp32":
         for quantizer in quantizers(net).values():
-            quantizer.forward = lambda x: x  # type: ignore[method-assign,assignment]
+            quantizer.forward = lambda x: x  # type: ignore[method-assign]
     with torch.no_grad():
         found = net(IMAGES)
     values = [found] if isinstance(found, Tensor) else list(found.values() if isinstance(found, dict) else found)
@@ -107,3 +130,43 @@ def test_names_and_values_are_the_nets(case: str, target: str, tmp_path: Path) -
         # It tells outputs apart: codes are the business of the certificate, and a float sum may end a code away.
         assert value.shape == tuple(expected.shape)
         assert np.abs(value - expected.numpy()).max() < 0.01 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("case", OTHER_TYPES)
+def test_types_are_the_nets(case: str, tmp_path: Path) -> None:
+    answers, types = OTHER_TYPES[case]
+    net = ready(Net(answers), IMAGES)
+    file = qat.export_onnx(net, tmp_path / "net.onnx", target="ort-packed")
+    written = ort.InferenceSession(file).run(None, {"x": IMAGES.numpy()})
+    assert [value.dtype for value in written] == [torch.zeros(0, dtype=dtype).numpy().dtype for dtype in types]
+    assert qat.certify(net, file, IMAGES).passed
+
+
+@pytest.mark.parametrize("name", WITHOUT_BATCH)
+def test_an_output_that_is_no_answer_for_each_sample_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    net = Net(WITHOUT_BATCH[name])
+    qat.quantize_(net, qat.uniform_rules(8), IMAGES[:1])
+    qat.calibrate(net, [IMAGES])
+    with pytest.raises(ExportError, match=f"output '{name}' has no batch as its first axis"):
+        qat.export_onnx(net.eval(), tmp_path / "net.onnx")
+    assert not (tmp_path / "net.onnx").exists()
+
+
+class Masked(nn.Module):
+    """Activations are multiplied by a mask of truth values, which has no float of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return self.head((F.relu(self.stem(x)) * keep[:, None]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", ["ort-int8", "ort-native", "qdq"])
+def test_a_mask_is_quantized_as_the_number_that_it_is(target: str, tmp_path: Path) -> None:
+    keep = torch.rand(4, 10, 10, generator=torch.Generator().manual_seed(2)) > 0.5
+    net = ready(Masked(), IMAGES, keep)
+    file = qat.export_onnx(net, tmp_path / "net.onnx", target=target)
+    certificate = qat.certify(net, file, (IMAGES, keep))
+    assert certificate.passed, str(certificate)

@@ -33,6 +33,7 @@ from tests.export.test_binary import binary_net
 from tests.export.test_two_quantizers import Twice
 from tests.surgery.nets import TinyNet, with_random_norms
 
+Signed = tuple[nn.Module, LoweredModel, Path]
 IMAGES = torch.randn(6, 3, 31, 31, generator=torch.Generator().manual_seed(11))
 QDQ = [name for name, target in TARGETS.items() if target.qdq]
 NORMS = {"stem": "bn", "block.conv1": "block.bn1", "block.conv2": "block.bn2"}
@@ -123,14 +124,14 @@ def test_activations_have_the_targets_type_and_narrow_ones_are_clipped_before(wr
         x, scale, zero = made[name].input
         zero_point = 0 if target == "qdq-symmetric" else grid.zero_point
         assert found[zero].dtype == (np.int8 if target == "qdq-symmetric" else np.uint8)
-        assert (found[scale], found[zero]) == (grid.scale, zero_point)
+        assert found[scale] == grid.scale and found[zero] == zero_point
         limits = np.iinfo(found[zero].dtype)
         if (grid.low - grid.zero_point, grid.high - grid.zero_point) != (
             limits.min - zero_point,
             limits.max - zero_point,
         ):
             low, high = (found[bound] for bound in made[x].input[1:])
-            steps = np.float32([grid.low - grid.zero_point, grid.high - grid.zero_point])
+            steps = np.array([grid.low - grid.zero_point, grid.high - grid.zero_point], np.float32)
             assert made[x].op_type == "Clip" and [low, high] == list(steps * grid.scale)
             narrow += 1
     assert narrow >= 4
@@ -144,7 +145,7 @@ def test_codes_in_the_file_are_the_trained_ones_with_the_norms_sign(written: Wri
         if not quantizer.is_weight:
             continue
         layer = name.removesuffix(".weight")
-        trained = quantizer.codes(model.get_submodule(layer).weight).numpy().astype(int)
+        trained = quantizer.codes(model.get_parameter(name)).numpy().astype(int)
         sign = np.ones(len(trained), int)
         if layer in NORMS:
             sign = np.where(model.get_submodule(NORMS[layer]).weight.detach().numpy() < 0, -1, 1)
@@ -177,7 +178,7 @@ def test_the_definition_is_the_trained_net_but_for_ties() -> None:
 
 def test_a_pair_is_written_again_after_a_layout_operation_and_changes_nothing() -> None:
     grid = LoweredQuantizer.in_storage("q", 0.1, 8, signed=True)
-    for scale in np.float32([1e-3, 0.1, 0.3, 7.7, 1 / 3]):
+    for scale in np.array([1e-3, 0.1, 0.3, 7.7, 1 / 3], np.float32):
         codes = np.arange(-128, 128)
         reals = codes.astype(np.float32) * scale
         assert np.array_equal(np.rint(reals / scale), codes), grid
@@ -274,7 +275,7 @@ def test_weight_only_nets_hold_their_codes_and_read_floats() -> None:
 
 
 @pytest.fixture(scope="module")
-def signed(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, LoweredModel, Path]:
+def signed(tmp_path_factory: pytest.TempPathFactory) -> Signed:
     model = tiny_net("qdq")
     lowered, proto = exported(model, "qdq")
     shown = Preprocessing(31, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ("a",))
@@ -288,7 +289,7 @@ def agreement(model: nn.Module, lowered: LoweredModel, file: Path) -> Agreement:
     return agree(lowered, file, "qdq", IMAGES.numpy(), labels, lambda x: trained_codes(model, x))
 
 
-def test_the_signature_holds_and_a_changed_code_breaks_it(signed, tmp_path: Path) -> None:
+def test_the_signature_holds_and_a_changed_code_breaks_it(signed: Signed, tmp_path: Path) -> None:
     model, lowered, file = signed
     proto = onnx.load(str(file))
     assert broken_signatures(proto, read_metadata(proto, "qdq")) == {}
@@ -304,7 +305,7 @@ def test_the_signature_holds_and_a_changed_code_breaks_it(signed, tmp_path: Path
     assert not check.passed
 
 
-def test_an_agreement_says_what_is_exact_and_what_is_not(signed) -> None:
+def test_an_agreement_says_what_is_exact_and_what_is_not(signed: Signed) -> None:
     result = agreement(*signed)
     by_runtime = {found.runtime: found for found in result.results}
     assert list(by_runtime) == [f"ONNX Runtime {level}" for level in session.LEVELS]
@@ -317,7 +318,7 @@ def test_an_agreement_says_what_is_exact_and_what_is_not(signed) -> None:
     assert inexact and all(name in shown for name in inexact)
 
 
-def test_a_wrong_activation_scale_is_named_where_it_arises(signed, tmp_path: Path) -> None:
+def test_a_wrong_activation_scale_is_named_where_it_arises(signed: Signed, tmp_path: Path) -> None:
     model, lowered, file = signed
     proto = onnx.load(str(file))
     node = producers(proto)["block.conv2.input"]
@@ -330,7 +331,7 @@ def test_a_wrong_activation_scale_is_named_where_it_arises(signed, tmp_path: Pat
     assert "block.conv2.input" in wrong and "block.conv1.input" not in wrong and not disabled.is_at_ties
 
 
-def test_a_signed_file_is_verified_without_its_run(signed) -> None:
+def test_a_signed_file_is_verified_without_its_run(signed: Signed) -> None:
     check = verify_file(signed[2])
     assert check.passed and check.is_plain and "the runtime's choice" in str(check)
 

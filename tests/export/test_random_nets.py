@@ -1,5 +1,7 @@
 """Fuzz: random small nets through quantization, lowering, packing and the runtime; every code must match."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -35,7 +37,7 @@ POOLS = {"max": lambda: nn.MaxPool2d(2, ceil_mode=True), "average": lambda: nn.A
 
 
 class Stage(nn.Module):
-    def __init__(self, inputs: int, options: dict[str, object]) -> None:
+    def __init__(self, inputs: int, options: dict[str, Any]) -> None:
         super().__init__()
         width, kernel = (inputs if options["depthwise"] else options["channels"]), options["kernel"]
         stride = 1 if options["residual"] else options["stride"]
@@ -53,7 +55,7 @@ class Stage(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, stages: list[dict[str, object]]) -> None:
+    def __init__(self, stages: list[dict[str, Any]]) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
         widths, parts = 6, []
@@ -72,7 +74,7 @@ class Net(nn.Module):
     bits=st.integers(2, 8),
     target=st.sampled_from(["ort-int8", "ort-packed"]),
 )
-def test_every_code_of_a_random_net_matches(stages: list[dict[str, object]], bits: int, target: str) -> None:
+def test_every_code_of_a_random_net_matches(stages: list[dict[str, Any]], bits: int, target: str) -> None:
     torch.manual_seed(bits)
     model = with_random_norms(Net(stages), bits).eval()
     images = torch.randn(2, 3, 17, 15)

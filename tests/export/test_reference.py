@@ -1,5 +1,7 @@
 """The integer reference against a plain NumPy integer loop, and against ONNX Runtime over all pairs of codes."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -13,7 +15,7 @@ from export.reference import Accumulator, Codes, IntegerReference, Mean, Sum, Va
 from tests.export.conftest import Exported
 
 
-def grid(scale: float, zero_point: int, low: int = 0, high: int = 255) -> LoweredQuantizer:
+def grid(scale: float | np.float32, zero_point: int, low: int = 0, high: int = 255) -> LoweredQuantizer:
     return LoweredQuantizer("q", np.float32(scale), zero_point, 8, low, high)
 
 
@@ -23,6 +25,7 @@ def test_conv_epilogue_against_a_loop_of_python_integers(tiny: Exported) -> None
     layer = tiny.lowered.layers["block.conv1.weight"]
     source, target = (tiny.lowered.quantizers[n] for n in ("block.conv1.input", "block.conv2.input"))
     x = codes["block.conv1.input"].astype(int) - source.zero_point
+    assert layer.bias_codes is not None
     for image, o, row, column in [(0, 0, 0, 0), (1, 7, 8, 7), (2, 3, 4, 5), (5, 5, 0, 7)]:
         total = int(layer.bias_codes[o])
         for c in range(8):
@@ -51,8 +54,8 @@ def test_large_sums_are_rounded_to_float32_before_the_multiplier() -> None:
 
 
 def run_qdq(
-    nodes: list[onnx.NodeProto], constants: dict[str, NDArray], inputs: dict[str, NDArray]
-) -> NDArray[np.uint8]:
+    nodes: list[onnx.NodeProto], constants: dict[str, Any], inputs: dict[str, NDArray[np.uint8]]
+) -> NDArray[np.generic]:
     (name, x), *others = inputs.items()
     constants = constants | dict(others)
     graph = helper.make_graph(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -33,7 +34,7 @@ PACKED = list(itertools.product([2, 3, 4, 5, 7], ["ort-packed", "ort-packed-int4
 @pytest.mark.parametrize(
     ("bits", "target"), slow_but([(3, "ort-packed"), (4, "ort-packed-int4"), (7, "ort-packed")], PACKED)
 )
-def test_packed_files_are_certified_and_fold_to_integer_kernels(bits: int, target: str, tmp_path) -> None:
+def test_packed_files_are_certified_and_fold_to_integer_kernels(bits: int, target: str, tmp_path: Path) -> None:
     model, chosen = build_tiny(bits, IMAGES), TARGETS[target]
     lowered = to_integers(lower(model, IMAGES), chosen)
     proto, file = emit_qdq(lowered, chosen), tmp_path / "packed.onnx"

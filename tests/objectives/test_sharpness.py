@@ -30,7 +30,7 @@ def numpy_branches(problem: Problem, move) -> tuple[np.ndarray, np.ndarray]:  # 
 
 
 def flat(problem: Problem) -> np.ndarray:
-    return torch.cat([p.grad.flatten() for p in problem.parameters]).numpy()  # type: ignore[union-attr]
+    return torch.cat([p.grad.flatten() for p in problem.parameters]).numpy()
 
 
 def test_sam_against_numpy() -> None:
@@ -38,7 +38,7 @@ def test_sam_against_numpy() -> None:
     task, there = numpy_branches(problem, lambda g, _: 0.3 * g / np.linalg.norm(g))
     seen = sam(problem.closure, problem.parameters, rho=0.3)
     assert_near(flat(problem), there, NORM)
-    assert_near(torch.cat([g.flatten() for g in seen.task]).numpy(), task, NORM)  # type: ignore[union-attr]
+    assert_near(torch.cat([g.flatten() for g in seen.task]).numpy(), task, NORM)
 
 
 def test_asam_against_numpy() -> None:
@@ -73,7 +73,7 @@ def test_sagm_against_numpy() -> None:
 def test_without_radius_the_plain_gradient_comes_back_bit_for_bit(objective) -> None:  # type: ignore[no-untyped-def]
     problem = two_layers()
     erm(problem.closure, problem.parameters)
-    plain = [p.grad.clone() for p in problem.parameters]  # type: ignore[union-attr]
+    plain = [p.grad.clone() for p in problem.parameters]
     options = {"alpha": 0.0} if objective in (gsam, sagm) else {}
     objective(problem.closure, problem.parameters, rho=0.0, **options)
     assert all(torch.equal(p.grad, g) for p, g in zip(problem.parameters, plain, strict=True))  # type: ignore[arg-type]

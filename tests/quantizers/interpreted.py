@@ -34,9 +34,9 @@ def check(x: Tensor, raw_scale: Tensor, grid: Grid, upstream: Tensor) -> None:
     assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(gradient), bits(by_x))
     assert by_scale.shape == raw_scale.shape and by_scale.dtype == torch.float32
     if grid.ceiling == math.inf:
-        terms, size = exact_terms(x.cpu(), raw_scale.cpu(), grid.axis, (grid.qmin, grid.qmax), upstream.cpu())
+        terms, sizes = exact_terms(x.cpu(), raw_scale.cpu(), grid.axis, (grid.qmin, grid.qmax), upstream.cpu())
         # A tile sums at most 1024 float32 terms, however it pairs them, each of them rounded before.
-        assert bool(((by_scale.cpu().double() - terms).abs() <= 1026 * 2**-24 * size + 2**-23 * terms.abs()).all())
+        assert bool(((by_scale.cpu().double() - terms).abs() <= 1026 * 2**-24 * sizes + 2**-23 * terms.abs()).all())
     else:
         size = 0.37 * max(-grid.qmin, grid.qmax) * float(upstream.abs().sum())
         assert_near(by_scale, by_scale_plain, x.numel() * ROUNDING, of=size)  # signs mixed, in another order

@@ -1,6 +1,7 @@
 """BiPer and the baseline binarizers against NumPy transcriptions in float64, with zeros and boundaries among the values."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from qat.quantizers.biper import (
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recu import RectifiedWeight
 from qat.quantizers.spec import QuantSpec
+from tests.narrow import gradient
 from tests.nearness import ROUNDING, assert_near
 
 BIT = QuantSpec(1, axis=0)
@@ -38,7 +40,7 @@ def laplace(b: float, count: int = 400_000) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_gradients_are_those_of_the_sine_in_both_stages(stage: int) -> None:
+def test_gradients_are_those_of_the_sine_in_both_stages(stage: Literal[1, 2]) -> None:
     w = weight().requires_grad_()
     quantizer = PeriodicWeight(BIT, w.detach(), frequency=FREQUENCY, stage=stage)
     upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
@@ -111,7 +113,7 @@ def test_a_learned_frequency_gets_its_gradient_and_a_scheduled_one_moves() -> No
     quantizer = PeriodicWeight(BIT, w, frequency=3.0, stage=1, learn_frequency=True)
     quantizer(w).sum().backward()
     alpha, x = quantizer.scale.double().numpy().reshape(-1, 1, 1, 1), w.double().numpy()
-    assert abs(float(quantizer.frequency.grad) - (alpha * x * np.cos(3.0 * x)).sum()) < 1e-3
+    assert abs(float(gradient(quantizer.frequency)) - (alpha * x * np.cos(3.0 * x)).sum()) < 1e-3
     scheduled = PeriodicWeight(BIT, w, frequency=3.0)
     scheduled.set_frequency(20.0)
     assert torch.equal(scheduled.codes(w), PeriodicWeight(BIT, w, frequency=20.0).codes(w))

@@ -44,7 +44,8 @@ def test_it_refuses_to_run_before_it_has_a_scale_and_runs_after() -> None:
 
 
 def test_it_is_observed_and_passes_through() -> None:
-    quantizer, seen = MaxQuantizer(), []
+    quantizer = MaxQuantizer()
+    seen: list[Tensor] = []
     quantizer.observer = seen.append
     assert quantizer(X) is X and len(seen) == 1
 
@@ -63,7 +64,7 @@ def test_what_is_not_finite_gives_no_step() -> None:
 def test_calibrate_gives_it_its_step() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     qat.quantize_(model, qat.uniform_rules(4), X)
-    model[2].input_quantizer = MaxQuantizer("2.input")  # type: ignore[assignment]
+    model[2].input_quantizer = MaxQuantizer("2.input")
     qat.calibrate(model, [X])
     with torch.no_grad():
         largest = float(model[1](nn.functional.conv2d(X, model[0].weight, model[0].bias)).max())  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgeqat import cpp
-from qat.quantizers import fused, lsq, native
+from qat.quantizers import fused, native
+from qat.quantizers.contract import along
 from qat.quantizers.lsq import LSQ, FakeQuantizeLSQ
 from qat.quantizers.spec import Grid, QuantSpec
+from tests.narrow import gradient
 from tests.nearness import ROUNDING, assert_near
 from tests.quantizers.test_lsq import difficult
 
@@ -36,7 +38,7 @@ def given(shape: tuple[int, ...], memory: str, dtype: torch.dtype, scale: float,
     values = rng.normal(0, 0.7 * grid[1] * scale, int(np.prod(shape))).astype(np.float32)
     edges = difficult(np.float32(scale), *grid)
     values[: edges.size] = edges[: values.size]
-    values[60::97] = np.resize(np.float32([1e-42, -1e-42, 1e30, -1e30, 0.0, -0.0]), values[60::97].size)
+    values[60::97] = np.resize(np.array([1e-42, -1e-42, 1e30, -1e30, 0.0, -0.0], np.float32), values[60::97].size)
     x = torch.from_numpy(values.reshape(shape)).to(dtype)
     match memory:
         case "channels_last":
@@ -104,7 +106,7 @@ def exact_terms(
     x: Tensor, raw_scale: Tensor, axis: int | None, grid: tuple[int, int], upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(dL/d raw scale in float64, the sum of its terms' sizes), by the paper's three cases."""
-    scale = lsq.along(raw_scale.abs(), x, axis).numpy()
+    scale = along(raw_scale.abs(), x, axis).numpy()
     v = (x.float().numpy() / scale).astype(np.float32)
     low, high = grid
     inside = np.rint(v) - v.astype(np.float64)
@@ -202,7 +204,7 @@ def test_the_whole_graph_compiles_and_agrees() -> None:
         quantizer.raw_scale.grad = x.grad = None
         out = run(x)
         (out * torch.arange(113.0)).sum().backward()
-        results.append((out.detach(), x.grad, quantizer.raw_scale.grad))
+        results.append((out.detach(), gradient(x), gradient(quantizer.raw_scale)))
     (out, dx, ds), (out_compiled, dx_compiled, ds_compiled) = results
     assert torch.equal(bits(out), bits(out_compiled)) and torch.equal(bits(dx), bits(dx_compiled))
     size = quantizer.spec.qmax * quantizer.gradient_scale(x) * float(torch.arange(113.0).sum())
@@ -235,7 +237,7 @@ def test_without_a_compiler_there_is_one_note_and_the_plain_formula(
 ) -> None:
     source = fused.SOURCE
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(cpp.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING, logger="edgeqat"):
         assert native.library.__wrapped__(source) is None
     assert "no C++ compiler" in caplog.text

@@ -40,7 +40,7 @@ def test_backward_keeps_what_came_in_and_makes_the_quantized_tensor_again(make: 
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         out = run(x, weight)
         gradients.append(torch.autograd.grad(out.square().sum(), leaves, retain_graph=True))
-    kept = [t for t in out.grad_fn.saved_tensors if t.shape == x.shape]  # type: ignore[union-attr]
+    kept = [t for t in out.grad_fn.saved_tensors if t.shape == x.shape]
     assert len(kept) == 1 and torch.equal(kept[0], x)
     for eager, compiled in zip(*gradients, strict=True):
         assert_near(compiled, eager, 64 * ROUNDING)  # sums of 4 to 120 terms, in another order

@@ -1,8 +1,12 @@
 """Small nets that have what timm backbones have: residual adds, in-place ones, pools, concats, shared inputs."""
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class Residual(nn.Module):
@@ -39,7 +43,7 @@ class TinyNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def with_random_norms(model: nn.Module, seed: int = 0) -> nn.Module:
+def with_random_norms(model: Net, seed: int = 0) -> Net:
     """Batch norms with every term at work: random gamma (some negative), beta, mean and variance."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():

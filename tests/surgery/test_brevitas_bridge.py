@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def quantized(bits: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
+def quantized(bits: int = 3) -> tuple[TinyNet, TinyNet, Tensor]:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 33, 29)
     model = with_random_norms(TinyNet()).eval()

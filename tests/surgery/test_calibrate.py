@@ -3,17 +3,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from qat.quantizers.contract import Init
 from qat.quantizers.lsq import least_squares_scale
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
 from qat.surgery.rules import with_options
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
+from tests.narrow import present
 from tests.surgery.nets import TinyNet, with_random_norms
 
 X = torch.randn(2, 3, 33, 29, generator=torch.Generator().manual_seed(0))
 
 
-def fresh() -> torch.nn.Module:
+def fresh() -> TinyNet:
     torch.manual_seed(0)
     model = with_random_norms(TinyNet())
     quantize_(model, uniform_rules(4, 4, ("stem", "head")), X)
@@ -39,14 +41,14 @@ def test_a_branch_that_starts_at_zero_can_come_to_life() -> None:
 
 
 @pytest.mark.parametrize("init", ["lsq", "mse"])
-def test_calibration_is_idempotent_and_leaves_batch_norm_and_mode_alone(init: str) -> None:
+def test_calibration_is_idempotent_and_leaves_batch_norm_and_mode_alone(init: Init) -> None:
     model = fresh().train()
     statistics = model.bn.running_mean.clone()
     first = calibrate(model, [X, X + 1], init)
     second = calibrate(model, [X, X + 1], init, overwrite=True)
     assert first == second
     assert model.training and model.block.training
-    assert torch.equal(model.bn.running_mean, statistics)
+    assert torch.equal(present(model.bn.running_mean), statistics)
 
 
 def test_clipped_share_and_scale_against_numpy() -> None:
@@ -87,7 +89,7 @@ def test_no_batch_and_an_unreached_quantizer_raise() -> None:
     with pytest.raises(ValueError, match="no batch"):
         calibrate(fresh(), [])
     model = fresh()
-    model.head.forward = lambda x: x  # type: ignore[method-assign]
+    model.head.forward = lambda input: input  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match=r"no batch reached quantizer 'head.input'"):
         calibrate(model, [X])
 
@@ -118,7 +120,7 @@ def test_a_layer_that_gives_nan_is_found_by_the_quantizer_after_it_and_nothing_i
 
 
 @pytest.mark.parametrize("init", ["lsq", "mse"])
-def test_a_weight_that_is_not_finite_gets_no_scale(init: str) -> None:
+def test_a_weight_that_is_not_finite_gets_no_scale(init: Init) -> None:
     model = with_random_norms(TinyNet())
     model.stem.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"'stem\.weight'.*nan"):

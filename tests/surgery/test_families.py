@@ -1,5 +1,8 @@
 """Backbones of several families: quantized whole, every scale parameter trained, nothing silently left out."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "mobilenetv3_small_050": {},
     "convnext_atto": {},
     "vit_tiny_patch16_224": {"img_size": 32},
@@ -37,7 +40,7 @@ def test_attention_products_and_gates_have_quantized_operands() -> None:
     assert any(".se.gate#" in point for point in points), points
 
 
-def test_unknown_backbone_and_weights_that_do_not_fit_are_named(tmp_path) -> None:
+def test_unknown_backbone_and_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--backbone mobilenetv2_10: timm has no such model; nearest: mobilenetv2_1"):
         create_backbone("mobilenetv2_10", 5)
     file = tmp_path / "other.pt"

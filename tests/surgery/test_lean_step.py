@@ -15,6 +15,7 @@ from qat.surgery import points
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import QuantConv2d
 from qat.surgery.swap import quantize_, uniform_rules
+from tests.narrow import gradient
 from tests.surgery.nets import TinyNet, with_random_norms
 
 
@@ -95,7 +96,7 @@ def step(model: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], int]:
         for saved in getattr(node, "saved_tensors", ()) if type(node).__name__ == "FakeQuantizeLSQBackward" else ():
             kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
     logits.square().sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: gradient(p) for name, p in model.named_parameters()}
     return gradients | {"logits": logits.detach()}, sum(kept.values())
 
 
@@ -116,7 +117,9 @@ def _held(raw: object) -> Tensor | None:
 @pytest.mark.parametrize("net", [TinyNet, ClipNet])
 def test_relus_left_to_quantizers_change_no_bit(net: type[nn.Module]) -> None:
     model, images = quantized(net)
-    relus = model.stream_quantizers.relus
+    streams = model.stream_quantizers
+    assert isinstance(streams, points.StreamQuantizers)
+    relus = streams.relus
     assert len(relus) == {TinyNet: 1, ClipNet: 5}[net]
     assert all(q.clips_as_relu() for q in relus.values())
     skipped, _ = step(model, images)
@@ -184,7 +187,7 @@ def test_norms_and_pools_compute_what_they_read_again(net: type[nn.Module], monk
 
 def test_a_write_between_forward_and_backward_is_noticed() -> None:
     conv = QuantConv2d.from_float(nn.Conv2d(3, 4, 1), uniform_rules(4, 4, ())[0][1], "conv")
-    conv.input_quantizer.initialize(torch.tensor(0.1), signed=False)  # type: ignore[union-attr]
+    conv.input_quantizer.initialize(torch.tensor(0.1), signed=False)
     source = torch.rand(2, 3, 5, 5, requires_grad=True)
     x = source * 2
     y = conv(x)

@@ -19,6 +19,7 @@ from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import begin, calibrate, pause
 from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.swap import computed_weights, parameter_groups, quantize_, quantizers, uniform_rules
+from tests.narrow import params
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +50,7 @@ class Odd(nn.Module):
         return self.head(F.relu(F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.v_bias]))))
 
 
-def odd() -> tuple[nn.Module, list[str]]:
+def odd() -> tuple[Odd, list[str]]:
     torch.manual_seed(1)
     model = Odd().eval()
     table = quantize_(model, uniform_rules(4, 4), X)
@@ -107,7 +108,7 @@ def test_delayed_quantization_starts_from_the_weights_of_now() -> None:
     assert torch.allclose(after["conv.weight"].scale, before["conv.weight"])
 
 
-def test_the_file_holds_the_codes_of_the_computed_weights(tmp_path) -> None:
+def test_the_file_holds_the_codes_of_the_computed_weights(tmp_path: Path) -> None:
     model, names = odd()
     lowered = to_integers(lower(model, X[:1]), TARGETS["ort-packed"])
     w = model.conv.weight.detach()
@@ -140,7 +141,7 @@ def test_a_weight_with_two_users_has_one_scale_and_one_set_of_codes(tmp_path: Pa
     assert (lowered.layers["conv.weight"].codes == lowered.layers["conv2d0.weight"].codes).all()
     certificate = certified(model, tmp_path / "tied.onnx")
     assert certificate.passed, str(certificate)
-    assert len([p for group in parameter_groups(model, 0.0, 1e-3) for p in group["params"]]) == len(
+    assert len([p for group in parameter_groups(model, 0.0, 1e-3) for p in params(group)]) == len(
         list(model.parameters())
     )
 
@@ -211,7 +212,7 @@ class Shared(nn.Module):
         return self.head(F.relu(self.norm(self.conv(x)) + x).mean((2, 3)))
 
 
-def test_a_layer_that_runs_twice_is_certified_in_both_places(tmp_path) -> None:
+def test_a_layer_that_runs_twice_is_certified_in_both_places(tmp_path: Path) -> None:
     torch.manual_seed(2)
     model = Shared().eval()
     table = quantize_(model, uniform_rules(4, 4), X)

@@ -172,7 +172,7 @@ def test_every_image_is_in_one_microbatch_and_domains_are_shared_out() -> None:
 @pytest.mark.slow
 def test_a_run_in_microbatches_is_the_run_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = TINY | {"batch_size": 2, "steps": 3, "evaluate_every": 1, "norms": "frozen-statistics"}
-    parts = LsqRecipe(**small, accumulate=2, out=tmp_path / "parts")  # type: ignore[arg-type]
+    parts = LsqRecipe(**small, accumulate=2, out=tmp_path / "parts")
     whole = run(dataclasses.replace(parts, batch_size=4, accumulate=1, out=tmp_path / "whole"), DOMAINS)
     folder = run(parts, DOMAINS)
     first, second = ([e["loss"] for e in f.metrics() if "loss" in e] for f in (folder, whole))

@@ -276,7 +276,7 @@ def test_a_float_file_is_checked_says_what_it_needs_and_predicts_as_the_float_ne
     pixels = np.random.default_rng(3).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     _, _, built = load_run(runs[0])
-    seen = (pixels.astype(np.float32) / 255 - np.float32(built.mean)) / np.float32(built.std)
+    seen = (pixels.astype(np.float32) / 255 - np.array(built.mean, np.float32)) / np.array(built.std, np.float32)
     with torch.no_grad(), in_full_precision(built.model):
         logits = built.model(torch.from_numpy(seen.transpose(2, 0, 1)[None].astype(np.float32)))[0].double()
     (found,) = predict(file, [tmp_path / "image.png"])

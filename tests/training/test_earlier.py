@@ -110,7 +110,7 @@ def test_a_run_of_before_resumes_and_ends_as_one_that_never_stopped(stopped: Gaq
 
 def test_a_state_dict_of_before_loads_into_a_model_of_now() -> None:
     trained, fresh = (nn.Sequential(nn.Flatten(), LSQ(QuantSpec(4, signed=True))) for _ in range(2))
-    trained[1].initialize(torch.tensor(0.37))  # type: ignore[operator]
+    trained[1].initialize(torch.tensor(0.37))
     state = {name.replace("raw_scale", "raw_step"): value for name, value in trained.state_dict().items()}
     assert "1.raw_step" in state
     fresh.load_state_dict(state)

@@ -58,7 +58,8 @@ def process(rank: int, folder: str) -> None:
     torch.save(train(rank, model, DistributedDataParallel(model)), Path(folder) / f"ddp{rank}.pt")
     model = quantized()
     torch.save(train(rank, model, DistributedDataParallel(model), accumulate=2), Path(folder) / f"parts{rank}.pt")
-    torch.save(train(rank, *[quantized()] * 2), Path(folder) / f"alone{rank}.pt")
+    alone = quantized()
+    torch.save(train(rank, alone, alone), Path(folder) / f"alone{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -241,7 +241,8 @@ def test_results_of_the_wrong_kind_are_one_error_that_names_file_and_entry(train
         count += refused(lambda: table(folder), path, done)
         refused(lambda: classes_of(folder), path, done)
     assert count > 100
-    for top in ("x", [], None, 3):
+    others: tuple[object, ...] = ("x", [], None, 3)
+    for top in others:
         path.write_text(json.dumps(top))
         assert refused(lambda: results_of(folder), path, repr(top))
     results["target"] = "50 %"

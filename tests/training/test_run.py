@@ -137,7 +137,7 @@ def test_masks_survive_kill_and_resume(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of a window, one step after the last save."""
-    recipe = GaqatRecipe(**TINY | {"steps": 8}, window=3, threshold=0.7, per_channel=True, init_from=runs[0])  # type: ignore[arg-type]
+    recipe = GaqatRecipe(**TINY | {"steps": 8}, window=3, threshold=0.7, per_channel=True, init_from=runs[0])
     whole = run(dataclasses.replace(recipe, out=tmp_path / "whole"), DOMAINS)
     resumed = killed_and_resumed(dataclasses.replace(recipe, out=tmp_path / "cut"), 5, monkeypatch)
     assert same_model(whole, resumed)

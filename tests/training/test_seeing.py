@@ -164,7 +164,7 @@ def test_spans_are_maximal_and_partial_freezing_counts_from_half() -> None:
 
 def test_a_long_log_is_drawn_in_fewer_columns_of_means() -> None:
     windows = 2 * COLUMNS + 1
-    values = np.tile(np.float16([0.0, 0.5, 0.5, 0.0]), (windows * 2, 1, 1))
+    values = np.tile(np.array([0.0, 0.5, 0.5, 0.0], np.float16), (windows * 2, 1, 1))
     values[1::2, 0, 0] = np.arange(windows) % 3 == 0
     view = ScaleView(ScaleHistory(("a.input",), 2, values), np.array([1]), np.array([False]), FreezeRule(window=2))
     found = heat_map(view, "input")
@@ -224,8 +224,8 @@ def test_curves_are_smoothed_to_the_end_and_thinned_with_their_ends() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("runs")
-    run(Recipe(**TINY, out=root / "fp"), DOMAINS)  # type: ignore[arg-type]
-    run(GaqatRecipe(**TINY, window=2, tensorboard=True, init_from=root / "fp", out=root / "gaqat"), DOMAINS)  # type: ignore[arg-type]
+    run(Recipe(**TINY, out=root / "fp"), DOMAINS)
+    run(GaqatRecipe(**TINY, window=2, tensorboard=True, init_from=root / "fp", out=root / "gaqat"), DOMAINS)
     return root / "fp", root / "gaqat"
 
 

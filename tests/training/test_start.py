@@ -15,6 +15,7 @@ from qat.runs.build import build
 from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, SagmLsqRecipe, SagmRecipe
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder
+from qat.surgery.backbones import clip_gradients
 from qat.surgery.calibrate import begin, pause, paused
 from qat.surgery.swap import quantizers
 from qat.train import loop
@@ -22,6 +23,7 @@ from qat.train import step as training_step
 from qat.train.from_recipe import scale_groups
 from qat.train.loop import run
 from qat.train.start import is_sgd, refined, schedule_of, teacher_of
+from tests.narrow import tensor
 from tests.quick import slow_but
 
 DOMAINS = synthetic_domains(per_class=6, image_size=32, seed=0)
@@ -72,7 +74,7 @@ def test_which_optimizers_step_along_the_gradient(optimizer: str, expected: bool
 
 
 def test_schedules_at_their_ends() -> None:
-    at = {name: schedule_of(Recipe(schedule=name, steps=10)) for name in ("cosine", "linear", "constant")}  # type: ignore[arg-type]
+    at = {name: schedule_of(Recipe(schedule=name, steps=10)) for name in ("cosine", "linear", "constant")}
     assert [at["linear"](t) for t in (0, 5, 9, 10)] == [1, 0.5, pytest.approx(0.1), 0]
     assert [at["cosine"](t) for t in (0, 5, 10)] == [1, pytest.approx(0.5), pytest.approx(0)]
     assert at["constant"](10) == 1
@@ -92,12 +94,11 @@ def test_a_run_can_refine_the_schedule_of_the_last_one(teacher: Path, tmp_path: 
 
 def test_the_recorded_norms_are_those_of_the_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    clip = training_step.clip_gradients
 
     def watch(parameters, clipped, limit, mode):  # type: ignore[no-untyped-def]
         flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double().numpy()
         seen.append((np.abs(flat).sum(), np.sqrt((flat**2).sum())))
-        return clip(parameters, clipped, limit, mode)
+        return clip_gradients(parameters, clipped, limit, mode)
 
     monkeypatch.setattr(training_step, "clip_gradients", watch)
     folder = run(Recipe(**TINY | {"steps": 2}, clip=1e-3, out=tmp_path / "run"), DOMAINS)
@@ -106,12 +107,11 @@ def test_the_recorded_norms_are_those_of_the_gradient(monkeypatch: pytest.Monkey
 
 
 def test_agc_clips_by_units_and_leaves_the_classifier_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    clip = training_step.clip_gradients
     checked = []
 
     def watch(parameters, clipped, limit, mode):  # type: ignore[no-untyped-def]
         before = [None if p.grad is None else p.grad.clone() for p in parameters]
-        norm = clip(parameters, clipped, limit, mode)
+        norm = clip_gradients(parameters, clipped, limit, mode)
         inside = {id(p) for p in clipped}
         for p, old in zip(parameters, before, strict=True):
             if old is None:
@@ -131,7 +131,7 @@ def test_agc_clips_by_units_and_leaves_the_classifier_alone(monkeypatch: pytest.
 
 
 def qtdog(out: Path, **changes: object) -> QtdogRecipe:
-    return QtdogRecipe(**TINY | {"steps": 8} | changes, quant_start_step=4, out=out)  # type: ignore[arg-type]
+    return QtdogRecipe(**TINY | {"steps": 8} | changes, quant_start_step=4, out=out)
 
 
 def test_delayed_quantization_is_full_precision_before_and_its_scales_move_after(
@@ -179,9 +179,10 @@ def test_begin_sets_weight_scales_from_the_weights_of_now() -> None:
     assert not paused(model)
     for layer in model.modules():
         if hasattr(layer, "weight_quantizer"):
-            w = layer.weight.detach().double().numpy().reshape(len(layer.weight), -1)
+            weight = tensor(layer.weight)
+            w = weight.detach().double().numpy().reshape(len(weight), -1)
             expected = 2 * np.abs(w).mean(1) / np.sqrt(63)
-            assert np.allclose(layer.weight_quantizer.scale, expected, rtol=1e-5)
+            assert np.allclose(tensor(layer.weight_quantizer.scale), expected, rtol=1e-5)
 
 
 def test_oscillation_and_damping_rest_until_quantization_begins(tmp_path: Path) -> None:

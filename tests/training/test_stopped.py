@@ -27,6 +27,7 @@ from qat.domains.synthetic import synthetic_domains
 from qat.runs.log import read_log
 from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
 from qat.runs.run_folder import RunFolder
+from qat.surgery.backbones import clip_gradients
 from qat.train import loop
 from qat.train import step as step_module
 from qat.train.loop import run
@@ -72,7 +73,7 @@ def send_itself(recipe: Recipe, at: int, number: int, times: int, ending: Connec
                 os.kill(os.getpid(), number)
         whole(self, *args)  # type: ignore[arg-type]
 
-    loop._Trainer._train = train  # type: ignore[method-assign]
+    loop._Trainer._train = train  # type: ignore[assignment, method-assign]
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
         run(recipe, DOMAINS)
@@ -247,13 +248,12 @@ def test_nan_at_a_finite_loss_ends_the_run_and_leaves_the_last_good_state(
     what: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a step within a run, and at its last, after which no loss would show it."""
-    clip = step_module.clip_gradients
     calls = 0
 
     def spoil(parameters: Sequence[nn.Parameter], *others: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        norm = clip(parameters, *others)
+        norm = clip_gradients(parameters, *others)
         if calls == at and what == "gradient":
             return norm * float("nan")
         if calls == at:
@@ -293,11 +293,11 @@ def test_a_resumed_run_must_be_the_one_that_was_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["rules", "optimizer", "schedule"])
 def test_a_run_that_could_not_begin_leaves_no_folder(damage: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    change = {
+    changes: dict[str, dict[str, Any]] = {
         "rules": {"rules": tmp_path / "absent.toml"},
         "optimizer": {"optimizer": "adamant"},
         "schedule": {"schedule": "refined", "refine_from": tmp_path},
-    }[damage]
+    }
     with pytest.raises(ValueError, match=r"absent|adamant|metrics"):
-        run(LsqRecipe(**LONGER, out=out, calibration_batches=2, **change), DOMAINS)
+        run(LsqRecipe(**LONGER, out=out, calibration_batches=2, **changes[damage]), DOMAINS)
     assert not out.exists()

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from qat.train.data import in_steps
 from qat.train.start import schedule_of
 from qat.train.two_stages import run_stages
 
-TINY: dict[str, Any] = BiperRecipe(
+TINY = BiperRecipe(
     data="cifar10", test_domain="test", backbone="test_resnet", image_size=32, batch_size=8, augmentation="crop-flip",
     normalization="imagenet", epochs=1, stage2_epochs=1, warmup=0, workers=0, lr=0.01, stage2_lr=1e-9, frequency=15.0,
     calibration_batches=1, holdout=0.25,
@@ -34,11 +33,11 @@ ALONE = dataclasses.replace(  # stage 2 by itself takes the flags of every run
 
 def split() -> Split:
     rng = np.random.default_rng(0)
-    parts = [
+    train, test = [
         Domain(name, ("a", "b"), ArrayImages(rng.integers(0, 256, (n, 32, 32, 3), np.uint8)), np.arange(n) % 2)
         for name, n in (("train", 32), ("test", 8))
     ]
-    return cifar10_split(*parts, 0.25, 0)
+    return cifar10_split(train, test, 0.25, 0)
 
 
 @pytest.fixture(scope="module")
