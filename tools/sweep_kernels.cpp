@@ -1,5 +1,5 @@
-// Random and extreme layers against the definition, written out loop by loop; no ONNX Runtime. Built by tools/sweep_kernels.py
-// for any instruction set, sanitizer or processor; not part of the library.
+// Random and extreme layers against the definition, written out loop by loop; no ONNX Runtime. Built by
+// tools/sweep_kernels.py for any instruction set, sanitizer or processor; not part of the library.
 //
 //   sweep COUNT [ISA] [SEED]     exit 0: every code of every layer is the defined one
 #include <cmath>
@@ -32,7 +32,8 @@ struct Case {
   std::vector<uint8_t> x, other;
 };
 
-// Shapes that meet every kernel: tails of 4, 16 and 64 channels, depthwise, groups, one bit, 3×3 of stride 1 (Winograd).
+// Shapes that meet every kernel: tails of 4, 16 and 64 channels, depthwise, groups, one bit, 3×3 of stride 1
+// (Winograd).
 void choose_shape(Case& c) {
   auto& s = c.spec;
   const int kind = uniform(0, 5);
@@ -65,23 +66,30 @@ void choose_values(Case& c) {
   const int weight_bits = s.one_bit ? 1 : uniform(1, 8), input_bits = uniform(1, 8), pattern = uniform(0, 4);
   s.input_high = s.one_bit ? 254 : (1 << input_bits) - 1;
   s.input_zero = s.one_bit ? 127 : pick({0, int(s.input_high), (int(s.input_high) + 1) / 2});
-  const int highest = weight_bits == 1 ? 1 : (1 << (weight_bits - 1)) - 1, lowest = weight_bits == 1 ? -1 : -highest - 1;
+  const int highest = weight_bits == 1 ? 1 : (1 << (weight_bits - 1)) - 1,
+            lowest = weight_bits == 1 ? -1 : -highest - 1;
   const int most = weight_bits == 8 ? 1 : 127 >> (weight_bits - 1);
   s.weight_multiplier = s.one_bit ? 64 : uniform(1, most);
   if (weight_bits == 1) s.weight_multiplier = std::min<int64_t>(s.weight_multiplier, 64);
   const int64_t depth = s.inputs / s.groups * s.window.kernel[0] * s.window.kernel[1];
   for (int64_t i = 0; i < s.outputs * depth; ++i) {
-    const int code = pattern == 1 ? highest : pattern == 2 ? lowest : pattern == 3 ? (i % 2 ? highest : lowest) : uniform(lowest, highest);
+    const int code = pattern == 1   ? highest
+                     : pattern == 2 ? lowest
+                     : pattern == 3 ? (i % 2 ? highest : lowest)
+                                    : uniform(lowest, highest);
     s.codes.push_back(int8_t(weight_bits == 1 ? (code > 0 ? 1 : -1) : code));
   }
-  const float typical = 1.0f / (float(s.weight_multiplier) * std::sqrt(float(depth)) * float(highest) * float(s.input_high));
+  const float typical =
+      1.0f / (float(s.weight_multiplier) * std::sqrt(float(depth)) * float(highest) * float(s.input_high));
   for (int64_t o = 0; o < s.outputs; ++o) {
     s.bias.push_back(uniform(-(1 << uniform(1, 20)), 1 << uniform(1, 20)));
     s.multiplier.push_back(real(-2.0f, 2.0f) * typical * 255.0f);
   }
   c.x.resize(size_t(c.batch * c.height * c.width * s.inputs));
   for (size_t i = 0; i < c.x.size(); ++i) {
-    const int code = pattern == 0 ? uniform(0, int(s.input_high)) : pattern == 4 ? (i % 3 ? 0 : int(s.input_high)) : int(s.input_high);
+    const int code = pattern == 0   ? uniform(0, int(s.input_high))
+                     : pattern == 4 ? (i % 3 ? 0 : int(s.input_high))
+                                    : int(s.input_high);
     c.x[i] = uint8_t(s.one_bit ? (code > 127 ? 254 : 0) : code);
   }
 }
@@ -134,7 +142,8 @@ int64_t defined_sum(const Case& c, int64_t n, int64_t y, int64_t x, int64_t o) {
 
 double clip(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
 
-bool differs(const Case& c, const edgeqat::Isa& isa, const std::vector<uint8_t> got[], const std::vector<float>& reals) {
+bool differs(const Case& c, const edgeqat::Isa& isa, const std::vector<uint8_t> got[],
+             const std::vector<float>& reals) {
   const auto& e = c.spec.epilogue;
   const int64_t out_h = c.spec.window.outputs(0, c.height), out_w = c.spec.window.outputs(1, c.width);
   int64_t wrong = 0, at = 0;
@@ -162,7 +171,8 @@ bool differs(const Case& c, const edgeqat::Isa& isa, const std::vector<uint8_t> 
   const auto& s = c.spec;
   const auto& w = s.window;
   std::printf(
-      "%s: %lld wrong: image %lldx%lldx%lldx%lld, %lld outputs, %lld groups, kernel %lldx%lld, stride %lldx%lld, dilation "
+      "%s: %lld wrong: image %lldx%lldx%lldx%lld, %lld outputs, %lld groups, kernel %lldx%lld, stride %lldx%lld, "
+      "dilation "
       "%lldx%lld, one bit %d, input 0..%lld zero %lld, weight_multiplier %lld, residual %d, real %d\n",
       isa.name, (long long)wrong, (long long)c.batch, (long long)c.height, (long long)c.width, (long long)s.inputs,
       (long long)s.outputs, (long long)s.groups, (long long)w.kernel[0], (long long)w.kernel[1], (long long)w.stride[0],

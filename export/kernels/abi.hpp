@@ -1,9 +1,10 @@
-// The part of ONNX Runtime's C interface that this library uses, declared by ourselves: the runtime's wheel ships no header.
+// The part of ONNX Runtime's C interface that this library uses, declared by ourselves: the runtime's wheel ships no
+// header.
 //
-// The interface is a table of function pointers to which every release only appends, so an entry's position is its name.
-// `OrtCustomOp` grows the same way; a library says with `version` which prefix of it is filled in. Everything here holds
-// from interface version 17 on (ONNX Runtime 1.17), which brought KernelContext_ParallelFor's neighbours into their place;
-// an older runtime is refused by `Api::load` with a message, before anything is registered.
+// The interface is a table of function pointers to which every release only appends, so an entry's position is its
+// name. `OrtCustomOp` grows the same way; a library says with `version` which prefix of it is filled in. Everything
+// here holds from interface version 17 on (ONNX Runtime 1.17), which brought KernelContext_ParallelFor's neighbours
+// into their place; an older runtime is refused by `Api::load` with a message, before anything is registered.
 #pragma once
 #include <cstddef>
 #include <cstdint>

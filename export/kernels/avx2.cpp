@@ -7,9 +7,9 @@
 namespace edgeqat {
 namespace {
 
-constexpr int kTile = 6;       // pixels × 16 channels of 16-bit sums: 12 registers
-constexpr int kWideTile = 2;   // pixels × 16 channels of 32-bit sums: 8 registers
-constexpr int kFewSteps = 8;   // below, sums are widened at every step
+constexpr int kTile = 6;      // pixels × 16 channels of 16-bit sums: 12 registers
+constexpr int kWideTile = 2;  // pixels × 16 channels of 32-bit sums: 8 registers
+constexpr int kFewSteps = 8;  // below, sums are widened at every step
 
 __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 void store(void* to, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
@@ -54,8 +54,7 @@ template <int kPixels>
 void wide_stretch(const uint8_t* const* x, const int8_t* w, ptrdiff_t stride, int quads, int32_t* sums) {
   __m256i sum[kPixels][4];
 #pragma GCC unroll 8
-  for (int m = 0; m < kPixels; ++m)
-    sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = _mm256_setzero_si256();
+  for (int m = 0; m < kPixels; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = _mm256_setzero_si256();
   for (int q = 0; q < quads; ++q, w += stride) {
     __m256i weights[4];
 #pragma GCC unroll 4
@@ -209,16 +208,16 @@ void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
     const ptrdiff_t at = m * e.stride;
     for (int c = 0; c < width; c += 8) {
       const size_t some = width - c < 8 ? size_t(width - c) : 8;
-      const __m256 value = _mm256_mul_ps(
-          _mm256_cvtepi32_ps(load(sums + m * kBlock + c)), _mm256_loadu_ps(e.multiplier + c));
+      const __m256 value =
+          _mm256_mul_ps(_mm256_cvtepi32_ps(load(sums + m * kBlock + c)), _mm256_loadu_ps(e.multiplier + c));
       if (e.real) {
         float values[8];
         _mm256_storeu_ps(values, value);
         __builtin_memcpy(e.real + at + c, values, some * 4);
         continue;
       }
-      const __m256 rounded = _mm256_round_ps(
-          clamp(value, lowest, highest), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m256 rounded =
+          _mm256_round_ps(clamp(value, lowest, highest), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const __m256 own = _mm256_add_ps(rounded, zero);
       uint8_t bytes[8];
       store_bytes(bytes, _mm256_cvtps_epi32(own));
@@ -248,7 +247,7 @@ void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
 }
 
 const Isa kAvx2 = {"avx2",    {0, 6, 6, 6, 6}, product,  nullptr, nullptr, nullptr, depthwise, finish, pack_bits,
-                   translate, largest,         quantize, nullptr, nullptr, nullptr, 0,      0};
+                   translate, largest,         quantize, nullptr, nullptr, nullptr, 0,         0};
 
 }  // namespace
 

@@ -25,7 +25,8 @@ void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums)
 #pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + offset;
     for (ptrdiff_t q = 0; q < 4 * ptrdiff_t(p.stretches.quads); q += 4, w += 64 * kUnits) {
-      // A layer's weights may be larger than the caches next to the processor: its own prefetcher waits until they are read.
+      // A layer's weights may be larger than the caches next to the processor: its own prefetcher waits until they are
+      // read.
       if (kUnits == 4) {
         _mm_prefetch(ahead, _MM_HINT_T1);
         _mm_prefetch(ahead + 64, _MM_HINT_T1);
@@ -85,8 +86,7 @@ void binary_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) 
     const __m512i bias = _mm512_loadu_si512(p.bias + u * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m)
-      _mm512_store_si512(
-          sums + m * kBlock + u * kLanes, _mm512_sub_epi32(bias, _mm512_mullo_epi32(sum[m][u], gain)));
+      _mm512_store_si512(sums + m * kBlock + u * kLanes, _mm512_sub_epi32(bias, _mm512_mullo_epi32(sum[m][u], gain)));
   }
 }
 
@@ -143,25 +143,30 @@ void lookup_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) 
                               _mm512_castsi512_si256(odd[m]), _mm512_extracti64x4_epi64(odd[m], 1)};
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
-      const __m512i sum = _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[u]), lift), weight_multiplier);
-      _mm512_store_si512(sums + m * kBlock + u * kLanes, _mm512_add_epi32(sum, _mm512_loadu_si512(p.bias + u * kLanes)));
+      const __m512i sum =
+          _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_cvtepu16_epi32(parts[u]), lift), weight_multiplier);
+      _mm512_store_si512(sums + m * kBlock + u * kLanes,
+                         _mm512_add_epi32(sum, _mm512_loadu_si512(p.bias + u * kLanes)));
     }
   }
 }
 
 using Tile = void (*)(const Product&, const uint8_t* const*, int32_t*);
 
-#define ROW(tile, units) \
-  { tile<units, 1>, tile<units, 2>, tile<units, 3>, tile<units, 4>, tile<units, 5>, tile<units, 6>, tile<units, 7>, \
-    tile<units, 8> }
+#define ROW(tile, units)                                           \
+  {tile<units, 1>, tile<units, 2>, tile<units, 3>, tile<units, 4>, \
+   tile<units, 5>, tile<units, 6>, tile<units, 7>, tile<units, 8>}
 constexpr Tile kProducts[4][kMaxPixels] = {
-    ROW(product_tile, 1), ROW(product_tile, 2), ROW(product_tile, 3),
+    ROW(product_tile, 1),
+    ROW(product_tile, 2),
+    ROW(product_tile, 3),
     {product_tile<4, 1>, product_tile<4, 2>, product_tile<4, 3>, product_tile<4, 4>, product_tile<4, 5>,
      product_tile<4, 6>, nullptr, nullptr}};
-constexpr Tile kBinaries[4][kMaxPixels] = {
-    ROW(binary_tile, 1), ROW(binary_tile, 2), ROW(binary_tile, 3),
-    {binary_tile<4, 1>, binary_tile<4, 2>, binary_tile<4, 3>, binary_tile<4, 4>, binary_tile<4, 5>,
-     binary_tile<4, 6>, nullptr, nullptr}};
+constexpr Tile kBinaries[4][kMaxPixels] = {ROW(binary_tile, 1),
+                                           ROW(binary_tile, 2),
+                                           ROW(binary_tile, 3),
+                                           {binary_tile<4, 1>, binary_tile<4, 2>, binary_tile<4, 3>, binary_tile<4, 4>,
+                                            binary_tile<4, 5>, binary_tile<4, 6>, nullptr, nullptr}};
 #undef ROW
 
 void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
@@ -188,8 +193,8 @@ void transpose_lanes(const __m512i* v, __m512i* to) {
   to[3] = _mm512_shuffle_i32x4(q, s, 0xdd);
 }
 
-// Four taps of 64 channels, interleaved to quads. The shuffles work within 128-bit lanes, so that part j of the result has
-// channels 16·l + 4·j + i in dword 4·l + i (`quads_depthwise`: the weights were packed in that order).
+// Four taps of 64 channels, interleaved to quads. The shuffles work within 128-bit lanes, so that part j of the result
+// has channels 16·l + 4·j + i in dword 4·l + i (`quads_depthwise`: the weights were packed in that order).
 void interleave(const uint8_t* x, const ptrdiff_t* at, __m512i* quads) {
   const __m512i a = _mm512_loadu_si512(x + at[0]), b = _mm512_loadu_si512(x + at[1]);
   const __m512i c = _mm512_loadu_si512(x + at[2]), d = _mm512_loadu_si512(x + at[3]);
@@ -265,8 +270,9 @@ void pack_triples(const uint8_t* codes, size_t pixels, size_t channels, uint8_t*
       __m512i part[3];
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) part[i] = _mm512_maskz_permutex2var_epi8(low, a, _mm512_load_si512(place[i]), b);
-      const __m512i triple = _mm512_or_si512(
-          _mm512_slli_epi16(part[0], 6), _mm512_or_si512(_mm512_slli_epi16(part[1], 8), _mm512_slli_epi16(part[2], 10)));
+      const __m512i triple =
+          _mm512_or_si512(_mm512_slli_epi16(part[0], 6),
+                          _mm512_or_si512(_mm512_slli_epi16(part[1], 8), _mm512_slli_epi16(part[2], 10)));
       _mm512_mask_storeu_epi8(to, first_bytes(2 * words), triple);
       to += 2 * words;
     }
@@ -337,7 +343,8 @@ void interleave_three(const uint8_t* planes, size_t count, uint8_t* to) {
 #pragma GCC unroll 3
     for (int k = 0; k < 3; ++k) {
       const __m512i two = _mm512_permutex2var_epi8(a, _mm512_load_si512(kThrees.two[k]), b);
-      const __m512i all = _mm512_mask_permutexvar_epi8(two, kThrees.is_third[k], _mm512_load_si512(kThrees.third[k]), c);
+      const __m512i all =
+          _mm512_mask_permutexvar_epi8(two, kThrees.is_third[k], _mm512_load_si512(kThrees.third[k]), c);
       _mm512_mask_storeu_epi8(to + 64 * k, 3 * left > size_t(64 * k) ? first_bytes(3 * left - 64 * k) : 0, all);
     }
   }
@@ -364,8 +371,8 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
       const __m512i* d = row[y];
       const __m512i v[4] = {_mm512_sub_epi8(d[0], d[2]), _mm512_add_epi8(d[1], d[2]), _mm512_sub_epi8(d[2], d[1]),
                             _mm512_sub_epi8(d[1], d[3])};
-  #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) {
         const __m512i moved = 4 * y + x == 5 ? v[x] : _mm512_add_epi8(v[x], shift);
         _mm512_mask_storeu_epi8(to + (4 * y + x) * plane + c, mask, moved);
       }
@@ -373,8 +380,8 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
   }
 }
 
-void winograd_output(
-    const int32_t* sums, int units, int weight_multiplier, const int32_t* bias, int32_t* const* pixels) {
+void winograd_output(const int32_t* sums, int units, int weight_multiplier, const int32_t* bias,
+                     int32_t* const* pixels) {
   constexpr ptrdiff_t plane = kWinogradTiles * kBlock;
   const __m512i up = _mm512_set1_epi32(weight_multiplier);
   for (int u = 0; u < units; ++u) {
@@ -414,10 +421,14 @@ __m512 widened(const uint8_t* bytes, __mmask16 mask) {
 // An epilogue's scalars in vectors.
 struct Constants {
   explicit Constants(const Epilogue& e)
-      : lowest(_mm512_set1_ps(float(e.low - e.zero))), highest(_mm512_set1_ps(float(e.high - e.zero))),
-        zero(_mm512_set1_ps(float(e.zero))), sum_lowest(_mm512_set1_ps(float(e.sum_low))),
-        sum_highest(_mm512_set1_ps(float(e.sum_high))), ratio_first(_mm512_set1_ps(e.ratio_first)),
-        ratio_second(_mm512_set1_ps(e.ratio_second)), offset(_mm512_set1_ps(e.offset)),
+      : lowest(_mm512_set1_ps(float(e.low - e.zero))),
+        highest(_mm512_set1_ps(float(e.high - e.zero))),
+        zero(_mm512_set1_ps(float(e.zero))),
+        sum_lowest(_mm512_set1_ps(float(e.sum_low))),
+        sum_highest(_mm512_set1_ps(float(e.sum_high))),
+        ratio_first(_mm512_set1_ps(e.ratio_first)),
+        ratio_second(_mm512_set1_ps(e.ratio_second)),
+        offset(_mm512_set1_ps(e.offset)),
         zeros(_mm512_set1_epi32(e.zero)) {}
   __m512 lowest, highest, zero, sum_lowest, sum_highest, ratio_first, ratio_second, offset;
   __m512i zeros;
@@ -437,8 +448,8 @@ void finish_sum(const Epilogue& e, const int32_t* sums, int count, __mmask64 byt
     __m512i codes[4] = {}, added[4] = {};
 #pragma GCC unroll 4
     for (int u = 0; u < kUnits; ++u) {
-      const __m512 rounded = _mm512_roundscale_ps(
-          clipped(sums + u * kLanes, e.multiplier + u * kLanes, k), _MM_FROUND_TO_NEAREST_INT);
+      const __m512 rounded =
+          _mm512_roundscale_ps(clipped(sums + u * kLanes, e.multiplier + u * kLanes, k), _MM_FROUND_TO_NEAREST_INT);
       const __m512 own = _mm512_add_ps(rounded, k.zero);
       codes[u] = _mm512_cvtps_epi32(own);
       const __m512 other = widened(e.other + at + u * kLanes, __mmask16(bytes >> (u * kLanes)));
@@ -454,8 +465,8 @@ void finish_sum(const Epilogue& e, const int32_t* sums, int count, __mmask64 byt
   }
 }
 
-// Rounded integers of any size -> codes: saturation to 16 bits, with the zero point too, and to bytes clips nothing that the
-// bounds, which are bytes, would not.
+// Rounded integers of any size -> codes: saturation to 16 bits, with the zero point too, and to bytes clips nothing
+// that the bounds, which are bytes, would not.
 __m512i to_codes(const __m512i* v, __m512i zeros, __m512i lowest, __m512i highest) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zeros);
@@ -478,14 +489,14 @@ void finish_own(const Epilogue& e, const int32_t* sums, int count, __mmask64 byt
     if (e.in_32_bits) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnits; ++u)
-        codes[u] = _mm512_cvtps_epi32(
-            _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + u * kLanes)), multiplier[u]));
+        codes[u] =
+            _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + u * kLanes)), multiplier[u]));
       last = to_codes(codes, zeros, lowest, highest);
     } else {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnits; ++u)
-        codes[u] = _mm512_add_epi32(
-            _mm512_cvtps_epi32(clipped(sums + u * kLanes, e.multiplier + u * kLanes, k)), k.zeros);
+        codes[u] =
+            _mm512_add_epi32(_mm512_cvtps_epi32(clipped(sums + u * kLanes, e.multiplier + u * kLanes, k)), k.zeros);
       last = to_bytes(codes);
     }
     if (e.own) _mm512_mask_storeu_epi8(e.own + at, bytes, last);
@@ -507,8 +518,8 @@ void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
   using Finish = void (*)(const Epilogue&, const int32_t*, int, __mmask64);
   constexpr Finish kOwn[4] = {finish_own<1>, finish_own<2>, finish_own<3>, finish_own<4>};
   constexpr Finish kFirst[4] = {finish_sum<1, true>, finish_sum<2, true>, finish_sum<3, true>, finish_sum<4, true>};
-  constexpr Finish kSecond[4] = {
-      finish_sum<1, false>, finish_sum<2, false>, finish_sum<3, false>, finish_sum<4, false>};
+  constexpr Finish kSecond[4] = {finish_sum<1, false>, finish_sum<2, false>, finish_sum<3, false>,
+                                 finish_sum<4, false>};
   if (e.real) return finish_real(e, sums, count, width);
   const int units = (width + kLanes - 1) / kLanes;
   (e.other ? e.other_first ? kFirst : kSecond : kOwn)[units - 1](e, sums, count, first_bytes(size_t(width)));
@@ -522,9 +533,9 @@ void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
   }
 }
 
-const Isa kAvx512 = {
-    "avx512", {0, 8, 8, 8, 6}, product, binary, lookup, pack_triples, depthwise, finish, pack_bits, translate, largest, quantize,
-    interleave_three, winograd_input, winograd_output, 1, 1};
+const Isa kAvx512 = {"avx512",         {0, 8, 8, 8, 6}, product,         binary,    lookup,  pack_triples,
+                     depthwise,        finish,          pack_bits,       translate, largest, quantize,
+                     interleave_three, winograd_input,  winograd_output, 1,         1};
 
 }  // namespace
 

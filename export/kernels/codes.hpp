@@ -1,5 +1,5 @@
-// Weight codes as a file holds them (export/packing.py): planes of 4, 2 and 1 bits, lowest bits first, low bits of a byte
-// first; two's complement of `bits` bits. One-bit codes are -1 and +1, stored as 0 and 1.
+// Weight codes as a file holds them (export/packing.py): planes of 4, 2 and 1 bits, lowest bits first, low bits of a
+// byte first; two's complement of `bits` bits. One-bit codes are -1 and +1, stored as 0 and 1.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -23,10 +23,12 @@ inline std::vector<int> plane_widths(int bits) {
 
 inline std::vector<int8_t> unpack(const std::vector<Plane>& planes, int bits, int64_t count) {
   const std::vector<int> widths = plane_widths(bits);
-  if (planes.size() != widths.size()) throw std::invalid_argument("has another number of weight planes than its bits need");
+  if (planes.size() != widths.size())
+    throw std::invalid_argument("has another number of weight planes than its bits need");
   for (size_t p = 0; p < planes.size(); ++p) {
     const int per_byte = 8 / widths[p];
-    if (planes[p].size != (count + per_byte - 1) / per_byte) throw std::invalid_argument("has a weight plane of wrong size");
+    if (planes[p].size != (count + per_byte - 1) / per_byte)
+      throw std::invalid_argument("has a weight plane of wrong size");
   }
   std::vector<uint8_t> raw(static_cast<size_t>(count), 0);  // only now: the planes show that there are so many
   int shift = 0;

@@ -1,5 +1,5 @@
-// Depthwise layers read the image where it is. Taps outside of it read a stretch of the input's zero point instead, and only
-// pixels near the tensor's end, where 64 channels would reach past it, are computed from a copy of their window.
+// Depthwise layers read the image where it is. Taps outside of it read a stretch of the input's zero point instead, and
+// only pixels near the tensor's end, where 64 channels would reach past it, are computed from a copy of their window.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -22,7 +22,8 @@ std::pair<int64_t, int64_t> interior(const Window& w, int axis, int64_t size, in
   return {std::min(first, outputs), std::max(std::min(last, outputs), std::min(first, outputs))};
 }
 
-// Taps in the order of the weights, as distances in the image; where there is no tap the weights are 0 and any place will do.
+// Taps in the order of the weights, as distances in the image; where there is no tap the weights are 0 and any place
+// will do.
 struct Tap {
   int64_t y, x;
 };
@@ -49,11 +50,11 @@ void locate(const std::vector<Tap>& taps, const LayerTensors& t, int64_t channel
 
 void Layer::run_depthwise(const LayerTensors& t, const Pool& pool) const {
   const auto& w = spec_.window;
-  const int64_t rows = t.batch * w.outputs(0, t.height), work = rows * w.outputs(1, t.width) * int64_t(spec_.codes.size());
+  const int64_t rows = t.batch * w.outputs(0, t.height),
+                work = rows * w.outputs(1, t.width) * int64_t(spec_.codes.size());
   const int64_t parts = std::clamp<int64_t>(work / kPartWork, 1, std::min(kMostParts, std::max<int64_t>(rows, 1)));
-  pool.each(size_t(parts), [&](size_t i) {
-    depthwise_rows(t, int64_t(i) * rows / parts, (int64_t(i) + 1) * rows / parts);
-  });
+  pool.each(size_t(parts),
+            [&](size_t i) { depthwise_rows(t, int64_t(i) * rows / parts, (int64_t(i) + 1) * rows / parts); });
 }
 
 // Rows of output pixels, 64 channels of each at a time.
@@ -99,7 +100,8 @@ void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) 
         }
         for (int m = 1; m < count; ++m) pixels[m] = pixels[m - 1] + step;
         isa_.depthwise({(fits ? places : copied).offsets.data(), int(quads_), aligned_weights_ + block * block_bytes_,
-                        bias_.data() + channel, shares}, pixels, count, sums);
+                        bias_.data() + channel, shares},
+                       pixels, count, sums);
         isa_.finish(epilogue, sums, count, width);
         epilogue.advance(count * c);
         x += count;

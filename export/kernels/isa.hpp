@@ -8,11 +8,11 @@
 
 namespace edgeqat {
 
-constexpr int kBlock = 64;      // output channels that one call of an inner loop computes
-constexpr int kLanes = 16;      // channels of the unit in which a block's width is counted
-constexpr int kMaxPixels = 8;   // pixels of one call
+constexpr int kBlock = 64;          // output channels that one call of an inner loop computes
+constexpr int kLanes = 16;          // channels of the unit in which a block's width is counted
+constexpr int kMaxPixels = 8;       // pixels of one call
 constexpr int kWinogradTiles = 24;  // whose sums are kept at a time
-constexpr int kMaxTables = 4;   // requantized copies of one output
+constexpr int kMaxTables = 4;       // requantized copies of one output
 
 // A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel starts at `pixel + offsets[r]`.
 //   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded
@@ -27,16 +27,17 @@ struct Product {
   Stretches stretches;
   const int8_t* weights;
   const int32_t* bias;
-  int units;           // 1 to 4
+  int units;              // 1 to 4
   int weight_multiplier;  // what sums are multiplied with; 1 where the weights were multiplied with it beforehand
-  int narrow_steps;    // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
-  int32_t binary_gain; // one-bit product only: real value of one agreeing bit
+  int narrow_steps;       // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
+  int32_t binary_gain;    // one-bit product only: real value of one agreeing bit
   bool codes_below_128;
   const int8_t* ahead;  // weights that are wanted next, worth fetching where they come from memory
 };
 // Two-bit products by table. Weights -2 to 1 and codes 0 to 3 of three channels at a time:
 //   pixels   u16 [steps] of 64 · (c0 | c1 << 2 | c2 << 4), from `pack_triples`
-//   weights  u8 [runs][steps][64], (w0 + 2) | (w1 + 2) << 2 | (w2 + 2) << 4; channel o at place 2·o, 2·(o - 32) + 1 from 32 on
+//   weights  u8 [runs][steps][64], (w0 + 2) | (w1 + 2) << 2 | (w2 + 2) << 4; channel o at place 2·o, 2·(o - 32) + 1
+//   from 32 on
 // `quads` counts steps, `units` says nothing.
 using ProductFunction = void (*)(const Product&, const uint8_t* const* pixels, int count, int32_t* sums);
 
@@ -87,10 +88,11 @@ using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int coun
 // Winograd's F(2×2, 3×3) in integers; winograd.cpp has the equations.
 //   input   16 pixels of a 4×4 tile -> its 16 transforms, `plane` bytes apart, each in bytes modulo 256 plus offset
 //           (the one of positions 1,1 without, it is never negative)
-//   output  16 sums, kWinogradTiles · 64 elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) · weight_multiplier + bias
+//   output  16 sums, kWinogradTiles · 64 elements apart, of `units` · 16 channels -> 4 pixels: (y >> 2) ·
+//   weight_multiplier + bias
 using WinogradInput = void (*)(const uint8_t* const* tile, size_t channels, int offset, uint8_t* to, ptrdiff_t plane);
-using WinogradOutput = void (*)(
-    const int32_t* sums, int units, int weight_multiplier, const int32_t* bias, int32_t* const* pixels);
+using WinogradOutput = void (*)(const int32_t* sums, int units, int weight_multiplier, const int32_t* bias,
+                                int32_t* const* pixels);
 
 struct Isa {
   const char* name;

@@ -42,8 +42,8 @@ struct LayerSpec {
   std::vector<float> multiplier;
   int64_t weight_multiplier = 1;
   int64_t input_zero = 0, input_high = 255;
-  bool one_bit = false;  // weights are -1 and +1, inputs 0 and 254 around 127, padding 127
-  Epilogue epilogue{};   // its scalars and tables; pointers into tensors come with each run
+  bool one_bit = false;         // weights are -1 and +1, inputs 0 and 254 around 127, padding 127
+  Epilogue epilogue{};          // its scalars and tables; pointers into tensors come with each run
   std::vector<uint8_t> tables;  // [tables][256]
 };
 
@@ -81,8 +81,8 @@ class Layer {
   bool pack_winograd();
   void run_winograd(const LayerTensors& t, const Pool& pool) const;
   void transform_tiles(const LayerTensors& t, const uint8_t* border, uint8_t* to, int64_t first, int64_t last) const;
-  void winograd_strip(
-      const LayerTensors& t, const uint8_t* transformed, int64_t block, int64_t first, int64_t last) const;
+  void winograd_strip(const LayerTensors& t, const uint8_t* transformed, int64_t block, int64_t first,
+                      int64_t last) const;
   Image image_of(const LayerTensors& t) const;
   void copy_row(const LayerTensors& t, const Image& image, int64_t row) const;
   void fill(const LayerTensors& t, const Image& image, const Pool& pool) const;
@@ -104,12 +104,12 @@ class Layer {
   Kind kind_;
   int64_t runs_ = 0, length_ = 0, quads_ = 0, blocks_ = 0, block_bytes_ = 0;  // length in bytes of the packed image
   int narrow_steps_ = 0;
-  std::vector<int32_t> bias_;        // [groups][blocks][64]
-  std::vector<float> multiplier_;    // likewise
+  std::vector<int32_t> bias_;      // [groups][blocks][64]
+  std::vector<float> multiplier_;  // likewise
   bool in_32_bits_ = true;
   std::vector<int32_t> winograd_bias_;  // [blocks][16][64]
-  std::vector<int32_t> border_;      // one bit: [kH · kW][groups · blocks · 64], gain · Σ of a tap's weights
-  std::vector<int8_t> weights_;      // [groups][blocks][block_bytes], from aligned_weights_ on
+  std::vector<int32_t> border_;         // one bit: [kH · kW][groups · blocks · 64], gain · Σ of a tap's weights
+  std::vector<int8_t> weights_;         // [groups][blocks][block_bytes], from aligned_weights_ on
   int8_t* aligned_weights_ = nullptr;
 };
 

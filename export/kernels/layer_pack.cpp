@@ -43,9 +43,11 @@ void Layer::check() const {
   if (int64_t(s.bias.size()) != s.outputs || int64_t(s.multiplier.size()) != s.outputs)
     refuse("needs one bias and one scale per output channel");
   if (s.weight_multiplier < 1 || s.weight_multiplier > 127) refuse("its weight multiplier is not between 1 and 127");
-  if (s.input_zero < 0 || s.input_high < 1 || s.input_high > 255 || s.input_zero > s.input_high) refuse("its input grid is not within a byte");
+  if (s.input_zero < 0 || s.input_high < 1 || s.input_high > 255 || s.input_zero > s.input_high)
+    refuse("its input grid is not within a byte");
   for (const int8_t code : s.codes)
-    if (code * s.weight_multiplier < -128 || code * s.weight_multiplier > 127) refuse("weight code " + std::to_string(code) + " times its weight multiplier does not fit a byte");
+    if (code * s.weight_multiplier < -128 || code * s.weight_multiplier > 127)
+      refuse("weight code " + std::to_string(code) + " times its weight multiplier does not fit a byte");
   for (int64_t o = 0; o < s.outputs; ++o) {
     int64_t magnitude = 0, total = 0;
     for (int64_t k = 0; k < depth; ++k) {
@@ -83,15 +85,16 @@ void Layer::prepare_bias() {
     const int64_t at = kind_ == Kind::kDepthwise ? o : o / group_outputs() * padded + o % group_outputs();
     int64_t total = 0;
     for (int64_t k = 0; k < depth; ++k) total += s.codes[o * depth + k];
-    const int64_t shift = kind_ == Kind::kBinary ? -s.weight_multiplier * s.input_zero * depth : s.weight_multiplier * s.input_zero * total;
+    const int64_t shift = kind_ == Kind::kBinary ? -s.weight_multiplier * s.input_zero * depth
+                                                 : s.weight_multiplier * s.input_zero * total;
     bias_[at] = int32_t(s.bias[o] - shift);
     multiplier_[at] = s.multiplier[o];
     in_32_bits_ &= std::abs(s.multiplier[o]) <= 0.5f;  // a sum has 31 bits and a sign
   }
 }
 
-// A product's weights: for each block of 64 channels (the last one narrower, in units of 16) stretches, quads, channels,
-// four codes. One bit: 32 codes take the place of four, a byte eight.
+// A product's weights: for each block of 64 channels (the last one narrower, in units of 16) stretches, quads,
+// channels, four codes. One bit: 32 codes take the place of four, a byte eight.
 void Layer::pack_products() {
   const auto& s = spec_;
   const int64_t rows = s.window.kernel[0], columns = s.window.kernel[1], inputs = group_inputs();
@@ -126,9 +129,9 @@ void Layer::pack_products() {
 }
 
 // Taps in groups of four. Up to four rows: a column of the kernel is a group, so that neighbouring pixels share groups.
-// Two-bit weights in the order of `lookup`. Whether that is possible: a table's entry is at most 27 (three products from -6 to
-// 3, lifted by 18), nine of them fit a byte, and all of a sum must fit 16 bits. Kernels of one pixel would take longer: the
-// image is packed for all, and they use a packed pixel only once.
+// Two-bit weights in the order of `lookup`. Whether that is possible: a table's entry is at most 27 (three products
+// from -6 to 3, lifted by 18), nine of them fit a byte, and all of a sum must fit 16 bits. Kernels of one pixel would
+// take longer: the image is packed for all, and they use a packed pixel only once.
 bool Layer::pack_lookup() {
   const auto& s = spec_;
   const auto [low, high] = std::minmax_element(s.codes.begin(), s.codes.end());
@@ -182,8 +185,8 @@ void Layer::pack_depthwise() {
     }
 }
 
-// 16-bit sums: one step adds two products, |x0·w0 + x1·w1| <= 2 · high · max|w| =: pair. `narrow_steps_` steps therefore
-// stay within narrow_steps_ · pair <= 32 767, whatever the codes; 0 where one pair alone could be beyond it.
+// 16-bit sums: one step adds two products, |x0·w0 + x1·w1| <= 2 · high · max|w| =: pair. `narrow_steps_` steps
+// therefore stay within narrow_steps_ · pair <= 32 767, whatever the codes; 0 where one pair alone could be beyond it.
 void Layer::prove_narrow_sums() {
   int64_t largest = 1;
   for (const int8_t code : spec_.codes) largest = std::max<int64_t>(largest, std::abs(int(code)));

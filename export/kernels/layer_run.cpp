@@ -36,7 +36,12 @@ struct Layer::Walk {
   int64_t out_h, out_w, n, y, x;
 
   Walk(const Image& image, const Window& window, int64_t out_h, int64_t out_w, int64_t pixel)
-      : image(image), window(window), out_h(out_h), out_w(out_w), n(pixel / (out_h * out_w)), y(pixel / out_w % out_h),
+      : image(image),
+        window(window),
+        out_h(out_h),
+        out_w(out_w),
+        n(pixel / (out_h * out_w)),
+        y(pixel / out_w % out_h),
         x(pixel % out_w) {}
 
   // Pointers of the next `count` pixels.
@@ -71,8 +76,8 @@ void Layer::run(const LayerTensors& t, const Pool& pool) const {
   const int64_t by_pixel = std::clamp<int64_t>((wanted + by_block - 1) / by_block, 1, std::max<int64_t>(pixels, 1));
   pool.each(size_t(by_block * by_pixel), [&](size_t i) {
     const int64_t b = int64_t(i) / by_pixel, p = int64_t(i) % by_pixel;
-    run_part(t, image, where.data(), {p * pixels / by_pixel, (p + 1) * pixels / by_pixel, b * blocks / by_block,
-                                      (b + 1) * blocks / by_block});
+    run_part(t, image, where.data(),
+             {p * pixels / by_pixel, (p + 1) * pixels / by_pixel, b * blocks / by_block, (b + 1) * blocks / by_block});
   });
 }
 
@@ -83,7 +88,8 @@ int64_t Layer::packed_pixel() const {
 
 Layer::Image Layer::image_of(const LayerTensors& t) const {
   const auto& w = spec_.window;
-  if (kind_ == Kind::kProduct && !w.padded() && length_ % 4 == 0) return {t.x, nullptr, t.height, t.width, spec_.inputs};
+  if (kind_ == Kind::kProduct && !w.padded() && length_ % 4 == 0)
+    return {t.x, nullptr, t.height, t.width, spec_.inputs};
   const int64_t pixel = packed_pixel();
   Image image{nullptr, nullptr, t.height + w.pads[0] + w.pads[2], t.width + w.pads[1] + w.pads[3], pixel};
   const size_t needed = size_t(t.batch * image.height * image.width * pixel) + kSlack;
@@ -148,8 +154,15 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
     const int8_t* weights = aligned_weights_ + block * block_bytes_;
     const int32_t* bias = bias_.data() + block * kBlock;
     const int weight_multiplier = (isa_.prescales && !lookup) || binary ? 1 : int(spec_.weight_multiplier);
-    Product product{{offsets, int(runs_), int(quads_)}, weights, bias, units, weight_multiplier, narrow_steps_,
-                    int32_t(spec_.weight_multiplier * spec_.input_zero), spec_.input_high < 128, weights + block_bytes_};
+    Product product{{offsets, int(runs_), int(quads_)},
+                    weights,
+                    bias,
+                    units,
+                    weight_multiplier,
+                    narrow_steps_,
+                    int32_t(spec_.weight_multiplier * spec_.input_zero),
+                    spec_.input_high < 128,
+                    weights + block_bytes_};
     const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
     const int step = lookup ? kMaxPixels : isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);
@@ -187,7 +200,8 @@ Epilogue Layer::epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channe
   Epilogue e = spec_.epilogue;
   const int64_t block_of_group = channel % group_outputs() / kBlock, padded = blocks_ * kBlock;
   const bool depthwise = kind_ == Kind::kDepthwise;
-  e.multiplier = multiplier_.data() + (depthwise ? channel : channel / group_outputs() * padded + block_of_group * kBlock);
+  e.multiplier =
+      multiplier_.data() + (depthwise ? channel : channel / group_outputs() * padded + block_of_group * kBlock);
   e.stride = spec_.outputs;
   e.in_32_bits = in_32_bits_;
   e.other = t.other;

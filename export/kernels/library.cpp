@@ -41,15 +41,19 @@ abi::Status* compute(void* kernel, abi::KernelContext* context) {
   }
 }
 
-void destroy(void* kernel) {
-  delete static_cast<Instance*>(kernel);
-}
+void destroy(void* kernel) { delete static_cast<Instance*>(kernel); }
 
 }  // namespace
 
-Operator::Operator(
-    const char* name, size_t inputs, size_t required, size_t outputs, int type, Kernel* (*make)(const Info&))
-    : abi::CustomOp{}, op_name(name), inputs(inputs), required_inputs(required), outputs(outputs), type(type), make(make) {
+Operator::Operator(const char* name, size_t inputs, size_t required, size_t outputs, int type,
+                   Kernel* (*make)(const Info&))
+    : abi::CustomOp{},
+      op_name(name),
+      inputs(inputs),
+      required_inputs(required),
+      outputs(outputs),
+      type(type),
+      make(make) {
   version = abi::kVersion;
   create_kernel = [](const CustomOp*, const void* const*, const abi::KernelInfo*) -> void* { return nullptr; };
   this->name = [](const CustomOp* op) { return self(op).op_name; };
@@ -93,8 +97,8 @@ Window window_of(const Info& info) {
 
 #define EDGEQAT_EXPORT extern "C" __attribute__((visibility("default")))
 
-EDGEQAT_EXPORT edgeqat::abi::Status* RegisterCustomOps(
-    edgeqat::abi::SessionOptions* options, const edgeqat::abi::Base* base) {
+EDGEQAT_EXPORT edgeqat::abi::Status* RegisterCustomOps(edgeqat::abi::SessionOptions* options,
+                                                       const edgeqat::abi::Base* base) {
   using namespace edgeqat;
   const abi::Api api = abi::Api::load(base);
   if (!api.slots) {

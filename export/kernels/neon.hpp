@@ -73,8 +73,7 @@ inline void finish(const Epilogue& e, const int32_t* sums, int count, int width)
     const ptrdiff_t at = m * e.stride;
     for (int c = 0; c < width; c += 4) {
       const int some = width - c < 4 ? width - c : 4;
-      const float32x4_t value =
-          vmulq_f32(vcvtq_f32_s32(vld1q_s32(sums + m * kBlock + c)), vld1q_f32(e.multiplier + c));
+      const float32x4_t value = vmulq_f32(vcvtq_f32_s32(vld1q_s32(sums + m * kBlock + c)), vld1q_f32(e.multiplier + c));
       float reals[4];
       vst1q_f32(reals, value);
       if (e.real) {

@@ -10,7 +10,8 @@ namespace {
 
 constexpr unsigned long kHasDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
 
-// Codes are unsigned and sdot is not: it multiplies x - 128, and 128 · Σ w = 2 · (w · 64) goes back, once for all pixels.
+// Codes are unsigned and sdot is not: it multiplies x - 128, and 128 · Σ w = 2 · (w · 64) goes back, once for all
+// pixels.
 void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
   const ptrdiff_t stride = 64 * ptrdiff_t(p.units);
   const int8x16_t half = vdupq_n_s8(64);
@@ -30,8 +31,7 @@ void product(const Product& p, const uint8_t* const* pixels, int count, int32_t*
         }
       }
     }
-    for (int m = 0; m < count; ++m)
-      store_sums(p, c, vaddq_s32(sum[m], vshlq_n_s32(back, 1)), sums + m * kBlock + c);
+    for (int m = 0; m < count; ++m) store_sums(p, c, vaddq_s32(sum[m], vshlq_n_s32(back, 1)), sums + m * kBlock + c);
   }
 }
 

@@ -1,10 +1,11 @@
 // QConv and QGemm: codes in, codes out; QConvFloat and QGemmFloat: codes in, real numbers out (a classifier's logits).
 //
-//   inputs   x u8 | weight scale f32 [O] | bias s32 [O] | planes of the weight codes, 1 to 3 | second summand u8 | tables u8
-//   outputs  the layer's own codes | codes of the sum | codes through each table. Unnamed outputs are not written.
+//   inputs   x u8 | weight scale f32 [O] | bias s32 [O] | planes of the weight codes, 1 to 3 | second summand u8 |
+//   tables u8 outputs  the layer's own codes | codes of the sum | codes through each table. Unnamed outputs are not
+//   written.
 //
-// multiplier = float(float(x_scale · weight scale) / y_scale). A one-bit output ("threshold") asks for the sign of the sum
-// alone: with ±512, zero point 254 and bounds 0 and 254 every sum from 1 on, and 0, becomes 254 and every other 0.
+// multiplier = float(float(x_scale · weight scale) / y_scale). A one-bit output ("threshold") asks for the sign of the
+// sum alone: with ±512, zero point 254 and bounds 0 and 254 every sum from 1 on, and 0, becomes 254 and every other 0.
 #include <cmath>
 #include <memory>
 
@@ -69,7 +70,8 @@ LayerSpec spec_of(const Info& info, bool conv, bool real) {
   spec.input_high = info.integer("x_high", 1, 255);
   spec.one_bit = info.flag("one_bit");
   const int bits = int(info.integer("bits", 1, 8));
-  const int64_t count = product_of({spec.outputs, spec.inputs / spec.groups, spec.window.kernel[0], spec.window.kernel[1]});
+  const int64_t count =
+      product_of({spec.outputs, spec.inputs / spec.groups, spec.window.kernel[0], spec.window.kernel[1]});
   if (count > kMostCodes) refuse("has more weight codes than a file can hold");
   spec.codes = unpack(planes_of(info, bits), bits, count);
   read_scales(info, real, spec);

@@ -1,5 +1,5 @@
-// QMaxPool, QAveragePool, QGlobalPool, QAdd, QTables and QImage. Their last input, where it is given, is tables u8 [k][256];
-// outputs from the second on are their codes through each table.
+// QMaxPool, QAveragePool, QGlobalPool, QAdd, QTables and QImage. Their last input, where it is given, is tables u8
+// [k][256]; outputs from the second on are their codes through each table.
 #include "pointwise.hpp"
 #include "runtime.hpp"
 
@@ -52,8 +52,11 @@ uint8_t* own_output(const Call& call, const std::vector<int64_t>& shape, std::ve
 
 struct WindowPool : Kernel {
   WindowPool(const Info& info, bool average)
-      : average(average), window(window_of(info)), out_height(info.integer("out_h", 1, kMostPlaces)),
-        out_width(info.integer("out_w", 1, kMostPlaces)), tables(info, 1, 1) {
+      : average(average),
+        window(window_of(info)),
+        out_height(info.integer("out_h", 1, kMostPlaces)),
+        out_width(info.integer("out_w", 1, kMostPlaces)),
+        tables(info, 1, 1) {
     if (!average) return;
     from = {info.positive("x_scale"), info.byte("x_zero"), 0, 255};
     to = grid_of(info);
@@ -107,8 +110,11 @@ struct GlobalPool : Kernel {
 
 struct Add : Kernel {
   explicit Add(const Info& info)
-      : ratio_first(info.real("ratio_first")), ratio_second(info.real("ratio_second")), offset(info.real("offset")),
-        to(grid_of(info)), tables(info, 2, 1) {}
+      : ratio_first(info.real("ratio_first")),
+        ratio_second(info.real("ratio_second")),
+        offset(info.real("offset")),
+        to(grid_of(info)),
+        tables(info, 2, 1) {}
   void compute(const Call& call) const override {
     const Tensor a = call.input(0, kFirstRead), b = call.input(1, kSecondRead);
     if (a.shape != b.shape) throw std::invalid_argument("adds codes of different shapes");

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kPart = 32'768;  // codes that are worth a task of their own
 
-// Adding 1.5 · 2^23 leaves no fraction bits, so the addition itself rounds half to even; |x| must stay below 2^22. Unlike
-// rintf it needs no instruction beyond SSE2.
+// Adding 1.5 · 2^23 leaves no fraction bits, so the addition itself rounds half to even; |x| must stay below 2^22.
+// Unlike rintf it needs no instruction beyond SSE2.
 inline float rounded(float x) {
   constexpr float shift = 12582912.0f;
   return (x + shift) - shift;
@@ -24,7 +24,8 @@ inline float clamp(float x, float low, float high) {
 
 template <typename Body>
 void in_parts(int64_t rows, int64_t row_size, const Pool& pool, Body body) {
-  const int64_t parts = std::clamp<int64_t>(rows * row_size / kPart, 1, std::min<int64_t>(16, std::max<int64_t>(rows, 1)));
+  const int64_t parts =
+      std::clamp<int64_t>(rows * row_size / kPart, 1, std::min<int64_t>(16, std::max<int64_t>(rows, 1)));
   pool.each(size_t(parts), [&](size_t i) {
     for (int64_t r = int64_t(i) * rows / parts; r < (int64_t(i) + 1) * rows / parts; ++r) body(r);
   });
@@ -83,9 +84,8 @@ void max_pool(const uint8_t* x, const PoolShape& s, const Window& w, uint8_t* y,
   });
 }
 
-void average_pool(
-    const uint8_t* x, const PoolShape& s, const Window& w, bool counts_padding, const Grid& from, const Grid& to,
-    uint8_t* y, const Pool& pool) {
+void average_pool(const uint8_t* x, const PoolShape& s, const Window& w, bool counts_padding, const Grid& from,
+                  const Grid& to, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels;
   const float zero = float(to.zero), low = float(to.low), high = float(to.high);
   in_parts(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
@@ -120,9 +120,8 @@ void global_pool(const uint8_t* x, const PoolShape& s, int zero, float multiplie
   }
 }
 
-void add_codes(
-    const uint8_t* a, const uint8_t* b, int64_t count, float ratio_a, float ratio_b, float offset, const Grid& to,
-    uint8_t* y, const Pool& pool) {
+void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, float ratio_a, float ratio_b, float offset,
+               const Grid& to, uint8_t* y, const Pool& pool) {
   // Both summands have 256 values: the inner multiply-add is a table, the outer one needs std::fma.
   float inner[256];
   for (int code = 0; code < 256; ++code) inner[code] = std::fma(float(code), ratio_b, offset);

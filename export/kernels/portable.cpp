@@ -107,13 +107,14 @@ void winograd_input(const uint8_t* const* tile, size_t channels, int offset, uin
     for (int y = 0; y < 4; ++y) {
       const int* d = rows[y];
       const int v[4] = {d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]};
-      for (int x = 0; x < 4; ++x) to[(4 * y + x) * plane + ptrdiff_t(c)] = uint8_t(v[x] + (4 * y + x == 5 ? 0 : offset));
+      for (int x = 0; x < 4; ++x)
+        to[(4 * y + x) * plane + ptrdiff_t(c)] = uint8_t(v[x] + (4 * y + x == 5 ? 0 : offset));
     }
   }
 }
 
-void winograd_output(
-    const int32_t* sums, int units, int weight_multiplier, const int32_t* bias, int32_t* const* pixels) {
+void winograd_output(const int32_t* sums, int units, int weight_multiplier, const int32_t* bias,
+                     int32_t* const* pixels) {
   constexpr ptrdiff_t plane = kWinogradTiles * kBlock;
   for (int o = 0; o < units * kLanes; ++o) {
     int32_t rows[2][4];
@@ -147,8 +148,9 @@ void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* 
   }
 }
 
-const Isa kPortable = {"portable", {0, 4, 4, 4, 4}, product, binary, nullptr, nullptr, depthwise, finish, pack_bits, translate, largest, quantize,
-                       nullptr, winograd_input, winograd_output, 0, 0};
+const Isa kPortable = {"portable", {0, 4, 4, 4, 4}, product,         binary,    nullptr, nullptr,
+                       depthwise,  finish,          pack_bits,       translate, largest, quantize,
+                       nullptr,    winograd_input,  winograd_output, 0,         0};
 
 }  // namespace
 

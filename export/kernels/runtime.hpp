@@ -28,11 +28,16 @@ inline int64_t product_of(const std::vector<int64_t>& sizes) {
 
 inline const char* type_name(int type) {
   switch (type) {
-    case abi::kFloat: return "float";
-    case abi::kUint8: return "uint8";
-    case abi::kInt8: return "int8";
-    case abi::kInt32: return "int32";
-    default: return "another type";
+    case abi::kFloat:
+      return "float";
+    case abi::kUint8:
+      return "uint8";
+    case abi::kInt8:
+      return "int8";
+    case abi::kInt32:
+      return "int32";
+    default:
+      return "another type";
   }
 }
 
@@ -97,8 +102,8 @@ struct Info {
   int64_t integer(const char* name, int64_t low, int64_t high) const {
     const int64_t value = integer(name);
     if (value < low || value > high)
-      refuse(std::string("its attribute ") + name + " is " + std::to_string(value) + "; " + std::to_string(low) + " to " +
-             std::to_string(high) + " are possible");
+      refuse(std::string("its attribute ") + name + " is " + std::to_string(value) + "; " + std::to_string(low) +
+             " to " + std::to_string(high) + " are possible");
     return value;
   }
   int byte(const char* name) const { return int(integer(name, 0, 255)); }
@@ -182,19 +187,22 @@ struct Call {
   Pool pool() const {
     return {const_cast<Call*>(this), [](void* self, size_t total, void (*body)(void*, size_t), void* data) {
               const Call& call = *static_cast<Call*>(self);
-              check(call.api, call.api.parallel_for(call.context, body, total, data), "the thread pool refused the work");
+              check(call.api, call.api.parallel_for(call.context, body, total, data),
+                    "the thread pool refused the work");
             }};
   }
 };
 
 constexpr Reads kCodesRead{"codes", abi::kUint8}, kTablesRead{"tables", abi::kUint8};
 
-// The tables of a node [k][256], none where it has none. `first` is the place of the first output that goes through one.
+// The tables of a node [k][256], none where it has none. `first` is the place of the first output that goes through
+// one.
 inline std::vector<uint8_t> read_tables(const Info& info, size_t input, size_t first) {
   const Tensor given = info.constant(input, kTablesRead);
   const int64_t size = given ? given.size() : 0;
   if (size % 256 || size > 256 * kMaxTables) refuse("has a table of wrong size");
-  if (info.outputs() > first + size_t(size / 256)) refuse("has more outputs than it computes; its tables are to be constants");
+  if (info.outputs() > first + size_t(size / 256))
+    refuse("has more outputs than it computes; its tables are to be constants");
   return size == 0 ? std::vector<uint8_t>{} : std::vector<uint8_t>(given.codes(), given.codes() + size);
 }
 
@@ -210,8 +218,7 @@ struct Operator : abi::CustomOp {
   int type;
   Kernel* (*make)(const Info&);
 
-  Operator(
-      const char* name, size_t inputs, size_t required, size_t outputs, int type, Kernel* (*make)(const Info&));
+  Operator(const char* name, size_t inputs, size_t required, size_t outputs, int type, Kernel* (*make)(const Info&));
 };
 
 std::vector<const Operator*> layer_operators();

@@ -1,13 +1,15 @@
-// Winograd's minimal filtering F(2×2, 3×3) (arXiv 1509.09308) in exact integers: 16 products for 4 outputs instead of 36.
+// Winograd's minimal filtering F(2×2, 3×3) (arXiv 1509.09308) in exact integers: 16 products for 4 outputs instead
+// of 36.
 //
 //   y = Aᵀ [ (G g Gᵀ) ⊙ (Bᵀ d B) ] A,   d a 4×4 tile of codes, g a 3×3 kernel of codes, y 2×2 sums
 //   Bᵀ rows: d0 - d2, d1 + d2, d2 - d1, d1 - d3      2·G rows: 2 g0, g0 + g1 + g2, g0 - g1 + g2, 2 g2
 //   Aᵀ rows: m0 + m1 + m2, m1 - m2 - m3
 //
-// With 2·G in both directions everything is an integer and the sums are exactly 4·y. Low bits make it fit the byte kernels:
-//   codes 0 <= d <= h: Bᵀ d B lies within [-2h, 2h], at position (1,1) within [0, 4h]; with 2h added everywhere else all are
-//   within [0, 4h], a byte for h <= 63 (6 bits). What 2h adds, 2h · Σ U, leaves the sums again through their bias.
-//   |2G g 2Gᵀ| <= 9 · max|g|: 72 at 4 bits; wider codes qualify where the layer's own weights stay within a byte.
+// With 2·G in both directions everything is an integer and the sums are exactly 4·y. Low bits make it fit the byte
+// kernels:
+//   codes 0 <= d <= h: Bᵀ d B lies within [-2h, 2h], at position (1,1) within [0, 4h]; with 2h added everywhere else
+//   all are within [0, 4h], a byte for h <= 63 (6 bits). What 2h adds, 2h · Σ U, leaves the sums again through their
+//   bias. |2G g 2Gᵀ| <= 9 · max|g|: 72 at 4 bits; wider codes qualify where the layer's own weights stay within a byte.
 #include <algorithm>
 #include <cstdlib>
 
@@ -97,8 +99,8 @@ void Layer::run_winograd(const LayerTensors& t, const Pool& pool) const {
   });
 }
 
-void Layer::transform_tiles(
-    const LayerTensors& t, const uint8_t* border, uint8_t* to, int64_t first, int64_t last) const {
+void Layer::transform_tiles(const LayerTensors& t, const uint8_t* border, uint8_t* to, int64_t first,
+                            int64_t last) const {
   const auto& w = spec_.window;
   const int64_t rows = half_up(w.outputs(0, t.height)), columns = half_up(w.outputs(1, t.width));
   const int64_t depth = 4 * quads_, plane = t.batch * rows * columns * depth;
@@ -125,13 +127,14 @@ void Layer::transform_tiles(
   }
 }
 
-void Layer::winograd_strip(
-    const LayerTensors& t, const uint8_t* transformed, int64_t block, int64_t first, int64_t last) const {
+void Layer::winograd_strip(const LayerTensors& t, const uint8_t* transformed, int64_t block, int64_t first,
+                           int64_t last) const {
   const auto& w = spec_.window;
   const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width);
   const int64_t rows = half_up(out_h), columns = half_up(out_w);
   const int64_t depth = 4 * quads_, plane = t.batch * rows * columns * depth, tiles = last - first;
-  const int width = int(std::min<int64_t>(kBlock, spec_.outputs - block * kBlock)), units = (width + kLanes - 1) / kLanes;
+  const int width = int(std::min<int64_t>(kBlock, spec_.outputs - block * kBlock)),
+            units = (width + kLanes - 1) / kLanes;
   const int8_t* weights = aligned_weights_ + block * block_bytes_;
   const int step = isa_.max_pixels[units], weight_multiplier = int(spec_.weight_multiplier);
   const ptrdiff_t nowhere = 0;
@@ -140,7 +143,8 @@ void Layer::winograd_strip(
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
     const int64_t bytes = quads_ * units * kLanes * 4;
-    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes, bias, units, 1, 0, 0, false, weights + (p + 1) * bytes};
+    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes, bias, units, 1, 0, 0, false,
+                    weights + (p + 1) * bytes};
     for (int64_t tile = 0; tile < tiles; tile += step) {
       const int count = int(std::min<int64_t>(step, tiles - tile));
       const uint8_t* pixels[kMaxPixels];
@@ -152,11 +156,10 @@ void Layer::winograd_strip(
   for (int64_t tile = first; tile < last;) {  // as many tiles at a time as lie in one row of tiles
     const int64_t column = tile % columns, run = std::min(last - tile, columns - column);
     for (int64_t i = 0; i < run; ++i) {
-      int32_t* const pixels[4] = {
-          lines[0] + 2 * i * kBlock, lines[0] + (2 * i + 1) * kBlock, lines[1] + 2 * i * kBlock,
-          lines[1] + (2 * i + 1) * kBlock};
-      isa_.winograd_output(
-          sums + (tile - first + i) * kBlock, units, weight_multiplier, bias_.data() + block * kBlock, pixels);
+      int32_t* const pixels[4] = {lines[0] + 2 * i * kBlock, lines[0] + (2 * i + 1) * kBlock, lines[1] + 2 * i * kBlock,
+                                  lines[1] + (2 * i + 1) * kBlock};
+      isa_.winograd_output(sums + (tile - first + i) * kBlock, units, weight_multiplier, bias_.data() + block * kBlock,
+                           pixels);
     }
     const int64_t n = tile / (rows * columns), y = 2 * (tile / columns % rows), x = 2 * column;
     const int count = int(std::min(2 * run, out_w - x));
