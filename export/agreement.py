@@ -138,6 +138,7 @@ class Agreement:
         return not self.stored and all(result.is_exact for result in self.results)
 
     def to_json(self) -> dict[str, object]:
+        """The same as plain data, for a JSON file."""
         return dataclasses.asdict(self) | {"passed": self.passed}
 
     def __str__(self) -> str:

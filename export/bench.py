@@ -58,6 +58,7 @@ class BenchTable:
     runtime: str
 
     def to_json(self) -> dict[str, object]:
+        """The same as plain data, for a JSON file."""
         return asdict(self)
 
     def __str__(self) -> str:

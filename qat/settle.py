@@ -56,6 +56,7 @@ class Settlement:
     left: dict[str, str]
 
     def to_json(self) -> dict[str, object]:
+        """The same as plain data, for a JSON file."""
         return asdict(self)
 
 

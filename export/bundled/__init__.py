@@ -1,0 +1,1 @@
+"""What a bundle holds: a script that runs alone on a device."""

@@ -80,6 +80,7 @@ class Comparison:
         return "\n".join([*lines, "", self._verdict(markdown_text)])
 
     def to_json(self) -> dict[str, object]:
+        """The same as plain data, for a JSON file."""
         return asdict(self) | {"passed": self.passed}
 
     def _verdict(self, shown: Callable[[str], str]) -> str:

@@ -60,6 +60,7 @@ class EnsembleTable:
     rows: tuple[EnsembleRow, ...]
 
     def to_json(self) -> dict[str, object]:
+        """The same as plain data, for a JSON file."""
         return asdict(self)
 
     def __str__(self) -> str:

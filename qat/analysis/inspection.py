@@ -77,6 +77,7 @@ class Inspection:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
+        """The same as plain data, for a JSON file."""
         return asdict(self)
 
 

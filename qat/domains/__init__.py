@@ -1,0 +1,1 @@
+"""Data sets, their domains, splits and batches."""

@@ -1,0 +1,1 @@
+"""Objectives: functions that fill `.grad` and return what they saw."""

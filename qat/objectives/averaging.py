@@ -47,9 +47,11 @@ class Average:
             parameter.copy_(self.values[name])
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
         return {"decay": self.decay, "count": self.count, "values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         self.decay, self.count, self.values = state["decay"], state["count"], dict(state["values"])
 
 
@@ -97,12 +99,14 @@ class LossValley:
         return merged([(0.0, self.average), *self.pending[:within]])
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
         return {
             "pending": [(loss, span.state_dict()) for loss, span in self.pending], "bound": self.bound, "ended": self.ended,
             "average": None if self.average is None else self.average.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         self.pending = [(loss, _loaded(span)) for loss, span in state["pending"]]
         self.bound, self.ended = state["bound"], state["ended"]
         self.average = None if state["average"] is None else _loaded(state["average"])

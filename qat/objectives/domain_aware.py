@@ -38,6 +38,7 @@ class GroupDRO:
         self.pending: Tensor | None = None
 
     def __call__(self, logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+        """Σ_d q_d L_d, a scalar, of logits N_K, labels N and domains N; features are not used."""
         losses = domain_losses(logits, labels, domains, len(self.weights))
         if self.pending is None:
             weights = self.weights.to(losses.device) * (self.eta * losses.detach()).exp()

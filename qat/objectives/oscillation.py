@@ -86,9 +86,11 @@ class Oscillation:
         return sum(int(h.sum()) for h in self.held) / max(sum(h.numel() for h in self.held), 1)
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
         return {k: list(getattr(self, k)) for k in ("last", "direction", "frequency", "mean", "held")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         for key, values in state.items():
             setattr(self, key, [v.to(w.device) for v, w in zip(values, self.weights, strict=True)])
 

@@ -206,6 +206,7 @@ class ScaleFreezer:
         return torch.cat([(torch.zeros_like(s) if g is None else g).flatten() for g, s in pairs]).float()
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
         return {
             "names": list(self.names), "last": self.last, "flips": self.flips, "frozen": self.frozen,
             "compared": self.compared, "step": self.step, "generator": self.generator.get_state(),

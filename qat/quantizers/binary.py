@@ -68,6 +68,7 @@ class BinaryWeight(Quantizer):
         raise NotImplementedError(f"{type(self).__name__} defines no function before the sign")
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        """x̂ of a weight x: sign(f(x)) · α, of x's shape."""
         return self.relaxed(self.before_sign(x)) * along(positive_scale(self.raw_scale), x, self.spec.axis)
 
     def relaxed(self, u: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class BinaryWeight(Quantizer):
         return sign(self.before_sign(x.detach())).to(torch.int32)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return str(self.spec)
 
 
@@ -90,4 +92,5 @@ class SignWeight(BinaryWeight):
         self.begin(weight.detach())
 
     def before_sign(self, weight: Tensor) -> Tensor:
+        """w clipped to [-1, 1], of its shape."""
         return weight.clamp(-1, 1)

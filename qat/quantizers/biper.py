@@ -52,9 +52,11 @@ class PeriodicWeight(BinaryWeight):
         self.begin(weight.detach())
 
     def before_sign(self, weight: Tensor) -> Tensor:
+        """sin(ω₀w), of the weight's shape."""
         return torch.sin(self.frequency * weight)
 
     def relaxed(self, u: Tensor) -> Tensor:
+        """u itself in stage 1, whose weights are real; its sign in stage 2."""
         return u if self.stage == 1 else super().relaxed(u)
 
     @torch.no_grad()
@@ -63,6 +65,7 @@ class PeriodicWeight(BinaryWeight):
         self.frequency.fill_(frequency)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"{self.spec}, frequency {float(self.frequency.detach()):g}, stage {self.stage}"
 
 

@@ -52,6 +52,7 @@ class BinaryActivation(Quantizer):
         self.threshold = None if channels is None else nn.Parameter(torch.zeros(channels))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        """x̂ of activations x: -1 or +1, of x's shape."""
         shifted = self._shifted(x)
         surrogate = shifted
         if self.standardize and shifted.requires_grad:

@@ -43,6 +43,7 @@ class FakeQuantizeLSQ(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of the raw scale; None for the settings."""
         (upstream,), (raw_scale, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
         return *fused.gradients(x, upstream, raw_scale, ctx.grid, ctx.gradient_scale), None, None, None
@@ -100,6 +101,7 @@ class LSQ(Quantizer):
         return Start(starting_scale(values, self.spec.with_sign(signed), init), signed)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        """x̂ = s · round(clip(x / s)), of x's shape and dtype."""
         settings = (self.grid, self.gradient_scale(x))
         return self.run_function(FakeQuantizeLSQ, x, (self._own_scale(),), settings, fused.quantize)
 
@@ -127,6 +129,7 @@ class LSQ(Quantizer):
         return float((max(count, 1) * self.spec.qmax) ** -0.5)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"{self.spec}, {'scale set' if self.initialized else 'no scale yet'}"
 
 

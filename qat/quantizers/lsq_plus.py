@@ -38,6 +38,7 @@ class FakeQuantizeLSQPlus(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, of the raw scale and of the offset; None for the settings."""
         (upstream,), (raw_scale, offset, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
         gradient_scale, zero = ctx.gradient_scale, zero_point_of(raw_scale, offset, ctx.top)
@@ -99,6 +100,7 @@ class LSQPlus(LSQ):
         self.offset.data.copy_(torch.zeros(()) if offset is None else offset)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        """x̂ = s · (round(clip(x / s + z)) - z), of x's shape and dtype."""
         parameters, settings = (self.raw_scale, self.offset), (self.spec.qmax, self.gradient_scale(x))
         return self.run_function(FakeQuantizeLSQPlus, x, parameters, settings, fused.quantize)
 

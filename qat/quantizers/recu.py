@@ -33,6 +33,7 @@ class RectifiedWeight(BinaryWeight):
         self.begin(weight.detach())
 
     def before_sign(self, weight: Tensor) -> Tensor:
+        """w standardised and clamped to its quantiles 1 - tau and tau, of its shape."""
         rows = weight.reshape(1, -1) if self.spec.axis is None else weight.movedim(self.spec.axis, 0).flatten(1)
         deviation, mean = torch.std_mean(rows, dim=1)
         if self.spec.axis is None:

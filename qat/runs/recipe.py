@@ -136,6 +136,7 @@ class SagmRecipe(Recipe):
 
     @property
     def method(self) -> str:
+        """Name of the method, as flags and files have it."""
         return "sagm"
 
 
@@ -192,6 +193,7 @@ class LsqRecipe(Recipe):
 
     @property
     def method(self) -> str:
+        """Name of the method, as flags and files have it."""
         return "lsq"
 
     @property
@@ -208,6 +210,7 @@ class SagmLsqRecipe(SagmRecipe, LsqRecipe):
 
     @property
     def method(self) -> str:
+        """Name of the method, as flags and files have it."""
         return "sagm-lsq"
 
 
@@ -238,6 +241,7 @@ class GaqatRecipe(SagmLsqRecipe):
 
     @property
     def method(self) -> str:
+        """Name of the method, as flags and files have it."""
         return "gaqat" if self.control == "gaqat" else f"gaqat-{self.control}"
 
 
@@ -257,6 +261,7 @@ class QtdogRecipe(LsqRecipe):
 
     @property
     def method(self) -> str:
+        """Name of the method, as flags and files have it."""
         return "qtdog"
 
 
@@ -306,6 +311,7 @@ class BiperRecipe(LsqRecipe):
 
     @property
     def method(self) -> str:
+        """Name of the method, as flags and files have it."""
         return "biper"
 
 
@@ -326,6 +332,7 @@ class RecipeError(ValueError):
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The same as plain data, for a JSON file."""
     fields = dataclasses.asdict(recipe)
     return {"method": recipe.method} | {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 

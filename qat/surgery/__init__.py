@@ -1,0 +1,1 @@
+"""Making a model quantized: trace, plan, apply."""

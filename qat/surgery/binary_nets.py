@@ -30,6 +30,7 @@ class ZeroChannels(nn.Module):
         self.after, self.average = outputs - inputs - self.before, average
 
     def forward(self, x: Tensor) -> Tensor:
+        """x N_C_H_W -> the shortcut, with channels of zeros added."""
         x = F.avg_pool2d(x, 2) if self.average else x[:, :, ::2, ::2]
         return F.pad(x, (0, 0, 0, 0, self.before, self.after))
 
@@ -49,6 +50,7 @@ class OptionABlock(nn.Module):
         self.shortcut = nn.Identity() if stride == 1 else ZeroChannels(inputs, outputs, average=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x N_C_H_W -> the block's sum."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
@@ -70,6 +72,7 @@ class CifarResNet(nn.Module):
         self.dropout, self.linear = nn.Dropout(drop_rate), nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x N_C_H_W -> logits N_K."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(self.dropout(x.mean((2, 3))))
@@ -85,6 +88,7 @@ class BiRealBlock(nn.Module):
         self.downsample, self.skips = downsample, skips
 
     def forward(self, x: Tensor) -> Tensor:
+        """x N_C_H_W -> the block's sum."""
         identity = self.downsample(x)
         y = self.bn1(self.conv1(x))
         y = F.hardtanh(y + identity if self.skips == 2 else y)
@@ -116,6 +120,7 @@ class BiRealResNet(nn.Module):
         self.fc = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x N_C_H_W -> logits N_K."""
         x = self.pool(F.hardtanh(self.bn1(self.conv1(x))))
         return self.fc(self.dropout(self.norm(self.stages(x).mean((2, 3)))))
 
@@ -143,6 +148,7 @@ class VggSmall(nn.Module):
         self.dropout, self.fc = nn.Dropout(drop_rate), nn.Linear(512 * 4 * 4, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x N_C_H_W -> logits N_K."""
         for index, (convolution, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = convolution(x)
             x = F.hardtanh(norm(self.pool(x) if index % 2 else x))

@@ -31,6 +31,7 @@ class OurTensorQuant(nn.Module):
         self.quantizer, self.int_quant = quantizer, _Unviewed()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x̂, scale, zero point, bit width) of x, as brevitas has them."""
         quantizer = self.quantizer
         scale = along(quantizer.scale, x, quantizer.spec.axis)
         return quantizer(x), scale, torch.tensor(float(quantizer.zero_point)), torch.tensor(float(quantizer.spec.bits))

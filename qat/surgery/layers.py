@@ -66,6 +66,7 @@ class QuantConv2d(nn.Conv2d):
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer on x̂, with ŵ."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         if self.same_padding:
@@ -91,6 +92,7 @@ class QuantLinear(nn.Linear):
         return _share_state(cls, linear, spec, name, init)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer on x̂, with ŵ."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
