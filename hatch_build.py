@@ -21,11 +21,15 @@ class KernelsHook(BuildHookInterface):
         sys.path.insert(0, self.root)
         try:
             from edgeqat.cpp import BuildError
-            from export.kernels import build as kernels  # all of it needs the standard library alone
+
+            # All of it needs the standard library alone
+            from export.kernels import build as kernels
         finally:
             sys.path.pop(0)
         if os.environ.get("EDGEQAT_BUILD_KERNELS", "1") == "0":
-            self.app.display_info("edgeqat: kernels left out, as EDGEQAT_BUILD_KERNELS=0 asks")
+            self.app.display_info(
+                "edgeqat: kernels left out, as EDGEQAT_BUILD_KERNELS=0 asks"
+            )
             return
         current = kernels.library_name().removesuffix(".so")
         for old in folder.glob("edgeqat_kernels-*.so"):
@@ -41,4 +45,6 @@ class KernelsHook(BuildHookInterface):
             return
         build_data["artifacts"].append(f"export/kernels/{path.name}")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = (
+            f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        )

@@ -89,7 +89,9 @@ def make_library(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
     Damaged ones of that name are removed. Raises OSError, and what `make` raises.
     """
     _remove_stale(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=STAGING, ignore_cleanup_errors=True) as staging:
+    with tempfile.TemporaryDirectory(
+        dir=folder, prefix=STAGING, ignore_cleanup_errors=True
+    ) as staging:
         _require_room(Path(staging))
         made = Path(staging) / name
         make(made)
@@ -124,7 +126,9 @@ def _places(beside: Path) -> Iterator[_Place]:
     base = _cache_base()
     if base is not None:
         named = "XDG_CACHE_HOME" in os.environ
-        above = [folder for folder in reversed(base.parents) if named and not folder.exists()]
+        above = [
+            folder for folder in reversed(base.parents) if named and not folder.exists()
+        ]
         yield _Place(base / FOLDER, (*above, base, base / FOLDER))
     yield _Place(beside, shared=True)
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -152,10 +156,14 @@ def _found(place: _Place, name: str) -> Path | None:
         candidates = _libraries(folder, name)
     except (OSError, ValueError):
         return None
-    return next((path for path in candidates if _is_good(path, name, place.owners())), None)
+    return next(
+        (path for path in candidates if _is_good(path, name, place.owners())), None
+    )
 
 
-def _made(place: _Place, name: str, make: Callable[[Path], None], refused: list[str]) -> Path | None:
+def _made(
+    place: _Place, name: str, make: Callable[[Path], None], refused: list[str]
+) -> Path | None:
     """The library made in `place`, or None and a reason more in `refused`."""
     try:
         _create(place)
@@ -203,7 +211,8 @@ def _trusted(place: _Place) -> Path:
         for path in folder.glob("*.so"):
             _unlink(path)
     elif not place.shared and status.st_mode & 0o077:
-        with contextlib.suppress(OSError):  # a read-only folder that others can only read will do
+        # A read-only folder that others can only read will do
+        with contextlib.suppress(OSError):
             folder.chmod(0o700)
     if _forbids_loading(folder):
         raise PlaceError(f"{folder}: its file system is mounted noexec")
@@ -282,7 +291,12 @@ def _is_good(path: Path, name: str, owners: set[int]) -> bool:
 def _digest(path: Path, owners: set[int] | None = None) -> str:
     """SHA-256 of a file that `owners` may have written. The checks are of the file that is read: it is opened once, and no
     link, pipe or device is waited for."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags = (
+        os.O_RDONLY
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_BINARY", 0)
+    )
     descriptor = os.open(path, flags)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -335,7 +349,8 @@ def _temporary_folder() -> Path:
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
-    util.Finalize(None, remove, exitpriority=0)  # processes of `multiprocessing` do not run what atexit knows
+    # Processes of `multiprocessing` do not run what atexit knows
+    util.Finalize(None, remove, exitpriority=0)
     _before_termination(remove)
     _trusted_above(folder, {_user()})
     os.environ[TEMPORARY] = str(folder)

@@ -12,7 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # Contraction would round differently from the definition; the last two change no result but let loops be vectorised.
-EXACT = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+EXACT = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
 NAMES = ("c++", "g++", "clang++")
 
@@ -44,7 +50,9 @@ def required_compiler(architecture: str | None = None) -> list[str]:
     if command is not None:
         return command
     if architecture not in (None, machine()):
-        raise BuildError(f"no compiler for {architecture} found: apt-get install g++-{architecture}-linux-gnu")
+        raise BuildError(
+            f"no compiler for {architecture} found: apt-get install g++-{architecture}-linux-gnu"
+        )
     raise BuildError("no C++ compiler found (install g++ or clang++, or set CXX)")
 
 
@@ -53,9 +61,13 @@ def run(command: list[str], scratch: Path | None = None) -> str:
 
     Raises BuildError with the compiler's words.
     """
-    environment = os.environ if scratch is None else os.environ | {"TMPDIR": str(scratch)}
+    environment = (
+        os.environ if scratch is None else os.environ | {"TMPDIR": str(scratch)}
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment
+        )
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:

@@ -31,4 +31,6 @@ def naming_extra(error: ModuleNotFoundError) -> ImportError:
     library = (error.name or "").partition(".")[0]
     if library not in EXTRAS:
         return error
-    return MissingExtra(f'{library} is not installed; add it with: pip install "edgeqat[{EXTRAS[library]}]"')
+    return MissingExtra(
+        f'{library} is not installed; add it with: pip install "edgeqat[{EXTRAS[library]}]"'
+    )

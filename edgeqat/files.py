@@ -29,7 +29,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         place = path.resolve()
         require_replaceable(place)
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".partial")
+        handle, name = tempfile.mkstemp(
+            dir=place.parent, prefix=f".{place.name}.", suffix=".partial"
+        )
         os.close(handle)
         temporary = Path(name)
         try:
@@ -40,7 +42,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         _sync(place.parent)
-    except (OSError, RuntimeError) as error:  # torch says a full disk with a RuntimeError
+    # Torch says a full disk with a RuntimeError
+    except (OSError, RuntimeError) as error:
         raise FileError(f"{path}: cannot be written ({reason_of(error)})") from error
 
 
@@ -63,13 +66,17 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"{path}: cannot be made a folder ({reason_of(error)})") from error
+        raise FileError(
+            f"{path}: cannot be made a folder ({reason_of(error)})"
+        ) from error
 
 
 def require_replaceable(path: Path) -> None:
     """Raises FileError where `path` is something that a file must not replace: a folder, a device, a pipe."""
     if path.exists() and not path.is_file():
-        raise FileError(f"{path}: is a folder, a device or a pipe; name a file to write")
+        raise FileError(
+            f"{path}: is a folder, a device or a pipe; name a file to write"
+        )
 
 
 def require_readable(path: Path) -> None:
@@ -88,7 +95,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path}: cannot be read as text ({reason_of(error)})") from error
+        raise FileError(
+            f"{path}: cannot be read as text ({reason_of(error)})"
+        ) from error
 
 
 def read_json(path: Path) -> Any:
@@ -99,7 +108,9 @@ def read_json(path: Path) -> Any:
         raise FileError(f"{path}: is not JSON ({reason_of(error)})") from error
 
 
-def require_entries(value: Any, kinds: Mapping[str, Kind], where: str) -> dict[str, Any]:
+def require_entries(
+    value: Any, kinds: Mapping[str, Kind], where: str
+) -> dict[str, Any]:
     """`value` as a dictionary that has every entry of `kinds`, each of its type. True and False are no numbers.
 
     Raises FileError naming `where`, the entry and what it should be.
@@ -112,7 +123,9 @@ def require_entries(value: Any, kinds: Mapping[str, Kind], where: str) -> dict[s
         found = value[name]
         is_stray_bool = isinstance(found, bool) and kind is not bool
         if is_stray_bool or not isinstance(found, kind):
-            raise FileError(f"{where}: entry {name!r} is {_short(found)}, not {_name_of(kind)}")
+            raise FileError(
+                f"{where}: entry {name!r} is {_short(found)}, not {_name_of(kind)}"
+            )
     return value
 
 

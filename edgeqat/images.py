@@ -34,16 +34,24 @@ def open_image(path: Path) -> Image.Image:
 def check_image(path: Path) -> None:
     """Raises ImageError where `open_image` would, in less time."""
     with _opened(path) as image:
-        image.draft("RGB", (8, 8))  # a JPEG decodes to an eighth of its size: a truncated one fails, quickly
+        # A JPEG decodes to an eighth of its size: a truncated one fails, quickly
+        image.draft("RGB", (8, 8))
         image.load()
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    with _errors_of(path), _regular_file(path) as file, _without_warnings(), Image.open(file, formats=FORMATS) as image:
+    with (
+        _errors_of(path),
+        _regular_file(path) as file,
+        _without_warnings(),
+        Image.open(file, formats=FORMATS) as image,
+    ):
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ImageError(f"{path}: has {width:,} × {height:,} pixels; at most {MAX_PIXELS:,} are read")
+            raise ImageError(
+                f"{path}: has {width:,} × {height:,} pixels; at most {MAX_PIXELS:,} are read"
+            )
         yield image
 
 
@@ -55,13 +63,21 @@ def _errors_of(path: Path) -> Iterator[None]:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: not a readable image (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file)") from None
+        raise ImageError(
+            f"{path}: not a readable image (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file)"
+        ) from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: not a readable image (at most {MAX_PIXELS:,} pixels are read: {error})") from error
+        raise ImageError(
+            f"{path}: not a readable image (at most {MAX_PIXELS:,} pixels are read: {error})"
+        ) from error
     except OSError as error:
-        raise ImageError(f"{path}: not a readable image ({error.strerror or error})") from error
+        raise ImageError(
+            f"{path}: not a readable image ({error.strerror or error})"
+        ) from error
     except Exception as error:
-        raise ImageError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+        raise ImageError(
+            f"{path}: not a readable image ({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextmanager
@@ -73,7 +89,9 @@ def _regular_file(path: Path) -> Iterator[BinaryIO]:
         status = os.fstat(file.fileno())
         _require_regular(path, status)
         if status.st_size > MAX_BYTES:
-            raise ImageError(f"{path}: has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+            raise ImageError(
+                f"{path}: has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read"
+            )
         yield file
 
 

@@ -38,7 +38,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if self.wanted:
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self.before = {
+                number: signal.signal(number, self._note) for number in SIGNALS
+            }
         return self
 
     def __exit__(self, *_: object) -> None:

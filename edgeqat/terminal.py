@@ -24,7 +24,9 @@ def printable(text: object, *, newlines: bool = False) -> str:
     plain = str(text)
     if plain.isprintable():
         return plain
-    return "".join(_escaped(letter) if _steers(letter, newlines) else letter for letter in plain)
+    return "".join(
+        _escaped(letter) if _steers(letter, newlines) else letter for letter in plain
+    )
 
 
 def _steers(letter: str, newlines: bool) -> bool:
@@ -50,5 +52,9 @@ def say(text: object = "", *, file: TextIO | None = None) -> None:
     terminal's encoding lacks is shown as an escape."""
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    shown = printable(text, newlines=True).encode(encoding, "backslashreplace").decode(encoding)
+    shown = (
+        printable(text, newlines=True)
+        .encode(encoding, "backslashreplace")
+        .decode(encoding)
+    )
     print(shown, file=stream, flush=True)

@@ -22,7 +22,8 @@ from export.native_file import is_native
 from export.reference import IntegerReference
 from export.ties import float_quantizers
 
-FLOAT_LIMIT = 1  # codes: what floating point in its last bit may change, where it decides a tie
+# Codes: what floating point in its last bit may change, where it decides a tie
+FLOAT_LIMIT = 1
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,26 @@ class Elsewhere:
         name = f"{self.machine:<11}"
         if self.not_run:
             return f"  {name} NOT RUN: {self.not_run}"
-        worst = "".join(f"; {quantizer} {count}" for quantizer, count in list(self.mismatches.items())[:3])
+        worst = "".join(
+            f"; {quantizer} {count}"
+            for quantizer, count in list(self.mismatches.items())[:3]
+        )
         text = f"codes: {self.total} mismatches of {self.codes:,}{worst}"
         if self.float_differences:
             count = sum(self.float_differences.values())
-            reach = (
-                f"which end in {self.differing:,} other codes and {self.answers_changed} of {self.images} other answers"
-            )
-            text += (
-                f"; {count} of {self.float_codes:,} codes read from floating point differ by {self.largest}, {reach}"
-            )
+            reach = f"which end in {self.differing:,} other codes and {self.answers_changed} of {self.images} other answers"
+            text += f"; {count} of {self.float_codes:,} codes read from floating point differ by {self.largest}, {reach}"
         elif self.answers_changed:
             text += f"; {self.answers_changed} of {self.images} answers differ"
         return f"  {name} {text}  [{'ok' if self.passed else 'FAILED'}]"
 
 
 def certify_elsewhere(
-    model: LoweredModel, proto: onnx.ModelProto, name: str, images: NDArray[np.float32], machines: tuple[str, ...]
+    model: LoweredModel,
+    proto: onnx.ModelProto,
+    name: str,
+    images: NDArray[np.float32],
+    machines: tuple[str, ...],
 ) -> tuple[Elsewhere, ...]:
     """Run the file `proto` of the canonical `model` on every one of `machines`, on `images` (N_3_H_W float32)."""
     if not machines:
@@ -116,21 +120,36 @@ def run_bundle(machine: str, bundle: Path, codes: Path, *, native: bool) -> str:
         cpu = CPUS[machine]
         if native:
             arguments += ["--kernels", str(library_for(cpu.architecture))]
-        done = elsewhere.run_python(cpu, session.version(), [str(bundle / "check.py"), *arguments])
+        done = elsewhere.run_python(
+            cpu, session.version(), [str(bundle / "check.py"), *arguments]
+        )
     if done.returncode not in (0, 1) or not done.stdout:
-        raise ExportError(f"{machine}: {done.stderr.strip() or done.stdout.strip() or 'the emulator stopped'}")
+        raise ExportError(
+            f"{machine}: {done.stderr.strip() or done.stdout.strip() or 'the emulator stopped'}"
+        )
     first_line = done.stdout.splitlines()[0]
     return first_line.split(", on ")[1]
 
 
 def compared(
-    machine: str, runtime: str, folder: Path, model: LoweredModel, images: NDArray[np.float32], expected: Expected
+    machine: str,
+    runtime: str,
+    folder: Path,
+    model: LoweredModel,
+    images: NDArray[np.float32],
+    expected: Expected,
 ) -> Elsewhere:
     """The codes that `machine` wrote into `folder` beside the expected ones."""
     names = list(expected.codes)
     found = read_codes(folder, expected.codes)
-    differing = sum(int((a != b).sum()) for n in names for a, b in zip(expected.codes[n], found[n], strict=True))
-    logits = np.fromfile(folder / "logits.bin", np.float32).reshape(expected.logits.shape)
+    differing = sum(
+        int((a != b).sum())
+        for n in names
+        for a, b in zip(expected.codes[n], found[n], strict=True)
+    )
+    logits = np.fromfile(folder / "logits.bin", np.float32).reshape(
+        expected.logits.shape
+    )
     wrong = dict.fromkeys(names, 0)
     largest = 0
     in_float = set(float_quantizers(model))
@@ -149,22 +168,38 @@ def compared(
         runtime=runtime,
         images=len(images),
         codes=sum(codes.size for name in names for codes in expected.codes[name]),
-        mismatches={name: wrong[name] for name in names if wrong[name] and name not in in_float},
-        float_differences={name: wrong[name] for name in names if wrong[name] and name in in_float},
-        float_codes=sum(codes.size for name in names if name in in_float for codes in expected.codes[name]),
+        mismatches={
+            name: wrong[name] for name in names if wrong[name] and name not in in_float
+        },
+        float_differences={
+            name: wrong[name] for name in names if wrong[name] and name in in_float
+        },
+        float_codes=sum(
+            codes.size
+            for name in names
+            if name in in_float
+            for codes in expected.codes[name]
+        ),
         largest=largest,
         differing=differing,
         answers_changed=int((logits.argmax(1) != expected.logits.argmax(1)).sum()),
     )
 
 
-def read_codes(folder: Path, like: dict[str, list[NDArray[np.uint8]]]) -> dict[str, list[NDArray[np.uint8]]]:
+def read_codes(
+    folder: Path, like: dict[str, list[NDArray[np.uint8]]]
+) -> dict[str, list[NDArray[np.uint8]]]:
     """What check.py wrote into `folder`, for each quantizer and image in the shape it has in `like`."""
     found: dict[str, list[NDArray[np.uint8]]] = {}
     for index, (name, shapes) in enumerate(like.items()):
         values = np.fromfile(folder / f"{index}.bin", np.uint8)
         if values.size != sum(codes.size for codes in shapes):
-            raise ExportError(f"{name}: the machine computed {values.size} codes, not {sum(c.size for c in shapes)}")
+            raise ExportError(
+                f"{name}: the machine computed {values.size} codes, not {sum(c.size for c in shapes)}"
+            )
         ends = np.cumsum([codes.size for codes in shapes])[:-1]
-        found[name] = [part.reshape(codes.shape) for part, codes in zip(np.split(values, ends), shapes, strict=True)]
+        found[name] = [
+            part.reshape(codes.shape)
+            for part, codes in zip(np.split(values, ends), shapes, strict=True)
+        ]
     return found

@@ -28,7 +28,9 @@ from export.reference import IntegerReference
 
 StoredCodes = dict[str, NDArray[np.uint8]]
 Logits = NDArray[np.float32]
-ROUNDING_LEVELS = tuple(f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL"))
+ROUNDING_LEVELS = tuple(
+    f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL")
+)
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,20 @@ class Agreement:
 
     def __str__(self) -> str:
         lines = [f"{self.file}: {self._verdict()}"]
-        stored = f"{len(self.stored)} layers differ" if self.stored else "all as trained"
-        lines.append(f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {stored}")
-        lines += [f"             {layer}: {what}" for layer, what in self.stored.items()]
+        stored = (
+            f"{len(self.stored)} layers differ" if self.stored else "all as trained"
+        )
+        lines.append(
+            f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {stored}"
+        )
+        lines += [
+            f"             {layer}: {what}" for layer, what in self.stored.items()
+        ]
         lines += [f"  computed   {result}" for result in self.results]
         lines += [f"             {line}" for line in self.table()]
-        accuracies = ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
+        accuracies = ", ".join(
+            f"{name} {value:.2%}" for name, value in self.accuracy.items()
+        )
         if accuracies:
             lines.append(f"  accuracy   {accuracies} on {self.images} images")
         return in_lines([*lines, *(f"  note       {note}" for note in self.notes)])
@@ -158,7 +168,11 @@ class Agreement:
             return "certified: stored codes as trained, computed codes exact in every runtime below"
         stored = "NOT the trained ones" if self.stored else "as trained"
         inexact = [result.runtime for result in self.results if not result.is_exact]
-        computed = f"not exact in {', '.join(inexact)}" if inexact else "exact in every runtime below"
+        computed = (
+            f"not exact in {', '.join(inexact)}"
+            if inexact
+            else "exact in every runtime below"
+        )
         return f"NOT CERTIFIED (target {self.target}, plain QDQ): stored codes {stored}; computed codes {computed}"
 
     def table(self) -> list[str]:
@@ -168,15 +182,24 @@ class Agreement:
         if not shown:
             return []
         width = max(len(row[0].quantizer) for row in shown)
-        lines = [f"{'quantizer':<{width}}  {'codes':>12}  " + "  ".join(result.runtime for result in self.results)]
+        lines = [
+            f"{'quantizer':<{width}}  {'codes':>12}  "
+            + "  ".join(result.runtime for result in self.results)
+        ]
         for row in shown:
             cells = [
-                (f"{cell.different} (±{cell.largest})" if cell.different else "exact").rjust(len(result.runtime))
+                (
+                    f"{cell.different} (±{cell.largest})" if cell.different else "exact"
+                ).rjust(len(result.runtime))
                 for cell, result in zip(row, self.results, strict=True)
             ]
-            lines.append(f"{row[0].quantizer:<{width}}  {row[0].codes:>12,}  " + "  ".join(cells))
+            lines.append(
+                f"{row[0].quantizer:<{width}}  {row[0].codes:>12,}  " + "  ".join(cells)
+            )
         if others := len(rows) - len(shown):
-            lines.append(f"and {others} quantizers whose codes are exact in all of them")
+            lines.append(
+                f"and {others} quantizers whose codes are exact in all of them"
+            )
         return lines
 
 
@@ -199,11 +222,16 @@ def agree(
     tensors = {o for node in proto.graph.node for o in node.output}
     missing = [name for name in model.quantizers if name not in tensors]
     if missing:
-        raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
+        raise ExportError(
+            f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool"
+        )
     reference = IntegerReference(model, session.FloatOperators())
     from_training = _in_batches(lambda batch: _first(trained(batch)[1]), images)
     defined = _in_batches(lambda batch: _first(reference.run(batch)[1]), images)
-    runtimes = [*(onnx_runtime(proto, model, level) for level in session.LEVELS), *further]
+    runtimes = [
+        *(onnx_runtime(proto, model, level) for level in session.LEVELS),
+        *further,
+    ]
     logits = {runtime.name: _in_batches(runtime.logits, images) for runtime in runtimes}
     results = []
     for runtime in runtimes:
@@ -214,11 +242,17 @@ def agree(
                 version=runtime.version,
                 quantizers=compare_codes(reference, runtime, images),
                 top1=_same_answer(found, defined),
-                logit_difference=float(np.abs(found - defined).max() / np.abs(defined).max()),
+                logit_difference=float(
+                    np.abs(found - defined).max() / np.abs(defined).max()
+                ),
                 top1_trained=_same_answer(found, from_training),
             )
         )
-    predictions = {"trained net": from_training, "integer definition": defined, **logits}
+    predictions = {
+        "trained net": from_training,
+        "integer definition": defined,
+        **logits,
+    }
     return Agreement(
         file=file.name,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -229,7 +263,9 @@ def agree(
         stored=compare_stored(model, proto),
         results=tuple(results),
         accuracy={
-            name: accuracy for name, p in predictions.items() if (accuracy := accuracy_of(p, labels)) is not None
+            name: accuracy
+            for name, p in predictions.items()
+            if (accuracy := accuracy_of(p, labels)) is not None
         },
         notes=(*model.notes, *_causes(results)),
     )
@@ -237,7 +273,10 @@ def agree(
 
 def _causes(results: Sequence[RuntimeResult]) -> list[str]:
     """What is known of why a runtime's codes differ."""
-    if not any(result.runtime in ROUNDING_LEVELS and not result.is_at_ties for result in results):
+    if not any(
+        result.runtime in ROUNDING_LEVELS and not result.is_at_ties
+        for result in results
+    ):
         return []
     return [
         "from BASIC on, ONNX Runtime rounds float biases to integers in units of input scale times weight scale "
@@ -245,7 +284,9 @@ def _causes(results: Sequence[RuntimeResult]) -> list[str]:
     ]
 
 
-def compare_codes(reference: IntegerReference, runtime: Runtime, images: Given) -> tuple[QuantizerResult, ...]:
+def compare_codes(
+    reference: IntegerReference, runtime: Runtime, images: Given
+) -> tuple[QuantizerResult, ...]:
     """The codes of every quantizer in `runtime` against the definition's, which starts from the runtime's own codes at
     every operation. In the order of the graph."""
     totals: dict[str, list[int]] = {}
@@ -264,12 +305,17 @@ def compare_codes(reference: IntegerReference, runtime: Runtime, images: Given) 
 
 def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Runtime:
     """ONNX Runtime on the CPU at one optimisation level."""
-    exposed = session.load(session.with_outputs(proto, list(model.quantizers)), level=level)
+    exposed = session.load(
+        session.with_outputs(proto, list(model.quantizers)), level=level
+    )
     plain = session.load(proto, level=level)
 
     def codes(images: Given) -> StoredCodes:
         found = exposed.run(images)
-        return {name: to_storage(found[name], grid) for name, grid in model.quantizers.items()}
+        return {
+            name: to_storage(found[name], grid)
+            for name, grid in model.quantizers.items()
+        }
 
     def logits(images: Given) -> Logits:
         return _first(plain.run(images)).astype(np.float32)
@@ -283,7 +329,9 @@ def to_storage(codes: NDArray[np.generic], grid: LoweredQuantizer) -> NDArray[np
     return (codes.astype(np.int16) + shift).astype(np.uint8)
 
 
-def from_reals(values: NDArray[np.float32], grid: LoweredQuantizer) -> NDArray[np.uint8]:
+def from_reals(
+    values: NDArray[np.float32], grid: LoweredQuantizer
+) -> NDArray[np.uint8]:
     """Storage codes of the values that come out of DequantizeLinear, for runtimes that show no codes."""
     return (np.rint(values / grid.scale) + grid.zero_point).astype(np.uint8)
 
@@ -301,13 +349,17 @@ def with_real_outputs(
             outputs.setdefault(node.input[0], node.output[0])
     known = {value.name for value in proto.graph.output}
     copy.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs.values() if name not in known
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for name in outputs.values()
+        if name not in known
     )
     return copy, outputs
 
 
 def _in_batches(compute: Callable[[Given], Logits], images: Given) -> Logits:
-    return np.concatenate([compute(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+    return np.concatenate(
+        [compute(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    )
 
 
 def _first(outputs: Mapping[str, NDArray[np.generic]]) -> Logits:

@@ -27,7 +27,8 @@ Results = Iterator[tuple[str, Integers]]
 one = np.float32
 MANTISSA_BITS = 24
 FIXED_POINT_BITS = 21  # of the larger multiplier of ARM's sums
-FIXED_POINT_RATIOS = (2.0**-14, 2.0**8)  # outside of which ARM computes sums in float32 too
+# Outside of which ARM computes sums in float32 too
+FIXED_POINT_RATIOS = (2.0**-14, 2.0**8)
 FIXED_POINT_SHIFTS = range(13, 32)
 
 
@@ -42,9 +43,14 @@ def half_away(x: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.copysign(np.floor(np.abs(wide) + 0.5), wide)
 
 
-def fused(x: NDArray[np.generic] | int, y: np.float32 | Floats, z: np.float32 | Floats) -> Floats:
+def fused(
+    x: NDArray[np.generic] | int, y: np.float32 | Floats, z: np.float32 | Floats
+) -> Floats:
     """x · y + z, rounded once. A product of an integer of few bits and a float32 is exact in float64."""
-    return (np.asarray(x, np.float64) * np.asarray(y, np.float64) + np.asarray(z, np.float64)).astype(one)
+    return (
+        np.asarray(x, np.float64) * np.asarray(y, np.float64)
+        + np.asarray(z, np.float64)
+    ).astype(one)
 
 
 def rounded_inside(x: Floats, zero_point: int, rounding: Round = half_even) -> Integers:
@@ -52,12 +58,20 @@ def rounded_inside(x: Floats, zero_point: int, rounding: Round = half_even) -> I
     return rounding((x + one(zero_point)).astype(one)).astype(np.int64)
 
 
-def rounded_outside(x: NDArray[np.floating], zero_point: int, rounding: Round = half_even) -> Integers:
+def rounded_outside(
+    x: NDArray[np.floating], zero_point: int, rounding: Round = half_even
+) -> Integers:
     """round(x) + zero point: x is rounded before the zero point is added."""
     return rounding(x).astype(np.int64) + zero_point
 
 
-def sums(a: Integers, b: Integers, first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer) -> Results:
+def sums(
+    a: Integers,
+    b: Integers,
+    first: LoweredQuantizer,
+    second: LoweredQuantizer,
+    out: LoweredQuantizer,
+) -> Results:
     """(name, results) of a·s_a + b·s_b on the grid `out`. The first is the integer definition (export/reference.py)."""
     ratio_a, ratio_b = one(first.scale / out.scale), one(second.scale / out.scale)
     codes_a, codes_b = a + first.zero_point, b + second.zero_point
@@ -68,8 +82,12 @@ def sums(a: Integers, b: Integers, first: LoweredQuantizer, second: LoweredQuant
         yield f"fused, b first, {kind}", half_even(b_first).astype(np.int64)
         yield f"fused, a first, {kind}", half_even(a_first).astype(np.int64)
         products = (codes_a.astype(one) * ratio_a, codes_b.astype(one) * ratio_b)
-        for name, (x, y) in {"a first": products, "b first": products[::-1]}.items():  # SSE2: a first
-            yield f"unfused, {name}, {kind}", half_even((constant + x) + y).astype(np.int64)
+        # SSE2: a first
+        for name, (x, y) in {"a first": products, "b first": products[::-1]}.items():
+            yield (
+                f"unfused, {name}, {kind}",
+                half_even((constant + x) + y).astype(np.int64),
+            )
     if (in_fixed_point := _fixed_point_sum(a, b, ratio_a, ratio_b, out)) is not None:
         yield "fixed point", in_fixed_point
     real_a, real_b = a.astype(one) * first.scale, b.astype(one) * second.scale
@@ -89,7 +107,11 @@ def sums(a: Integers, b: Integers, first: LoweredQuantizer, second: LoweredQuant
 
 
 def _constants_of_sums(
-    ratio_a: np.float32, ratio_b: np.float32, first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer
+    ratio_a: np.float32,
+    ratio_b: np.float32,
+    first: LoweredQuantizer,
+    second: LoweredQuantizer,
+    out: LoweredQuantizer,
 ) -> Iterator[tuple[str, np.float32]]:
     """z_y - (ratio_a · z_a + ratio_b · z_b), as compilers with and without contraction may compute it."""
     z_a, z_b, z_y = one(first.zero_point), one(second.zero_point), one(out.zero_point)
@@ -97,11 +119,18 @@ def _constants_of_sums(
     if not (first.zero_point or second.zero_point):
         return
     yield "constant unfused", one(z_y - one(ratio_a * z_a + ratio_b * z_b))
-    yield "constant fused otherwise", one(z_y - one(fused(second.zero_point, ratio_b, one(ratio_a * z_a))))
+    yield (
+        "constant fused otherwise",
+        one(z_y - one(fused(second.zero_point, ratio_b, one(ratio_a * z_a)))),
+    )
 
 
 def constant_of_sum(
-    ratio_a: np.float32, ratio_b: np.float32, first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer
+    ratio_a: np.float32,
+    ratio_b: np.float32,
+    first: LoweredQuantizer,
+    second: LoweredQuantizer,
+    out: LoweredQuantizer,
 ) -> np.float32:
     """The definition's: z_y - fma(ratio_a, z_a, ratio_b · z_b), as the runtime's x86 build has it."""
     product = one(ratio_b * one(second.zero_point))
@@ -109,7 +138,11 @@ def constant_of_sum(
 
 
 def _fixed_point_sum(
-    a: Integers, b: Integers, ratio_a: np.float32, ratio_b: np.float32, out: LoweredQuantizer
+    a: Integers,
+    b: Integers,
+    ratio_a: np.float32,
+    ratio_b: np.float32,
+    out: LoweredQuantizer,
 ) -> Integers | None:
     """ARM: multipliers of 22 bits, the zero point added after a shift that rounds half away from zero.
 
@@ -118,9 +151,15 @@ def _fixed_point_sum(
     smallest, largest = FIXED_POINT_RATIOS
     exponent = int(np.frexp(max(ratio_a, ratio_b))[1]) - 1
     shift = FIXED_POINT_BITS - exponent
-    if min(ratio_a, ratio_b) < smallest or max(ratio_a, ratio_b) >= largest or shift not in FIXED_POINT_SHIFTS:
+    if (
+        min(ratio_a, ratio_b) < smallest
+        or max(ratio_a, ratio_b) >= largest
+        or shift not in FIXED_POINT_SHIFTS
+    ):
         return None
-    multiplier_a, multiplier_b = (int(np.rint(one(ratio) * one(2.0**shift))) for ratio in (ratio_a, ratio_b))
+    multiplier_a, multiplier_b = (
+        int(np.rint(one(ratio) * one(2.0**shift))) for ratio in (ratio_a, ratio_b)
+    )
     return _shifted(a * multiplier_a + b * multiplier_b, shift) + out.zero_point
 
 
@@ -131,7 +170,11 @@ def _shifted(x: Integers, shift: int) -> Integers:
 
 
 def products(
-    a: Integers, b: Integers, first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer
+    a: Integers,
+    b: Integers,
+    first: LoweredQuantizer,
+    second: LoweredQuantizer,
+    out: LoweredQuantizer,
 ) -> Results:
     """(name, results) of (a·s_a) · (b·s_b) on the grid `out`. The first is the integer definition."""
     ratio = one(one(first.scale * second.scale) / out.scale)
@@ -143,7 +186,9 @@ def products(
     yield from _quotients("reals", real, out)
 
 
-def requantizations(a: Integers, first: LoweredQuantizer, out: LoweredQuantizer) -> Results:
+def requantizations(
+    a: Integers, first: LoweredQuantizer, out: LoweredQuantizer
+) -> Results:
     """(name, results) of a·s_a on the grid `out`. The first is the integer definition."""
     real = a.astype(one) * first.scale
     yield "quotient", rounded_outside(real / out.scale, out.zero_point)
@@ -151,7 +196,9 @@ def requantizations(a: Integers, first: LoweredQuantizer, out: LoweredQuantizer)
     yield from _roundings("ratio", a.astype(one) * one(first.scale / out.scale), out)
 
 
-def global_means(total: Integers, count: int, first: LoweredQuantizer, out: LoweredQuantizer) -> Results:
+def global_means(
+    total: Integers, count: int, first: LoweredQuantizer, out: LoweredQuantizer
+) -> Results:
     """(name, results) of total·s_a / count on the grid `out`, `total` a sum of centred codes. The first is the definition."""
     multiplier = one(first.scale / one(out.scale * one(count)))
     scaled = total.astype(one) * multiplier
@@ -160,7 +207,10 @@ def global_means(total: Integers, count: int, first: LoweredQuantizer, out: Lowe
     mantissa, exponent = np.frexp(multiplier)
     shift = MANTISSA_BITS - int(exponent)
     # In ARM's sources, though no version that was tried computes so.
-    yield "fixed point", _shifted(total * int(mantissa * (1 << MANTISSA_BITS)), shift) + out.zero_point
+    yield (
+        "fixed point",
+        _shifted(total * int(mantissa * (1 << MANTISSA_BITS)), shift) + out.zero_point,
+    )
     yield from _quotients("mean", (total.astype(one) * first.scale) / one(count), out)
 
 
@@ -171,8 +221,14 @@ def _quotients(name: str, real: Floats, out: LoweredQuantizer) -> Results:
 
 def _roundings(name: str, scaled: Floats, out: LoweredQuantizer) -> Results:
     for rounding in (half_even, half_away):
-        yield f"{name}, zero point inside, {rounding.__name__}", rounded_inside(scaled, out.zero_point, rounding)
-        yield f"{name}, zero point outside, {rounding.__name__}", rounded_outside(scaled, out.zero_point, rounding)
+        yield (
+            f"{name}, zero point inside, {rounding.__name__}",
+            rounded_inside(scaled, out.zero_point, rounding),
+        )
+        yield (
+            f"{name}, zero point outside, {rounding.__name__}",
+            rounded_outside(scaled, out.zero_point, rounding),
+        )
 
 
 def disagreements(results: Results, out: LoweredQuantizer) -> int:

@@ -64,7 +64,9 @@ class BenchTable:
     def __str__(self) -> str:
         names = [printable(row.name) for row in self.rows]
         width = max(map(len, names))
-        lines = [f"{'file':<{width}}  size MB  of fp32  load ms  median ms   p95 ms  peak MB  x fp32  x static int8"]
+        lines = [
+            f"{'file':<{width}}  size MB  of fp32  load ms  median ms   p95 ms  peak MB  x fp32  x static int8"
+        ]
         for name, row in zip(names, self.rows, strict=True):
             share = row.size / self.rows[0].size
             lines.append(
@@ -72,7 +74,12 @@ class BenchTable:
                 f"{row.p95_ms:>8.2f} {row.peak_mb:>8.1f} {row.over_fp32:>7.2f} {row.over_static:>14.2f}"
             )
         setting = f"ONNX Runtime {self.runtime}, {self.threads} thread(s), batch {self.batch}, {self.rounds} rounds"
-        return "\n".join([*lines, f"{setting}, interleaved; ratios count, milliseconds are this machine's"])
+        return "\n".join(
+            [
+                *lines,
+                f"{setting}, interleaved; ratios count, milliseconds are this machine's",
+            ]
+        )
 
 
 def bench(
@@ -89,18 +96,34 @@ def bench(
 
     calibration: "MinMax" or "Entropy", of the static INT8 file.
     """
-    models = {FP32: fp32, STATIC: session.static_int8(fp32, images, calibration), **files}
+    models = {
+        FP32: fp32,
+        STATIC: session.static_int8(fp32, images, calibration),
+        **files,
+    }
     feed = np.ascontiguousarray(images[:batch])
-    over_fp32 = {x.name: x for x in latency.compare(models, feed, threads=threads, rounds=rounds)}
+    over_fp32 = {
+        x.name: x for x in latency.compare(models, feed, threads=threads, rounds=rounds)
+    }
     static_first = {STATIC: models[STATIC], **models}
-    over_static = {x.name: x for x in latency.compare(static_first, feed, threads=threads, rounds=rounds)}
+    over_static = {
+        x.name: x
+        for x in latency.compare(static_first, feed, threads=threads, rounds=rounds)
+    }
     rows = tuple(
         BenchRow(
-            name, proto.ByteSize(), _load_ms(proto), over_fp32[name].median_ms, over_fp32[name].p95_ms,
-            peak_memory(proto, feed, threads), over_fp32[name].speedup, over_static[name].speedup, layer_bytes(proto),
+            name,
+            proto.ByteSize(),
+            _load_ms(proto),
+            over_fp32[name].median_ms,
+            over_fp32[name].p95_ms,
+            peak_memory(proto, feed, threads),
+            over_fp32[name].speedup,
+            over_static[name].speedup,
+            layer_bytes(proto),
         )
         for name, proto in models.items()
-    )  # fmt: skip
+    )
     return BenchTable(rows, threads, batch, rounds, session.version())
 
 
@@ -108,20 +131,35 @@ def layer_bytes(proto: onnx.ModelProto) -> dict[str, int]:
     """Bytes of the initialisers of each layer (tables, activation scales and constants that layers share under "shared")."""
     sizes: dict[str, int] = {}
     for tensor in proto.graph.initializer:
-        layer = tensor.name.split("/")[0].rsplit(".", 1)[0] if "." in tensor.name else "shared"
+        layer = (
+            tensor.name.split("/")[0].rsplit(".", 1)[0]
+            if "." in tensor.name
+            else "shared"
+        )
         sizes[layer] = sizes.get(layer, 0) + len(tensor.raw_data)
     return sizes
 
 
-def peak_memory(proto: onnx.ModelProto, images: NDArray[np.float32], threads: int) -> float:
+def peak_memory(
+    proto: onnx.ModelProto, images: NDArray[np.float32], threads: int
+) -> float:
     """Megabytes that loading and running the file adds to a process's peak."""
     with TemporaryDirectory() as folder:
         model, feed = Path(folder) / "model.onnx", Path(folder) / "images.npy"
         onnx.save(proto, str(model))
         np.save(feed, images)
-        command = [sys.executable, "-c", MEMORY_PROBE, str(model), str(feed), str(threads)]
+        command = [
+            sys.executable,
+            "-c",
+            MEMORY_PROBE,
+            str(model),
+            str(feed),
+            str(threads),
+        ]
         root = str(Path(__file__).parent.parent)
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=root
+        )
         return float(done.stdout)
 
 

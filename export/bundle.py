@@ -30,7 +30,14 @@ from export.lowered import LoweredModel
 from export.metadata import wanted_options
 from export.native_file import is_native
 from export.reference import IntegerReference
-from export.skeleton import CODE_OPS, grid_of, is_mark, mark_name, quantizers_in_order, weight_layer
+from export.skeleton import (
+    CODE_OPS,
+    grid_of,
+    is_mark,
+    mark_name,
+    quantizers_in_order,
+    weight_layer,
+)
 from export.ties import float_quantizers
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -45,7 +52,11 @@ class Expected(NamedTuple):
 
 
 def write_bundle(
-    folder: Path, model: LoweredModel, proto: onnx.ModelProto, name: str, images: NDArray[np.float32]
+    folder: Path,
+    model: LoweredModel,
+    proto: onnx.ModelProto,
+    name: str,
+    images: NDArray[np.float32],
 ) -> Expected:
     """Write the bundle of `proto`, the file `name` of the canonical `model`, into an existing `folder`.
 
@@ -73,7 +84,11 @@ def write_bundle(
         "format": FORMAT,
         "about": f"bundle of {name}",
         "model": {"file": "model.onnx", "sha256": hashlib.sha256(exposed).hexdigest()},
-        "images": {"file": "images.bin", "shape": list(images.shape), "sha256": hashlib.sha256(pixels).hexdigest()},
+        "images": {
+            "file": "images.bin",
+            "shape": list(images.shape),
+            "sha256": hashlib.sha256(pixels).hexdigest(),
+        },
         "input": proto.graph.input[0].name,
         "output": proto.graph.output[0].name,
         "session_options": wanted_options(proto),
@@ -94,7 +109,9 @@ def write_bundle(
 def expected_of(model: LoweredModel, images: NDArray[np.float32]) -> Expected:
     """Codes and logits that the integer definition computes, image by image."""
     reference = IntegerReference(model, session.FloatOperators())
-    codes: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in quantizers_in_order(model)}
+    codes: dict[str, list[NDArray[np.uint8]]] = {
+        name: [] for name in quantizers_in_order(model)
+    }
     logits = []
     for image in images:
         computed, outputs = reference.run(torch.from_numpy(image[None]))
@@ -111,7 +128,9 @@ def origins(model: LoweredModel) -> Iterator[tuple[str, str, list[str]]]:
             continue
         value = node.inputs[0]
         producer = value.producer() if value is not None else None
-        maker = "requantization" if grid_of(value) is not None else _maker(producer, model)
+        maker = (
+            "requantization" if grid_of(value) is not None else _maker(producer, model)
+        )
         yield mark_name(node), maker, _sources(producer, model)
 
 

@@ -30,7 +30,12 @@ from export.elsewhere import PLATFORMS
 from export.feeds import Feeds, Given
 from export.fidelity import Fidelity, Outputs, Trained, fidelity
 from export.lowered import ExportError, LoweredModel, Tried
-from export.metadata import codes_of, different_descriptions, missing_options, read_metadata
+from export.metadata import (
+    codes_of,
+    different_descriptions,
+    missing_options,
+    read_metadata,
+)
 from export.native_file import quantizer_names
 from export.onnx_file import read
 from export.reference import IntegerReference
@@ -48,9 +53,7 @@ BATCH = 32
 SETTINGS_IMAGES = 8
 IMAGES_ELSEWHERE = 8  # emulated processors are slow
 
-NOT_COMPARED = (
-    "what the file says of classes and preprocessing was compared with nothing: a model without a run has neither"
-)
+NOT_COMPARED = "what the file says of classes and preprocessing was compared with nothing: a model without a run has neither"
 
 SCHEMA, VERSION = "edgeqat.certificate", 2
 
@@ -80,16 +83,23 @@ class LevelResult:
         """Where the differing codes of a level that fails arose."""
         if self.passed:
             return []
-        worst = "; ".join(f"{name} {count}" for name, count in list(self.mismatches.items())[:3])
+        worst = "; ".join(
+            f"{name} {count}" for name, count in list(self.mismatches.items())[:3]
+        )
         mended = f"; mended without {', '.join(self.culprit)}" if self.culprit else ""
-        return [f"           {self.level}: {worst}; within {self.farthest_from_tie:.0e} codes of a tie{mended}"]
+        return [
+            f"           {self.level}: {worst}; within {self.farthest_from_tie:.0e} codes of a tie{mended}"
+        ]
 
     @property
     def passed(self) -> bool:
         """No difference at an exact level; at others few, or all next to ties."""
         if self.level in EXACT_LEVELS:
             return self.total == 0
-        return self.total <= FLOAT_LEVEL_LIMIT * self.codes or self.farthest_from_tie <= TIE_WIDTH
+        return (
+            self.total <= FLOAT_LEVEL_LIMIT * self.codes
+            or self.farthest_from_tie <= TIE_WIDTH
+        )
 
 
 @dataclass(frozen=True)
@@ -123,18 +133,35 @@ class Certificate:
     @property
     def passed(self) -> bool:
         """Whether nothing that the certificate checks failed."""
-        wrong = self.stored or self.said or self.float_layers or self.different_settings or self.adversarial
+        wrong = (
+            self.stored
+            or self.said
+            or self.float_layers
+            or self.different_settings
+            or self.adversarial
+        )
         levels = all(level.passed for level in self.levels)
-        return not wrong and levels and self.fidelity.passed and all(there.passed for there in self.elsewhere)
+        return (
+            not wrong
+            and levels
+            and self.fidelity.passed
+            and all(there.passed for there in self.elsewhere)
+        )
 
     @property
     def mismatches(self) -> int:
         """Wrong codes at the exact levels plus layers whose stored parameters differ."""
-        return len(self.stored) + sum(level.total for level in self.levels if level.level in EXACT_LEVELS)
+        return len(self.stored) + sum(
+            level.total for level in self.levels if level.level in EXACT_LEVELS
+        )
 
     def to_json(self) -> dict[str, object]:
         """As `docs/certificate.schema.json` describes it."""
-        return {"schema": SCHEMA, "version": VERSION, "passed": self.passed} | dataclasses.asdict(self)
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "passed": self.passed,
+        } | dataclasses.asdict(self)
 
     def __str__(self) -> str:
         verdict = "certified" if self.passed else "NOT CERTIFIED"
@@ -142,7 +169,10 @@ class Certificate:
             f"{self.file}: {verdict} on ONNX Runtime {self.runtime}, {self.machine}, with {self.images} images",
             f"  stored   {self.weight_codes:,} weight codes, scales and biases of {self.layers} layers: "
             f"{_verdict(self.stored, 'as trained')}; {self._said()}",
-            *(f"           {name}: {what}" for name, what in (self.stored | self.said).items()),
+            *(
+                f"           {name}: {what}"
+                for name, what in (self.stored | self.said).items()
+            ),
             f"  computed {self._levels()}",
             *(line for level in self.levels for line in level.faults()),
             f"  stressed 2 threads, batches of 1, extreme codes: {self._stressed()}",
@@ -184,7 +214,10 @@ class Certificate:
         return text
 
     def _accuracies(self) -> str:
-        return ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items()) or "no labels"
+        return (
+            ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
+            or "no labels"
+        )
 
     def _ties(self) -> str:
         """What was done so that no runtime's way of rounding decides a code."""
@@ -221,7 +254,12 @@ class Certificate:
             "codes": codes,
         }
         return [here] + [
-            {"machine": there.machine, "runtime": there.runtime, "images": there.images, "codes": there.codes}
+            {
+                "machine": there.machine,
+                "runtime": there.runtime,
+                "images": there.images,
+                "codes": there.codes,
+            }
             for there in self.elsewhere
             if there.passed
         ]
@@ -255,13 +293,19 @@ def certify(
     """
     proto = read(file)
     names = list(model.quantizers)
-    tensors = {o for node in proto.graph.node for o in node.output} | quantizer_names(proto)
+    tensors = {o for node in proto.graph.node for o in node.output} | quantizer_names(
+        proto
+    )
     missing = [n for n in names if n not in tensors]
     if missing:
-        raise ExportError(f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool")
+        raise ExportError(
+            f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool"
+        )
     reference = IntegerReference(model, session.FloatOperators())
     found = _outputs(session.load(proto, name=str(file)), images)
-    levels = tuple(_level(reference, proto, names, images, level) for level in session.LEVELS)
+    levels = tuple(
+        _level(reference, proto, names, images, level) for level in session.LEVELS
+    )
     kernels = layer_kernels(model.layer_names, proto)
     judged, expected = fidelity(reference, images, trained, found, BATCH)
     return Certificate(
@@ -273,42 +317,62 @@ def certify(
         layers=len(model.layers),
         weight_codes=sum(layer.codes.size for layer in model.layers.values()),
         stored=compare_stored(model, proto),
-        said={} if described is None else different_descriptions(read_metadata(proto, str(file)), described),
+        said={}
+        if described is None
+        else different_descriptions(read_metadata(proto, str(file)), described),
         levels=levels,
         integer_kernels=sum(kernel in INTEGER_KERNELS for kernel in kernels.values()),
         float_layers=tuple(
             name
             for name, kernel in kernels.items()
-            if kernel not in INTEGER_KERNELS and model.layers[f"{name}.weight"].input_quantizer
+            if kernel not in INTEGER_KERNELS
+            and model.layers[f"{name}.weight"].input_quantizer
         ),
         fidelity=judged,
         different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
         adversarial=adversarial(model, proto),
         accuracy=_accuracy({"trained net": expected, "ONNX Runtime": found}, labels),
-        notes=(*model.notes, *_weight_only_note(model), *missing_options(proto), *_input_note(described)),
+        notes=(
+            *model.notes,
+            *_weight_only_note(model),
+            *missing_options(proto),
+            *_input_note(described),
+        ),
         tried=tuple(model.tried),
         elsewhere=_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
     )
 
 
 def _elsewhere(
-    model: LoweredModel, proto: onnx.ModelProto, name: str, images: Given, on: tuple[str, ...]
+    model: LoweredModel,
+    proto: onnx.ModelProto,
+    name: str,
+    images: Given,
+    on: tuple[str, ...],
 ) -> tuple[Elsewhere, ...]:
     if isinstance(images, Feeds):
         if on:
-            raise ExportError(f"on {','.join(on)}: a model with several inputs is proven on this machine alone")
+            raise ExportError(
+                f"on {','.join(on)}: a model with several inputs is proven on this machine alone"
+            )
         return ()
     return certify_elsewhere(model, proto, name, images, on)
 
 
-def _accuracy(outputs: Mapping[str, Outputs], labels: NDArray[np.int64]) -> dict[str, float]:
+def _accuracy(
+    outputs: Mapping[str, Outputs], labels: NDArray[np.int64]
+) -> dict[str, float]:
     """Share of images whose largest value of the first output is at their label."""
     firsts = {name: next(iter(found.values())) for name, found in outputs.items()}
-    found = {name: accuracy_of(predictions, labels) for name, predictions in firsts.items()}
+    found = {
+        name: accuracy_of(predictions, labels) for name, predictions in firsts.items()
+    }
     return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
 
 
-def accuracy_of(predictions: NDArray[np.floating], labels: NDArray[np.int64]) -> float | None:
+def accuracy_of(
+    predictions: NDArray[np.floating], labels: NDArray[np.int64]
+) -> float | None:
     """Share of images whose largest value is at their label; None where predictions are not N_C, or there is no label."""
     if predictions.ndim != 2 or len(predictions) != len(labels):
         return None
@@ -321,7 +385,11 @@ def _input_note(described: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:
     return (
-        () if model.quantizers else ("weight-only: the stored codes are proven, the layers compute in floating point",)
+        ()
+        if model.quantizers
+        else (
+            "weight-only: the stored codes are proven, the layers compute in floating point",
+        )
     )
 
 
@@ -335,7 +403,11 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
         if codes is None:
             different[layer.name] = "its weight is not in the file"
             continue
-        wrong = int((codes != layer.codes).sum()) if codes.shape == layer.codes.shape else layer.codes.size
+        wrong = (
+            int((codes != layer.codes).sum())
+            if codes.shape == layer.codes.shape
+            else layer.codes.size
+        )
         bias = layer.float_bias if layer.bias_codes is None else layer.bias_codes
         if wrong:
             different[layer.name] = f"{wrong} of {layer.codes.size} weight codes differ"
@@ -347,7 +419,11 @@ def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str
 
 
 def _level(
-    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Given, level: str
+    reference: IntegerReference,
+    proto: onnx.ModelProto,
+    names: list[str],
+    images: Given,
+    level: str,
 ) -> LevelResult:
     instrumented = session.load(session.with_outputs(proto, names), level=level)
     plain = session.load(proto, level=level)
@@ -356,29 +432,41 @@ def _level(
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         found = instrumented.run(batch)
-        expected, outputs = reference.run(batch, given={name: found[name] for name in names})
+        expected, outputs = reference.run(
+            batch, given={name: found[name] for name in names}
+        )
         farthest = max(farthest, reference.farthest_from_tie)
         for name in names:
             wrong[name] += int((expected[name] != found[name]).sum())
             codes += expected[name].size
         shipped = plain.run(batch)
         for name, values in shipped.items():
-            equal &= np.array_equal(values, found[name]) and np.array_equal(values, outputs[name])
+            equal &= np.array_equal(values, found[name]) and np.array_equal(
+                values, outputs[name]
+            )
     mismatches = {n: wrong[n] for n in quantizers_in_order(reference.model) if wrong[n]}
     responsible = (
-        _culprit(reference, proto, names, images[:BATCH], level) if mismatches and level in EXACT_LEVELS else ()
+        _culprit(reference, proto, names, images[:BATCH], level)
+        if mismatches and level in EXACT_LEVELS
+        else ()
     )
     return LevelResult(level, codes, mismatches, equal, responsible, farthest)
 
 
 def _culprit(
-    reference: IntegerReference, proto: onnx.ModelProto, names: list[str], images: Given, level: str
+    reference: IntegerReference,
+    proto: onnx.ModelProto,
+    names: list[str],
+    images: Given,
+    level: str,
 ) -> tuple[str, ...]:
     instrumented = session.with_outputs(proto, names)
 
     def differs(without: tuple[str, ...]) -> bool:
         outputs = session.load(instrumented, level=level, without=without).run(images)
-        expected, _ = reference.run(images, given={name: outputs[name] for name in names})
+        expected, _ = reference.run(
+            images, given={name: outputs[name] for name in names}
+        )
         wrong = sum(int((expected[n] != outputs[n]).sum()) for n in names)
         return wrong > FLOAT_LEVEL_LIMIT * sum(expected[n].size for n in names)
 
@@ -387,4 +475,7 @@ def _culprit(
 
 def _outputs(loaded: session.Session, images: Given) -> Outputs:
     parts = [loaded.run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-    return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in loaded.output_names}
+    return {
+        name: np.concatenate([part[name] for part in parts]).astype(np.float32)
+        for name in loaded.output_names
+    }

@@ -47,13 +47,42 @@ class Cpu:
 CPUS: dict[str, Cpu] = {
     cpu.name: cpu
     for cpu in (
-        Cpu("cortex-a72", "aarch64", "cortex-a72", "no dot product, as Raspberry Pi 4", "0xd08", BASE_FEATURES),
-        Cpu("neoverse-n1", "aarch64", "neoverse-n1", "dot product, as Raspberry Pi 5", "0xd0c", DOT_FEATURES),
         Cpu(
-            "max", "aarch64", "max,sve=off,pauth-impdef=on", "i8mm, as new phones", "0xd40", f"{DOT_FEATURES} i8mm bf16"
+            "cortex-a72",
+            "aarch64",
+            "cortex-a72",
+            "no dot product, as Raspberry Pi 4",
+            "0xd08",
+            BASE_FEATURES,
         ),
-        Cpu("haswell", "x86_64", f"Haswell-v4,{UNKNOWN_TO_QEMU}", "AVX2 and FMA, no VNNI"),
-        Cpu("sandybridge", "x86_64", f"SandyBridge,{UNKNOWN_TO_QEMU}", "AVX, neither AVX2 nor FMA"),
+        Cpu(
+            "neoverse-n1",
+            "aarch64",
+            "neoverse-n1",
+            "dot product, as Raspberry Pi 5",
+            "0xd0c",
+            DOT_FEATURES,
+        ),
+        Cpu(
+            "max",
+            "aarch64",
+            "max,sve=off,pauth-impdef=on",
+            "i8mm, as new phones",
+            "0xd40",
+            f"{DOT_FEATURES} i8mm bf16",
+        ),
+        Cpu(
+            "haswell",
+            "x86_64",
+            f"Haswell-v4,{UNKNOWN_TO_QEMU}",
+            "AVX2 and FMA, no VNNI",
+        ),
+        Cpu(
+            "sandybridge",
+            "x86_64",
+            f"SandyBridge,{UNKNOWN_TO_QEMU}",
+            "AVX, neither AVX2 nor FMA",
+        ),
     )
 }
 WASM = "wasm"
@@ -111,7 +140,9 @@ def unavailable(machine: str, version: str) -> str | None:
     return None
 
 
-def python_command(cpu: Cpu, version: str, arguments: list[str], *, count: bool = False) -> list[str]:
+def python_command(
+    cpu: Cpu, version: str, arguments: list[str], *, count: bool = False
+) -> list[str]:
     """The command that runs Python with `arguments` on the emulated `cpu`, in `environment_of(cpu, version)`.
 
     count: whether QEMU prints the number of executed instructions at the end, of the whole process (ARM).
@@ -120,31 +151,58 @@ def python_command(cpu: Cpu, version: str, arguments: list[str], *, count: bool 
         return ["qemu-x86_64", "-cpu", cpu.qemu, sys.executable, *arguments]
     root = arm64_root(version)
     view = root / "cpu" / cpu.name
-    (python,) = (p for p in (root / "usr/bin").glob("python3.*") if p.name.removeprefix("python3.").isdigit())
+    (python,) = (
+        p
+        for p in (root / "usr/bin").glob("python3.*")
+        if p.name.removeprefix("python3.").isdigit()
+    )
     plugin = ["-plugin", str(root / "count_instructions.so")] if count else []
-    return ["qemu-aarch64", "-L", str(view), "-cpu", cpu.qemu, *plugin, str(python), *arguments]
+    return [
+        "qemu-aarch64",
+        "-L",
+        str(view),
+        "-cpu",
+        cpu.qemu,
+        *plugin,
+        str(python),
+        *arguments,
+    ]
 
 
 def environment_of(cpu: Cpu, version: str) -> dict[str, str]:
     """Environment variables of a Python process on the emulated processor."""
-    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment.pop("OPENBLAS_CORETYPE", None)  # it names this machine's processor, if any
+    environment = os.environ | {
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    # It names this machine's processor, if any
+    environment.pop("OPENBLAS_CORETYPE", None)
     if cpu.architecture == "aarch64":
         root = arm64_root(version)
-        environment |= {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": str(root / "site")}
+        environment |= {
+            "PYTHONHOME": str(root / "usr"),
+            "PYTHONPATH": str(root / "site"),
+        }
     return environment
 
 
-def run_python(cpu: Cpu, version: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def run_python(
+    cpu: Cpu, version: str, arguments: list[str]
+) -> subprocess.CompletedProcess[str]:
     """Run Python with `arguments` on the emulated `cpu`."""
     command = python_command(cpu, version, arguments)
-    return subprocess.run(command, env=environment_of(cpu, version), capture_output=True, text=True)
+    return subprocess.run(
+        command, env=environment_of(cpu, version), capture_output=True, text=True
+    )
 
 
 def run_node(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run Node with `arguments`, onnxruntime-web in reach."""
     environment = os.environ | {WASM_VARIABLE: str(wasm_modules().parent)}
-    return subprocess.run(["node", *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["node", *arguments], env=environment, capture_output=True, text=True
+    )
 
 
 def _cache() -> Path:

@@ -37,8 +37,11 @@ def named(images: NDArray[Any] | Feeds, names: list[str]) -> dict[str, NDArray[A
         return {names[0]: np.asarray(images)}
     missing = [name for name in names if name not in images.arrays]
     if missing:
-        raise ValueError(f"no input {missing[0]!r} was given; there are {', '.join(images.arrays)}")
+        raise ValueError(
+            f"no input {missing[0]!r} was given; there are {', '.join(images.arrays)}"
+        )
     return {name: images.arrays[name] for name in names}
 
 
-Given = NDArray[np.float32] | Feeds  # images of a net with one input, or all inputs of one with several
+# Images of a net with one input, or all inputs of one with several
+Given = NDArray[np.float32] | Feeds

@@ -32,7 +32,15 @@ from export.feeds import Given
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
 from export.rounding import NEGLIGIBLE_CODES, bias_roundings, largest_results
-from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, modules_of, quantizers_in_order, weight_layer
+from export.skeleton import (
+    LAYOUT_OPS,
+    constant,
+    is_mark,
+    mark_name,
+    modules_of,
+    quantizers_in_order,
+    weight_layer,
+)
 
 FLOAT_SUM = 2.0**-22  # two sums in float32, each off by half a bit a few times
 FUNCTION = 1e-3  # codes
@@ -42,7 +50,8 @@ HALF = 0.5 * (1 + 1e-6)  # a unit; 1e-6 is for float32
 # Of the largest output: what floats may be off after integer sums, after functions of them, and in a net without codes.
 OUTPUT_SHARE, FUNCTION_SHARE, WEIGHT_ONLY_SHARE = 1e-5, 1e-4, 1e-3
 DIFFERING_ANSWERS = 0.01  # share of answers that may differ
-LEVEL = 0.01  # certainty to fail a file whose answers differ by no more: its images are a sample
+# Certainty to fail a file whose answers differ by no more: its images are a sample
+LEVEL = 0.01
 
 Outputs = Mapping[str, NDArray[np.float32]]
 Trained = Callable[[Any], tuple[Mapping[str, NDArray[np.uint8]], Outputs]]
@@ -78,12 +87,16 @@ class Fidelity:
     @property
     def answers_agree(self) -> bool:
         """Whether the differing answers are no evidence that more than 1 % of all differ."""
-        return within_share(self.answers - self.same, self.answers, DIFFERING_ANSWERS, LEVEL)
+        return within_share(
+            self.answers - self.same, self.answers, DIFFERING_ANSWERS, LEVEL
+        )
 
     @property
     def missing(self) -> int:
         """Multiply-adds of the trained net that the file does not make."""
-        return max(self.multiply_adds - self.on_integers - sum(self.in_float.values()), 0)
+        return max(
+            self.multiply_adds - self.on_integers - sum(self.in_float.values()), 0
+        )
 
     @property
     def passed(self) -> bool:
@@ -93,7 +106,8 @@ class Fidelity:
     def faults(self) -> list[str]:
         """One line for each thing that fails."""
         lines = [
-            f"{name}: {count:,} codes are not what the trained net computes" for name, count in self.unexplained.items()
+            f"{name}: {count:,} codes are not what the trained net computes"
+            for name, count in self.unexplained.items()
         ]
         lines += [f"{name}: {what}" for name, what in self.biases.items()]
         lines += [
@@ -101,7 +115,9 @@ class Fidelity:
             for name, share in self.outputs.items()
         ]
         if self.missing:
-            lines.append(f"{self.missing:,} multiply-adds of the trained net are not in the file")
+            lines.append(
+                f"{self.missing:,} multiply-adds of the trained net are not in the file"
+            )
         if not self.answers_agree:
             lines.append(
                 "fewer than 99 % of the answers are alike: settle the net (qat.settle.settle_; a recipe does when it is "
@@ -112,7 +128,9 @@ class Fidelity:
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
         layer, shift = self.rounding
-        rounded = f", bias rounding at most {shift:.1g} codes ({layer})" if layer else ""
+        rounded = (
+            f", bias rounding at most {shift:.1g} codes ({layer})" if layer else ""
+        )
         text = (
             f"the trained net, operation by operation: {sum(self.unexplained.values()):,} of {self.codes:,} codes differ "
             f"({self.at_ties:,} at ties){rounded}; free-running, {self.same:,} of {self.answers:,} answers alike  [{verdict}]"
@@ -133,7 +151,11 @@ def within_share(differing: int, count: int, share: float, level: float) -> bool
 
 
 def fidelity(
-    reference: IntegerReference, images: Given, trained: Trained, found: Outputs, batch: int
+    reference: IntegerReference,
+    images: Given,
+    trained: Trained,
+    found: Outputs,
+    batch: int,
 ) -> tuple[Fidelity, Outputs]:
     """Judge the definition, and the outputs `found` that the file gave, on `images`; also returns the trained net's outputs.
 
@@ -147,8 +169,12 @@ def fidelity(
         _, defined = reference.run(part, follow=follower)
         follower.compare_outputs(defined, expected)
         parts.append(expected)
-    from_training = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    roundings = {name: rounding.largest for name, rounding in follower.roundings.items()}
+    from_training = {
+        name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+    }
+    roundings = {
+        name: rounding.largest for name, rounding in follower.roundings.items()
+    }
     worst = max(roundings, key=lambda name: roundings[name], default="")
     if found.keys() != from_training.keys():
         raise ExportError(
@@ -160,7 +186,11 @@ def fidelity(
     return Fidelity(
         codes=follower.total,
         at_ties=follower.at_ties,
-        unexplained={name: follower.unexplained[name] for name in order if name in follower.unexplained},
+        unexplained={
+            name: follower.unexplained[name]
+            for name in order
+            if name in follower.unexplained
+        },
         rounding=(worst, roundings[worst]) if worst else ("", 0.0),
         biases=_wrong_biases(follower, roundings),
         outputs=follower.outputs,
@@ -168,24 +198,40 @@ def fidelity(
         same=same,
         multiply_adds=reference.model.multiply_adds,
         on_integers=follower.on_integers // len(images),
-        in_float={name: count // len(images) for name, count in follower.in_float.items()},
+        in_float={
+            name: count // len(images) for name, count in follower.in_float.items()
+        },
     ), from_training
 
 
-def _wrong_biases(follower: "_Follower", roundings: Mapping[str, float]) -> dict[str, str]:
+def _wrong_biases(
+    follower: "_Follower", roundings: Mapping[str, float]
+) -> dict[str, str]:
     wrong: dict[str, str] = {}
     for name, rounding in follower.roundings.items():
-        units = float((np.abs(rounding.change) / np.maximum(rounding.unit, 1e-300)).max(initial=0.0))
+        units = float(
+            (np.abs(rounding.change) / np.maximum(rounding.unit, 1e-300)).max(
+                initial=0.0
+            )
+        )
         if units > HALF:
-            wrong[name] = f"its bias is {units:.3g} units away from the trained one, more than rounding explains"
+            wrong[name] = (
+                f"its bias is {units:.3g} units away from the trained one, more than rounding explains"
+            )
         elif roundings[name] > LARGEST_ROUNDING:
-            wrong[name] = f"rounding its bias moves results by {roundings[name]:.2g} codes"
+            wrong[name] = (
+                f"rounding its bias moves results by {roundings[name]:.2g} codes"
+            )
         elif follower.shares.get(name, 0.0) > LARGEST_SHARE:
-            wrong[name] = f"rounding its bias moves outputs by {follower.shares[name]:.0%} of their spread"
+            wrong[name] = (
+                f"rounding its bias moves outputs by {follower.shares[name]:.0%} of their spread"
+            )
     return wrong
 
 
-def compare_answers(first: NDArray[np.float32], second: NDArray[np.float32]) -> tuple[int, int]:
+def compare_answers(
+    first: NDArray[np.float32], second: NDArray[np.float32]
+) -> tuple[int, int]:
     """(answers, how many are alike): the largest of axis 1 per image, and per place where there are several."""
     if first.ndim < 2:
         return 0, 0
@@ -206,7 +252,9 @@ class _Follower:
         self.shares: dict[str, float] = {}
         self.on_integers = 0
         self.in_float: dict[str, int] = {}
-        self.ppm = max((abs(grid.moved_ppm) for grid in model.quantizers.values()), default=0)
+        self.ppm = max(
+            (abs(grid.moved_ppm) for grid in model.quantizers.values()), default=0
+        )
         self.names_at = {value: name for name, value in model.trained_at.items()}
         self.allowances: dict[str, Tensor] = {}
 
@@ -224,13 +272,18 @@ class _Follower:
             layer = weight_layer(producer, self.model) if producer is not None else None
             before = in_codes(values[source], grid)
             axis = -1 if producer is not None and producer.op_type == "Gemm" else 1
-            channels = [-1 if a == axis % before.dim() else 1 for a in range(before.dim())]
-            allowance = self._allowance(layer, grid).view(channels if layer is not None else ())
+            channels = [
+                -1 if a == axis % before.dim() else 1 for a in range(before.dim())
+            ]
+            allowance = self._allowance(layer, grid).view(
+                channels if layer is not None else ()
+            )
             if layer is None:
                 allowance = allowance + FLOAT_SUM * _largest(before)
             self.allowances[name] = allowance
             values[node.outputs[0]] = Codes(before.float(), grid)
-            if name in self.model.trained_at:  # the layout operations up to there move what is not rounded yet
+            # The layout operations up to there move what is not rounded yet
+            if name in self.model.trained_at:
                 return
             self._compare(name, node.outputs[0], values)
         for output in node.outputs:
@@ -271,7 +324,9 @@ class _Follower:
         if grid.is_binary:
             return torch.from_numpy(sums * (1 + moved)).float()
         negligible = NEGLIGIBLE_CODES if layer.dead_channels else 0.0
-        return torch.from_numpy(sums / float(grid.scale) + moved + FLOAT_SUM * grid.high + negligible).float()
+        return torch.from_numpy(
+            sums / float(grid.scale) + moved + FLOAT_SUM * grid.high + negligible
+        ).float()
 
     def _float_error(self, layer: LoweredLayer) -> NDArray[np.float64]:
         """float64 (O,), in real units: how far float32 may be off in adding up the layer's results."""
@@ -292,14 +347,20 @@ class _Follower:
             allowed: float | NDArray[np.float64] = (share + 4e-6 * self.ppm) * largest
             if layer is not None:
                 per_channel = self._float_error(layer)
-                allowed = allowed + (per_channel if trained[name].ndim == 2 else float(per_channel.max()))
+                allowed = allowed + (
+                    per_channel if trained[name].ndim == 2 else float(per_channel.max())
+                )
             difference = np.abs(defined[name].astype(np.float64) - trained[name])
             beyond = float((difference - allowed).max(initial=0.0))
             if not beyond <= 0:
-                self.outputs[name] = max(self.outputs.get(name, 0.0), beyond / max(largest, 1e-30))
+                self.outputs[name] = max(
+                    self.outputs.get(name, 0.0), beyond / max(largest, 1e-30)
+                )
             if layer is not None and layer.name in self.roundings:
                 change = float(np.abs(self.roundings[layer.name].change).max())
-                self.shares[layer.name] = change / max(float(trained[name].std()), 1e-30)
+                self.shares[layer.name] = change / max(
+                    float(trained[name].std()), 1e-30
+                )
 
     def _count(self, node: ir.Node, values: dict[ir.Value, Value]) -> None:
         """Multiply-adds of a convolution or matrix product, where they run and whose they are."""
@@ -323,11 +384,26 @@ class _Follower:
 
 def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
     """How many multiply-adds `node` makes with the operands at hand; 0 for other operations."""
-    if node.op_type not in ("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"):
+    if node.op_type not in (
+        "Conv",
+        "ConvTranspose",
+        "Einsum",
+        "GRU",
+        "Gemm",
+        "LSTM",
+        "MatMul",
+        "RNN",
+    ):
         return 0
     if node.op_type == "Einsum":
-        shapes = [_shape_in(value, values) for value in node.inputs if value is not None]
-        return _einsum_products(node.attributes["equation"].as_string(), shapes) if len(shapes) > 1 else 0
+        shapes = [
+            _shape_in(value, values) for value in node.inputs if value is not None
+        ]
+        return (
+            _einsum_products(node.attributes["equation"].as_string(), shapes)
+            if len(shapes) > 1
+            else 0
+        )
     first, second = node.inputs[:2]
     assert first is not None and second is not None
     made = math.prod(shape_of(values[node.outputs[0]]))
@@ -337,16 +413,26 @@ def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
             steps, batch = read[:2]
             recurrent_weight = node.inputs[2]
             assert recurrent_weight is not None
-            weights = math.prod(_shape_in(second, values)) + math.prod(_shape_in(recurrent_weight, values))
+            weights = math.prod(_shape_in(second, values)) + math.prod(
+                _shape_in(recurrent_weight, values)
+            )
             return steps * batch * weights
         case "Conv":
-            per_output = read[1] // node.attributes["group"].as_int() if "group" in node.attributes else read[1]
+            per_output = (
+                read[1] // node.attributes["group"].as_int()
+                if "group" in node.attributes
+                else read[1]
+            )
             return made * per_output * math.prod(_kernel_shape(node, second))
         case "ConvTranspose":
             weight = constant(second)
-            return 0 if weight is None else math.prod(read) * math.prod(weight.shape[1:])
+            return (
+                0 if weight is None else math.prod(read) * math.prod(weight.shape[1:])
+            )
         case "Gemm":
-            transposed = "transA" in node.attributes and node.attributes["transA"].as_int() == 1
+            transposed = (
+                "transA" in node.attributes and node.attributes["transA"].as_int() == 1
+            )
             return made * read[0 if transposed else 1]
         case _:
             return made * read[-1]
@@ -368,7 +454,11 @@ def _einsum_products(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 def _largest(values: Tensor) -> Tensor:
     """() of values' dtype: the largest finite magnitude, 0 where there is none."""
     magnitudes = values.abs()
-    return magnitudes[magnitudes.isfinite()].max() if bool(magnitudes.isfinite().any()) else magnitudes.new_zeros(())
+    return (
+        magnitudes[magnitudes.isfinite()].max()
+        if bool(magnitudes.isfinite().any())
+        else magnitudes.new_zeros(())
+    )
 
 
 def _shape_in(value: ir.Value, values: Mapping[ir.Value, Value]) -> tuple[int, ...]:
@@ -390,7 +480,9 @@ def shape_of(value: Value) -> tuple[int, ...]:
         return tuple(value.shape)
     if isinstance(value, Codes):
         return tuple(value.stored.shape)
-    return tuple(value.sums.shape if isinstance(value, Accumulator) else value.real().shape)
+    return tuple(
+        value.sums.shape if isinstance(value, Accumulator) else value.real().shape
+    )
 
 
 def with_trained_bias(value: Value, layer: LoweredLayer) -> Value:
@@ -408,12 +500,20 @@ def in_codes(value: Value, grid: LoweredQuantizer) -> Tensor:
     One bit has no such scale: how far results lie above the threshold, in real units, or +1 and -1 where codes are compared
     with it.
     """
-    real = value.sums.double() * value.unit.double() if isinstance(value, Accumulator) else real_of(value).double()
+    real = (
+        value.sums.double() * value.unit.double()
+        if isinstance(value, Accumulator)
+        else real_of(value).double()
+    )
     if not grid.is_binary:
         return real / float(grid.scale) + grid.zero_point
     thresholds = torch.tensor(grid.thresholds).double()
     above = real - thresholds.view(-1, *[1] * (real.dim() - 2))
-    return above if isinstance(value, Accumulator) else torch.where(above >= 0, 1.0, -1.0).double()
+    return (
+        above
+        if isinstance(value, Accumulator)
+        else torch.where(above >= 0, 1.0, -1.0).double()
+    )
 
 
 def layer_of_output(output: ir.Value, model: LoweredModel) -> LoweredLayer | None:

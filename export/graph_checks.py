@@ -50,7 +50,15 @@ RANGES: dict[str, Container[int]] = {
     "to": BITS_OF, "output_dtype": {0, *BITS_OF},
 }  # fmt: skip
 ANY: Container[int] = range(-(1 << 62), 1 << 62)
-NO_FIELDS = ("g", "graphs", "sparse_tensor", "sparse_tensors", "tp", "type_protos", "tensors")
+NO_FIELDS = (
+    "g",
+    "graphs",
+    "sparse_tensor",
+    "sparse_tensors",
+    "tp",
+    "type_protos",
+    "tensors",
+)
 
 
 def check_graph(proto: onnx.ModelProto, name: str, size: int | Tensors | None) -> None:
@@ -62,19 +70,25 @@ def check_graph(proto: onnx.ModelProto, name: str, size: int | Tensors | None) -
     for tensor in proto.graph.initializer:
         _check_tensor(tensor, f"{name}: tensor {_short(tensor.name)}")
     for index, node in enumerate(proto.graph.node):
-        _check_node(node, f"{name}: node {index} ({_short(node.op_type)} {_short(node.name)})")
+        _check_node(
+            node, f"{name}: node {index} ({_short(node.op_type)} {_short(node.name)})"
+        )
     try:
         onnx.checker.check_model(proto)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"{name}: not a valid ONNX file ({_short(reason, 200)})") from error
+        raise ExportError(
+            f"{name}: not a valid ONNX file ({_short(reason, 200)})"
+        ) from error
     check_limits(proto, name, size)
 
 
 def _check_model(proto: onnx.ModelProto, name: str) -> None:
     graph = proto.graph
     if not graph.node or not graph.input or not graph.output:
-        raise ExportError(f"{name}: not a valid ONNX file (it has no graph from an input to an output)")
+        raise ExportError(
+            f"{name}: not a valid ONNX file (it has no graph from an input to an output)"
+        )
     parts = {
         "functions": proto.functions,
         "training steps": proto.training_info,
@@ -99,26 +113,38 @@ def _check_model(proto: onnx.ModelProto, name: str) -> None:
                 "possible"
             )
     if len(graph.node) > MOST_NODES or len(graph.initializer) > MOST_TENSORS:
-        raise ExportError(f"{name}: has {len(graph.node)} nodes and {len(graph.initializer)} tensors; that is too many")
+        raise ExportError(
+            f"{name}: has {len(graph.node)} nodes and {len(graph.initializer)} tensors; that is too many"
+        )
     if len(graph.input) > MOST_PARTS or len(graph.output) > MOST_PARTS:
-        raise ExportError(f"{name}: has {len(graph.input)} inputs and {len(graph.output)} outputs; that is too many")
+        raise ExportError(
+            f"{name}: has {len(graph.input)} inputs and {len(graph.output)} outputs; that is too many"
+        )
 
 
 def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
     """Its bytes are in the file, as many as its shape says."""
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-        raise ExportError(f"{where}: lies in another file; an edgeqat file holds all its tensors")
+        raise ExportError(
+            f"{where}: lies in another file; an edgeqat file holds all its tensors"
+        )
     if tensor.HasField("segment"):
         raise ExportError(f"{where}: is a part of a tensor")
     if tensor.data_type not in BITS_OF:
-        raise ExportError(f"{where}: its type {tensor.data_type} is none that edgeqat writes")
+        raise ExportError(
+            f"{where}: its type {tensor.data_type} is none that edgeqat writes"
+        )
     if len(tensor.dims) > MOST_RANK or any(size < 0 for size in tensor.dims):
-        raise ExportError(f"{where}: its shape {_short(list(tensor.dims))} is impossible")
+        raise ExportError(
+            f"{where}: its shape {_short(list(tensor.dims))} is impossible"
+        )
     count = math.prod(tensor.dims)
     expected = (count * BITS_OF[tensor.data_type] + 7) // 8
     if tensor.HasField("raw_data"):
         if len(tensor.raw_data) != expected:
-            raise ExportError(f"{where}: holds {len(tensor.raw_data)} bytes; its shape needs {_short(expected)}")
+            raise ExportError(
+                f"{where}: holds {len(tensor.raw_data)} bytes; its shape needs {_short(expected)}"
+            )
         return
     _check_typed_data(tensor, count, where)
 
@@ -132,17 +158,25 @@ def _check_typed_data(tensor: onnx.TensorProto, count: int, where: str) -> None:
     found = len(fields.get(tensor.data_type, tensor.int32_data))
     needed = (count + 1) // 2 if BITS_OF[tensor.data_type] == 4 else count
     if found != needed:
-        raise ExportError(f"{where}: holds {found} numbers; its shape needs {_short(needed)}")
+        raise ExportError(
+            f"{where}: holds {found} numbers; its shape needs {_short(needed)}"
+        )
 
 
 def _check_node(node: onnx.NodeProto, where: str) -> None:
-    if len(node.input) > MOST_PARTS or len(node.output) > MOST_PARTS or len(node.attribute) > MOST_PARTS:
+    if (
+        len(node.input) > MOST_PARTS
+        or len(node.output) > MOST_PARTS
+        or len(node.attribute) > MOST_PARTS
+    ):
         raise ExportError(f"{where}: has too many inputs, outputs or attributes")
     is_standard = node.domain in ("", "ai.onnx") and node.op_type in STANDARD
     is_native = node.domain == DOMAIN and node.op_type in NATIVE
     if not is_standard and not is_native:
         operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        raise ExportError(f"{where}: operator {_short(operator)} is none that an edgeqat file may have")
+        raise ExportError(
+            f"{where}: operator {_short(operator)} is none that an edgeqat file may have"
+        )
     if not any(node.output):
         raise ExportError(f"{where}: has no outputs")
     names = [attribute.name for attribute in node.attribute]
@@ -154,15 +188,21 @@ def _check_node(node: onnx.NodeProto, where: str) -> None:
         check_native(node, where)
 
 
-def _check_attribute(attribute: AttributeProto, node: onnx.NodeProto, where: str) -> None:
+def _check_attribute(
+    attribute: AttributeProto, node: onnx.NodeProto, where: str
+) -> None:
     here = f"{where}: attribute {_short(attribute.name)}"
     if attribute.ref_attr_name:
         raise ExportError(f"{here}: refers to another")
     for field in NO_FIELDS:
         found = getattr(attribute, field)
-        is_set = len(found) > 0 if hasattr(found, "__len__") else attribute.HasField(field)
+        is_set = (
+            len(found) > 0 if hasattr(found, "__len__") else attribute.HasField(field)
+        )
         if is_set:
-            raise ExportError(f"{here}: holds a graph, a type or a list of tensors, which no edgeqat file has")
+            raise ExportError(
+                f"{here}: holds a graph, a type or a list of tensors, which no edgeqat file has"
+            )
     if attribute.type == AttributeProto.TENSOR:
         if node.op_type not in ("Constant", "ConstantOfShape"):
             raise ExportError(f"{here}: holds a tensor")
@@ -170,8 +210,15 @@ def _check_attribute(attribute: AttributeProto, node: onnx.NodeProto, where: str
     if attribute.type in (AttributeProto.STRING, AttributeProto.STRINGS):
         _check_texts([attribute.s, *attribute.strings], here)
     possible = RANGES.get(attribute.name, ANY) if node.domain != DOMAIN else ANY
-    for number in [attribute.i, *attribute.ints] if attribute.type != AttributeProto.INTS else attribute.ints:
-        is_the_default = attribute.type not in (AttributeProto.INT, AttributeProto.INTS) and number == 0
+    for number in (
+        [attribute.i, *attribute.ints]
+        if attribute.type != AttributeProto.INTS
+        else attribute.ints
+    ):
+        is_the_default = (
+            attribute.type not in (AttributeProto.INT, AttributeProto.INTS)
+            and number == 0
+        )
         if not is_the_default and number not in possible:
             raise ExportError(f"{here} is {_short(number)}; {_possible(possible)}")
 

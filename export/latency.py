@@ -40,7 +40,10 @@ def compare(
     measured milliseconds apart.
     """
     counts = dict.fromkeys(models, threads) if isinstance(threads, int) else threads
-    loaded = {name: session.load(model, threads=counts[name]) for name, model in models.items()}
+    loaded = {
+        name: session.load(model, threads=counts[name])
+        for name, model in models.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in loaded}
     order = np.random.default_rng(0)
     for turn in range(warmup + rounds):

@@ -22,13 +22,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from export.lowered import BIAS_PARAMETER, DOMAIN, MARK, ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.lowered import (
+    BIAS_PARAMETER,
+    DOMAIN,
+    MARK,
+    ExportError,
+    LoweredLayer,
+    LoweredModel,
+    LoweredQuantizer,
+)
 from export.simplify import simplify
 from export.skeleton import constant, modules_of
 from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.quantizers.contract import Quantizer
-from qat.surgery.example import Arguments, Example, arguments_of, with_leaves, with_tensors
+from qat.surgery.example import (
+    Arguments,
+    Example,
+    arguments_of,
+    with_leaves,
+    with_tensors,
+)
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.operands import QuantOperands
 from qat.surgery.swap import computed_weights, quantizers
@@ -39,7 +53,11 @@ OPSET = 20
 
 
 def lower(
-    model: nn.Module, example: Example, *, float_weights: bool = False, input_names: Sequence[str] = ()
+    model: nn.Module,
+    example: Example,
+    *,
+    float_weights: bool = False,
+    input_names: Sequence[str] = (),
 ) -> LoweredModel:
     """Lower a trained, quantized `model` in eval mode.
 
@@ -57,10 +75,20 @@ def lower(
             "the model has no quantizers: quantize_(model, rules) and train it first, or export target fp32"
         )
     if empty := [name for name, q in found.items() if not q.initialized]:
-        raise ExportError(f"quantizer {empty[0]!r} has no scale: calibrate or train the model before exporting it")
-    if soft := [n for n, q in found.items() if isinstance(q, PeriodicWeight) and q.stage == 1]:
-        raise ExportError(f"quantizer {soft[0]!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it")
-    if not float_weights and (bare := [n for n, m in model.named_modules() if _reads_codes_with_a_float_weight(m)]):
+        raise ExportError(
+            f"quantizer {empty[0]!r} has no scale: calibrate or train the model before exporting it"
+        )
+    if soft := [
+        n for n, q in found.items() if isinstance(q, PeriodicWeight) and q.stage == 1
+    ]:
+        raise ExportError(
+            f"quantizer {soft[0]!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it"
+        )
+    if not float_weights and (
+        bare := [
+            n for n, m in model.named_modules() if _reads_codes_with_a_float_weight(m)
+        ]
+    ):
         raise ExportError(
             f"layer {bare[0]!r} has a quantized input and a float weight (activation-only): ONNX Runtime would quantize that "
             "weight by itself, and its codes would not be trained ones; export target fp32 or qonnx, or quantize weights too"
@@ -68,24 +96,37 @@ def lower(
     example = with_tensors(example, lambda tensor: tensor[:1].cpu())
     arguments = arguments_of(model, example)
     _check_finite(model)
-    with torch.no_grad():  # first: hooks such as prune's make a layer's weight anew in a forward pass
+    # First: hooks such as prune's make a layer's weight anew in a forward pass
+    with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
     layers, activations = _grids(model, arguments)
     multiply_adds = sum(witness(model, example).values())
     passes = _Passes(model)
     for quantizer in found.values():
         quantizer.forward = _marker(quantizer, passes)  # type: ignore[method-assign,assignment]
-    skeleton = onnx_graph(model, arguments, input_names or names_of_inputs(model, example), outputs)
+    skeleton = onnx_graph(
+        model, arguments, input_names or names_of_inputs(model, example), outputs
+    )
     _name_norm_biases(skeleton, model)
     _add_repeated(passes.repeated, layers, activations)
-    return LoweredModel(skeleton, layers, activations, multiply_adds=multiply_adds, repeated=passes.repeated)
+    return LoweredModel(
+        skeleton,
+        layers,
+        activations,
+        multiply_adds=multiply_adds,
+        repeated=passes.repeated,
+    )
 
 
-def lowered_anew(lowered: LoweredModel, model: nn.Module, example: Example) -> LoweredModel:
+def lowered_anew(
+    lowered: LoweredModel, model: nn.Module, example: Example
+) -> LoweredModel:
     """`lower(model, example)` where `lowered`, as `lower` gave it, is of the same model and only its quantizers, quantized
     weights and the weights of its batch norms have changed since: the graph, which takes most of the time, is copied."""
     model = copied(model).cpu().eval()
-    arguments = arguments_of(model, with_tensors(example, lambda tensor: tensor[:1].cpu()))
+    arguments = arguments_of(
+        model, with_tensors(example, lambda tensor: tensor[:1].cpu())
+    )
     with torch.no_grad():  # see `lower`
         call(model, arguments)
     layers, activations = _grids(model, arguments)
@@ -98,7 +139,9 @@ def lowered_anew(lowered: LoweredModel, model: nn.Module, example: Example) -> L
         if beta and gamma is not None:
             _replace_gamma(node, gamma)
     multiply_adds, repeated = lowered.multiply_adds, lowered.repeated
-    return LoweredModel(skeleton, layers, activations, multiply_adds=multiply_adds, repeated=repeated)
+    return LoweredModel(
+        skeleton, layers, activations, multiply_adds=multiply_adds, repeated=repeated
+    )
 
 
 def _replace_gamma(norm: ir.Node, gamma: Tensor) -> None:
@@ -112,19 +155,27 @@ def _replace_gamma(norm: ir.Node, gamma: Tensor) -> None:
     norm.replace_input_with(1, value)
 
 
-def _grids(model: nn.Module, arguments: Arguments) -> tuple[dict[str, LoweredLayer], dict[str, LoweredQuantizer]]:
+def _grids(
+    model: nn.Module, arguments: Arguments
+) -> tuple[dict[str, LoweredLayer], dict[str, LoweredQuantizer]]:
     """Layers by the name of their weight's quantizer, and activation quantizers by their own."""
     layers = {f"{layer.name}.weight": layer for layer in _layers(model, arguments)}
-    return layers, {name: _activation(q) for name, q in quantizers(model).items() if not q.is_weight}
+    return layers, {
+        name: _activation(q) for name, q in quantizers(model).items() if not q.is_weight
+    }
 
 
 def _add_repeated(
-    repeated: Mapping[str, str], layers: dict[str, LoweredLayer], activations: dict[str, LoweredQuantizer]
+    repeated: Mapping[str, str],
+    layers: dict[str, LoweredLayer],
+    activations: dict[str, LoweredQuantizer],
 ) -> None:
     """Give the marks of modules that run again what their first ones have."""
     for again, first in repeated.items():
         if first in layers:
-            layers[again] = dataclasses.replace(layers[first], name=again.removesuffix(".weight"))
+            layers[again] = dataclasses.replace(
+                layers[first], name=again.removesuffix(".weight")
+            )
         else:
             activations[again] = dataclasses.replace(activations[first], name=again)
 
@@ -147,7 +198,9 @@ class _Passes:
     def __init__(self, model: nn.Module) -> None:
         self.counts: Counter[str] = Counter()
         self.repeated: dict[str, str] = {}
-        self.handle = model.register_forward_pre_hook(lambda module, args: self.counts.clear())
+        self.handle = model.register_forward_pre_hook(
+            lambda module, args: self.counts.clear()
+        )
 
     def name(self, quantizer: Quantizer) -> str:
         """`layer.input` the first time, then `layer.input@1`; `layer@1.weight` for weights."""
@@ -155,26 +208,41 @@ class _Passes:
         self.counts[first] += 1
         if not count:
             return first
-        again = f"{first.removesuffix('.weight')}@{count}.weight" if quantizer.is_weight else f"{first}@{count}"
+        again = (
+            f"{first.removesuffix('.weight')}@{count}.weight"
+            if quantizer.is_weight
+            else f"{first}@{count}"
+        )
         self.repeated[again] = first
         return again
 
 
 def _reads_codes_with_a_float_weight(module: nn.Module) -> bool:
-    return isinstance(module, (QuantConv2d, QuantLinear, QuantOperands)) and module.weight_quantizer is None
+    return (
+        isinstance(module, (QuantConv2d, QuantLinear, QuantOperands))
+        and module.weight_quantizer is None
+    )
 
 
 def _check_finite(model: nn.Module) -> None:
     """Infinity is refused where training left it; a buffer of a layer's own may say so that it clips nothing."""
     trained = {id(p) for p in model.parameters()}
-    trained |= {id(b) for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()}
+    trained |= {
+        id(b) for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
+    }
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        wrong = tensor.isfinite().logical_not() if id(tensor) in trained else tensor.isnan()
+        wrong = (
+            tensor.isfinite().logical_not() if id(tensor) in trained else tensor.isnan()
+        )
         if tensor.is_floating_point() and bool(wrong.any()):
-            raise ExportError(f"{name}: holds NaN or infinity; the training diverged, export an earlier checkpoint")
+            raise ExportError(
+                f"{name}: holds NaN or infinity; the training diverged, export an earlier checkpoint"
+            )
 
 
-def lower_float(model: nn.Module, example: Example, input_names: Sequence[str] = ()) -> onnx.ModelProto:
+def lower_float(
+    model: nn.Module, example: Example, input_names: Sequence[str] = ()
+) -> onnx.ModelProto:
     """The same trained model in full precision, quantizers passing everything through: the FP32 file to compare with."""
     model = copied(model).cpu().eval()
     for quantizer in quantizers(model).values():
@@ -183,7 +251,11 @@ def lower_float(model: nn.Module, example: Example, input_names: Sequence[str] =
     arguments = arguments_of(model, example)
     with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
-    return ir.to_proto(onnx_graph(model, arguments, input_names or names_of_inputs(model, example), outputs))
+    return ir.to_proto(
+        onnx_graph(
+            model, arguments, input_names or names_of_inputs(model, example), outputs
+        )
+    )
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -205,7 +277,11 @@ def codes_and_outputs(
     name."""
     codes: dict[str, NDArray[np.uint8]] = {}
     passes = _Passes(model)
-    handles = [q.register_forward_hook(_recorder(passes, codes)) for q in quantizers(model).values() if not q.is_weight]
+    handles = [
+        q.register_forward_hook(_recorder(passes, codes))
+        for q in quantizers(model).values()
+        if not q.is_weight
+    ]
     try:
         outputs = named_outputs(call(model, arguments))
     finally:
@@ -226,10 +302,14 @@ def named_outputs(outputs: object) -> dict[str, Tensor]:
         named = {str(key): value for key, value in outputs.items()}
     elif isinstance(outputs, (tuple, list)):
         named = {f"output{index}": value for index, value in enumerate(outputs)}
-    wrong = next((name for name, value in named.items() if not isinstance(value, Tensor)), "")
+    wrong = next(
+        (name for name, value in named.items() if not isinstance(value, Tensor)), ""
+    )
     if not named or wrong:
         what = (
-            f"its output {wrong!r} is a {type(named[wrong]).__name__}" if wrong else f"it is a {type(outputs).__name__}"
+            f"its output {wrong!r} is a {type(named[wrong]).__name__}"
+            if wrong
+            else f"it is a {type(outputs).__name__}"
         )
         raise ExportError(
             f"the model's result cannot be written: {what}; return a tensor, or a dict, tuple or list of tensors"
@@ -243,7 +323,9 @@ def _recorder(
     def record(quantizer: Quantizer, inputs: tuple[Tensor], output: Tensor) -> None:
         grid = _activation(quantizer)
         centred = quantizer.codes(inputs[0]) - quantizer.zero_point
-        codes[passes.name(quantizer)] = (centred * grid.gain + grid.zero_point).to(torch.uint8).numpy()
+        codes[passes.name(quantizer)] = (
+            (centred * grid.gain + grid.zero_point).to(torch.uint8).numpy()
+        )
 
     return record
 
@@ -281,18 +363,28 @@ def _collect_names(name: str, value: object, names: list[str]) -> None:
             _collect_names(f"{name}{index}", inner, names)
 
 
-def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+def onnx_graph(
+    model: nn.Module,
+    arguments: Arguments,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> ir.Model:
     """torch.onnx export with one dynamic batch dimension, the first of every tensor; inputs and outputs of the given names.
 
     arguments: of one call on one sample.
     """
     # A batch of one would be taken for a constant.
-    args, kwargs = with_tensors(list(arguments), lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
+    args, kwargs = with_tensors(
+        list(arguments),
+        lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor,
+    )
     batch = torch.export.Dim("batch")
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = with_leaves(dict(bound), lambda leaf: _dynamic(leaf, batch))
     console = io.StringIO()
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -310,12 +402,15 @@ def onnx_graph(model: nn.Module, arguments: Arguments, inputs: Sequence[str], ou
             assert program is not None, "torch.onnx gave no program"
             simplify(program.model)
             _require_batch(program.model.graph.outputs, outputs)
-            _name(program.model.graph.inputs, inputs)  # after `simplify`, which gives values of one name two
+            # After `simplify`, which gives values of one name two
+            _name(program.model.graph.inputs, inputs)
             _name(program.model.graph.outputs, outputs)
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"torch.onnx could not export the model: {_root_cause(error)}") from error
+        raise ExportError(
+            f"torch.onnx could not export the model: {_root_cause(error)}"
+        ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -327,7 +422,9 @@ def _require_batch(outputs: Sequence[ir.Value], names: Sequence[str]) -> None:
     for output, name in zip(outputs, names, strict=True):
         shape = output.shape
         is_constant = output.const_value is not None
-        if is_constant or (shape is not None and (len(shape) == 0 or isinstance(shape[0], int))):
+        if is_constant or (
+            shape is not None and (len(shape) == 0 or isinstance(shape[0], int))
+        ):
             raise ExportError(
                 f"the model's output {name!r} has no batch as its first axis, so it is not an answer for each sample; leave "
                 "it out of what forward returns in eval mode, or return it for each sample"
@@ -339,13 +436,17 @@ def _name(values: Sequence[ir.Value], names: Sequence[str]) -> None:
         value.name = name
 
 
-def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> Any:
     """The model's graph, with its batch open.
 
     Captured here and not by torch.onnx, which tries other ways where the batch turns out to be a number, and fixes it.
     """
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=shapes, strict=False
+        )
     except Exception as error:
         if "Constraints violated" not in str(error):
             raise
@@ -369,7 +470,12 @@ def _marker(quantizer: Quantizer, passes: _Passes) -> Callable[[Tensor], Tensor]
     def mark(x: Tensor) -> Tensor:
         x = x if x.is_floating_point() else x.float()  # as `Quantizer.forward` does
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{MARK}", (x,), {"name": passes.name(quantizer)}, dtype=x.dtype, shape=x.shape, version=1
+            f"{DOMAIN}::{MARK}",
+            (x,),
+            {"name": passes.name(quantizer)},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
         )
 
     return mark
@@ -379,9 +485,14 @@ def _layers(model: nn.Module, arguments: Arguments) -> Iterator[LoweredLayer]:
     """All layers with a quantized weight. A weight that is computed is taken from a forward pass."""
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        if isinstance(module, (QuantConv2d, QuantLinear)) and module.weight_quantizer is not None:
+        if (
+            isinstance(module, (QuantConv2d, QuantLinear))
+            and module.weight_quantizer is not None
+        ):
             kind = "conv" if isinstance(module, QuantConv2d) else "linear"
-            yield _layer(module.weight_quantizer, module.weight, module.bias, kind, parameters)
+            yield _layer(
+                module.weight_quantizer, module.weight, module.bias, kind, parameters
+            )
     for operands, weight, bias in _computed(model, arguments):
         assert operands.weight_quantizer is not None
         kind = "linear" if operands.kind == "linear" else "conv"
@@ -389,7 +500,11 @@ def _layers(model: nn.Module, arguments: Arguments) -> Iterator[LoweredLayer]:
 
 
 def _layer(
-    quantizer: Quantizer, weight: Tensor, bias: Tensor | None, kind: str, parameters: dict[int, str]
+    quantizer: Quantizer,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    parameters: dict[int, str],
 ) -> LoweredLayer:
     """parameters: names of the model's parameters by identity."""
     return LoweredLayer(
@@ -404,7 +519,9 @@ def _layer(
 
 
 @torch.no_grad()
-def _computed(model: nn.Module, arguments: Arguments) -> list[tuple[QuantOperands, Tensor, Tensor | None]]:
+def _computed(
+    model: nn.Module, arguments: Arguments
+) -> list[tuple[QuantOperands, Tensor, Tensor | None]]:
     """Every `QuantOperands` with the weight and bias it is given in a forward pass."""
     seen: list[tuple[QuantOperands, Tensor, Tensor | None]] = []
 
@@ -425,9 +542,17 @@ def _computed(model: nn.Module, arguments: Arguments) -> list[tuple[QuantOperand
 
 def _activation(quantizer: Quantizer) -> LoweredQuantizer:
     if isinstance(quantizer, BinaryActivation):
-        thresholds = (0.0,) if quantizer.threshold is None else tuple(quantizer.threshold.detach().tolist())
-        return LoweredQuantizer.binary(quantizer.name, float(quantizer.scale), thresholds)
+        thresholds = (
+            (0.0,)
+            if quantizer.threshold is None
+            else tuple(quantizer.threshold.detach().tolist())
+        )
+        return LoweredQuantizer.binary(
+            quantizer.name, float(quantizer.scale), thresholds
+        )
     signed, bits = bool(quantizer.spec.signed), quantizer.spec.bits
     zero_point = quantizer.zero_point if quantizer.spec.offset else None
-    grid = LoweredQuantizer.in_storage(quantizer.name, float(quantizer.scale), bits, signed, zero_point)
+    grid = LoweredQuantizer.in_storage(
+        quantizer.name, float(quantizer.scale), bits, signed, zero_point
+    )
     return dataclasses.replace(grid, is_fixed=quantizer.spec.power_of_two)

@@ -11,8 +11,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 DOMAIN, MARK = "edgeqat", "Mark"
-BIAS_PARAMETER = "edgeqat.bias_parameter"  # noted at a batch norm of the skeleton: name of the parameter that beta is
-BINARY_GAIN = 127  # one-bit codes are -127 and +127 in storage: the integer bias gains as much precision, for nothing
+# Noted at a batch norm of the skeleton: name of the parameter that beta is
+BIAS_PARAMETER = "edgeqat.bias_parameter"
+# One-bit codes are -127 and +127 in storage: the integer bias gains as much precision, for nothing
+BINARY_GAIN = 127
 
 
 class ExportError(ValueError):
@@ -98,13 +100,28 @@ class LoweredQuantizer:
         return BINARY_GAIN if self.is_binary else 1
 
     @classmethod
-    def binary(cls, name: str, scale: float, thresholds: tuple[float, ...]) -> "LoweredQuantizer":
+    def binary(
+        cls, name: str, scale: float, thresholds: tuple[float, ...]
+    ) -> "LoweredQuantizer":
         """A one-bit quantizer of ±scale that decides at `thresholds`, one or one per channel."""
-        return cls(name, np.float32(scale / BINARY_GAIN), BINARY_GAIN, 1, 0, 2 * BINARY_GAIN, thresholds)
+        return cls(
+            name,
+            np.float32(scale / BINARY_GAIN),
+            BINARY_GAIN,
+            1,
+            0,
+            2 * BINARY_GAIN,
+            thresholds,
+        )
 
     @classmethod
     def in_storage(
-        cls, name: str, scale: float, bits: int, signed: bool, zero_point: int | None = None
+        cls,
+        name: str,
+        scale: float,
+        bits: int,
+        signed: bool,
+        zero_point: int | None = None,
     ) -> "LoweredQuantizer":
         """zero_point: of a quantizer with an offset, whose codes lie in storage as they are."""
         if zero_point is None:
@@ -115,9 +132,16 @@ class LoweredQuantizer:
         """The same grid after an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
         onto the codes."""
         if self.is_binary:  # the clip's own bounds reach a threshold, or never do
-            return replace(self, thresholds=tuple(_clipped_threshold(t, lowest, highest) for t in self.thresholds))
+            return replace(
+                self,
+                thresholds=tuple(
+                    _clipped_threshold(t, lowest, highest) for t in self.thresholds
+                ),
+            )
         low = max(self.low, self._stored(lowest)) if np.isfinite(lowest) else self.low
-        high = min(self.high, self._stored(highest)) if np.isfinite(highest) else self.high
+        high = (
+            min(self.high, self._stored(highest)) if np.isfinite(highest) else self.high
+        )
         return replace(self, low=low, high=high)
 
     def _stored(self, value: float) -> int:

@@ -17,7 +17,12 @@ from onnx import numpy_helper
 
 from export.feeds import Feeds, Given
 from export.lowered import ExportError, LoweredLayer, LoweredModel
-from export.metadata_entries import FLOAT_TARGETS, check_description, check_proof, parsed_entries
+from export.metadata_entries import (
+    FLOAT_TARGETS,
+    check_description,
+    check_proof,
+    parsed_entries,
+)
 from export.packing import plane_widths, unpack
 from export.targets import RUNTIME_ON_AMX, TARGETS, Target
 
@@ -25,8 +30,10 @@ KEY, FORMAT = "edgeqat", 3
 # 1: weights' multipliers were powers of two, scales were not moved. 2: no digests of scales, biases and the graph; INT4 files
 # without multiplier.
 READABLE = range(1, FORMAT + 1)
-MOVED = "scales_moved_ppm"  # quantizer -> how far its scale is from the trained one (`export/ties.py`)
-DIGESTS = ("sha256", "scale_sha256", "bias_sha256")  # of a layer; files of format 1 and 2 have only the first
+# Quantizer -> how far its scale is from the trained one (`export/ties.py`)
+MOVED = "scales_moved_ppm"
+# Of a layer; files of format 1 and 2 have only the first
+DIGESTS = ("sha256", "scale_sha256", "bias_sha256")
 SAID = ("target", "storage", "runtime", "session_options", MOVED)
 FLOAT_RUNTIME = "1.18"  # the oldest that reads opset 20
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
@@ -55,7 +62,10 @@ class Tensors:
     def of(cls, names: Sequence[str], values: Sequence[Any]) -> "Tensors":
         """values: one torch tensor or array per name, N_... each."""
         entries = {
-            name: {"shape": [int(size) for size in value.shape[1:]], "dtype": str(value.dtype).removeprefix("torch.")}
+            name: {
+                "shape": [int(size) for size in value.shape[1:]],
+                "dtype": str(value.dtype).removeprefix("torch."),
+            }
             for name, value in zip(names, values, strict=True)
         }
         return cls(entries)
@@ -73,7 +83,8 @@ def image_input(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     entry: dict[str, Any] = metadata["input"]
     if "tensors" in entry:
         inputs = ", ".join(
-            f"{key} {value['dtype']} {['N', *value['shape']]}" for key, value in entry["tensors"].items()
+            f"{key} {value['dtype']} {['N', *value['shape']]}"
+            for key, value in entry["tensors"].items()
         )
         raise ExportError(
             f"{name}: takes tensors ({inputs}) and does not say how an image becomes them; export it with classes=, mean= "
@@ -86,7 +97,9 @@ def random_inputs(metadata: Mapping[str, Any], samples: int) -> Given:
     """Normal numbers, and zeros for integers, of the shapes that a file's metadata states."""
     entry, generator = metadata["input"], np.random.default_rng(0)
     if "tensors" not in entry:
-        return generator.normal(size=(samples, 3, entry["size"], entry["size"])).astype(np.float32)
+        return generator.normal(size=(samples, 3, entry["size"], entry["size"])).astype(
+            np.float32
+        )
     arrays: dict[str, NDArray[Any]] = {}
     for name, value in entry["tensors"].items():
         shape = (samples, *value["shape"])
@@ -96,7 +109,9 @@ def random_inputs(metadata: Mapping[str, Any], samples: int) -> Given:
     return next(iter(arrays.values())) if len(arrays) == 1 else Feeds(arrays)
 
 
-def describe(model: LoweredModel, target: Target, source: Source, producer: str) -> dict[str, Any]:
+def describe(
+    model: LoweredModel, target: Target, source: Source, producer: str
+) -> dict[str, Any]:
     """What a file of `model` for `target` says of itself, but for its digests."""
     return {
         "format": FORMAT,
@@ -130,25 +145,39 @@ def _entry(layer: LoweredLayer) -> dict[str, Any]:
     return entry if layer.input_quantizer else entry | {"reads": "float"}
 
 
-def sign(proto: onnx.ModelProto, model: LoweredModel, target: Target, source: Source, producer: str) -> onnx.ModelProto:
+def sign(
+    proto: onnx.ModelProto,
+    model: LoweredModel,
+    target: Target,
+    source: Source,
+    producer: str,
+) -> onnx.ModelProto:
     """Write the metadata into `proto` (in place) and return it."""
     write_metadata(proto, describe(model, target, source, producer))
     return proto
 
 
-def sign_float(proto: onnx.ModelProto, target: str, source: Source, producer: str) -> onnx.ModelProto:
+def sign_float(
+    proto: onnx.ModelProto, target: str, source: Source, producer: str
+) -> onnx.ModelProto:
     """Write the metadata of a file without integer codes into `proto` (in place) and return it.
 
     target: one of FLOAT_TARGETS.
     """
     assert target in FLOAT_TARGETS
-    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    opset = next(
+        entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")
+    )
     value = {
         "format": FORMAT,
         "producer": producer,
         "target": target,
         "storage": "float",
-        "runtime": {"onnxruntime": f">={FLOAT_RUNTIME}", "opset": opset, "why": "a float file of opset 20"},
+        "runtime": {
+            "onnxruntime": f">={FLOAT_RUNTIME}",
+            "opset": opset,
+            "why": "a float file of opset 20",
+        },
         "session_options": {},
         MOVED: {},
         "input": _as_entry(source),
@@ -160,27 +189,39 @@ def sign_float(proto: onnx.ModelProto, target: str, source: Source, producer: st
 
 def write_metadata(proto: onnx.ModelProto, value: Mapping[str, Any]) -> None:
     """Put `value` into `proto`, with the digests over its list of layers and over the graph."""
-    digests = {"sha256": _digest_of_digests(value["layers"]), "graph_sha256": graph_digest(proto)}
+    digests = {
+        "sha256": _digest_of_digests(value["layers"]),
+        "graph_sha256": graph_digest(proto),
+    }
     onnx.helper.set_model_props(proto, {KEY: json.dumps({**value, **digests})})
 
 
-def different_descriptions(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, str]:
+def different_descriptions(
+    found: Mapping[str, Any], expected: Mapping[str, Any]
+) -> dict[str, str]:
     """Where the metadata `found` in a file is not what its run would write, and how. The producer's version may differ."""
     expected = json.loads(json.dumps(expected))  # as it is when read from a file
     different: dict[str, str] = {}
     parts = {key: (found.get(key), expected[key]) for key in SAID}
-    parts |= {key: (found["input"].get(key), value) for key, value in expected["input"].items()}
+    parts |= {
+        key: (found["input"].get(key), value)
+        for key, value in expected["input"].items()
+    }
     for key, (its, the_runs) in parts.items():
         if its != the_runs:
             different[key] = f"the file says {_short(its)}, the run {_short(the_runs)}"
     said, wanted = found["layers"], expected["layers"]
     if [entry["name"] for entry in said] != [entry["name"] for entry in wanted]:
-        different["layers"] = f"the file lists {len(said)} layers, the run has {len(wanted)}, or in another order"
+        different["layers"] = (
+            f"the file lists {len(said)} layers, the run has {len(wanted)}, or in another order"
+        )
     else:
         pairs = zip(said, wanted, strict=True)
         wrong = [entry["name"] for entry, other in pairs if entry != other]
         if wrong:
-            different["layers"] = f"what the file signs of {', '.join(wrong[:3])} is not what the run has"
+            different["layers"] = (
+                f"what the file signs of {', '.join(wrong[:3])} is not what the run has"
+            )
     return different
 
 
@@ -208,10 +249,14 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
     """Raises ExportError when the file has none, one of a newer format, or one that says what no file can mean."""
     found = next((p.value for p in proto.metadata_props if p.key == KEY), None)
     if found is None:
-        raise ExportError(f"{name}: carries no edgeqat metadata; export it with `qat export`")
+        raise ExportError(
+            f"{name}: carries no edgeqat metadata; export it with `qat export`"
+        )
     value = parsed_entries(found, KEY, name)
     if value.get("format") not in READABLE:
-        raise ExportError(f"{name}: metadata format {value.get('format')} is newer than this version reads ({FORMAT})")
+        raise ExportError(
+            f"{name}: metadata format {value.get('format')} is newer than this version reads ({FORMAT})"
+        )
     check_description(value, name)
     return value
 
@@ -235,7 +280,9 @@ def proof_of(proto: onnx.ModelProto, name: str = "the file") -> list[dict[str, A
         return []
     record = parsed_entries(found, PROOF_KEY, name)
     check_proof(record, name)
-    return list(record["proven"]) if record["graph_sha256"] == graph_digest(proto) else []
+    return (
+        list(record["proven"]) if record["graph_sha256"] == graph_digest(proto) else []
+    )
 
 
 def wanted_options(proto: onnx.ModelProto, name: str = "the model") -> dict[str, str]:
@@ -253,12 +300,16 @@ def unsigned_parts(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """A warning for a file of an earlier format, whose signature covers less."""
     if metadata["format"] >= FORMAT:
         return ()
-    return (f"format {metadata['format']}: its signature covers weight codes alone, not scales, biases and the graph",)
+    return (
+        f"format {metadata['format']}: its signature covers weight codes alone, not scales, biases and the graph",
+    )
 
 
 def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Warnings, one for each session option that the file's target needs and its metadata does not ask for."""
-    found = next((json.loads(p.value) for p in proto.metadata_props if p.key == KEY), None)
+    found = next(
+        (json.loads(p.value) for p in proto.metadata_props if p.key == KEY), None
+    )
     target = TARGETS.get(found["target"]) if found is not None else None
     if found is None or target is None:
         return ()
@@ -269,37 +320,63 @@ def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
     )
 
 
-def broken_signatures(proto: onnx.ModelProto, metadata: Mapping[str, Any]) -> dict[str, str]:
+def broken_signatures(
+    proto: onnx.ModelProto, metadata: Mapping[str, Any]
+) -> dict[str, str]:
     """What in the file is not what was signed, by layer or part, and how; checked without the run. The graph as a whole is
     named where no layer is."""
     found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     broken: dict[str, str] = {}
     for entry in metadata["layers"]:
-        codes = stored_codes(found, entry["name"], entry["bits"], entry["carry"], tuple(entry["shape"]))
-        scale, bias = found.get(f"{entry['name']}.weight/s"), found.get(f"{entry['name']}.bias")
+        codes = stored_codes(
+            found, entry["name"], entry["bits"], entry["carry"], tuple(entry["shape"])
+        )
+        scale, bias = (
+            found.get(f"{entry['name']}.weight/s"),
+            found.get(f"{entry['name']}.bias"),
+        )
         if codes is None:
             broken[entry["name"]] = "its weight is not in the file"
-        elif not np.array_equal(codes, np.rint(codes)) or digest(codes) != entry["sha256"]:
+        elif (
+            not np.array_equal(codes, np.rint(codes))
+            or digest(codes) != entry["sha256"]
+        ):
             broken[entry["name"]] = "its codes do not match their SHA-256"
-        elif "scale_sha256" in entry and (scale is None or _digest_of_bytes(scale) != entry["scale_sha256"]):
+        elif "scale_sha256" in entry and (
+            scale is None or _digest_of_bytes(scale) != entry["scale_sha256"]
+        ):
             broken[entry["name"]] = "its scale does not match its SHA-256"
-        elif "bias_sha256" in entry and (bias is None or _digest_of_bytes(bias) != entry["bias_sha256"]):
+        elif "bias_sha256" in entry and (
+            bias is None or _digest_of_bytes(bias) != entry["bias_sha256"]
+        ):
             broken[entry["name"]] = "its bias does not match its SHA-256"
     if _digest_of_digests(metadata["layers"]) != metadata["sha256"]:
-        broken["list of layers"] = "an entry was changed: the SHA-256 over all of them does not match"
+        broken["list of layers"] = (
+            "an entry was changed: the SHA-256 over all of them does not match"
+        )
     signed_graph = metadata.get("graph_sha256")
     if not broken and signed_graph is not None and graph_digest(proto) != signed_graph:
-        broken["graph"] = "something in it was changed since it was signed: its SHA-256 does not match"
+        broken["graph"] = (
+            "something in it was changed since it was signed: its SHA-256 does not match"
+        )
     return broken
 
 
-def codes_of(layer: LoweredLayer, found: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic] | None:
+def codes_of(
+    layer: LoweredLayer, found: Mapping[str, NDArray[np.generic]]
+) -> NDArray[np.generic] | None:
     """The layer's weight codes as a file's initialisers `found` hold them."""
-    return stored_codes(found, layer.name, layer.bits, layer.weight_multiplier, layer.codes.shape)
+    return stored_codes(
+        found, layer.name, layer.bits, layer.weight_multiplier, layer.codes.shape
+    )
 
 
 def stored_codes(
-    found: Mapping[str, NDArray[np.generic]], name: str, bits: int, weight_multiplier: int, shape: tuple[int, ...]
+    found: Mapping[str, NDArray[np.generic]],
+    name: str,
+    bits: int,
+    weight_multiplier: int,
+    shape: tuple[int, ...],
 ) -> NDArray[np.generic] | None:
     """Codes of layer `name` in any storage (float64 where a byte is not a multiple of the weight multiplier); None where
     absent."""
@@ -314,6 +391,9 @@ def stored_codes(
     if len(planes) != len(widths) or any(p.dtype != np.uint8 for p in planes):
         return None
     count = math.prod(shape)
-    if any(plane.shape != (-(-count * width // 8),) for plane, width in zip(planes, widths, strict=True)):
+    if any(
+        plane.shape != (-(-count * width // 8),)
+        for plane, width in zip(planes, widths, strict=True)
+    ):
         return None
     return unpack([np.asarray(p, np.uint8) for p in planes], bits, shape)

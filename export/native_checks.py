@@ -35,9 +35,15 @@ class Operator:
 
 
 _LAYER = (
-    ("codes", BYTES), ("weight scale", FLOATS), ("bias", WIDE), ("weight codes", CODES), ("weight codes", BYTES),
-    ("weight codes", BYTES), ("second summand", BYTES), ("tables", BYTES),
-)  # fmt: skip
+    ("codes", BYTES),
+    ("weight scale", FLOATS),
+    ("bias", WIDE),
+    ("weight codes", CODES),
+    ("weight codes", BYTES),
+    ("weight codes", BYTES),
+    ("second summand", BYTES),
+    ("tables", BYTES),
+)
 _POOL = (("codes", BYTES), ("tables", BYTES))
 OPERATORS: dict[str, Operator] = {
     "QConv": Operator(_LAYER, 4, 2 + MOST_TABLES),
@@ -47,7 +53,11 @@ OPERATORS: dict[str, Operator] = {
     "QMaxPool": Operator(_POOL, 1, 1 + MOST_TABLES),
     "QAveragePool": Operator(_POOL, 1, 1 + MOST_TABLES),
     "QGlobalPool": Operator(_POOL, 1, 1 + MOST_TABLES),
-    "QAdd": Operator((("first summand", BYTES), ("second summand", BYTES), ("tables", BYTES)), 2, 1 + MOST_TABLES),
+    "QAdd": Operator(
+        (("first summand", BYTES), ("second summand", BYTES), ("tables", BYTES)),
+        2,
+        1 + MOST_TABLES,
+    ),
     "QTables": Operator(_POOL, 2, MOST_TABLES),
     "QImage": Operator((("images", FLOATS),), 1, 1),
 }
@@ -66,24 +76,32 @@ RANGES = {
 def check_native(node: onnx.NodeProto, where: str) -> None:
     """Raises ExportError beginning with `where` when a native node is none that `export/native_graph.py` writes."""
     operator = OPERATORS[node.op_type]
-    if not operator.required <= len(node.input) <= len(operator.inputs) or not all(node.input[: operator.required]):
+    if not operator.required <= len(node.input) <= len(operator.inputs) or not all(
+        node.input[: operator.required]
+    ):
         raise ExportError(
             f"{where}: has {len(node.input)} inputs; it needs {operator.required} to {len(operator.inputs)}"
         )
     if len(node.output) > operator.outputs:
-        raise ExportError(f"{where}: has {len(node.output)} outputs; {operator.outputs} are possible")
+        raise ExportError(
+            f"{where}: has {len(node.output)} outputs; {operator.outputs} are possible"
+        )
     for attribute in node.attribute:
         possible = RANGES.get(attribute.name)
         if possible is None:
             continue
         if attribute.type != AttributeProto.INT or attribute.i not in possible:
-            found = attribute.i if attribute.type == AttributeProto.INT else "no integer"
+            found = (
+                attribute.i if attribute.type == AttributeProto.INT else "no integer"
+            )
             raise ExportError(
                 f"{where}: attribute {attribute.name} is {found}; {possible[0]} to {possible[-1]} are possible"
             )
     labels = [list(a.strings) for a in node.attribute if a.name == "codes"]
     if labels and len(labels[0]) > operator.outputs:
-        raise ExportError(f"{where}: names codes of {len(labels[0])} outputs; {operator.outputs} are possible")
+        raise ExportError(
+            f"{where}: names codes of {len(labels[0])} outputs; {operator.outputs} are possible"
+        )
 
 
 def native_outputs(
@@ -98,26 +116,42 @@ def native_outputs(
         if tensor and types[tensor][0] not in possible:
             found = TensorProto.DataType.Name(types[tensor][0])
             wanted = " or ".join(TensorProto.DataType.Name(one) for one in possible)
-            raise ExportError(f"{where}: its {what} {tensor!r} is {found}, not {wanted}")
+            raise ExportError(
+                f"{where}: its {what} {tensor!r} is {found}, not {wanted}"
+            )
     numbers = {a.name: a.i for a in node.attribute if a.type == AttributeProto.INT}
     shape = types[node.input[0]][1]
-    rank = {"QGemm": 2, "QGemmFloat": 2, "QAdd": len(shape), "QTables": len(shape)}.get(node.op_type, 4)
+    rank = {"QGemm": 2, "QGemmFloat": 2, "QAdd": len(shape), "QTables": len(shape)}.get(
+        node.op_type, 4
+    )
     if len(shape) != rank:
-        raise ExportError(f"{where}: its input {node.input[0]!r} has {len(shape)} axes, not {rank}")
+        raise ExportError(
+            f"{where}: its input {node.input[0]!r} has {len(shape)} axes, not {rank}"
+        )
     made = _shape(node, shape, numbers, where)
     element = TensorProto.FLOAT if node.op_type.endswith("Float") else TensorProto.UINT8
     return [(element, made)] * len(node.output), _work(node, made, numbers)
 
 
-def _shape(node: onnx.NodeProto, shape: Shape, numbers: Mapping[str, int], where: str) -> Shape:
+def _shape(
+    node: onnx.NodeProto, shape: Shape, numbers: Mapping[str, int], where: str
+) -> Shape:
     match node.op_type:
         case "QConv" | "QConvFloat":
-            height, width = (_places(numbers, axis, size, where) for axis, size in zip("hw", shape[1:3], strict=True))
+            height, width = (
+                _places(numbers, axis, size, where)
+                for axis, size in zip("hw", shape[1:3], strict=True)
+            )
             return (shape[0], height, width, _number(numbers, "channels_out", where))
         case "QGemm" | "QGemmFloat":
             return (shape[0], _number(numbers, "channels_out", where))
         case "QMaxPool" | "QAveragePool":
-            return (shape[0], _number(numbers, "out_h", where), _number(numbers, "out_w", where), shape[3])
+            return (
+                shape[0],
+                _number(numbers, "out_h", where),
+                _number(numbers, "out_w", where),
+                shape[3],
+            )
         case "QGlobalPool":
             return (shape[0], 1, 1, shape[3])
         case "QImage":
@@ -128,9 +162,20 @@ def _shape(node: onnx.NodeProto, shape: Shape, numbers: Mapping[str, int], where
 
 def _places(numbers: Mapping[str, int], axis: str, size: int, where: str) -> int:
     """How many places a window has along `axis` of an image of `size`."""
-    first, last = ("pad_top", "pad_bottom") if axis == "h" else ("pad_left", "pad_right")
-    kernel, stride, dilation = (_number(numbers, f"{what}_{axis}", where) for what in ("kernel", "stride", "dilation"))
-    free = size + _number(numbers, first, where) + _number(numbers, last, where) - dilation * (kernel - 1) - 1
+    first, last = (
+        ("pad_top", "pad_bottom") if axis == "h" else ("pad_left", "pad_right")
+    )
+    kernel, stride, dilation = (
+        _number(numbers, f"{what}_{axis}", where)
+        for what in ("kernel", "stride", "dilation")
+    )
+    free = (
+        size
+        + _number(numbers, first, where)
+        + _number(numbers, last, where)
+        - dilation * (kernel - 1)
+        - 1
+    )
     if free < 0:
         raise ExportError(f"{where}: has a kernel larger than its padded image")
     return free // stride + 1

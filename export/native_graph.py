@@ -40,13 +40,19 @@ def emit(model: LoweredModel, target: Target) -> onnx.ModelProto:
     return emit_qdq(model, target)
 
 
-def requantizing_table(source: LoweredQuantizer, target: LoweredQuantizer) -> NDArray[np.uint8]:
+def requantizing_table(
+    source: LoweredQuantizer, target: LoweredQuantizer
+) -> NDArray[np.uint8]:
     """uint8 (256,): the code on `target` of every code on `source`, as export/reference.py defines it."""
     codes = np.arange(256)
     if target.is_binary:
-        return np.where(codes >= int(code_thresholds(source, target)), target.high, target.low).astype(np.uint8)
+        return np.where(
+            codes >= int(code_thresholds(source, target)), target.high, target.low
+        ).astype(np.uint8)
     real = (codes - source.zero_point).astype(np.float32) * source.scale
-    return np.clip(np.rint(real / target.scale) + target.zero_point, target.low, target.high).astype(np.uint8)
+    return np.clip(
+        np.rint(real / target.scale) + target.zero_point, target.low, target.high
+    ).astype(np.uint8)
 
 
 class NativeEmitter(Emitter):
@@ -54,7 +60,8 @@ class NativeEmitter(Emitter):
 
     def __init__(self, model: LoweredModel, target: Target) -> None:
         super().__init__(model, target)
-        self.native: dict[str, tuple[str, LoweredQuantizer]] = {}  # skeleton value -> (codes N_H_W_C or N_C, grid)
+        # Skeleton value -> (codes N_H_W_C or N_C, grid)
+        self.native: dict[str, tuple[str, LoweredQuantizer]] = {}
         self.done: set[ir.Node] = set()
         self.opsets.append(helper.make_opsetid(DOMAIN, 1))
         self.handlers: dict[str, Callable[[ir.Node], bool]] = {
@@ -69,7 +76,11 @@ class NativeEmitter(Emitter):
         if is_mark(node):
             if mark_name(node) not in self.model.quantizers or self._mark(node):
                 return
-        elif node.domain == "" and node.op_type in self.handlers and self.handlers[node.op_type](node):
+        elif (
+            node.domain == ""
+            and node.op_type in self.handlers
+            and self.handlers[node.op_type](node)
+        ):
             return
         for value in node.inputs:
             self._to_ordinary(value)
@@ -79,7 +90,11 @@ class NativeEmitter(Emitter):
         """Conv or Gemm on codes with everything that follows it."""
         layer, reader = weight_layer(node, self.model), only_reader(node.outputs[0])
         source = self._codes(node.inputs[0])
-        if layer is None or source is None or len(_sizes(node.inputs[0])) != (2 if node.op_type == "Gemm" else 4):
+        if (
+            layer is None
+            or source is None
+            or len(_sizes(node.inputs[0])) != (2 if node.op_type == "Gemm" else 4)
+        ):
             return False
         kind = "Q" + node.op_type
         attributes = self._layer_attributes(node, layer, source[1])
@@ -96,31 +111,58 @@ class NativeEmitter(Emitter):
             assert add is not None
             last = next(iter(add.outputs[0].uses())).node
             quantizers.append(self.model.quantizers[mark_name(last)])
-            attributes |= self._sum_attributes(add, quantizers[-1]) | {"other_first": int(add.inputs[0] is other)}
+            attributes |= self._sum_attributes(add, quantizers[-1]) | {
+                "other_first": int(add.inputs[0] is other)
+            }
             self.done.update((add, last))
         self.done.add(reader)
-        inputs += [""] * (6 - len(inputs)) + ["" if other is None else self._codes(other)[0]]  # type: ignore[index]
-        names = ["", self._name_if_read(last)] if other is not None else [self._name_if_read(last), ""]
+        codes_of_other = None if other is None else self._codes(other)
+        inputs += [""] * (6 - len(inputs))
+        inputs.append("" if codes_of_other is None else codes_of_other[0])
+        names = (
+            ["", self._name_if_read(last)]
+            if other is not None
+            else [self._name_if_read(last), ""]
+        )
         self._native(kind, inputs, names, quantizers, last, attributes, layer.name)
         return True
 
     def _summand(self, mark: ir.Node) -> ir.Value | None:
         """The other operand of the residual sum that alone reads `mark`, if its codes are there already."""
         add = only_reader(mark.outputs[0])
-        if add is None or add.op_type != "Add" or self.model.quantizers[mark_name(mark)].is_binary:
+        if (
+            add is None
+            or add.op_type != "Add"
+            or self.model.quantizers[mark_name(mark)].is_binary
+        ):
             return None
         others = [v for v in add.inputs if v is not None and v is not mark.outputs[0]]
-        if len(others) != 1 or self._codes(others[0]) is None or _sizes(others[0]) != _sizes(mark.outputs[0]):
+        if (
+            len(others) != 1
+            or self._codes(others[0]) is None
+            or _sizes(others[0]) != _sizes(mark.outputs[0])
+        ):
             return None
         end = only_reader(add.outputs[0])
-        if end is None or not is_mark(end) or self.model.quantizers[mark_name(end)].is_binary:
+        if (
+            end is None
+            or not is_mark(end)
+            or self.model.quantizers[mark_name(end)].is_binary
+        ):
             return None
         return others[0]
 
     def _native(
-        self, kind: str, inputs: Sequence[str], names: Sequence[str], quantizers: Sequence[LoweredQuantizer],
-        last: ir.Node, attributes: dict[str, Attribute], name: str = "", label: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        names: Sequence[str],
+        quantizers: Sequence[LoweredQuantizer],
+        last: ir.Node,
+        attributes: dict[str, Attribute],
+        name: str = "",
+        label: bool = True,
+    ) -> None:
         """A node whose codes `last` (a mark, or a max pool) ends, with tables for the quantizers that read them.
 
         names: of its outputs before the tables; quantizers: theirs, the last one that of the tables' input. label: whether
@@ -129,7 +171,9 @@ class NativeEmitter(Emitter):
         readers = self._table_readers(last.outputs[0])
         grids = [self.model.quantizers[mark_name(r)] for r in readers]
         outputs = [*names, *(f"@{g.name}" for g in grids)]
-        labels = [q.name if label else "" for q in quantizers] + [""] * (len(names) - len(quantizers))
+        labels = [q.name if label else "" for q in quantizers] + [""] * (
+            len(names) - len(quantizers)
+        )
         labels += [g.name for g in grids]
         inputs = [*inputs, *self._tables(quantizers[-1], grids)]
         self._custom(kind, inputs, outputs, attributes | {"codes": labels}, name)
@@ -141,20 +185,38 @@ class NativeEmitter(Emitter):
 
     def _table_readers(self, value: ir.Value) -> list[ir.Node]:
         marks = [use.node for use in value.uses() if is_mark(use.node)]
-        known = [m for m in marks if (q := self.model.quantizers.get(mark_name(m))) and len(q.thresholds) <= 1]
+        known = [
+            m
+            for m in marks
+            if (q := self.model.quantizers.get(mark_name(m))) and len(q.thresholds) <= 1
+        ]
         return known[:MOST_TABLES]
 
-    def _tables(self, source: LoweredQuantizer, grids: Sequence[LoweredQuantizer]) -> list[str]:
+    def _tables(
+        self, source: LoweredQuantizer, grids: Sequence[LoweredQuantizer]
+    ) -> list[str]:
         if not grids:
             return []
-        name = "tables/" + self.scales[source.name] + ">" + "+".join(self.scales[g.name] for g in grids)
-        return [self._constant(name, np.stack([requantizing_table(source, g) for g in grids]))]
+        name = (
+            "tables/"
+            + self.scales[source.name]
+            + ">"
+            + "+".join(self.scales[g.name] for g in grids)
+        )
+        return [
+            self._constant(
+                name, np.stack([requantizing_table(source, g) for g in grids])
+            )
+        ]
 
     def _name_if_read(self, mark: ir.Node) -> str:
         """A name for the codes of `mark`, or none where tables serve all that read them."""
         value = mark.outputs[0]
         served = self._table_readers(value)
-        if all(use.node in served for use in value.uses()) and not value.is_graph_output():
+        if (
+            all(use.node in served for use in value.uses())
+            and not value.is_graph_output()
+        ):
             return ""
         return f"@{mark_name(mark)}" if is_mark(mark) else f"@{value_name(value)}"
 
@@ -168,11 +230,23 @@ class NativeEmitter(Emitter):
         if layer.bits == 8:
             return [*inputs, self._constant(weight, layer.codes)]
         planes = pack(layer.codes, layer.bits)
-        return [*inputs, *(self._constant(f"{weight}/p{i}", plane) for i, plane in enumerate(planes))]
+        return [
+            *inputs,
+            *(
+                self._constant(f"{weight}/p{i}", plane)
+                for i, plane in enumerate(planes)
+            ),
+        ]
 
-    def _layer_attributes(self, node: ir.Node, layer: LoweredLayer, source: LoweredQuantizer) -> dict[str, Attribute]:
+    def _layer_attributes(
+        self, node: ir.Node, layer: LoweredLayer, source: LoweredQuantizer
+    ) -> dict[str, Attribute]:
         groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-        window = _window(node, layer.codes.shape[2:]) | {"groups": groups} if node.op_type == "Conv" else {}
+        window = (
+            _window(node, layer.codes.shape[2:]) | {"groups": groups}
+            if node.op_type == "Conv"
+            else {}
+        )
         return window | {
             "layer": layer.name, "bits": layer.bits, "carry": layer.weight_multiplier,
             "channels_in": layer.codes.shape[1] * groups,
@@ -180,7 +254,9 @@ class NativeEmitter(Emitter):
             "x_high": source.high, "one_bit": int(layer.bits == 1 and source.is_binary and not _is_padded(node.inputs[0])),
         }  # fmt: skip
 
-    def _sum_attributes(self, add: ir.Node, grid: LoweredQuantizer) -> dict[str, Attribute]:
+    def _sum_attributes(
+        self, add: ir.Node, grid: LoweredQuantizer
+    ) -> dict[str, Attribute]:
         """See `_fused_sum` in export/reference.py; operands in the node's order."""
         one = np.float32
         a, b = (self.model.quantizers[grid_of(v) or ""] for v in add.inputs)
@@ -192,7 +268,12 @@ class NativeEmitter(Emitter):
         }  # fmt: skip
 
     def _real_output(
-        self, node: ir.Node, kind: str, inputs: Sequence[str], attributes: dict[str, Attribute], name: str
+        self,
+        node: ir.Node,
+        kind: str,
+        inputs: Sequence[str],
+        attributes: dict[str, Attribute],
+        name: str,
     ) -> None:
         output = value_name(node.outputs[0])
         if node.op_type == "Gemm":
@@ -209,13 +290,28 @@ class NativeEmitter(Emitter):
             rank = len(_sizes(node.inputs[0]))
             name = f"@{grid.name}"
             table = self._tables(source[1], [grid])
-            self._custom("QTables", [source[0], *table], [name], {"codes": [grid.name], "rank": rank})
+            self._custom(
+                "QTables",
+                [source[0], *table],
+                [name],
+                {"codes": [grid.name], "rank": rank},
+            )
             self.native[value_name(node.outputs[0])] = (name, grid)
             return True
         image = node.inputs[0]
-        if image is None or not image.is_graph_input() or len(_sizes(image)) != 4 or grid.is_binary:
+        if (
+            image is None
+            or not image.is_graph_input()
+            or len(_sizes(image)) != 4
+            or grid.is_binary
+        ):
             return False
-        self._custom("QImage", [value_name(image)], [f"@{grid.name}"], _written(grid) | {"codes": [grid.name]})
+        self._custom(
+            "QImage",
+            [value_name(image)],
+            [f"@{grid.name}"],
+            _written(grid) | {"codes": [grid.name]},
+        )
         self.native[value_name(node.outputs[0])] = (f"@{grid.name}", grid)
         return True
 
@@ -224,32 +320,78 @@ class NativeEmitter(Emitter):
         if source is None or size is None:
             return False
         attributes = _window(node) | {"out_h": size[0], "out_w": size[1]}
-        self._native("QMaxPool", [source[0]], [self._name_if_read(node)], [source[1]], node, attributes, label=False)
+        self._native(
+            "QMaxPool",
+            [source[0]],
+            [self._name_if_read(node)],
+            [source[1]],
+            node,
+            attributes,
+            label=False,
+        )
         return True
 
     def _average_pool(self, node: ir.Node) -> bool:
-        source, size, reader = self._codes(node.inputs[0]), _static_size(node.outputs[0]), only_reader(node.outputs[0])
-        if source is None or size is None or not self._ends_in_codes(reader) or reader is None:
+        source, size, reader = (
+            self._codes(node.inputs[0]),
+            _static_size(node.outputs[0]),
+            only_reader(node.outputs[0]),
+        )
+        if (
+            source is None
+            or size is None
+            or not self._ends_in_codes(reader)
+            or reader is None
+        ):
             return False
         grid = self.model.quantizers[mark_name(reader)]
-        counts = "count_include_pad" in node.attributes and node.attributes["count_include_pad"].as_int() == 1
+        counts = (
+            "count_include_pad" in node.attributes
+            and node.attributes["count_include_pad"].as_int() == 1
+        )
         attributes = _window(node) | _written(grid) | {
             "out_h": size[0], "out_w": size[1], "count_include_pad": int(counts),
             "x_scale": float(source[1].scale), "x_zero": source[1].zero_point,
         }  # fmt: skip
-        self._native("QAveragePool", [source[0]], [self._name_if_read(reader)], [grid], reader, attributes)
+        self._native(
+            "QAveragePool",
+            [source[0]],
+            [self._name_if_read(reader)],
+            [grid],
+            reader,
+            attributes,
+        )
         self.done.add(reader)
         return True
 
     def _global_pool(self, node: ir.Node) -> bool:
-        source, size, reader = self._codes(node.inputs[0]), _static_size(node.inputs[0]), only_reader(node.outputs[0])
-        if source is None or size is None or not self._ends_in_codes(reader) or reader is None:
+        source, size, reader = (
+            self._codes(node.inputs[0]),
+            _static_size(node.inputs[0]),
+            only_reader(node.outputs[0]),
+        )
+        if (
+            source is None
+            or size is None
+            or not self._ends_in_codes(reader)
+            or reader is None
+        ):
             return False
         grid = self.model.quantizers[mark_name(reader)]
         # float32 throughout, as the definition has it
         multiplier = source[1].scale / (grid.scale * np.float32(size[0] * size[1]))
-        attributes = _written(grid) | {"x_zero": source[1].zero_point, "multiplier": float(multiplier)}
-        self._native("QGlobalPool", [source[0]], [self._name_if_read(reader)], [grid], reader, attributes)
+        attributes = _written(grid) | {
+            "x_zero": source[1].zero_point,
+            "multiplier": float(multiplier),
+        }
+        self._native(
+            "QGlobalPool",
+            [source[0]],
+            [self._name_if_read(reader)],
+            [grid],
+            reader,
+            attributes,
+        )
         self.done.add(reader)
         return True
 
@@ -263,9 +405,15 @@ class NativeEmitter(Emitter):
         ):
             return False
         grid = self.model.quantizers[mark_name(reader)]
-        attributes = _written(grid) | self._sum_attributes(node, grid) | {"rank": len(_sizes(node.inputs[0]))}
+        attributes = (
+            _written(grid)
+            | self._sum_attributes(node, grid)
+            | {"rank": len(_sizes(node.inputs[0]))}
+        )
         tensors = [operand[0] for operand in operands if operand is not None]
-        self._native("QAdd", tensors, [self._name_if_read(reader)], [grid], reader, attributes)
+        self._native(
+            "QAdd", tensors, [self._name_if_read(reader)], [grid], reader, attributes
+        )
         self.done.add(reader)
         return True
 
@@ -286,7 +434,12 @@ class NativeEmitter(Emitter):
         joined = []
         for tensor, source in filter(None, parts):
             joined.append(self._fresh())
-            self._custom("QTables", [tensor, *self._tables(source, [grid])], joined[-1:], {"codes": [""], "rank": 4})
+            self._custom(
+                "QTables",
+                [tensor, *self._tables(source, [grid])],
+                joined[-1:],
+                {"codes": [""], "rank": 4},
+            )
         name = f"@{grid.name}"
         self.nodes.append(helper.make_node("Concat", joined, [name], axis=3))
         self.native[value_name(reader.outputs[0])] = (name, grid)
@@ -299,13 +452,19 @@ class NativeEmitter(Emitter):
         if source is None or sizes[2:] != [1, 1] or len(_sizes(node.outputs[0])) != 2:
             return False
         output = f"@{value_name(node.outputs[0])}"
-        self._copy(node, [source[0], *(self._float(v) for v in node.inputs[1:])], [output])
+        self._copy(
+            node, [source[0], *(self._float(v) for v in node.inputs[1:])], [output]
+        )
         self.native[value_name(node.outputs[0])] = (output, source[1])
         return True
 
     def _ends_in_codes(self, reader: ir.Node | None) -> bool:
         """Whether `reader` is an activation quantizer of more than one bit."""
-        return reader is not None and is_mark(reader) and not self.model.quantizers[mark_name(reader)].is_binary
+        return (
+            reader is not None
+            and is_mark(reader)
+            and not self.model.quantizers[mark_name(reader)].is_binary
+        )
 
     def _codes(self, value: ir.Value | None) -> tuple[str, LoweredQuantizer] | None:
         """The codes of `value` as native operators read them, with a Transpose if an ordinary one wrote them."""
@@ -321,7 +480,11 @@ class NativeEmitter(Emitter):
 
     def _to_ordinary(self, value: ir.Value | None) -> None:
         """Make codes that a native operator wrote readable for an ordinary one."""
-        if value is None or value_name(value) in self.codes or value_name(value) not in self.native:
+        if (
+            value is None
+            or value_name(value) in self.codes
+            or value_name(value) not in self.native
+        ):
             return
         tensor, grid = self.native[value_name(value)]
         if len(_sizes(value)) == 4:
@@ -333,18 +496,39 @@ class NativeEmitter(Emitter):
         return super()._graph_output(value)
 
     def _custom(
-        self, kind: str, inputs: Iterable[str], outputs: Sequence[str], attributes: dict[str, Attribute], name: str = ""
+        self,
+        kind: str,
+        inputs: Iterable[str],
+        outputs: Sequence[str],
+        attributes: dict[str, Attribute],
+        name: str = "",
     ) -> None:
-        made = helper.make_node(kind, list(inputs), list(outputs), name=name, domain=DOMAIN)
-        made.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        made = helper.make_node(
+            kind, list(inputs), list(outputs), name=name, domain=DOMAIN
+        )
+        made.attribute.extend(
+            helper.make_attribute(key, value) for key, value in attributes.items()
+        )
         self.nodes.append(made)
 
 
 def _written(grid: LoweredQuantizer) -> dict[str, Attribute]:
     if grid.is_binary:  # the sign of a sum: export/kernels/op_layer.cpp
-        return {"threshold": 1, "y_scale": 1.0, "y_zero": WRITE_ZERO_POINT, "y_low": grid.low, "y_high": grid.high}
+        return {
+            "threshold": 1,
+            "y_scale": 1.0,
+            "y_zero": WRITE_ZERO_POINT,
+            "y_low": grid.low,
+            "y_high": grid.high,
+        }
     scale, zero_point = float(grid.scale), grid.zero_point
-    return {"threshold": 0, "y_scale": scale, "y_zero": zero_point, "y_low": grid.low, "y_high": grid.high}
+    return {
+        "threshold": 0,
+        "y_scale": scale,
+        "y_zero": zero_point,
+        "y_low": grid.low,
+        "y_high": grid.high,
+    }
 
 
 def _no_sum() -> dict[str, Attribute]:
@@ -353,13 +537,28 @@ def _no_sum() -> dict[str, Attribute]:
     }  # fmt: skip
 
 
-def _window(node: ir.Node, kernel: tuple[int, ...] | None = None) -> dict[str, Attribute]:
-    get = {name: list(a.as_ints()) for name, a in node.attributes.items() if a.type == ir.AttributeType.INTS}
+def _window(
+    node: ir.Node, kernel: tuple[int, ...] | None = None
+) -> dict[str, Attribute]:
+    get = {
+        name: list(a.as_ints())
+        for name, a in node.attributes.items()
+        if a.type == ir.AttributeType.INTS
+    }
     kernel = tuple(get["kernel_shape"]) if kernel is None else kernel
-    strides, dilations, pads = get.get("strides", [1, 1]), get.get("dilations", [1, 1]), get.get("pads", [0, 0, 0, 0])
+    strides, dilations, pads = (
+        get.get("strides", [1, 1]),
+        get.get("dilations", [1, 1]),
+        get.get("pads", [0, 0, 0, 0]),
+    )
     pairs = {"kernel": kernel, "stride": strides, "dilation": dilations}
-    found: dict[str, Attribute] = {f"{k}_{axis}": v[i] for k, v in pairs.items() for i, axis in enumerate("hw")}
-    return found | {f"pad_{side}": pads[i] for i, side in enumerate(("top", "left", "bottom", "right"))}
+    found: dict[str, Attribute] = {
+        f"{k}_{axis}": v[i] for k, v in pairs.items() for i, axis in enumerate("hw")
+    }
+    return found | {
+        f"pad_{side}": pads[i]
+        for i, side in enumerate(("top", "left", "bottom", "right"))
+    }
 
 
 def _sizes(value: ir.Value | None) -> list[object]:
@@ -370,7 +569,11 @@ def _sizes(value: ir.Value | None) -> list[object]:
 
 def _static_size(value: ir.Value | None) -> tuple[int, int] | None:
     sizes = _sizes(value)
-    if len(sizes) != 4 or not isinstance(sizes[2], int) or not isinstance(sizes[3], int):
+    if (
+        len(sizes) != 4
+        or not isinstance(sizes[2], int)
+        or not isinstance(sizes[3], int)
+    ):
         return None
     return sizes[2], sizes[3]
 
@@ -381,5 +584,9 @@ def _is_padded(value: ir.Value | None) -> bool:
     while node is not None and not is_mark(node):
         if node.op_type == "Pad":
             return True
-        node = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        node = (
+            node.inputs[0].producer()
+            if node.inputs and node.inputs[0] is not None
+            else None
+        )
     return False

@@ -58,5 +58,7 @@ def parse(file: Path) -> onnx.ModelProto:
     try:
         proto.ParseFromString(content)
     except Exception as error:
-        raise ExportError(f"{file}: not a valid ONNX file (it cannot be parsed)") from error
+        raise ExportError(
+            f"{file}: not a valid ONNX file (it cannot be parsed)"
+        ) from error
     return proto

@@ -25,9 +25,13 @@ class OpenvinoSession:
         openvino = _openvino()
         core = openvino.Core()
         try:
-            self.compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", dict(options))
+            self.compiled = core.compile_model(
+                core.read_model(proto.SerializeToString()), "CPU", dict(options)
+            )
         except RuntimeError as error:
-            raise ExportError(f"OpenVINO {version()} cannot load the model: {error}") from error
+            raise ExportError(
+                f"OpenVINO {version()} cannot load the model: {error}"
+            ) from error
         self.outputs = [value.name for value in proto.graph.output]
 
     def run(self, images: Given) -> dict[str, np.ndarray]:
@@ -37,18 +41,27 @@ class OpenvinoSession:
 
 
 def openvino_runtime(
-    proto: onnx.ModelProto, quantizers: Mapping[str, LoweredQuantizer], name: str, options: Mapping[str, str]
+    proto: onnx.ModelProto,
+    quantizers: Mapping[str, LoweredQuantizer],
+    name: str,
+    options: Mapping[str, str],
 ) -> Runtime:
     """OpenVINO on the CPU under a name of one's choice.
 
     It shows no codes: they are taken from the floats after DequantizeLinear, in a copy of the file that returns these too.
     """
     instrumented, outputs = with_real_outputs(proto, quantizers)
-    exposed, plain = OpenvinoSession(instrumented, options), OpenvinoSession(proto, options)
+    exposed, plain = (
+        OpenvinoSession(instrumented, options),
+        OpenvinoSession(proto, options),
+    )
 
     def codes(images: Given) -> StoredCodes:
         found = exposed.run(images)
-        return {name: from_reals(found[outputs[name]], grid) for name, grid in quantizers.items()}
+        return {
+            name: from_reals(found[outputs[name]], grid)
+            for name, grid in quantizers.items()
+        }
 
     def logits(images: Given) -> Logits:
         (value,) = plain.run(images).values()

@@ -26,8 +26,12 @@ def pack(codes: Codes, bits: int) -> list[Plane]:
         if not np.isin(flat, (-1, 1)).all():
             raise ValueError("1-bit codes are -1 and +1")
         flat = (flat + 1) // 2
-    elif flat.size and not (-(1 << (bits - 1)) <= flat.min() and flat.max() < 1 << (bits - 1)):
-        raise ValueError(f"codes reach {flat.min()} to {flat.max()}, which {bits} bits cannot hold")
+    elif flat.size and not (
+        -(1 << (bits - 1)) <= flat.min() and flat.max() < 1 << (bits - 1)
+    ):
+        raise ValueError(
+            f"codes reach {flat.min()} to {flat.max()}, which {bits} bits cannot hold"
+        )
     planes, shift = [], 0
     for width in plane_widths(bits):
         part = (flat >> shift) & ((1 << width) - 1)
@@ -41,7 +45,9 @@ def unpack(planes: list[Plane], bits: int, shape: tuple[int, ...]) -> Codes:
     return (unpack_scaled(planes, bits, shape, 1)).astype(np.int8)
 
 
-def unpack_scaled(planes: list[Plane], bits: int, shape: tuple[int, ...], factor: int) -> NDArray[np.int8]:
+def unpack_scaled(
+    planes: list[Plane], bits: int, shape: tuple[int, ...], factor: int
+) -> NDArray[np.int8]:
     """codes · factor, decoded byte by byte through the same tables as in the file."""
     count = int(np.prod(shape))
     total = np.zeros(count, np.int8)
@@ -58,12 +64,17 @@ def tables(bits: int, factor: int) -> list[Codes]:
     if factor << max(bits - 1, 0) > 128:
         raise ValueError(f"codes of {bits} bits times {factor} do not fit int8")
     widths = plane_widths(bits)
-    return [_table(width, sum(widths[:i]), i == len(widths) - 1, bits, factor) for i, width in enumerate(widths)]
+    return [
+        _table(width, sum(widths[:i]), i == len(widths) - 1, bits, factor)
+        for i, width in enumerate(widths)
+    ]
 
 
 def _table(width: int, shift: int, is_top: bool, bits: int, factor: int) -> Codes:
     per_byte = 8 // width
-    values = (np.arange(256)[:, None] >> (width * np.arange(per_byte))) & ((1 << width) - 1)
+    values = (np.arange(256)[:, None] >> (width * np.arange(per_byte))) & (
+        (1 << width) - 1
+    )
     if bits == 1:
         contributions = 2 * values - 1
     else:
@@ -77,4 +88,6 @@ def _to_bytes(values: Plane, width: int) -> Plane:
     padded = np.zeros(-(-len(values) // per_byte) * per_byte, np.uint8)
     padded[: len(values)] = values
     shifts = (width * np.arange(per_byte)).astype(np.uint8)
-    return np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8)
+    return np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(
+        np.uint8
+    )

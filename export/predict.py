@@ -33,16 +33,24 @@ def predict(model: Path, images: Sequence[Path]) -> list[Prediction]:
     return [_predict(loaded, expected, path) for path in images]
 
 
-def _predict(loaded: session.Session, expected: dict[str, Any], path: Path) -> Prediction:
+def _predict(
+    loaded: session.Session, expected: dict[str, Any], path: Path
+) -> Prediction:
     logits = logits_of(loaded, preprocess(path, expected), len(expected["classes"]))[0]
     if not np.isfinite(logits).all():
-        raise ExportError(f"{loaded.name}: answers {path} with numbers that are not finite")
+        raise ExportError(
+            f"{loaded.name}: answers {path} with numbers that are not finite"
+        )
     shifted = np.exp(logits - logits.max())
     best = int(shifted.argmax())
-    return Prediction(path, expected["classes"][best], float(shifted[best] / shifted.sum()))
+    return Prediction(
+        path, expected["classes"][best], float(shifted[best] / shifted.sum())
+    )
 
 
-def logits_of(loaded: session.Session, images: NDArray[np.float32], classes: int) -> NDArray[np.float64]:
+def logits_of(
+    loaded: session.Session, images: NDArray[np.float32], classes: int
+) -> NDArray[np.float64]:
     """The answers N_K of a file to N images, K the number of its `classes`.
 
     Raises ExportError where it answers with something else.

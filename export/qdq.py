@@ -39,7 +39,9 @@ class QdqEmitter(Emitter):
             return
         is_quantized = node.op_type in QUANTIZED_OPS and not moves_codes(node)
         read = self._quantized if is_quantized else self._float
-        self._copy(node, [read(v) for v in node.inputs], [value_name(v) for v in node.outputs])
+        self._copy(
+            node, [read(v) for v in node.inputs], [value_name(v) for v in node.outputs]
+        )
 
     def _quantize(self, node: ir.Node) -> None:
         quantizer, source = self.model.quantizers[mark_name(node)], node.inputs[0]
@@ -54,7 +56,9 @@ class QdqEmitter(Emitter):
     def _is_narrow(self, quantizer: LoweredQuantizer) -> bool:
         """Whether the quantizer has fewer codes than the type they are written in."""
         shift = quantizer.zero_point if self.target.qdq == "int8" else 0
-        return (quantizer.low - shift, quantizer.high - shift) != FULL_RANGE[self.target.qdq]
+        return (quantizer.low - shift, quantizer.high - shift) != FULL_RANGE[
+            self.target.qdq
+        ]
 
     def _bounds(self, quantizer: LoweredQuantizer) -> list[str]:
         """The real values of the lowest and the highest code."""
@@ -76,7 +80,11 @@ class QdqEmitter(Emitter):
 
     def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:
         source = self.model.quantizers.get(layer.input_quantizer)
-        inputs = [self._quantized(node.inputs[0]), self._weight(layer, source), self._bias(layer, None)]
+        inputs = [
+            self._quantized(node.inputs[0]),
+            self._weight(layer, source),
+            self._bias(layer, None),
+        ]
         self._copy(node, inputs, [value_name(v) for v in node.outputs], name=layer.name)
 
     def _weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
@@ -94,7 +102,9 @@ class QdqEmitter(Emitter):
     def _int4(self, name: str, codes: np.ndarray) -> str:
         if name not in self.initializers:
             nibbles = pack(codes, 4)[0].tobytes()
-            self.initializers[name] = helper.make_tensor(name, TensorProto.INT4, codes.shape, nibbles, raw=True)
+            self.initializers[name] = helper.make_tensor(
+                name, TensorProto.INT4, codes.shape, nibbles, raw=True
+            )
         return name
 
     def _grid(self, quantizer: LoweredQuantizer) -> list[str]:

@@ -27,23 +27,37 @@ def emit_qonnx(model: LoweredModel) -> onnx.ModelProto:
             layer = model.layers[name]
             shape = (-1, *(1,) * (layer.codes.ndim - 1))
             scale, zero, bits, signed = layer.scale.reshape(shape), 0, layer.bits, 1
-            source = _constant(graph, f"{name}.codes", layer.codes.astype(np.float32) * scale)
+            source = _constant(
+                graph, f"{name}.codes", layer.codes.astype(np.float32) * scale
+            )
         else:
             grid = model.quantizers[name]
             signed = int(grid.zero_point == 1 << (grid.bits - 1))
-            scale, zero, bits = np.asarray(grid.scale), 0 if signed else grid.zero_point, grid.bits
+            scale, zero, bits = (
+                np.asarray(grid.scale),
+                0 if signed else grid.zero_point,
+                grid.bits,
+            )
         inputs = [source, *(_constant(graph, f"{name}.{kind}", value) for kind, value in
                             (("scale", scale), ("zero", np.float32(zero)), ("bits", np.float32(bits))))]  # fmt: skip
         node = ir.node(
-            "Quant", inputs, {"signed": signed, "narrow": 0, "rounding_mode": "ROUND"}, domain=DOMAIN, name=name
+            "Quant",
+            inputs,
+            {"signed": signed, "narrow": 0, "rounding_mode": "ROUND"},
+            domain=DOMAIN,
+            name=name,
         )
-        node.outputs[0].shape, node.outputs[0].dtype = mark.outputs[0].shape, ir.DataType.FLOAT
+        node.outputs[0].shape, node.outputs[0].dtype = (
+            mark.outputs[0].shape,
+            ir.DataType.FLOAT,
+        )
         node.outputs[0].name = f"{name}.quantized"
         take_over(node.outputs[0], mark.outputs[0])
         graph.insert_before(mark, node)
         graph.remove(mark, safe=True)
     _drop_unread(graph)
-    for value in (*graph.inputs, *graph.outputs):  # such tools build for one image and infer the shapes between
+    # Such tools build for one image and infer the shapes between
+    for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape([1, *list(value.shape or [])[1:]])
     for node in graph:
         for value in node.outputs:
@@ -55,7 +69,9 @@ def emit_qonnx(model: LoweredModel) -> onnx.ModelProto:
 
 
 def _constant(graph: ir.Graph, name: str, value: np.ndarray | np.generic) -> ir.Value:
-    made = ir.Value(name=name, const_value=ir.tensor(np.asarray(value, np.float32), name=name))
+    made = ir.Value(
+        name=name, const_value=ir.tensor(np.asarray(value, np.float32), name=name)
+    )
     graph.initializers[name] = made
     return made
 
@@ -63,6 +79,8 @@ def _constant(graph: ir.Graph, name: str, value: np.ndarray | np.generic) -> ir.
 def _drop_unread(graph: ir.Graph) -> None:
     """Latent weights, which nothing reads any more, do not go into the file."""
     for name in [
-        n for n, value in graph.initializers.items() if not list(value.uses()) and constant(value) is not None
+        n
+        for n, value in graph.initializers.items()
+        if not list(value.uses()) and constant(value) is not None
     ]:
         del graph.initializers[name]

@@ -26,10 +26,18 @@ from torch import Tensor
 from export.arithmetic import constant_of_sum
 from export.feeds import Feeds, named
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.skeleton import code_of_fill, constant, is_mark, mark_name, moves_codes, weight_layer
+from export.skeleton import (
+    code_of_fill,
+    constant,
+    is_mark,
+    mark_name,
+    moves_codes,
+    weight_layer,
+)
 from export.thresholds import code_thresholds
 
-FLOAT32_EXACT = 1 << 24  # integers up to here are exact in float32, so float32 convolutions of codes are too
+# Integers up to here are exact in float32, so float32 convolutions of codes are too
+FLOAT32_EXACT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,9 @@ class WindowMean:
         top, left, bottom, right = self.pads
         edges = [left, right, top, bottom]
         padded = self._extended(F.pad(x, edges), height, width)
-        counted = F.pad(torch.ones_like(x[:1, :1]), edges, value=float(self.counts_padding))
+        counted = F.pad(
+            torch.ones_like(x[:1, :1]), edges, value=float(self.counts_padding)
+        )
         counted = self._extended(counted, height, width)
         total, count = torch.zeros(()), torch.zeros(())
         for row in range(self.kernel[0]):
@@ -141,7 +151,9 @@ class WindowMean:
 
     def _outputs(self, size: int, axis: int) -> int:
         free = size + self.pads[axis] + self.pads[axis + 2] - self.kernel[axis]
-        count = (-(-free // self.stride[axis]) if self.ceil else free // self.stride[axis]) + 1
+        count = (
+            -(-free // self.stride[axis]) if self.ceil else free // self.stride[axis]
+        ) + 1
         starts_inside = (count - 1) * self.stride[axis] < size + self.pads[axis]
         return count if starts_inside else count - 1
 
@@ -153,24 +165,35 @@ class WindowMean:
 
     def _tap(self, x: Tensor, row: int, column: int, height: int, width: int) -> Tensor:
         rows = slice(row, row + (height - 1) * self.stride[0] + 1, self.stride[0])
-        return x[:, :, rows, column : column + (width - 1) * self.stride[1] + 1 : self.stride[1]]
+        return x[
+            :,
+            :,
+            rows,
+            column : column + (width - 1) * self.stride[1] + 1 : self.stride[1],
+        ]
 
 
 Value = Tensor | Codes | Accumulator | Sum | Product | Joined | Mean | WindowMean
 Follow = Callable[[ir.Node, dict[ir.Value, "Value"]], None]
 
 
-def _inputs(images: Tensor | NDArray[np.generic] | Feeds, graph: ir.Graph) -> list[Tensor]:
+def _inputs(
+    images: Tensor | NDArray[np.generic] | Feeds, graph: ir.Graph
+) -> list[Tensor]:
     """The graph's inputs in its order; numbers of floating point in float32."""
     if isinstance(images, Tensor):
         given = [images]
     else:
         names = [str(value.name) for value in graph.inputs]
         given = [torch.from_numpy(array) for array in named(images, names).values()]
-    return [tensor.float() if tensor.is_floating_point() else tensor for tensor in given]
+    return [
+        tensor.float() if tensor.is_floating_point() else tensor for tensor in given
+    ]
 
 
-FloatOperator = Callable[[ir.Node, list[NDArray[np.generic] | None]], list[NDArray[np.generic]]]
+FloatOperator = Callable[
+    [ir.Node, list[NDArray[np.generic] | None]], list[NDArray[np.generic]]
+]
 
 
 class IntegerReference:
@@ -187,7 +210,9 @@ class IntegerReference:
     in codes. Floats added in another order can decide a result near a tie, and no other.
     """
 
-    def __init__(self, model: LoweredModel, float_operator: FloatOperator | None = None) -> None:
+    def __init__(
+        self, model: LoweredModel, float_operator: FloatOperator | None = None
+    ) -> None:
         self.model, self.float_operator = model, float_operator
         self.farthest_from_tie = 0.0
 
@@ -204,7 +229,9 @@ class IntegerReference:
         """
         graph = self.model.skeleton.graph
         self.farthest_from_tie = 0.0
-        values: dict[ir.Value, Value] = dict(zip(graph.inputs, _inputs(images, graph), strict=False))
+        values: dict[ir.Value, Value] = dict(
+            zip(graph.inputs, _inputs(images, graph), strict=False)
+        )
         computed: dict[str, NDArray[np.uint8]] = {}
         readers = Counter(v for node in graph for v in node.inputs if v is not None)
         for node in graph:
@@ -212,14 +239,21 @@ class IntegerReference:
                 self._mark(node, values, computed, given)
             else:
                 results = self._apply(node, values)
-                values |= zip(node.outputs, results if isinstance(results, list) else [results], strict=True)
+                values |= zip(
+                    node.outputs,
+                    results if isinstance(results, list) else [results],
+                    strict=True,
+                )
             if follow is not None:
                 follow(node, values)
             for value in filter(None, node.inputs):
                 readers[value] -= 1
                 if not readers[value] and not value.is_graph_output():
                     values.pop(value, None)
-        outputs = {str(value.name): real_of(values[value]).float().numpy() for value in graph.outputs}
+        outputs = {
+            str(value.name): real_of(values[value]).float().numpy()
+            for value in graph.outputs
+        }
         return computed, outputs
 
     def _mark(
@@ -250,7 +284,9 @@ class IntegerReference:
             stored = found
         values[node.outputs[0]] = Codes(stored, quantizer)
 
-    def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Value | list[Value]:
+    def _apply(
+        self, node: ir.Node, values: dict[ir.Value, Value]
+    ) -> Value | list[Value]:
         if not node.inputs or node.inputs[0] is None:
             return self._in_float(node, values)
         x = values.get(node.inputs[0])
@@ -265,8 +301,12 @@ class IntegerReference:
             case "Add" if self._reads_codes_only(node, values):
                 assert node.inputs[1] is not None
                 return Sum(_codes(x, node), _codes(values[node.inputs[1]], node))
-            case "Concat" if self._reads_codes_only(node, values) and not moves_codes(node):
-                parts = tuple(_codes(values[v], node) for v in node.inputs if v is not None)
+            case "Concat" if self._reads_codes_only(node, values) and not moves_codes(
+                node
+            ):
+                parts = tuple(
+                    _codes(values[v], node) for v in node.inputs if v is not None
+                )
                 return Joined(parts, node.attributes["axis"].as_int())
             case "GlobalAveragePool" if isinstance(x, Codes):
                 return Mean(_codes(x, node))
@@ -278,23 +318,42 @@ class IntegerReference:
                 return Codes(x.stored.flatten(1), x.grid)
             case "Reshape" if constant(node.inputs[1]) is not None and x is not None:
                 shape = _resolved(node, x)
-                return Codes(x.stored.reshape(shape), x.grid) if isinstance(x, Codes) else real_of(x).reshape(shape)
+                return (
+                    Codes(x.stored.reshape(shape), x.grid)
+                    if isinstance(x, Codes)
+                    else real_of(x).reshape(shape)
+                )
             case "Transpose" if isinstance(x, Codes):
-                return Codes(x.stored.permute(tuple(node.attributes["perm"].as_ints())).contiguous(), x.grid)
+                return Codes(
+                    x.stored.permute(
+                        tuple(node.attributes["perm"].as_ints())
+                    ).contiguous(),
+                    x.grid,
+                )
             case "Mul" | "MatMul" if self._reads_codes_only(node, values):
                 second = _codes(values[node.inputs[1]], node)  # type: ignore[index]
-                return Product(_codes(x, node), second) if node.op_type == "Mul" else _matmul(_codes(x, node), second)
+                return (
+                    Product(_codes(x, node), second)
+                    if node.op_type == "Mul"
+                    else _matmul(_codes(x, node), second)
+                )
         return self._in_float(node, values)
 
-    def _weight_only(self, node: ir.Node, layer: LoweredLayer, x: Value | None) -> Tensor:
+    def _weight_only(
+        self, node: ir.Node, layer: LoweredLayer, x: Value | None
+    ) -> Tensor:
         """A layer that reads floats: the runtime's operator on the codes times their scale, as DequantizeLinear has them."""
         assert x is not None
         scale = layer.stored_scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
         weight = layer.codes.astype(np.float32) * layer.weight_multiplier * scale
-        return self._evaluate(node, [real_of(x).contiguous().numpy(), weight, layer.float_bias])[0]
+        return self._evaluate(
+            node, [real_of(x).contiguous().numpy(), weight, layer.float_bias]
+        )[0]
 
     def _reads_codes_only(self, node: ir.Node, values: dict[ir.Value, Value]) -> bool:
-        return all(v is not None and isinstance(values.get(v), Codes) for v in node.inputs)
+        return all(
+            v is not None and isinstance(values.get(v), Codes) for v in node.inputs
+        )
 
     def _in_float(self, node: ir.Node, values: dict[ir.Value, Value]) -> list[Value]:
         given = [values.get(v) if v is not None else None for v in node.inputs]
@@ -308,15 +367,29 @@ class IntegerReference:
                 rest[1:2] = [np.array(code_of_fill(node, source.grid), np.float32)]
             outputs = self._evaluate(node, [source.stored.numpy(), *rest])
             return [Codes(codes, source.grid) for codes in outputs]
-        return list(self._evaluate(node, [self._operand(v, x) for v, x in zip(node.inputs, given, strict=True)]))
+        return list(
+            self._evaluate(
+                node,
+                [self._operand(v, x) for v, x in zip(node.inputs, given, strict=True)],
+            )
+        )
 
-    def _operand(self, name: ir.Value | None, value: Value | None) -> NDArray[np.generic] | None:
+    def _operand(
+        self, name: ir.Value | None, value: Value | None
+    ) -> NDArray[np.generic] | None:
         return constant(name) if value is None else real_of(value).contiguous().numpy()
 
-    def _evaluate(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> list[Tensor]:
+    def _evaluate(
+        self, node: ir.Node, operands: list[NDArray[np.generic] | None]
+    ) -> list[Tensor]:
         if self.float_operator is None:
-            raise ExportError(f"node {node.name!r}: {node.op_type} has no integer definition")
-        return [torch.from_numpy(np.array(result)) for result in self.float_operator(node, operands)]
+            raise ExportError(
+                f"node {node.name!r}: {node.op_type} has no integer definition"
+            )
+        return [
+            torch.from_numpy(np.array(result))
+            for result in self.float_operator(node, operands)
+        ]
 
 
 def _resolved(node: ir.Node, x: Value) -> list[int]:
@@ -324,8 +397,13 @@ def _resolved(node: ir.Node, x: Value) -> list[int]:
     wanted = constant(node.inputs[1])
     assert wanted is not None
     sizes = (x.stored if isinstance(x, Codes) else real_of(x)).shape
-    keeps_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1
-    return [sizes[i] if d == 0 and not keeps_zero else int(d) for i, d in enumerate(wanted.ravel())]
+    keeps_zero = (
+        "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1
+    )
+    return [
+        sizes[i] if d == 0 and not keeps_zero else int(d)
+        for i, d in enumerate(wanted.ravel())
+    ]
 
 
 def _matmul(a: Codes, b: Codes) -> Accumulator:
@@ -353,7 +431,9 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
         code = torch.round(_fused_sum(value, grid))
     elif isinstance(value, Product):
         a, b = value.first, value.second
-        ratio = torch.tensor(float(np.float32(a.grid.scale * b.grid.scale) / grid.scale))
+        ratio = torch.tensor(
+            float(np.float32(a.grid.scale * b.grid.scale) / grid.scale)
+        )
         code = torch.round(a.centred() * b.centred() * ratio + grid.zero_point)
     elif isinstance(value, Joined):
         return torch.cat([quantize(part, grid) for part in value.parts], value.axis)
@@ -361,9 +441,13 @@ def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
         x = value.source
         count = x.stored.shape[2] * x.stored.shape[3]
         sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
-        code = torch.round(sums * (torch.tensor(float(x.grid.scale)) / (scale * count))) + grid.zero_point
+        code = (
+            torch.round(sums * (torch.tensor(float(x.grid.scale)) / (scale * count)))
+            + grid.zero_point
+        )
     elif isinstance(value, WindowMean):
-        code = torch.round(value.real() / scale + grid.zero_point)  # added before rounding: it decides near ties
+        # Added before rounding: it decides near ties
+        code = torch.round(value.real() / scale + grid.zero_point)
     else:
         code = torch.round(real_of(value) / scale) + grid.zero_point
     return code.clamp_(grid.low, grid.high)
@@ -376,8 +460,13 @@ def _binarize(value: Value, grid: LoweredQuantizer) -> Tensor:
         return grid.high * (value.sums * value.unit.sign() >= 0).float()
     if isinstance(value, Codes):
         first = torch.from_numpy(code_thresholds(value.grid, grid).astype(np.float32))
-        return grid.high * (value.stored >= first.view(-1, *[1] * (value.stored.dim() - 2))).float()
-    raise ExportError(f"quantizer {grid.name!r}: one bit is decided from a layer's sums or from codes, not from floats")
+        return (
+            grid.high
+            * (value.stored >= first.view(-1, *[1] * (value.stored.dim() - 2))).float()
+        )
+    raise ExportError(
+        f"quantizer {grid.name!r}: one bit is decided from a layer's sums or from codes, not from floats"
+    )
 
 
 def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:
@@ -406,26 +495,45 @@ def accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
     get = node.attributes
     axes = weight.dim() - 2
     pads = get["pads"].as_ints() if "pads" in get else [0] * (2 * axes)
-    both_ends = [p for axis in reversed(range(axes)) for p in (pads[axis], pads[axis + axes])]  # F.pad's order
+    # F.pad's order
+    both_ends = [
+        p for axis in reversed(range(axes)) for p in (pads[axis], pads[axis + axes])
+    ]
     convolve = F.conv1d if axes == 1 else F.conv2d
     sums = convolve(
-        F.pad(codes, both_ends), weight, stride=tuple(get["strides"].as_ints()),
-        dilation=tuple(get["dilations"].as_ints()), groups=get["group"].as_int(),
-    )  # fmt: skip
+        F.pad(codes, both_ends),
+        weight,
+        stride=tuple(get["strides"].as_ints()),
+        dilation=tuple(get["dilations"].as_ints()),
+        groups=get["group"].as_int(),
+    )
     channels = (-1, *[1] * axes)
     return Accumulator(sums.double() + bias.view(channels), unit.view(channels))
 
 
 def _average_pool(node: ir.Node, source: Codes) -> WindowMean:
     get = node.attributes
-    ceil, counts_padding = (name in get and get[name].as_int() == 1 for name in ("ceil_mode", "count_include_pad"))
+    ceil, counts_padding = (
+        name in get and get[name].as_int() == 1
+        for name in ("ceil_mode", "count_include_pad")
+    )
     if "dilations" in get and set(get["dilations"].as_ints()) != {1}:
-        raise ExportError(f"node {node.name!r}: a dilated AveragePool has no integer definition")
+        raise ExportError(
+            f"node {node.name!r}: a dilated AveragePool has no integer definition"
+        )
     kernel, stride = list(get["kernel_shape"].as_ints()), list(get["strides"].as_ints())
     pads = list(get["pads"].as_ints()) if "pads" in get else [0] * (2 * len(kernel))
     if len(kernel) == 1:
         kernel, stride, pads = [1, *kernel], [1, *stride], [0, pads[0], 0, pads[1]]
-    return WindowMean(source, (kernel[0], kernel[1]), (stride[0], stride[1]), tuple(pads), ceil, counts_padding)  # type: ignore[arg-type]
+    top, left, bottom, right = pads
+    return WindowMean(
+        source,
+        (kernel[0], kernel[1]),
+        (stride[0], stride[1]),
+        (top, left, bottom, right),
+        ceil,
+        counts_padding,
+    )
 
 
 def _max_pool(node: ir.Node, stored: Tensor) -> Tensor:
@@ -433,20 +541,32 @@ def _max_pool(node: ir.Node, stored: Tensor) -> Tensor:
     get = node.attributes
     kernel, stride = list(get["kernel_shape"].as_ints()), list(get["strides"].as_ints())
     pads = list(get["pads"].as_ints()) if "pads" in get else [0] * (2 * len(kernel))
-    dilation = list(get["dilations"].as_ints()) if "dilations" in get else [1] * len(kernel)
+    dilation = (
+        list(get["dilations"].as_ints()) if "dilations" in get else [1] * len(kernel)
+    )
     ceil = "ceil_mode" in get and get["ceil_mode"].as_int() == 1
     if is_sequence := len(kernel) == 1:
-        kernel, stride, dilation, pads = [1, *kernel], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
+        kernel, stride, dilation, pads = (
+            [1, *kernel],
+            [1, *stride],
+            [1, *dilation],
+            [0, pads[0], 0, pads[1]],
+        )
         stored = stored.unsqueeze(2)
     top, left, bottom, right = pads
-    padded = F.pad(stored, (left, right, top, bottom), value=0.0)  # 0 is the smallest storage code
-    pooled = F.max_pool2d(padded, tuple(kernel), tuple(stride), 0, tuple(dilation), ceil)
+    # 0 is the smallest storage code
+    padded = F.pad(stored, (left, right, top, bottom), value=0.0)
+    pooled = F.max_pool2d(
+        padded, tuple(kernel), tuple(stride), 0, tuple(dilation), ceil
+    )
     return pooled.squeeze(2) if is_sequence else pooled
 
 
 def _codes(value: Value | None, node: ir.Node) -> Codes:
     if not isinstance(value, Codes):
-        raise ExportError(f"node {node.name!r}: {node.op_type} reads a tensor that no quantizer precedes")
+        raise ExportError(
+            f"node {node.name!r}: {node.op_type} reads a tensor that no quantizer precedes"
+        )
     return value
 
 

@@ -11,7 +11,8 @@ from export.skeleton import weight_layer, written_by
 
 NEGLIGIBLE_CODES = (
     2.0**-10
-)  # the largest sum of a channel that `export/passes/biases.py` may reduce to its bias, in codes
+    # The largest sum of a channel that `export/passes/biases.py` may reduce to its bias, in codes
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,11 @@ class Rounding:
     @property
     def largest(self) -> float:
         """Of all channels, in codes; 0 where results are floats."""
-        return 0.0 if self.in_codes is None else float(np.abs(self.in_codes).max(initial=0.0))
+        return (
+            0.0
+            if self.in_codes is None
+            else float(np.abs(self.in_codes).max(initial=0.0))
+        )
 
 
 def bias_roundings(model: LoweredModel) -> dict[str, Rounding]:
@@ -39,13 +44,18 @@ def bias_roundings(model: LoweredModel) -> dict[str, Rounding]:
             continue
         written = written_by(node, model)
         if written is None or not written.is_binary:
-            found[layer.name] = _rounding(layer, model.quantizers[layer.input_quantizer], written)
+            found[layer.name] = _rounding(
+                layer, model.quantizers[layer.input_quantizer], written
+            )
     return found
 
 
-def _rounding(layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None) -> Rounding:
+def _rounding(
+    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None
+) -> Rounding:
     assert layer.bias_codes is not None
-    unit = (source.scale * layer.stored_scale).astype(np.float64)  # in float32, as the runtime multiplies them
+    # In float32, as the runtime multiplies them
+    unit = (source.scale * layer.stored_scale).astype(np.float64)
     change = layer.bias_codes * unit - layer.folded_bias
     in_codes = None if written is None else change / float(written.scale)
     return Rounding(change, np.abs(unit), in_codes)
@@ -54,9 +64,18 @@ def _rounding(layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQua
 def largest_sums(layer: LoweredLayer, source: LoweredQuantizer) -> NDArray[np.float64]:
     """float64 (O,): the largest magnitude that a channel's sum of products of codes can have, without bias and multiplier."""
     largest_input = max(source.high - source.zero_point, source.zero_point - source.low)
-    return np.abs(layer.codes.astype(np.float64)).reshape(len(layer.codes), -1).sum(1) * largest_input
+    return (
+        np.abs(layer.codes.astype(np.float64)).reshape(len(layer.codes), -1).sum(1)
+        * largest_input
+    )
 
 
-def largest_results(layer: LoweredLayer, source: LoweredQuantizer) -> NDArray[np.float64]:
+def largest_results(
+    layer: LoweredLayer, source: LoweredQuantizer
+) -> NDArray[np.float64]:
     """float64 (O,): the same in real units."""
-    return largest_sums(layer, source) * np.abs(layer.scale.astype(np.float64)) * float(source.scale)
+    return (
+        largest_sums(layer, source)
+        * np.abs(layer.scale.astype(np.float64))
+        * float(source.scale)
+    )

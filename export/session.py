@@ -37,12 +37,16 @@ class Session:
         self.input_names = [i.name for i in session.get_inputs()]
         self.output_names = [o.name for o in session.get_outputs()]
 
-    def run(self, images: NDArray[np.generic] | Feeds) -> dict[str, NDArray[np.generic]]:
+    def run(
+        self, images: NDArray[np.generic] | Feeds
+    ) -> dict[str, NDArray[np.generic]]:
         """Raises ExportError when ONNX Runtime cannot compute them."""
         try:
             found = self.session.run(None, named(images, self.input_names))
         except Exception as error:
-            raise ExportError(f"ONNX Runtime {ort.__version__} cannot run {self.name}: {reason_of(error)}") from error
+            raise ExportError(
+                f"ONNX Runtime {ort.__version__} cannot run {self.name}: {reason_of(error)}"
+            ) from error
         return dict(zip(self.output_names, found, strict=True))
 
 
@@ -78,13 +82,20 @@ def load(
         options.add_session_config_entry(key, value)
     if is_native(proto):
         _register_kernels(options)
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    source = (
+        model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    )
     try:
         made = ort.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=set(without)
+            source,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=set(without),
         )
     except Exception as error:
-        raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {name}: {reason_of(error)}") from error
+        raise ExportError(
+            f"ONNX Runtime {ort.__version__} cannot load {name}: {reason_of(error)}"
+        ) from error
     return Session(made, name)
 
 
@@ -93,7 +104,9 @@ def _register_kernels(options: ort.SessionOptions) -> None:
     try:
         options.register_custom_ops_library(str(path))
     except Exception as error:
-        raise ExportError(f"ONNX Runtime {ort.__version__} refused {path}: {error}") from error
+        raise ExportError(
+            f"ONNX Runtime {ort.__version__} refused {path}: {error}"
+        ) from error
 
 
 def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
@@ -105,7 +118,9 @@ def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
     return ir.to_proto(half)
 
 
-def optimized(model: str | Path | onnx.ModelProto, level: str = "ALL", name: str = "") -> onnx.ModelProto:
+def optimized(
+    model: str | Path | onnx.ModelProto, level: str = "ALL", name: str = ""
+) -> onnx.ModelProto:
     """The graph ONNX Runtime runs for `model`, which messages call `name`, at `level`."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
@@ -124,7 +139,9 @@ class FloatOperators:
         self.opset = opset
         self.sessions: dict[str, ort.InferenceSession] = {}
 
-    def __call__(self, node: ir.Node, operands: list[NDArray[np.generic] | None]) -> list[NDArray[np.generic]]:
+    def __call__(
+        self, node: ir.Node, operands: list[NDArray[np.generic] | None]
+    ) -> list[NDArray[np.generic]]:
         """All results of `node`. Operands of integers (shapes, axes, indices) are constants of its session, as in the file
         the runtime may need them when it loads."""
         given = {f"i{i}": x for i, x in enumerate(operands) if x is not None}
@@ -147,18 +164,32 @@ class FloatOperators:
         made = onnx.helper.make_node(node.op_type, inputs, outputs, domain=node.domain)
         made.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
         infos = [
-            onnx.helper.make_tensor_value_info(k, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), [None] * v.ndim)
+            onnx.helper.make_tensor_value_info(
+                k, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), [None] * v.ndim
+            )
             for k, v in feeds.items()
         ]
-        types = [int(v.dtype) if v.dtype is not None else onnx.TensorProto.FLOAT for v in node.outputs]
-        results = [onnx.helper.make_tensor_value_info(y, t, None) for y, t in zip(outputs, types, strict=True)]
+        types = [
+            int(v.dtype) if v.dtype is not None else onnx.TensorProto.FLOAT
+            for v in node.outputs
+        ]
+        results = [
+            onnx.helper.make_tensor_value_info(y, t, None)
+            for y, t in zip(outputs, types, strict=True)
+        ]
         constants = [onnx.numpy_helper.from_array(v, k) for k, v in fixed.items()]
         graph = onnx.helper.make_graph([made], "operator", infos, results, constants)
-        proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)], ir_version=10)
+        proto = onnx.helper.make_model(
+            graph,
+            opset_imports=[onnx.helper.make_opsetid("", self.opset)],
+            ir_version=10,
+        )
         return load(proto).session
 
 
-def static_int8(fp32: onnx.ModelProto, images: NDArray[np.float32], method: str = "MinMax") -> onnx.ModelProto:
+def static_int8(
+    fp32: onnx.ModelProto, images: NDArray[np.float32], method: str = "MinMax"
+) -> onnx.ModelProto:
     """ONNX Runtime's own static quantization of `fp32`: QDQ, u8 activations, s8 weights per channel, calibrated on `images`.
 
     method: "MinMax" or "Entropy".
@@ -177,14 +208,21 @@ def static_int8(fp32: onnx.ModelProto, images: NDArray[np.float32], method: str 
             return None if batch is None else {name: batch}
 
     with TemporaryDirectory() as folder, _quiet():
-        source, prepared, target = (str(Path(folder) / n) for n in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
+        source, prepared, target = (
+            str(Path(folder) / n) for n in ("fp32.onnx", "prepared.onnx", "int8.onnx")
+        )
         onnx.save(fp32, source)
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
-            prepared, target, Reader(), per_channel=True, quant_format=quantization.QuantFormat.QDQ,
+            prepared,
+            target,
+            Reader(),
+            per_channel=True,
+            quant_format=quantization.QuantFormat.QDQ,
             calibrate_method=quantization.CalibrationMethod[method],
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
         return onnx.load(target)
 
 

@@ -36,7 +36,8 @@ RULES: tuple[RewriteRule, ...] = (
     common.cast_cast_rule,
     common.no_op_cast_rule,
     common.no_op_expand_rule,
-    common.flatten_to_reshape_rule,  # before reshapes of reshapes, which take its result
+    # Before reshapes of reshapes, which take its result
+    common.flatten_to_reshape_rule,
     common.reshape_reshape_rule,
     common.no_op_transpose_rule,
     common.transpose_transpose_rule,

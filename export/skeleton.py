@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from export.lowered import DOMAIN, MARK, LoweredLayer, LoweredModel, LoweredQuantizer
 
-NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # paths of the modules around an operation, then its own name
+# Paths of the modules around an operation, then its own name
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 # Operations that move or pick codes; they commute with a quantizer of one scale. MaxPool does because rounding is monotone.
 LAYOUT_OPS = {
     "MaxPool",
@@ -23,7 +24,8 @@ LAYOUT_OPS = {
     "Pad",
 }
 # These too give codes for codes, but no quantizer is moved before them.
-PICK_OPS = {"Split", "Gather", "Expand", "Tile", "Resize"}  # Resize by nearest neighbour
+# Resize by nearest neighbour
+PICK_OPS = {"Split", "Gather", "Expand", "Tile", "Resize"}
 CODE_OPS = LAYOUT_OPS | PICK_OPS
 WEIGHTED_OPS = {"Conv", "Gemm"}
 
@@ -52,26 +54,46 @@ def only_reader(value: ir.Value) -> ir.Node | None:
 
 def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
     """The value of an initializer or folded constant, None for anything else."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
+    return (
+        None
+        if value is None or value.const_value is None
+        else value.const_value.numpy()
+    )
 
 
 def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
     """The lowered layer whose marked weight `node` reads, if it is a quantized Conv or Gemm."""
-    if node.op_type not in WEIGHTED_OPS or len(node.inputs) < 2 or node.inputs[1] is None:
+    if (
+        node.op_type not in WEIGHTED_OPS
+        or len(node.inputs) < 2
+        or node.inputs[1] is None
+    ):
         return None
     producer = node.inputs[1].producer()
-    return model.layers.get(mark_name(producer)) if producer is not None and is_mark(producer) else None
+    return (
+        model.layers.get(mark_name(producer))
+        if producer is not None and is_mark(producer)
+        else None
+    )
 
 
 def written_by(node: ir.Node, model: LoweredModel) -> LoweredQuantizer | None:
     """The activation quantizer that alone reads the result of `node`, if one does."""
     reader = only_reader(node.outputs[0])
-    return model.quantizers.get(mark_name(reader)) if reader is not None and is_mark(reader) else None
+    return (
+        model.quantizers.get(mark_name(reader))
+        if reader is not None and is_mark(reader)
+        else None
+    )
 
 
 def quantizers_in_order(model: LoweredModel) -> list[str]:
     """Names of the activation quantizers, in graph order."""
-    return [mark_name(n) for n in model.skeleton.graph if is_mark(n) and mark_name(n) in model.quantizers]
+    return [
+        mark_name(n)
+        for n in model.skeleton.graph
+        if is_mark(n) and mark_name(n) in model.quantizers
+    ]
 
 
 def grid_of(value: ir.Value | None) -> str | None:
@@ -104,8 +126,14 @@ def moves_codes(node: ir.Node) -> bool:
     if node.op_type == "Pad":
         return fill_of(node) in (0.0, -np.inf)
     if node.op_type == "Resize":
-        return "mode" not in node.attributes or node.attributes["mode"].as_string() == "nearest"
+        return (
+            "mode" not in node.attributes
+            or node.attributes["mode"].as_string() == "nearest"
+        )
     if node.op_type == "Concat":
         reader = only_reader(node.outputs[0])
-        return not (reader is not None and is_mark(reader)) and len({grid_of(v) for v in node.inputs}) == 1
+        return (
+            not (reader is not None and is_mark(reader))
+            and len({grid_of(v) for v in node.inputs}) == 1
+        )
     return node.op_type in CODE_OPS

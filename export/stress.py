@@ -21,13 +21,34 @@ Uint8 = NDArray[np.uint8]
 
 # The runtime's optimisers that touch quantized graphs, by the names it knows them by.
 OPTIMIZERS = (
-    "ConstantFolding", "QDQPropagationTransformer", "EnsureUniqueDQForNodeUnit", "WeightBiasQuantization",
-    "DoubleQDQPairsRemover", "QDQS8ToU8Transformer", "QDQSelectorActionTransformer", "QDQFinalCleanupTransformer",
-    "ReluQuantFusion", "ClipQuantFusion", "ConvActivationFusion", "ConvAddActivationFusion", "ConvAddFusion", "ConvMulFusion",
-    "ConvBNFusion", "MatMulAddFusion", "GemmActivationFusion", "MatMulActivationFusion", "GeluFusionL2", "BiasGeluFusion",
-    "LayerNormFusion", "SkipLayerNormFusion", "MatMulIntegerToFloatFusion", "TransposeOptimizer", "NchwcTransformer",
-    "NhwcTransformer", "Avx2WeightS8ToU8Transformer",
-)  # fmt: skip
+    "ConstantFolding",
+    "QDQPropagationTransformer",
+    "EnsureUniqueDQForNodeUnit",
+    "WeightBiasQuantization",
+    "DoubleQDQPairsRemover",
+    "QDQS8ToU8Transformer",
+    "QDQSelectorActionTransformer",
+    "QDQFinalCleanupTransformer",
+    "ReluQuantFusion",
+    "ClipQuantFusion",
+    "ConvActivationFusion",
+    "ConvAddActivationFusion",
+    "ConvAddFusion",
+    "ConvMulFusion",
+    "ConvBNFusion",
+    "MatMulAddFusion",
+    "GemmActivationFusion",
+    "MatMulActivationFusion",
+    "GeluFusionL2",
+    "BiasGeluFusion",
+    "LayerNormFusion",
+    "SkipLayerNormFusion",
+    "MatMulIntegerToFloatFusion",
+    "TransposeOptimizer",
+    "NchwcTransformer",
+    "NhwcTransformer",
+    "Avx2WeightS8ToU8Transformer",
+)
 
 
 def culprit(differs: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
@@ -53,7 +74,9 @@ def culprit(differs: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
 PATTERNS: dict[str, Callable[[tuple[int, ...], LoweredQuantizer], Uint8]] = {
     "all-max": lambda shape, grid: np.full(shape, grid.high, np.uint8),
     "all-min": lambda shape, grid: np.full(shape, grid.low, np.uint8),
-    "alternating": lambda shape, grid: np.where(np.indices(shape).sum(0) % 2, grid.high, grid.low).astype(np.uint8),
+    "alternating": lambda shape, grid: np.where(
+        np.indices(shape).sum(0) % 2, grid.high, grid.low
+    ).astype(np.uint8),
     "random": lambda shape, grid: _random_codes(shape, grid),
 }
 
@@ -66,7 +89,9 @@ def _random_codes(shape: tuple[int, ...], grid: LoweredQuantizer) -> Uint8:
     return generator.integers(grid.low, grid.high + 1, shape).astype(np.uint8)
 
 
-def adversarial(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, dict[str, int]]:
+def adversarial(
+    model: LoweredModel, proto: onnx.ModelProto
+) -> dict[str, dict[str, int]]:
     """Layer -> pattern -> wrong codes, for every convolution and linear that ends in a quantizer, cut out of the file and
     fed with extreme codes; layers and patterns without a wrong code are left out."""
     wrong: dict[str, dict[str, int]] = {}
@@ -78,14 +103,19 @@ def adversarial(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, dict[s
         loaded = session.load(layer_model(proto, name, target.name, shape))
         for pattern, make in PATTERNS.items():
             codes = make(shape, source)
-            expected = quantize(accumulate(node, layer, Codes(torch.from_numpy(codes).float(), source)), target)
+            expected = quantize(
+                accumulate(node, layer, Codes(torch.from_numpy(codes).float(), source)),
+                target,
+            )
             found = loaded.run(codes)[target.name]
             if count := int((found != expected.numpy()).sum()):
                 wrong.setdefault(name, {})[pattern] = count
     return wrong
 
 
-def _layers_with_targets(model: LoweredModel) -> Iterator[tuple[ir.Node, str, LoweredQuantizer]]:
+def _layers_with_targets(
+    model: LoweredModel,
+) -> Iterator[tuple[ir.Node, str, LoweredQuantizer]]:
     for node in model.skeleton.graph:
         layer = weight_layer(node, model)
         reader = only_reader(node.outputs[0]) if layer is not None else None
@@ -93,7 +123,9 @@ def _layers_with_targets(model: LoweredModel) -> Iterator[tuple[ir.Node, str, Lo
             yield node, layer.name, model.quantizers[mark_name(reader)]
 
 
-def layer_model(proto: onnx.ModelProto, layer: str, output: str, shape: tuple[int, ...]) -> onnx.ModelProto:
+def layer_model(
+    proto: onnx.ModelProto, layer: str, output: str, shape: tuple[int, ...]
+) -> onnx.ModelProto:
     """The part of `proto` from the codes that `layer` reads to the codes `output`, as a model with uint8 input `codes`."""
     producers = {o: node for node in proto.graph.node for o in node.output}
     node = next(n for n in proto.graph.node if n.name == layer)
@@ -111,9 +143,16 @@ def layer_model(proto: onnx.ModelProto, layer: str, output: str, shape: tuple[in
     used = {i for n in kept.values() for i in n.input}
     nodes = [n for n in proto.graph.node if n.output[0] in kept]
     graph = onnx.helper.make_graph(
-        nodes, layer,
-        [onnx.helper.make_tensor_value_info(entry, onnx.TensorProto.UINT8, ["batch", *shape[1:]])],
+        nodes,
+        layer,
+        [
+            onnx.helper.make_tensor_value_info(
+                entry, onnx.TensorProto.UINT8, ["batch", *shape[1:]]
+            )
+        ],
         [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.UINT8, None)],
         [t for t in proto.graph.initializer if t.name in used],
-    )  # fmt: skip
-    return onnx.helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)
+    )
+    return onnx.helper.make_model(
+        graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version
+    )

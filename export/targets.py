@@ -15,13 +15,17 @@ Activations = Literal["", "uint8", "int8"]
 
 # On x86 without VNNI the runtime then widens before it adds; elsewhere the entry does nothing.
 PRECISE_X64 = (("session.x64quantprecision", "1"),)
-PRECISE_SINCE = "ONNX Runtime 1.25 to 1.29 end the process when session.x64quantprecision is set"
+PRECISE_SINCE = (
+    "ONNX Runtime 1.25 to 1.29 end the process when session.x64quantprecision is set"
+)
 # The first ONNX Runtime whose QLinearConv is right on x86 processors with AMX or AVX-VNNI: 1.23.0 and 1.24.4 write garbage on
 # AMX for 20, 24 or 56 output channels (microsoft/onnxruntime#27671). Elsewhere each target's own `runtime` holds.
 RUNTIME_ON_AMX = "1.25.1"
 # What runtimes add in fewer than 32 bits; docs/arithmetic.md has the table of kernels.
-PAIR_LIMIT = 32_767  # two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
-LOWEST_BYTE = -127  # ARM adds two products with (input - 128) in 16 bits, where (-128)·(-128) twice overflows
+# Two u8·s8 products are added in saturating 16-bit lanes on x86 without VNNI
+PAIR_LIMIT = 32_767
+# ARM adds two products with (input - 128) in 16 bits, where (-128)·(-128) twice overflows
+LOWEST_BYTE = -127
 SUM_LIMIT = (1 << 31) - 1  # every kernel's sum over all products, bias included
 
 
@@ -97,15 +101,25 @@ class LayerPlan:
 def target_named(name: str) -> Target:
     """Raises ExportError for an unknown target, with those there are."""
     if name not in TARGETS:
-        raise ExportError(f"target {name!r}: unknown; there are {', '.join([*TARGETS, 'fp32', 'fp16'])}")
+        raise ExportError(
+            f"target {name!r}: unknown; there are {', '.join([*TARGETS, 'fp32', 'fp16'])}"
+        )
     return TARGETS[name]
 
 
-def plan_layer(target: Target, layer: LoweredLayer, source: LoweredQuantizer | None) -> LayerPlan:
+def plan_layer(
+    target: Target, layer: LoweredLayer, source: LoweredQuantizer | None
+) -> LayerPlan:
     """Decide how `layer` is stored for `target`; `source` is the quantizer it reads, None where it reads floats."""
     if target.qdq:
-        fits = layer.bits <= 4 and layer.codes.min(initial=0) >= -8 and layer.codes.max(initial=0) <= 7
-        return LayerPlan(4 if fits and target.storage == "onnx-int4" else 8, uint8=False)
+        fits = (
+            layer.bits <= 4
+            and layer.codes.min(initial=0) >= -8
+            and layer.codes.max(initial=0) <= 7
+        )
+        return LayerPlan(
+            4 if fits and target.storage == "onnx-int4" else 8, uint8=False
+        )
     if source is not None and needs_uint8(target, layer, source):
         return LayerPlan(8, uint8=True)
     return LayerPlan(layer.bits if target.storage != "int8" else 8, uint8=False)
@@ -133,7 +147,10 @@ def check_quantizer(target: Target, quantizer: LoweredQuantizer) -> None:
             f"{where} has no one-bit activations, for QuantizeLinear knows no threshold; export for an ort target, or train "
             "activations of at least 2 bits"
         )
-    lowest, highest = quantizer.low - quantizer.zero_point, quantizer.high - quantizer.zero_point
+    lowest, highest = (
+        quantizer.low - quantizer.zero_point,
+        quantizer.high - quantizer.zero_point,
+    )
     if target.qdq == "int8" and (lowest < -128 or highest > 127):
         raise ExportError(
             f"{where} holds activations as int8 with zero point 0, and its codes go from {lowest} to {highest}; train this "
@@ -143,7 +160,10 @@ def check_quantizer(target: Target, quantizer: LoweredQuantizer) -> None:
 
 def saturates(layer: LoweredLayer, source: LoweredQuantizer) -> bool:
     """Whether two products of this layer, as stored, can overflow the 16-bit lanes that x86 without VNNI adds them in."""
-    largest = int(np.abs(layer.codes.astype(np.int32)).max(initial=0)) * layer.weight_multiplier
+    largest = (
+        int(np.abs(layer.codes.astype(np.int32)).max(initial=0))
+        * layer.weight_multiplier
+    )
     return 2 * source.high * largest > PAIR_LIMIT
 
 

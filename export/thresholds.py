@@ -34,20 +34,26 @@ def with_threshold_bias(
     half = max(stride // 2, 1)
     unit = (source.scale * layer.stored_scale).astype(np.float64)
     bias = np.zeros(len(unit)) if layer.bias is None else layer.bias
-    wanted = np.broadcast_to(np.asarray(target.thresholds, np.float64), unit.shape) - bias
+    wanted = (
+        np.broadcast_to(np.asarray(target.thresholds, np.float64), unit.shape) - bias
+    )
     reach = float(1 << 30)
     silent = np.abs(unit) < SMALLEST_UNIT
     crossing = wanted / np.where(silent, 1.0, unit)
     silent |= np.abs(crossing) > reach
     down = unit < 0
-    last = stride * np.where(down, np.floor(crossing / stride), np.ceil(crossing / stride))
+    last = stride * np.where(
+        down, np.floor(crossing / stride), np.ceil(crossing / stride)
+    )
     margin = 0 if stride == 1 else half
     codes = np.where(down, -last - margin, -last + margin)
     codes = np.where(silent, np.where(wanted <= 0, half, -half), codes).astype(np.int32)
     layer = _silenced(layer, silent)
     smallest = np.abs(source.scale * layer.stored_scale).min()
     write_scale = np.float32(smallest * half / CODES)
-    return replace(layer, bias_codes=codes, input_quantizer=source.name), replace(target, write_scale=write_scale)
+    return replace(layer, bias_codes=codes, input_quantizer=source.name), replace(
+        target, write_scale=write_scale
+    )
 
 
 def _silenced(layer: LoweredLayer, silent: NDArray[np.bool_]) -> LoweredLayer:
@@ -55,22 +61,33 @@ def _silenced(layer: LoweredLayer, silent: NDArray[np.bool_]) -> LoweredLayer:
     if not silent.any():
         return layer
     codes, scale = layer.codes.copy(), layer.scale.copy()
-    codes[silent], scale[silent] = 0, np.abs(scale[~silent]).max(initial=np.float32(1e-3))
+    codes[silent], scale[silent] = (
+        0,
+        np.abs(scale[~silent]).max(initial=np.float32(1e-3)),
+    )
     channels = tuple(int(c) for c in np.flatnonzero(silent))
-    return replace(layer, codes=codes, scale=scale, bits=max(layer.bits, 2), dead_channels=channels)
+    return replace(
+        layer, codes=codes, scale=scale, bits=max(layer.bits, 2), dead_channels=channels
+    )
 
 
-def code_thresholds(source: LoweredQuantizer, target: LoweredQuantizer) -> NDArray[np.uint8]:
+def code_thresholds(
+    source: LoweredQuantizer, target: LoweredQuantizer
+) -> NDArray[np.uint8]:
     """uint8 () or (C,): the storage code of `source` from which on `target` is +1.
 
     Raises ExportError for a threshold that no code reaches.
     """
     values = (np.arange(256) - source.zero_point).astype(np.float32) * source.scale
-    first = np.searchsorted(values, np.asarray(target.thresholds, np.float32), side="left")
+    first = np.searchsorted(
+        values, np.asarray(target.thresholds, np.float32), side="left"
+    )
     if (first > 255).any():
         channels = np.flatnonzero(first > 255)[:4].tolist()
         raise ExportError(
             f"quantizer {target.name!r}: no code of {source.name!r} reaches the threshold of channels {channels}, which are "
             "-1 throughout; prune them, or train without learned thresholds"
         )
-    return first.astype(np.uint8) if first.size > 1 else first.astype(np.uint8).reshape(())
+    return (
+        first.astype(np.uint8) if first.size > 1 else first.astype(np.uint8).reshape(())
+    )

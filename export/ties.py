@@ -30,16 +30,28 @@ from onnx.reference import ReferenceEvaluator
 from export import arithmetic
 from export.arithmetic import disagreements, one
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer, Tried
-from export.skeleton import CODE_OPS, constant, fill_of, grid_of, is_mark, mark_name, weight_layer
+from export.skeleton import (
+    CODE_OPS,
+    constant,
+    fill_of,
+    grid_of,
+    is_mark,
+    mark_name,
+    weight_layer,
+)
 
 OPSET = 20  # of the skeleton's operators
 PPM = 1e-6
 FARTHEST = 1000  # parts per million
 FLOAT32_ERROR = 2.0**-24  # of one operation in float32, relative to its result
-FUNCTION_ERROR = 16 * FLOAT32_ERROR  # of a runtime's sigmoid, erf or the like, relative to the larger of x and f(x)
-SETTLED = 16 * FLOAT32_ERROR  # relative: a few products in float32 away from where a scale was put
-FEWEST_SUMS = 1024  # to a code, between which a layer's scale is chosen: it moves by less than 1 in so many
-LARGEST_ERROR = 2.0**-19  # of any known arithmetic, relative to the largest value in it: fixed point has 21 bits
+# Of a runtime's sigmoid, erf or the like, relative to the larger of x and f(x)
+FUNCTION_ERROR = 16 * FLOAT32_ERROR
+# Relative: a few products in float32 away from where a scale was put
+SETTLED = 16 * FLOAT32_ERROR
+# To a code, between which a layer's scale is chosen: it moves by less than 1 in so many
+FEWEST_SUMS = 1024
+# Of any known arithmetic, relative to the largest value in it: fixed point has 21 bits
+LARGEST_ERROR = 2.0**-19
 
 # Operations on floats that are computed element by element; the functions among them differ between runtimes.
 FUNCTIONS = {
@@ -79,25 +91,33 @@ def avoid_ties(model: LoweredModel, *, may_move: bool = True) -> bool:
         else:
             remaining = operation.ties(grid)
         model.quantizers[name] = grid
-        model.tried.append(Tried(name, operation.kind, operation.inputs, grid.moved_ppm, remaining))
+        model.tried.append(
+            Tried(name, operation.kind, operation.inputs, grid.moved_ppm, remaining)
+        )
     return any(tried.ppm for tried in model.tried)
 
 
-def nearest_without_ties(grid: LoweredQuantizer, ties: Ties) -> tuple[LoweredQuantizer, int]:
+def nearest_without_ties(
+    grid: LoweredQuantizer, ties: Ties
+) -> tuple[LoweredQuantizer, int]:
     """`grid` with the scale moved as little as avoids all ties, and how many remain where no move does."""
     best, fewest = grid, ties(grid)
     for distance in range(1, FARTHEST + 1):
         for ppm in (distance, -distance):
             if fewest == 0:
                 return best, 0
-            moved = replace(grid, scale=one(float(grid.scale) * (1 + ppm * PPM)), moved_ppm=ppm)
+            moved = replace(
+                grid, scale=one(float(grid.scale) * (1 + ppm * PPM)), moved_ppm=ppm
+            )
             count = ties(moved)
             if count < fewest:
                 best, fewest = moved, count
     return best, fewest
 
 
-def factors_off_ties(layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer) -> NDArray[np.float64]:
+def factors_off_ties(
+    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer
+) -> NDArray[np.float64]:
     """float64 (O,): what to multiply the layer's scales with, so that none of its sums lies at or next to a tie of `written`.
 
     A sum is an integer n, and its code n / D rounded, D = s_y / unit. With D = d / 2^j for an odd d no n is halfway between
@@ -107,7 +127,9 @@ def factors_off_ties(layer: LoweredLayer, source: LoweredQuantizer, written: Low
     """
     unit = np.abs((source.scale * layer.stored_scale).astype(np.float64))
     usable = unit > 0
-    sums_to_a_code = np.divide(float(written.scale), unit, out=np.ones_like(unit), where=usable)
+    sums_to_a_code = np.divide(
+        float(written.scale), unit, out=np.ones_like(unit), where=usable
+    )
     doublings = np.maximum(np.ceil(np.log2(FEWEST_SUMS / sums_to_a_code)), 0.0)
     wanted = sums_to_a_code * 2.0**doublings
     odd = 2 * np.floor(wanted / 2) + 1
@@ -132,7 +154,9 @@ def operation_before(mark: ir.Node, model: LoweredModel) -> Operation | None:
             case "Add":
                 return pair("sum", known[0], known[1], arithmetic.sums, np.add)
             case "Mul":
-                return pair("product", known[0], known[1], arithmetic.products, np.multiply)
+                return pair(
+                    "product", known[0], known[1], arithmetic.products, np.multiply
+                )
             case "Concat":
                 return concatenation(known)
             case "GlobalAveragePool":
@@ -150,7 +174,11 @@ def float_quantizers(model: LoweredModel) -> list[str]:
     """
     found = []
     for node in model.skeleton.graph:
-        if not is_mark(node) or mark_name(node) not in model.quantizers or node.inputs[0] is None:
+        if (
+            not is_mark(node)
+            or mark_name(node) not in model.quantizers
+            or node.inputs[0] is None
+        ):
             continue
         producer = node.inputs[0].producer()
         if producer is None or operation_before(node, model) is not None:
@@ -163,11 +191,15 @@ def float_quantizers(model: LoweredModel) -> list[str]:
 def _mixes_floats(node: ir.Node, model: LoweredModel) -> bool:
     if is_mark(node):
         return False
-    if weight_layer(node, model) is None and node.op_type not in ARITHMETIC | CODE_OPS | {"Concat"}:
+    if weight_layer(
+        node, model
+    ) is None and node.op_type not in ARITHMETIC | CODE_OPS | {"Concat"}:
         return True
     operands = node.inputs[:1] if node.op_type in CODE_OPS else node.inputs
     producers = [v.producer() for v in operands if v is not None]
-    return any(_mixes_floats(producer, model) for producer in producers if producer is not None)
+    return any(
+        _mixes_floats(producer, model) for producer in producers if producer is not None
+    )
 
 
 def pair(
@@ -178,11 +210,16 @@ def pair(
     combine: Callable[..., NDArray[np.float64]],
 ) -> Operation:
     """All pairs of codes of two grids. Only those near a tie are computed in every arithmetic."""
-    a, b = (array.ravel() for array in np.meshgrid(_codes(first), _codes(second), indexing="ij"))
+    a, b = (
+        array.ravel()
+        for array in np.meshgrid(_codes(first), _codes(second), indexing="ij")
+    )
     exact = combine(a * float(first.scale), b * float(second.scale))
 
     def ties(out: LoweredQuantizer) -> int:
-        largest = 255 * (1 + (float(first.scale) + float(second.scale)) / float(out.scale))
+        largest = 255 * (
+            1 + (float(first.scale) + float(second.scale)) / float(out.scale)
+        )
         near = _near_ties(exact / float(out.scale), out, LARGEST_ERROR * largest)
         return disagreements(arithmetics(a[near], b[near], first, second, out), out)
 
@@ -193,7 +230,9 @@ def requantization(source: LoweredQuantizer) -> Operation:
     """Codes of one grid written as codes of another."""
     codes = _codes(source)
     return Operation(
-        "requantization", len(codes), lambda out: disagreements(arithmetic.requantizations(codes, source, out), out)
+        "requantization",
+        len(codes),
+        lambda out: disagreements(arithmetic.requantizations(codes, source, out), out),
     )
 
 
@@ -201,7 +240,9 @@ def concatenation(sources: list[LoweredQuantizer]) -> Operation:
     """Requantization of each part."""
     parts = [requantization(source) for source in sources]
     inputs = sum(part.inputs for part in parts)
-    return Operation("concatenation", inputs, lambda out: sum(part.ties(out) for part in parts))
+    return Operation(
+        "concatenation", inputs, lambda out: sum(part.ties(out) for part in parts)
+    )
 
 
 def global_pool(source: LoweredQuantizer, pixels: int) -> Operation:
@@ -213,7 +254,9 @@ def global_pool(source: LoweredQuantizer, pixels: int) -> Operation:
     def ties(out: LoweredQuantizer) -> int:
         largest = 255 * (1 + float(source.scale) / float(out.scale))
         near = _near_ties(exact / float(out.scale), out, LARGEST_ERROR * largest)
-        return disagreements(arithmetic.global_means(totals[near], pixels, source, out), out)
+        return disagreements(
+            arithmetic.global_means(totals[near], pixels, source, out), out
+        )
 
     return Operation("global pool", len(totals), ties)
 
@@ -225,7 +268,9 @@ def average_pool(source: LoweredQuantizer, window_sizes: list[int]) -> Operation
     """
     codes = _codes(source)
     totals = [np.arange(codes[0] * n, codes[-1] * n + 1) for n in window_sizes]
-    means = np.concatenate([total / n for total, n in zip(totals, window_sizes, strict=True)])
+    means = np.concatenate(
+        [total / n for total, n in zip(totals, window_sizes, strict=True)]
+    )
 
     def ties(out: LoweredQuantizer) -> int:
         scaled = means * float(source.scale) / float(out.scale)
@@ -262,7 +307,9 @@ def _codes(grid: LoweredQuantizer) -> arithmetic.Integers:
 
 
 def _near_ties(
-    scaled: NDArray[np.float64], out: LoweredQuantizer, error: float | NDArray[np.float64]
+    scaled: NDArray[np.float64],
+    out: LoweredQuantizer,
+    error: float | NDArray[np.float64],
 ) -> NDArray[np.bool_]:
     """Which results, in units of the output's scale, lie within `error` of a tie between two codes of the output."""
     tie = np.floor(scaled) + 0.5
@@ -324,18 +371,32 @@ def _evaluate(nodes: list[ir.Node], codes: NDArray[np.float64]) -> NDArray[np.fl
         inputs = [name_of(value) for value in node.inputs]
         names[node.outputs[0]] = f"value{index}"
         copied = onnx.helper.make_node(node.op_type, inputs, [f"value{index}"])
-        copied.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
+        copied.attribute.extend(
+            ir.to_proto(attribute) for attribute in node.attributes.values()
+        )
         made.append(copied)
     result = names[nodes[-1].outputs[0]]
     graph = onnx.helper.make_graph(
         made,
         "function",
-        [onnx.helper.make_tensor_value_info("codes", onnx.TensorProto.DOUBLE, [len(codes)])],
-        [onnx.helper.make_tensor_value_info(result, onnx.TensorProto.DOUBLE, [len(codes)])],
+        [
+            onnx.helper.make_tensor_value_info(
+                "codes", onnx.TensorProto.DOUBLE, [len(codes)]
+            )
+        ],
+        [
+            onnx.helper.make_tensor_value_info(
+                result, onnx.TensorProto.DOUBLE, [len(codes)]
+            )
+        ],
         constants,
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
-    (values,) = ReferenceEvaluator(onnx.shape_inference.infer_shapes(model)).run(None, {"codes": codes})
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)]
+    )
+    (values,) = ReferenceEvaluator(onnx.shape_inference.infer_shapes(model)).run(
+        None, {"codes": codes}
+    )
     return np.asarray(values, np.float64)
 
 
@@ -350,7 +411,9 @@ def _window_sizes(pool: ir.Node) -> list[int]:
     kernel = pool.attributes["kernel_shape"].as_ints()
     whole = int(np.prod(kernel))
     has_padding = "pads" in pool.attributes and any(pool.attributes["pads"].as_ints())
-    hangs_over = "ceil_mode" in pool.attributes and pool.attributes["ceil_mode"].as_int() == 1
+    hangs_over = (
+        "ceil_mode" in pool.attributes and pool.attributes["ceil_mode"].as_int() == 1
+    )
     if not (has_padding or hangs_over):
         return [whole]
     sizes = {1}

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeqat.terminal import in_lines
-from export.metadata import broken_signatures, missing_options, proof_of, random_inputs, read_metadata, unsigned_parts
+from export.metadata import (
+    broken_signatures,
+    missing_options,
+    proof_of,
+    random_inputs,
+    read_metadata,
+    unsigned_parts,
+)
 from export.onnx_file import read
 from export.runtime_checks import INTEGER_KERNELS, layer_kernels, settings_that_differ
 from export.targets import TARGETS
@@ -47,34 +54,60 @@ class FileCheck:
             f"{self.file}: {'verified' if self.passed else 'NOT VERIFIED'} (target {self.target}, without its run)"
         ]
         broken = f"{len(self.signed)} DIFFER" if self.signed else "as signed"
-        lines.append(f"  signature  codes, scales and biases of {self.layers} layers, and the graph: {broken}")
+        lines.append(
+            f"  signature  codes, scales and biases of {self.layers} layers, and the graph: {broken}"
+        )
         lines += [f"             {name}: {what}" for name, what in self.signed.items()]
-        lines.append(f"  kernels    {self.kernels} of {self.integer} layers that read codes run integer kernels")
+        lines.append(
+            f"  kernels    {self.kernels} of {self.integer} layers that read codes run integer kernels"
+        )
         if self.is_plain:
             lines[-1] += "; plain QDQ: that is the runtime's choice"
-        settings = "".join(f"; {name}: {count} codes differ" for name, count in self.different.items())
-        lines.append(f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}")
-        lines.append(f"  proven     {'; '.join(self.proven) or 'nowhere that the file knows of'}")
+        settings = "".join(
+            f"; {name}: {count} codes differ" for name, count in self.different.items()
+        )
+        lines.append(
+            f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}"
+        )
+        lines.append(
+            f"  proven     {'; '.join(self.proven) or 'nowhere that the file knows of'}"
+        )
         lines.append(
             "  unknown    whether these are the trained codes and classes: whoever can change a file can sign it anew; "
             "`qat certify RUN FILE` knows"
         )
-        return in_lines([*lines, *(f"  warning    {warning}" for warning in self.warnings)])
+        return in_lines(
+            [*lines, *(f"  warning    {warning}" for warning in self.warnings)]
+        )
 
 
 def verify_file(file: Path) -> FileCheck:
     """Raises ExportError for a file that is damaged or was not written by this toolkit."""
     proto = read(file)
     metadata = read_metadata(proto, str(file))
-    names = [entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"]
-    kernels = sum(kernel in INTEGER_KERNELS for kernel in layer_kernels(names, proto, str(file)).values())
+    names = [
+        entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"
+    ]
+    kernels = sum(
+        kernel in INTEGER_KERNELS
+        for kernel in layer_kernels(names, proto, str(file)).values()
+    )
     images = random_inputs(metadata, IMAGES)
     return FileCheck(
-        file.name, metadata["target"], len(metadata["layers"]), broken_signatures(proto, metadata), len(names), kernels,
-        settings_that_differ(proto, images, str(file)), (*missing_options(proto), *unsigned_parts(metadata)),
-        tuple(f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)" for entry in proof_of(proto, str(file))),
+        file.name,
+        metadata["target"],
+        len(metadata["layers"]),
+        broken_signatures(proto, metadata),
+        len(names),
+        kernels,
+        settings_that_differ(proto, images, str(file)),
+        (*missing_options(proto), *unsigned_parts(metadata)),
+        tuple(
+            f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)"
+            for entry in proof_of(proto, str(file))
+        ),
         is_plain(metadata["target"]),
-    )  # fmt: skip
+    )
 
 
 def is_plain(target: str) -> bool:

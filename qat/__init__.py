@@ -43,7 +43,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
-        raise AttributeError(f"module 'qat' has no attribute {name!r}; public are {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'qat' has no attribute {name!r}; public are {', '.join(__all__)}"
+        )
     try:
         value = getattr(importlib.import_module(PUBLIC[name]), name)
     except ModuleNotFoundError as error:

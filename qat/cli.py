@@ -199,14 +199,23 @@ def main() -> None:
     Ctrl-C, 143 after SIGTERM."""
 
     def parse_and_execute() -> int:
-        command: Any = tyro.cli(Command, prog="qat", description=f"{DESCRIPTION} {DEBUG_HELP}", args=arguments())
+        command: Any = tyro.cli(
+            Command,
+            prog="qat",
+            description=f"{DESCRIPTION} {DEBUG_HELP}",
+            args=arguments(),
+        )
         return execute(command)
 
     sys.exit(guarded(parse_and_execute))
 
 
-DESCRIPTION = "From a trained run to a proven file: export, certify, bench, compare, report."
-DEBUG_HELP = f"{DEBUG}, anywhere on the line, shows where in the program an error came from."
+DESCRIPTION = (
+    "From a trained run to a proven file: export, certify, bench, compare, report."
+)
+DEBUG_HELP = (
+    f"{DEBUG}, anywhere on the line, shows where in the program an error came from."
+)
 
 
 def arguments() -> list[str]:
@@ -215,15 +224,27 @@ def arguments() -> list[str]:
 
 
 def choose(
-    methods: Mapping[str, Any], description: str | None, *, wrap: Callable[[Any], Any] | None = None, **defaults: object
+    methods: Mapping[str, Any],
+    description: str | None,
+    *,
+    wrap: Callable[[Any], Any] | None = None,
+    **defaults: object,
 ) -> Any:
     """The recipe a command line asks for: one word of `methods`, then its flags; `defaults` replace the recipes' own.
 
     wrap: makes a dataclass of a recipe and further flags, which is then returned in the recipe's place.
     """
-    recipes = {word: dataclasses.replace(recipe, **defaults) for word, recipe in methods.items()}
-    words = {word: (_first_line(recipe), wrap(recipe) if wrap else recipe) for word, recipe in recipes.items()}
-    return tyro.extras.overridable_config_cli(words, description=f"{description}\n\n{DEBUG_HELP}", args=arguments())
+    recipes = {
+        word: dataclasses.replace(recipe, **defaults)
+        for word, recipe in methods.items()
+    }
+    words = {
+        word: (_first_line(recipe), wrap(recipe) if wrap else recipe)
+        for word, recipe in recipes.items()
+    }
+    return tyro.extras.overridable_config_cli(
+        words, description=f"{description}\n\n{DEBUG_HELP}", args=arguments()
+    )
 
 
 def _first_line(recipe: object) -> str:
@@ -236,7 +257,8 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         with termination_raises():
             code = action()
-            sys.stdout.flush()  # a full disk or a closed pipe shows here, and not after the program's end
+            # A full disk or a closed pipe shows here, and not after the program's end
+            sys.stdout.flush()
             return code
     except BrokenPipeError:
         # Whoever read our output stopped reading. Python would complain once more when it closes stdout.
@@ -262,7 +284,9 @@ def _ended(message: str, code: int) -> int:
 def explained(error: Exception) -> str:
     """What a user is told of `error`: its own words where they were written for users, else also how to learn more."""
     if isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        names = [
+            str(name) for name in (error.filename, error.filename2) if name is not None
+        ]
         return ": ".join([*names, error.strerror])
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"out of memory; use a smaller --batch-size or --image-size ({reason_of(error)})"
@@ -270,7 +294,9 @@ def explained(error: Exception) -> str:
         error = naming_extra(error)
     if isinstance(error, ValueError | MissingExtra) and str(error):
         return " ".join(str(error).split())
-    return f"{type(error).__name__}: {reason_of(error)}; {DEBUG} shows where it came from"
+    return (
+        f"{type(error).__name__}: {reason_of(error)}; {DEBUG} shows where it came from"
+    )
 
 
 def execute(command: Any) -> int:
@@ -291,10 +317,18 @@ def execute(command: Any) -> int:
         case Bundle(run, model, out, images):
             say(deploy.bundle_run(run, model, out, images))
         case Bench(runs, target):
-            settings = {"threads": command.threads, "batch": command.batch, "rounds": command.rounds}
+            settings = {
+                "threads": command.threads,
+                "batch": command.batch,
+                "rounds": command.rounds,
+            }
             say(
                 deploy.bench_runs(
-                    runs, target, **settings, calibration=CALIBRATIONS[command.calibration], out=command.out
+                    runs,
+                    target,
+                    **settings,
+                    calibration=CALIBRATIONS[command.calibration],
+                    out=command.out,
                 )
             )
         case Compare():
@@ -331,17 +365,23 @@ def _certify(command: Certify) -> int:
 
     match command.paths:
         case (run, model):
-            certificate = deploy.certify_run(run, model, command.images, command.data_root, command.on)
+            certificate = deploy.certify_run(
+                run, model, command.images, command.data_root, command.on
+            )
             say(certificate)
             if command.whole_target:
-                for name, value in deploy.target_accuracy(run, model, command.data_root).items():
+                for name, value in deploy.target_accuracy(
+                    run, model, command.data_root
+                ).items():
                     say(f"  target     {name} {value:.2%} on the whole target domain")
             return 0 if certificate.passed else 1
         case (*runs, model):
             certificates, joined = deploy.certify_ensemble(runs, model)
             say("\n".join(map(str, [*certificates, joined])))
             return 0 if joined.passed and all(c.passed for c in certificates) else 1
-    raise ValueError("qat certify takes model.onnx, or RUN and model.onnx, or the RUNs of an ensemble and its file")
+    raise ValueError(
+        "qat certify takes model.onnx, or RUN and model.onnx, or the RUNs of an ensemble and its file"
+    )
 
 
 def _compare(command: Compare) -> int:
@@ -355,10 +395,16 @@ def _compare(command: Compare) -> int:
         return 0
     if command.run.suffix == ".onnx":
         comparison = deploy.compare_file(
-            command.baseline, command.run, command.max_drop, command.alpha, command.data_root
+            command.baseline,
+            command.run,
+            command.max_drop,
+            command.alpha,
+            command.data_root,
         )
     else:
-        comparison = compare_runs(command.baseline, command.run, command.max_drop, command.alpha)
+        comparison = compare_runs(
+            command.baseline, command.run, command.max_drop, command.alpha
+        )
     say(comparison)
     if command.markdown is not None:
         write_text(command.markdown, comparison.markdown() + "\n")
@@ -388,7 +434,11 @@ def _ensemble(command: Ensemble) -> int:
     if command.json is not None:
         write_json(command.json, table.to_json())
     if command.out is not None:
-        say(deploy.export_ensemble(command.runs, command.target, command.out, command.average))
+        say(
+            deploy.export_ensemble(
+                command.runs, command.target, command.out, command.average
+            )
+        )
     return 0
 
 

@@ -59,7 +59,9 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
             f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
         )
     example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-    return onnx_of(built.model, target, example, preprocessing_of(folder, recipe, built))
+    return onnx_of(
+        built.model, target, example, preprocessing_of(folder, recipe, built)
+    )
 
 
 def preprocessing_of(folder: RunFolder, recipe: Recipe, built: Built) -> Preprocessing:
@@ -70,7 +72,11 @@ def preprocessing_of(folder: RunFolder, recipe: Recipe, built: Built) -> Preproc
 
 
 def certify_run(
-    run: Path, model: Path, images: int | None = None, data_root: Path | None = None, on: str = ""
+    run: Path,
+    model: Path,
+    images: int | None = None,
+    data_root: Path | None = None,
+    on: str = "",
 ) -> Certificate | Agreement:
     """Check `model` against the run it came from, on the run's real images; also writes certificate.json into the run, and
     into the file where it was proven. The computed codes of a plain QDQ file are not proven but compared
@@ -109,7 +115,9 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
     proto = read(model)
     target = target_named(read_metadata(proto, str(model))["target"])
     if target.qdq:
-        raise ExportError(f"{model}: a file of target {target.name} has no one arithmetic that a bundle could prove")
+        raise ExportError(
+            f"{model}: a file of target {target.name} has no one arithmetic that a bundle could prove"
+        )
     lowered = lowered_for(run, model)
     if different := compare_stored(lowered, proto):
         layer, what = next(iter(different.items()))
@@ -139,10 +147,14 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
 
     _, recipe, built = load_run(run)
     if built.table is None:
-        raise RecipeError(f"{run}: is a full-precision run, there are no codes to certify")
+        raise RecipeError(
+            f"{run}: is a full-precision run, there are no codes to certify"
+        )
     metadata = read_metadata(read(model), str(model))
     if metadata["target"] in FLOAT_TARGETS:
-        raise ExportError(f"{model}: is a float file (target {metadata['target']}), it has no codes to certify")
+        raise ExportError(
+            f"{model}: is a float file (target {metadata['target']}), it has no codes to certify"
+        )
     if metadata["format"] < FORMAT:
         producer = metadata.get("producer", "another program")
         raise ExportError(
@@ -150,11 +162,18 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
             f"more; export it again: qat export {run}"
         )
     target = target_named(metadata["target"])
-    return to_integers(lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)), target)
+    return to_integers(
+        lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)),
+        target,
+    )
 
 
 def certificate_of(
-    run: Path, model: Path, images: int | None = None, data_root: Path | None = None, on: str = ""
+    run: Path,
+    model: Path,
+    images: int | None = None,
+    data_root: Path | None = None,
+    on: str = "",
 ) -> Certificate | Agreement:
     """The certificate alone."""
     from export.agreement import agree
@@ -171,23 +190,38 @@ def certificate_of(
     lowered = lowered_for(run, model)
     folder, recipe, built = load_run(run)
     samples = (
-        folder.samples() if images is None else samples_of_test(split_of(recipe, data_root), recipe, built, images)
+        folder.samples()
+        if images is None
+        else samples_of_test(split_of(recipe, data_root), recipe, built, images)
     )
 
-    def trained(images: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
+    def trained(
+        images: NDArray[np.float32],
+    ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]]:
         return trained_codes(built.model, images)
 
     target = target_named(read_metadata(read(model), str(model))["target"])
     if target.qdq and machines:
-        raise RecipeError(f"--on: a file of target {target.name} has no one arithmetic to prove elsewhere")
+        raise RecipeError(
+            f"--on: a file of target {target.name} has no one arithmetic to prove elsewhere"
+        )
     if target.qdq:
-        return agree(lowered, model, target.name, samples.images, samples.labels, trained)
-    described = describe(lowered, target, preprocessing_of(folder, recipe, built), PRODUCER)
-    return certify(lowered, model, samples.images, samples.labels, trained, machines, described)
+        return agree(
+            lowered, model, target.name, samples.images, samples.labels, trained
+        )
+    described = describe(
+        lowered, target, preprocessing_of(folder, recipe, built), PRODUCER
+    )
+    return certify(
+        lowered, model, samples.images, samples.labels, trained, machines, described
+    )
 
 
 def export_ensemble(
-    runs: Sequence[Path], target: str, out: Path, average: Literal["probabilities", "logits"] = "probabilities"
+    runs: Sequence[Path],
+    target: str,
+    out: Path,
+    average: Literal["probabilities", "logits"] = "probabilities",
 ) -> Path:
     """Write one file that holds `runs` side by side and averages their answers; returns its path."""
     import onnx
@@ -195,14 +229,20 @@ def export_ensemble(
     from export.ensemble import merge_members
 
     if target in ("fp32", "fp16"):
-        raise RecipeError(f"qat ensemble: --target {target} has no codes; name an integer target, such as ort-packed")
-    proto = merge_members([exported(run, target) for run in runs], [run.name for run in runs], average)
+        raise RecipeError(
+            f"qat ensemble: --target {target} has no codes; name an integer target, such as ort-packed"
+        )
+    proto = merge_members(
+        [exported(run, target) for run in runs], [run.name for run in runs], average
+    )
     require_valid(proto)
     write_atomically(out, lambda p: onnx.save(proto, str(p)))
     return out
 
 
-def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificate | Agreement], JoinedCheck]:
+def certify_ensemble(
+    runs: Sequence[Path], model: Path
+) -> tuple[list[Certificate | Agreement], JoinedCheck]:
     """The whole certificate of each member of the ensemble `model` against its run, on the member's part of the file; and
     whether the parts compute together what they compute alone. Nothing is written."""
     from tempfile import TemporaryDirectory
@@ -215,18 +255,26 @@ def certify_ensemble(runs: Sequence[Path], model: Path) -> tuple[list[Certificat
     proto = read(model)
     members = split_members(proto, str(model))
     if len(members) != len(runs):
-        raise RecipeError(f"{model}: holds {len(members)} members, {len(runs)} runs were named; name them in its order")
+        raise RecipeError(
+            f"{model}: holds {len(members)} members, {len(runs)} runs were named; name them in its order"
+        )
     certificates = []
     with TemporaryDirectory() as folder:
         for index, (run, member) in enumerate(zip(runs, members, strict=True)):
             part = Path(folder) / f"{model.name}:m{index}"
             onnx.save(member, str(part))
             certificates.append(certificate_of(run, part))
-    return certificates, check_joined(proto, members, RunFolder.open(runs[0]).samples().images)
+    return certificates, check_joined(
+        proto, members, RunFolder.open(runs[0]).samples().images
+    )
 
 
 def compare_file(
-    baseline: Path, model: Path, max_drop: float, alpha: float = 0.05, data_root: Path | None = None
+    baseline: Path,
+    model: Path,
+    max_drop: float,
+    alpha: float = 0.05,
+    data_root: Path | None = None,
 ) -> Comparison:
     """Compare the file that ships with a full-precision run, or a stored baseline file, image by image.
 
@@ -243,10 +291,18 @@ def compare_file(
             f"qat compare {baseline} RUN --update-baseline"
         )
     recipe = from_json(first.recipe, baseline)
-    return compare_measured(first, measure_file(model, recipe, data_root), max_drop, alpha, (str(baseline), str(model)))
+    return compare_measured(
+        first,
+        measure_file(model, recipe, data_root),
+        max_drop,
+        alpha,
+        (str(baseline), str(model)),
+    )
 
 
-def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> Measured:
+def measure_file(
+    model: Path, recipe: Recipe, data_root: Path | None = None
+) -> Measured:
     """Predictions of a file on the held-out images of `recipe`'s data: every source domain's, and the whole target."""
     from export import session
     from export.metadata import image_input, read_metadata
@@ -263,17 +319,23 @@ def measure_file(model: Path, recipe: Recipe, data_root: Path | None = None) -> 
     loaded = session.load(proto, name=str(model))
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(logits_of(loaded, images.numpy(), len(expected["classes"])))
+        return torch.from_numpy(
+            logits_of(loaded, images.numpy(), len(expected["classes"]))
+        )
 
     mean, std = (tuple(expected[key]) for key in ("mean", "std"))
     found: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
     for subset in (*split.validation, split.target_in):
-        predicted, labels = predictions(predict, seen_batches(subset, expected["size"], mean, std))
+        predicted, labels = predictions(
+            predict, seen_batches(subset, expected["size"], mean, std)
+        )
         found[subset.name] = (predicted.numpy(), labels.numpy())
     return Measured(found, split.target_in.name, tuple(expected["classes"]), None)
 
 
-def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> dict[str, float]:
+def target_accuracy(
+    run: Path, model: Path, data_root: Path | None = None
+) -> dict[str, float]:
     """Accuracy of a file through ONNX Runtime on every test image of the run's target domain, and the trained net's.
 
     data_root: where the images are now, if no longer where the run found them.
@@ -281,7 +343,10 @@ def target_accuracy(run: Path, model: Path, data_root: Path | None = None) -> di
     folder = RunFolder.open(run)
     measured = measure_file(model, folder.recipe(), data_root)
     predicted, labels = measured.predictions[measured.target]
-    return {"trained net": results_of(folder)["target"], "ONNX Runtime": float((predicted == labels).mean())}
+    return {
+        "trained net": results_of(folder)["target"],
+        "ONNX Runtime": float((predicted == labels).mean()),
+    }
 
 
 def measure_run(run: Path, model: Path) -> list[Latency]:
@@ -292,13 +357,19 @@ def measure_run(run: Path, model: Path) -> list[Latency]:
 
     folder, recipe, built = load_run(run)
     images = folder.samples().images[:1]
-    fp32 = lower_float(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size))
+    fp32 = lower_float(
+        built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+    )
     latencies = compare({"fp32": fp32, "quantized": read(model)}, images)
-    write_json(folder / "latency.json", [dataclasses.asdict(entry) for entry in latencies])
+    write_json(
+        folder / "latency.json", [dataclasses.asdict(entry) for entry in latencies]
+    )
     return latencies
 
 
-def write_report(run: Path, baseline: Path | None = None, beside: Sequence[Path] = ()) -> Path:
+def write_report(
+    run: Path, baseline: Path | None = None, beside: Sequence[Path] = ()
+) -> Path:
     """Write `report.html` into the run folder, from what the folder holds; returns its path.
 
     beside: more runs to show side by side. Raises RecipeError when they or the baseline were tested on another domain.
@@ -310,7 +381,11 @@ def write_report(run: Path, baseline: Path | None = None, beside: Sequence[Path]
     if baseline is None and isinstance(recipe, LsqRecipe):
         baseline = recipe.init_from
     path = folder / "report.html"
-    html = render(folder, RunFolder.open(baseline) if baseline else None, [RunFolder.open(other) for other in beside])
+    html = render(
+        folder,
+        RunFolder.open(baseline) if baseline else None,
+        [RunFolder.open(other) for other in beside],
+    )
     write_text(path, html)
     return path
 
@@ -344,12 +419,22 @@ def bench_runs(
     make_folder(where)  # before minutes of measuring
     images = RunFolder.open(runs[0]).samples().images
     settings = {"threads": threads, "batch": batch, "rounds": rounds}
-    table = bench(exported(runs[0], "fp32"), files, images, **settings, calibration=calibration)
-    accuracy = {run.name: 100 * results_of(RunFolder.open(run))["target"] for run in runs}
+    table = bench(
+        exported(runs[0], "fp32"), files, images, **settings, calibration=calibration
+    )
+    accuracy = {
+        run.name: 100 * results_of(RunFolder.open(run))["target"] for run in runs
+    }
     operations = {run.name: bit_operations(run) for run in runs}
-    write_json(where / "bench.json", table.to_json() | {"target_accuracy": accuracy, "operations": operations})
+    write_json(
+        where / "bench.json",
+        table.to_json() | {"target_accuracy": accuracy, "operations": operations},
+    )
     write_text(
-        where / "bench.svg", size_accuracy_latency([vars(row) for row in table.rows if row.name in accuracy], accuracy)
+        where / "bench.svg",
+        size_accuracy_latency(
+            [vars(row) for row in table.rows if row.name in accuracy], accuracy
+        ),
     )
     return table
 
@@ -360,6 +445,9 @@ def bit_operations(run: Path) -> dict[str, int]:
     rows = table.rows if table is not None else ()
     macs = sum(row.macs for row in rows)
     bits = sum(
-        row.macs * (row.weight.bits if row.weight else 32) * (row.input.bits if row.input else 32) for row in rows
+        row.macs
+        * (row.weight.bits if row.weight else 32)
+        * (row.input.bits if row.input else 32)
+        for row in rows
     )
     return {"macs": macs, "bit_operations": bits}

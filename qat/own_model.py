@@ -19,7 +19,13 @@ from edgeqat.files import write_atomically
 from qat import __version__
 from qat.proof import recorded
 from qat.surgery.batches import inputs_of
-from qat.surgery.example import Example, arguments_of, tensors_in, with_leaves, with_tensors
+from qat.surgery.example import (
+    Example,
+    arguments_of,
+    tensors_in,
+    with_leaves,
+    with_tensors,
+)
 from qat.surgery.points import example_of
 from qat.surgery.wrappers import copied, require_float32, unwrapped
 
@@ -83,7 +89,11 @@ def export_onnx(
 
 
 def onnx_of(
-    model: nn.Module, target: str, given: Example, source: Preprocessing | Tensors, input_names: Sequence[str] = ()
+    model: nn.Module,
+    target: str,
+    given: Example,
+    source: Preprocessing | Tensors,
+    input_names: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The ONNX model of `model` for `target`, signed.
 
@@ -101,7 +111,9 @@ def onnx_of(
 
     if target in FLOAT_TARGETS:
         if target == "qonnx":
-            file = emit_qonnx(lower(model, given, float_weights=True, input_names=input_names))
+            file = emit_qonnx(
+                lower(model, given, float_weights=True, input_names=input_names)
+            )
         else:
             file = lower_float(model, given, input_names)
         if target == "fp16":
@@ -153,7 +165,9 @@ def certify(
     file = Path(path)
     metadata = read_metadata(read(file), str(file))
     if metadata["target"] in FLOAT_TARGETS:
-        raise ExportError(f"{file}: is a float file (target {metadata['target']}), it has no codes to certify")
+        raise ExportError(
+            f"{file}: is a float file (target {metadata['target']}), it has no codes to certify"
+        )
     target = target_named(metadata["target"])
     machines = machines_of(on)
     names = input_names_of(model, given)
@@ -162,13 +176,18 @@ def certify(
     lowered = to_integers(lower(model, given, input_names=names), target)
     on_cpu = copied(model).cpu().eval()  # where the file runs
 
-    def trained(part: Any) -> tuple[Mapping[str, NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]:
+    def trained(
+        part: Any,
+    ) -> tuple[Mapping[str, NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]:
         return _trained(on_cpu, part, given, names)
 
     if target.qdq:
         return agree(lowered, file, target.name, feeds, answers, trained)
-    described = describe(lowered, target, {}, PRODUCER)  # the model knows neither classes nor preprocessing
-    certificate = certify_lowered(lowered, file, feeds, answers, trained, machines, described)
+    # The model knows neither classes nor preprocessing
+    described = describe(lowered, target, {}, PRODUCER)
+    certificate = certify_lowered(
+        lowered, file, feeds, answers, trained, machines, described
+    )
     return recorded(certificate, file)
 
 
@@ -179,11 +198,15 @@ def _trained(model: nn.Module, part: Any, given: Example, names: Sequence[str]) 
 
     arrays = part.arrays if isinstance(part, Feeds) else {names[0]: part}
     tensors = iter([torch.from_numpy(arrays[name]) for name in names])
-    args, kwargs = with_tensors(list(arguments_of(model, given)), lambda tensor: next(tensors))
+    args, kwargs = with_tensors(
+        list(arguments_of(model, given)), lambda tensor: next(tensors)
+    )
     return codes_and_outputs(model, (args, kwargs))
 
 
-def _feeds(model: nn.Module, images: Any, given: Example, names: Sequence[str]) -> NDArray[np.float32] | Feeds:
+def _feeds(
+    model: nn.Module, images: Any, given: Example, names: Sequence[str]
+) -> NDArray[np.float32] | Feeds:
     """What the user gave as arrays, by name where the net has several inputs.
 
     Raises ValueError for what the file, made from `given`, does not take: another type, number of axes or size; no image at
@@ -193,7 +216,10 @@ def _feeds(model: nn.Module, images: Any, given: Example, names: Sequence[str]) 
 
     from export.feeds import Feeds
 
-    tensors_given = with_leaves(images, lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf)
+    tensors_given = with_leaves(
+        images,
+        lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf,
+    )
     taken = inputs_of(model, tensors_given, "certify: images", given)
     tensors = [tensor.detach().cpu() for tensor in tensors_in(list(taken))]
     wanted = list(tensors_in(list(arguments_of(model, given))))
@@ -208,11 +234,17 @@ def _feeds(model: nn.Module, images: Any, given: Example, names: Sequence[str]) 
                 "pass images of that size, or the example= that the file was exported with"
             )
         if not len(tensor):
-            raise ValueError(f"certify: images for {name!r} are none; pass a few real ones")
+            raise ValueError(
+                f"certify: images for {name!r} are none; pass a few real ones"
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"certify: images for {name!r} hold NaN or infinity; pass finite ones")
+            raise ValueError(
+                f"certify: images for {name!r} hold NaN or infinity; pass finite ones"
+            )
     arrays = [tensor.numpy() for tensor in tensors]
-    return arrays[0] if len(names) == 1 else Feeds(dict(zip(names, arrays, strict=True)))
+    return (
+        arrays[0] if len(names) == 1 else Feeds(dict(zip(names, arrays, strict=True)))
+    )
 
 
 def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
@@ -221,7 +253,11 @@ def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
 
     if labels is None:
         return np.zeros(0, np.int64)
-    found = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    found = (
+        labels.detach().cpu().numpy()
+        if isinstance(labels, torch.Tensor)
+        else np.asarray(labels)
+    )
     if found.shape != (samples,) or found.dtype.kind not in "iu":
         raise ValueError(
             f"certify: labels are {found.dtype} {list(found.shape)}; {samples} images need {samples} class numbers, or leave "
@@ -298,14 +334,18 @@ def _preprocessing(
             f"export_onnx: {', '.join(missing)} missing; a file for image files says classes, mean and std, all three"
         )
     if isinstance(classes, str):
-        raise ValueError(f"export_onnx: classes is the text {classes!r}; give a list of names")
+        raise ValueError(
+            f"export_onnx: classes is the text {classes!r}; give a list of names"
+        )
     shape = tuple(tensors[0].shape[1:])
     if len(tensors) > 1 or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
         raise ValueError(
             f"export_onnx: classes, mean and std describe square images of 3 channels, the model takes {shape}; leave them "
             "out"
         )
-    return Preprocessing(shape[1], _three("mean", mean), _three("std", std), tuple(classes))
+    return Preprocessing(
+        shape[1], _three("mean", mean), _three("std", std), tuple(classes)
+    )
 
 
 def _three(name: str, numbers: Sequence[float]) -> tuple[float, float, float]:

@@ -19,7 +19,9 @@ def recorded(certificate: Certificate, file: Path) -> Certificate:
     if not certificate.passed:
         return certificate
     try:
-        return dataclasses.replace(certificate, sha256=write_proof(file, certificate.proven()))
+        return dataclasses.replace(
+            certificate, sha256=write_proof(file, certificate.proven())
+        )
     except FileError as error:
         note = f"the file could not be written, so it does not say where it was proven ({error})"
         return dataclasses.replace(certificate, notes=(*certificate.notes, note))

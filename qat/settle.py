@@ -88,7 +88,9 @@ def settle_(model: nn.Module, example: Example | None = None) -> Settlement:
     return Settlement(biases, shifts, scaled, moved, left)
 
 
-def _settle_scales(model: nn.Module, lowered: LoweredModel, left: dict[str, str]) -> dict[str, int]:
+def _settle_scales(
+    model: nn.Module, lowered: LoweredModel, left: dict[str, str]
+) -> dict[str, int]:
     """Write moved scales into the activation quantizers; returns by how much, in ppm."""
     found = quantizers(model)
     moved: dict[str, int] = {}
@@ -114,15 +116,29 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
     from export.ties import factors_off_ties
 
     parameters = dict(model.named_parameters())
-    owners = {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    owners = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, (QuantConv2d, QuantLinear))
+    }
     uses = Counter(layer.bias_parameter for layer in lowered.layers.values())
     scaled = 0
     for node in lowered.skeleton.graph:
         layer, written = weight_layer(node, lowered), written_by(node, lowered)
-        if layer is None or written is None or written.is_binary or not layer.input_quantizer or layer.dead_channels:
+        if (
+            layer is None
+            or written is None
+            or written.is_binary
+            or not layer.input_quantizer
+            or layer.dead_channels
+        ):
             continue
-        factors = factors_off_ties(layer, lowered.quantizers[layer.input_quantizer], written)
-        if (factors == 1).all() or (uses[layer.bias_parameter] > 1 and layer.bias_parameter):
+        factors = factors_off_ties(
+            layer, lowered.quantizers[layer.input_quantizer], written
+        )
+        if (factors == 1).all() or (
+            uses[layer.bias_parameter] > 1 and layer.bias_parameter
+        ):
             continue
         by_channel = torch.from_numpy(factors)
         gamma = parameters.get(f"{layer.bias_parameter.removesuffix('.bias')}.weight")
@@ -132,7 +148,11 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
             continue
         module = owners.get(layer.name)  # none, where the weight is computed
         grid = module.weight_quantizer if module is not None else None
-        movable = grid is not None and not grid.spec.power_of_two and grid.raw_scale.shape == by_channel.shape
+        movable = (
+            grid is not None
+            and not grid.spec.power_of_two
+            and grid.raw_scale.shape == by_channel.shape
+        )
         if module is not None and grid is not None and movable:
             scaled += _scale_weight(module.weight, grid, by_channel)
     return scaled
@@ -159,7 +179,9 @@ def _scaled(parameter: Tensor, factors: Tensor) -> Tensor:
     return (parameter.double() * channels).to(parameter.dtype)
 
 
-def _settle_biases(model: nn.Module, lowered: LoweredModel, left: dict[str, str]) -> tuple[dict[str, float], int]:
+def _settle_biases(
+    model: nn.Module, lowered: LoweredModel, left: dict[str, str]
+) -> tuple[dict[str, float], int]:
     """Write rounded biases into the model; returns by how many codes at most, by layer, and the number of layers."""
     from export.rounding import bias_roundings
 
@@ -174,7 +196,9 @@ def _settle_biases(model: nn.Module, lowered: LoweredModel, left: dict[str, str]
             left[name] = "its bias is not a parameter of the model"
             continue
         parameter = parameters[owner]
-        change = torch.from_numpy(rounding.change).to(parameter.device).view_as(parameter)
+        change = (
+            torch.from_numpy(rounding.change).to(parameter.device).view_as(parameter)
+        )
         value = (parameter.double() + change).to(parameter.dtype)
         if not torch.equal(rounded.setdefault(owner, value), value):
             left[name] = f"{owner} serves other layers too, where it rounds differently"

@@ -13,18 +13,23 @@ import threading
 
 VARIABLES = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
 THREAD = "edgeqat: second pool of OpenMP"
-LARGE = 1 << 17  # elements; PyTorch runs operations on fewer than 2^15 per thread in one thread
+# Elements; PyTorch runs operations on fewer than 2^15 per thread in one thread
+LARGE = 1 << 17
 
 
 def asleep() -> None:
     """Have threads of OpenMP wait asleep, unless the user's environment says how they wait."""
     if VARIABLES & os.environ.keys():
         return
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # for PyTorch, if it comes after this, and for processes that are started
+    # For PyTorch, if it comes after this, and for processes that are started
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     if "torch" in sys.modules and sys.platform == "linux":
         entered = threading.Event()
-        threading.Thread(target=_hold_a_pool, args=(entered,), name=THREAD, daemon=True).start()
-        entered.wait()  # a thread that is still within PyTorch when Python ends would abort the process
+        threading.Thread(
+            target=_hold_a_pool, args=(entered,), name=THREAD, daemon=True
+        ).start()
+        # A thread that is still within PyTorch when Python ends would abort the process
+        entered.wait()
 
 
 def _hold_a_pool(entered: threading.Event) -> None:

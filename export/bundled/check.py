@@ -31,13 +31,21 @@ def main() -> int:
     """The command line; returns 0 where all codes agree, 1 where some differ, 2 for an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "bundle", nargs="?", type=Path, default=HERE, help="folder with expected.json; by default this one"
+        "bundle",
+        nargs="?",
+        type=Path,
+        default=HERE,
+        help="folder with expected.json; by default this one",
     )
     parser.add_argument(
-        "--kernels", type=Path, help="library with edgeqat's operators, for a file of target ort-native"
+        "--kernels",
+        type=Path,
+        help="library with edgeqat's operators, for a file of target ort-native",
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of the runtime")
-    parser.add_argument("--codes", type=Path, help="folder to write the computed codes into")
+    parser.add_argument(
+        "--codes", type=Path, help="folder to write the computed codes into"
+    )
     given = parser.parse_args()
     try:
         expected = read_expected(given.bundle)
@@ -48,7 +56,10 @@ def main() -> int:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except Exception as error:  # the runtime raises its own exceptions
-        print(f"error: ONNX Runtime {ort.__version__} cannot run the file: {printable(error)}", file=sys.stderr)
+        print(
+            f"error: ONNX Runtime {ort.__version__} cannot run the file: {printable(error)}",
+            file=sys.stderr,
+        )
         return 2
     lines, passed = verdict(expected, found)
     changed = changed_files(given.bundle, expected)
@@ -61,17 +72,23 @@ def main() -> int:
 
 def printable(text: object) -> str:
     """`text` without what would steer a terminal; escapes in its place."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+    return "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text)
+    )
 
 
 def read_expected(bundle: Path) -> dict[str, Any]:
     """The bundle's expected.json. Raises ValueError naming the file when it is missing or of another format."""
     path = bundle / "expected.json"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; name the folder that `qat bundle` wrote")
+        raise ValueError(
+            f"{path}: no such file; name the folder that `qat bundle` wrote"
+        )
     expected: dict[str, Any] = json.loads(path.read_text())
     if expected.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {expected.get('format')} is not {FORMAT}, which this script reads")
+        raise ValueError(
+            f"{path}: format {expected.get('format')} is not {FORMAT}, which this script reads"
+        )
     return expected
 
 
@@ -81,11 +98,15 @@ def changed_files(bundle: Path, expected: dict[str, Any]) -> list[str]:
     for entry in (expected["model"], expected["images"]):
         digest = hashlib.sha256((bundle / entry["file"]).read_bytes()).hexdigest()
         if digest != entry["sha256"]:
-            lines.append(f"  changed   {entry['file']} is not the file that was bundled")
+            lines.append(
+                f"  changed   {entry['file']} is not the file that was bundled"
+            )
     return lines
 
 
-def run(bundle: Path, expected: dict[str, Any], threads: int, kernels: Path | None) -> Iterator[dict[str, np.ndarray]]:
+def run(
+    bundle: Path, expected: dict[str, Any], threads: int, kernels: Path | None
+) -> Iterator[dict[str, np.ndarray]]:
     """The outputs for one image after the other."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -96,12 +117,16 @@ def run(bundle: Path, expected: dict[str, Any], threads: int, kernels: Path | No
     if expected["needs_kernels"]:
         library = kernels or next(iter(sorted(bundle.glob("*.so"))), None)
         if library is None:
-            raise ValueError("the file needs edgeqat's kernels: name the library for this device with --kernels")
+            raise ValueError(
+                "the file needs edgeqat's kernels: name the library for this device with --kernels"
+            )
         options.register_custom_ops_library(str(library))
     model = str(bundle / expected["model"]["file"])
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [tensor["name"] for tensor in expected["tensors"]] + [expected["output"]]
-    images = np.fromfile(bundle / expected["images"]["file"], np.float32).reshape(expected["images"]["shape"])
+    images = np.fromfile(bundle / expected["images"]["file"], np.float32).reshape(
+        expected["images"]["shape"]
+    )
     for image in images:
         yield dict(zip(names, session.run(names, {expected["input"]: image[None]})))
 
@@ -168,16 +193,25 @@ def verdict(expected: dict[str, Any], found: Found) -> tuple[list[str], bool]:
         f"  codes     {len(tensors) - len(differing)} of {len(tensors)} tensors are as expected on {images} images"
     ]
     lines += [f"  WRONG     {text}" for text in wrong]
-    lines += [f"  float     {text}: floating point, which may differ in the last bit" for text in in_float]
+    lines += [
+        f"  float     {text}: floating point, which may differ in the last bit"
+        for text in in_float
+    ]
     if after:
-        lines.append(f"  after     {len(after)} tensors that are computed from those differ too")
+        lines.append(
+            f"  after     {len(after)} tensors that are computed from those differ too"
+        )
     answers = [int(logits.argmax()) for logits in found.logits]
     same = sum(ours == theirs for ours, theirs in zip(expected["answers"], answers))
     logits = np.array(expected["logits"], np.float32)
     largest = float(np.abs(np.stack(found.logits) - logits).max())
-    lines.append(f"  answers   {same} of {images} as expected; logits differ by at most {largest:.2g}")
+    lines.append(
+        f"  answers   {same} of {images} as expected; logits differ by at most {largest:.2g}"
+    )
     if wrong:
-        lines.append(f"NOT THE SAME CODES: {len(wrong)} operations compute other codes from the same inputs")
+        lines.append(
+            f"NOT THE SAME CODES: {len(wrong)} operations compute other codes from the same inputs"
+        )
     elif differing:
         lines.append("THE SAME CODES, up to what is computed in floating point")
     else:

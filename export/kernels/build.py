@@ -17,7 +17,13 @@ from edgeqat.compiled import make_library
 from edgeqat.cpp import BuildError, machine
 
 HERE = Path(__file__).parent
-LIBRARY_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+LIBRARY_FLAGS = (
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+)
 AVX512 = ("f", "bw", "vl", "dq", "vnni", "vbmi", "vpopcntdq")
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
@@ -45,26 +51,52 @@ def library_name(architecture: str | None = None) -> str:
 def build(folder: Path, architecture: str | None = None) -> Path:
     """Compile into `folder` for `architecture`, by default this machine's; returns the library's path. Raises BuildError."""
     folder.mkdir(parents=True, exist_ok=True)
-    return make_library(folder, library_name(architecture), lambda path: compile_library(path, architecture))
+    return make_library(
+        folder,
+        library_name(architecture),
+        lambda path: compile_library(path, architecture),
+    )
 
 
 def compile_library(path: Path, architecture: str | None = None) -> None:
     """Compile the library into the file `path`, with object files beside it. Raises BuildError."""
     command = cpp.required_compiler(architecture)
-    objects = compile_all(command, sources(), path.parent, architecture or machine(), LIBRARY_FLAGS)
+    objects = compile_all(
+        command, sources(), path.parent, architecture or machine(), LIBRARY_FLAGS
+    )
     # The runtime's process has libgcc's two or three helpers in a library of its own; ours carries them along.
-    cpp.run([*command, "-shared", "-static-libgcc", *map(str, objects), "-o", str(path)], path.parent)
+    cpp.run(
+        [*command, "-shared", "-static-libgcc", *map(str, objects), "-o", str(path)],
+        path.parent,
+    )
 
 
 def compile_all(
-    command: Sequence[str], files: Sequence[Path], folder: Path, architecture: str, extra: Sequence[str] = ()
+    command: Sequence[str],
+    files: Sequence[Path],
+    folder: Path,
+    architecture: str,
+    extra: Sequence[str] = (),
 ) -> list[Path]:
     """Object files of `files` for `architecture` (x86_64, aarch64, ...), each with its instruction set's flags."""
 
     def one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
         isa = ISA_FLAGS.get(architecture, {}).get(source.name, ())
-        cpp.run([*command, *cpp.EXACT, *extra, *isa, f"-I{HERE}", "-c", str(source), "-o", str(made)], folder)
+        cpp.run(
+            [
+                *command,
+                *cpp.EXACT,
+                *extra,
+                *isa,
+                f"-I{HERE}",
+                "-c",
+                str(source),
+                "-o",
+                str(made),
+            ],
+            folder,
+        )
         return made
 
     with ThreadPoolExecutor(PARALLEL) as pool:

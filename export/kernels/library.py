@@ -35,14 +35,22 @@ def library() -> Path:
 def library_for(architecture: str) -> Path:
     """Path of the library for another architecture, compiled where there is none. Raises ExportError."""
     try:
-        return kept_library(library_name(architecture), HERE, lambda path: compile_library(path, architecture))
+        return kept_library(
+            library_name(architecture),
+            HERE,
+            lambda path: compile_library(path, architecture),
+        )
     except (BuildError, OSError) as error:
-        raise ExportError(f"edgeqat's kernels for {architecture} are not built: {error}") from error
+        raise ExportError(
+            f"edgeqat's kernels for {architecture} are not built: {error}"
+        ) from error
 
 
 def _named(path: Path) -> Path:
     if not path.exists():
         raise ExportError(f"{VARIABLE}={path}: no such file")
     if not path.is_file():
-        raise ExportError(f"{VARIABLE}={path}: is not a regular file; name the compiled library")
+        raise ExportError(
+            f"{VARIABLE}={path}: is not a regular file; name the compiled library"
+        )
     return path

@@ -16,17 +16,30 @@ def fold_batch_norms(model: LoweredModel) -> bool:
     """
     changed = False
     for node in list(model.skeleton.graph):
-        source = node.inputs[0].producer() if node.op_type == "BatchNormalization" and node.inputs[0] else None
+        source = (
+            node.inputs[0].producer()
+            if node.op_type == "BatchNormalization" and node.inputs[0]
+            else None
+        )
         layer = weight_layer(source, model) if source is not None else None
-        if source is None or layer is None or only_reader(source.outputs[0]) is not node:
+        if (
+            source is None
+            or layer is None
+            or only_reader(source.outputs[0]) is not node
+        ):
             continue
-        gamma, beta, mean, variance = (np.asarray(constant(v), np.float64) for v in node.inputs[1:5])
+        gamma, beta, mean, variance = (
+            np.asarray(constant(v), np.float64) for v in node.inputs[1:5]
+        )
         epsilon = node.attributes["epsilon"].as_float()
         a = gamma / np.sqrt(variance + epsilon)
         bias = layer.folded_bias - mean
         scale = (layer.scale.astype(np.float64) * a).astype(np.float32)
         model.layers[f"{layer.name}.weight"] = replace(
-            layer, scale=scale, bias=bias * a + beta, bias_parameter=node.meta.get(BIAS_PARAMETER, "")
+            layer,
+            scale=scale,
+            bias=bias * a + beta,
+            bias_parameter=node.meta.get(BIAS_PARAMETER, ""),
         )
         bypass(node)
         changed = True

@@ -8,7 +8,14 @@ from numpy.typing import NDArray
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.rounding import NEGLIGIBLE_CODES, largest_results, largest_sums
-from export.skeleton import CODE_OPS, fill_of, grid_of, moves_codes, weight_layer, written_by
+from export.skeleton import (
+    CODE_OPS,
+    fill_of,
+    grid_of,
+    moves_codes,
+    weight_layer,
+    written_by,
+)
 from export.targets import SUM_LIMIT, Target, weight_multiplier_of
 from export.thresholds import with_threshold_bias
 
@@ -29,17 +36,26 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             continue
         grid = grid_of(node.inputs[0])
         if grid is None:
-            raise ExportError(f"layer {layer.name!r}: {_why_no_codes(node.inputs[0])}, so no integer kernel can run it")
+            raise ExportError(
+                f"layer {layer.name!r}: {_why_no_codes(node.inputs[0])}, so no integer kernel can run it"
+            )
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
         source, written = model.quantizers[grid], written_by(node, model)
         if written is not None and written.is_binary:
-            layer = replace(layer, weight_multiplier=weight_multiplier_of(target, layer.bits, source))
-            layer, model.quantizers[written.name] = with_threshold_bias(layer, source, written)
+            layer = replace(
+                layer,
+                weight_multiplier=weight_multiplier_of(target, layer.bits, source),
+            )
+            layer, model.quantizers[written.name] = with_threshold_bias(
+                layer, source, written
+            )
         else:
             layer = _with_bias_codes(layer, source, written, target)
             if silent := list(layer.dead_channels):
-                model.notes.append(f"layer {layer.name!r}: in channels {silent} only the bias decides; only it is kept")
+                model.notes.append(
+                    f"layer {layer.name!r}: in channels {silent} only the bias decides; only it is kept"
+                )
         model.layers[f"{layer.name}.weight"] = layer
         check_sums(layer, source)
     missing = [name for name in model.layers if name not in reached]
@@ -53,7 +69,9 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
 def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
     """Raises ExportError when a sum of the layer, bias included, may exceed the 32 bits that every kernel adds it in."""
     assert layer.bias_codes is not None
-    largest = largest_sums(layer, source) * layer.weight_multiplier + np.abs(layer.bias_codes.astype(np.float64))
+    largest = largest_sums(layer, source) * layer.weight_multiplier + np.abs(
+        layer.bias_codes.astype(np.float64)
+    )
     if (largest > SUM_LIMIT).any():
         channel = int(largest.argmax())
         raise ExportError(
@@ -84,12 +102,20 @@ def float_biases(model: LoweredModel) -> bool:
 
 def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
     get = {name: attribute.value for name, attribute in node.attributes.items()}
-    if get.get("transB", 0) != 1 or get.get("transA", 0) or get.get("alpha", 1.0) != 1.0 or get.get("beta", 1.0) != 1.0:
+    if (
+        get.get("transB", 0) != 1
+        or get.get("transA", 0)
+        or get.get("alpha", 1.0) != 1.0
+        or get.get("beta", 1.0) != 1.0
+    ):
         raise ExportError(f"layer {layer.name!r}: Gemm with {get} is not x·Wᵀ + b")
 
 
 def _with_bias_codes(
-    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None, target: Target
+    layer: LoweredLayer,
+    source: LoweredQuantizer,
+    written: LoweredQuantizer | None,
+    target: Target,
 ) -> LoweredLayer:
     """The layer with integer biases; its dead channels are those of which only the bias is kept.
 
@@ -97,17 +123,23 @@ def _with_bias_codes(
     Raises ExportError for a channel whose bias no int32 code can hold though its sums matter.
     """
     for weight_multiplier in (weight_multiplier_of(target, layer.bits, source), 1):
-        layer = replace(layer, weight_multiplier=weight_multiplier, input_quantizer=source.name)
-        unit = (source.scale * layer.stored_scale).astype(np.float64)  # in float32, as the runtime multiplies them
+        layer = replace(
+            layer, weight_multiplier=weight_multiplier, input_quantizer=source.name
+        )
+        # In float32, as the runtime multiplies them
+        unit = (source.scale * layer.stored_scale).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             codes = np.rint(layer.folded_bias / unit)
-        out_of_range = ~(np.abs(codes) + largest_sums(layer, source) * weight_multiplier <= SUM_LIMIT)
+        out_of_range = ~(
+            np.abs(codes) + largest_sums(layer, source) * weight_multiplier <= SUM_LIMIT
+        )
         if not out_of_range.any():
             return replace(layer, bias_codes=codes.astype(np.int32))
         needed = out_of_range & ~_sums_are_negligible(layer, source, written)
         if not needed.any():
             return _with_biases_alone(layer, source, codes, out_of_range)
-    check_sums(replace(layer, bias_codes=np.zeros(len(unit), np.int32)), source)  # whether the sums alone are too large
+    # Whether the sums alone are too large
+    check_sums(replace(layer, bias_codes=np.zeros(len(unit), np.int32)), source)
     channel = int(np.flatnonzero(needed)[0])
     raise ExportError(
         f"layer {layer.name!r}: the bias of output channel {channel} is {layer.folded_bias[channel]:g}, in units of "
@@ -124,21 +156,36 @@ def _sums_are_negligible(
     bias = layer.folded_bias
     if written is None:
         return largest <= NEGLIGIBLE_SHARE * np.abs(bias)
-    lowest, highest = (float(written.scale) * (code - written.zero_point) for code in (written.low, written.high))
+    lowest, highest = (
+        float(written.scale) * (code - written.zero_point)
+        for code in (written.low, written.high)
+    )
     is_clipped = (bias - largest >= highest) | (bias + largest <= lowest)
     return is_clipped | (largest <= NEGLIGIBLE_CODES * float(written.scale))
 
 
 def _with_biases_alone(
-    layer: LoweredLayer, source: LoweredQuantizer, bias_codes: NDArray[np.float64], silent: NDArray[np.bool_]
+    layer: LoweredLayer,
+    source: LoweredQuantizer,
+    bias_codes: NDArray[np.float64],
+    silent: NDArray[np.bool_],
 ) -> LoweredLayer:
     """The layer with weights 0 in its silent channels, in a unit that leaves their biases 20 bits of precision."""
     codes, scale, bias_codes = layer.codes.copy(), layer.scale.copy(), bias_codes.copy()
     channels = [int(c) for c in np.flatnonzero(silent)]
     bias, input_scale = layer.folded_bias[silent], float(source.scale)
     codes[silent] = 0
-    scale[silent] = layer.weight_multiplier * np.maximum(np.abs(bias), 1e-6) / (input_scale * (1 << 20))
-    bias_codes[silent] = np.rint(bias / (input_scale * scale[silent].astype(np.float64) / layer.weight_multiplier))
+    scale[silent] = (
+        layer.weight_multiplier
+        * np.maximum(np.abs(bias), 1e-6)
+        / (input_scale * (1 << 20))
+    )
+    bias_codes[silent] = np.rint(
+        bias
+        / (input_scale * scale[silent].astype(np.float64) / layer.weight_multiplier)
+    )
     bits = max(layer.bits, 2)  # 0 is not a 1-bit code
-    silenced = replace(layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels))
+    silenced = replace(
+        layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels)
+    )
     return replace(silenced, bias_codes=bias_codes.astype(np.int32))

@@ -12,8 +12,16 @@ def absorb_clips(model: LoweredModel) -> bool:
     """Mark(Relu(x)) and Mark(Clip(x)) -> Mark(x) with the clip on the quantizer's bounds."""
     changed = False
     for mark in list(model.skeleton.graph):
-        clip = mark.inputs[0].producer() if is_mark(mark) and mark.inputs[0] is not None else None
-        if clip is None or clip.op_type not in ("Relu", "Clip") or only_reader(clip.outputs[0]) is not mark:
+        clip = (
+            mark.inputs[0].producer()
+            if is_mark(mark) and mark.inputs[0] is not None
+            else None
+        )
+        if (
+            clip is None
+            or clip.op_type not in ("Relu", "Clip")
+            or only_reader(clip.outputs[0]) is not mark
+        ):
             continue
         lowest, highest = _clip_bounds(clip)
         name = mark_name(mark)

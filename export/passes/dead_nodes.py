@@ -8,7 +8,11 @@ def cut_weights_off(model: LoweredModel) -> bool:
     """A marked weight is known by its codes; what computed it (weight standardization) is not in the file."""
     changed = False
     for node in model.skeleton.graph:
-        if is_mark(node) and mark_name(node) in model.layers and node.inputs[0] is not None:
+        if (
+            is_mark(node)
+            and mark_name(node) in model.layers
+            and node.inputs[0] is not None
+        ):
             node.replace_input_with(0, None)
             changed = True
     return changed

@@ -7,7 +7,14 @@ import onnx_ir as ir
 
 from export.lowered import ExportError, LoweredModel
 from export.passes.edit import new_constant, replace_node
-from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, only_reader, weight_layer
+from export.skeleton import (
+    LAYOUT_OPS,
+    constant,
+    is_mark,
+    mark_name,
+    only_reader,
+    weight_layer,
+)
 
 
 def gemms_from_matmuls(model: LoweredModel) -> bool:
@@ -16,7 +23,8 @@ def gemms_from_matmuls(model: LoweredModel) -> bool:
     changed = False
     for node in list(model.skeleton.graph):
         mark = _turned_weight(node)
-        if mark is None or mark_name(mark) not in model.layers:  # the latter: a product of two activations
+        # The latter: a product of two activations
+        if mark is None or mark_name(mark) not in model.layers:
             continue
         _make_gemm(model, node, mark)
         changed = True
@@ -28,7 +36,11 @@ def _turned_weight(node: ir.Node) -> ir.Node | None:
     if node.op_type != "MatMul" or node.inputs[1] is None:
         return None
     transpose = node.inputs[1].producer()
-    if transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
+    if (
+        transpose is None
+        or transpose.op_type != "Transpose"
+        or transpose.inputs[0] is None
+    ):
         return None
     mark = transpose.inputs[0].producer()
     return mark if is_mark(mark) else None
@@ -41,14 +53,25 @@ def _make_gemm(model: LoweredModel, node: ir.Node, mark: ir.Node) -> None:
     last = node if add is None else add
     name = last.outputs[0].name
     shape_in = new_constant(graph, f"{name}/shape_in", np.array([-1, width], np.int64))
-    shape_out = new_constant(graph, f"{name}/shape_out", np.array(_open_shape(last, layer.name), np.int64))
+    shape_out = new_constant(
+        graph, f"{name}/shape_out", np.array(_open_shape(last, layer.name), np.int64)
+    )
     flat = ir.node("Reshape", [node.inputs[0], shape_in], name=f"{name}/flatten")
-    flat.outputs[0].name, flat.outputs[0].shape = f"{name}/flat", ir.Shape([None, width])
+    flat.outputs[0].name, flat.outputs[0].shape = (
+        f"{name}/flat",
+        ir.Shape([None, width]),
+    )
     operands = [flat.outputs[0], mark.outputs[0]]
     if add is not None:
-        bias = next(value for value in add.inputs if value is not None and constant(value) is not None)
+        bias = next(
+            value
+            for value in add.inputs
+            if value is not None and constant(value) is not None
+        )
         operands.append(bias)
-        model.layers[mark_name(mark)] = replace(layer, bias=np.asarray(constant(bias), np.float64))
+        model.layers[mark_name(mark)] = replace(
+            layer, bias=np.asarray(constant(bias), np.float64)
+        )
     elif layer.bias is not None:  # the graph computes it, and adds it after the product
         model.layers[mark_name(mark)] = replace(layer, bias=None, bias_parameter="")
     gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
@@ -63,7 +86,9 @@ def _open_shape(node: ir.Node, layer: str) -> list[int]:
     """Shape of the result with -1 for the batch, wherever that is. Raises ExportError for more than one open axis."""
     shape = node.outputs[0].shape
     if shape is None or sum(not isinstance(size, int) for size in shape) > 1:
-        raise ExportError(f"layer {layer!r}: its output has several dynamic axes; only the batch may be dynamic")
+        raise ExportError(
+            f"layer {layer!r}: its output has several dynamic axes; only the batch may be dynamic"
+        )
     sizes = [size if isinstance(size, int) else -1 for size in shape]
     return sizes if -1 in sizes else [-1, *sizes[1:]]
 
@@ -75,20 +100,33 @@ def gemms_from_classifiers(model: LoweredModel) -> bool:
     for node in list(model.skeleton.graph):
         layer = weight_layer(node, model) if node.op_type == "Conv" else None
         source = node.inputs[0]
-        if layer is None or source is None or source.shape is None or list(source.shape)[2:] != [1, 1]:
+        if (
+            layer is None
+            or source is None
+            or source.shape is None
+            or list(source.shape)[2:] != [1, 1]
+        ):
             continue
-        if layer.codes.shape[1:] != (source.shape[1], 1, 1) or not _is_returned(node.outputs[0]):
+        if layer.codes.shape[1:] != (source.shape[1], 1, 1) or not _is_returned(
+            node.outputs[0]
+        ):
             continue
         name, graph = node.outputs[0].name, model.skeleton.graph
         mark = node.inputs[1]
         assert mark is not None
-        shape = new_constant(graph, f"{name}/shape_out", np.array([-1, len(layer.scale), 1, 1], np.int64))
+        shape = new_constant(
+            graph, f"{name}/shape_out", np.array([-1, len(layer.scale), 1, 1], np.int64)
+        )
         flat = ir.node("Flatten", [source], name=f"{name}/flatten")
-        gemm = ir.node("Gemm", [flat.outputs[0], mark], attributes={"transB": 1}, name=layer.name)
+        gemm = ir.node(
+            "Gemm", [flat.outputs[0], mark], attributes={"transB": 1}, name=layer.name
+        )
         restored = ir.node("Reshape", [gemm.outputs[0], shape], name=f"{name}/restore")
         flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
         flat.outputs[0].shape = ir.Shape([None, layer.codes.shape[1]])
-        model.layers[f"{layer.name}.weight"] = replace(layer, kind="linear", codes=layer.codes[:, :, 0, 0])
+        model.layers[f"{layer.name}.weight"] = replace(
+            layer, kind="linear", codes=layer.codes[:, :, 0, 0]
+        )
         replace_node(node, [flat, gemm, restored])
         changed = True
     return changed

@@ -10,13 +10,27 @@ from export.skeleton import LAYOUT_OPS, constant, is_mark, mark_name, only_reade
 def hoist_marks(model: LoweredModel) -> bool:
     """Mark(Layout(x)) -> Layout(Mark(x)), so that the quantizer follows the integer kernel that computed x."""
     for mark in model.skeleton.graph:
-        layout = mark.inputs[0].producer() if is_mark(mark) and mark.inputs[0] is not None else None
-        if layout is None or layout.op_type not in LAYOUT_OPS or only_reader(layout.outputs[0]) is not mark:
+        layout = (
+            mark.inputs[0].producer()
+            if is_mark(mark) and mark.inputs[0] is not None
+            else None
+        )
+        if (
+            layout is None
+            or layout.op_type not in LAYOUT_OPS
+            or only_reader(layout.outputs[0]) is not mark
+        ):
             continue
-        if mark_name(mark) not in model.quantizers or not _commutes(layout, model.quantizers.get(mark_name(mark))):
+        if mark_name(mark) not in model.quantizers or not _commutes(
+            layout, model.quantizers.get(mark_name(mark))
+        ):
             continue
         source = layout.inputs[0]
-        if source is None or source.producer() is None or only_reader(source) is not layout:
+        if (
+            source is None
+            or source.producer() is None
+            or only_reader(source) is not layout
+        ):
             continue
         take_over(layout.outputs[0], mark.outputs[0])
         model.trained_at.setdefault(mark_name(mark), layout.outputs[0])
@@ -39,4 +53,6 @@ def _commutes(layout: ir.Node, quantizer: LoweredQuantizer | None) -> bool:
             return False
     if quantizer is None or not quantizer.is_binary:
         return True
-    return layout.op_type == "MaxPool" or (layout.op_type != "Pad" and len(quantizer.thresholds) == 1)
+    return layout.op_type == "MaxPool" or (
+        layout.op_type != "Pad" and len(quantizer.thresholds) == 1
+    )

@@ -15,7 +15,9 @@ from export.targets import TARGETS, Target, check_quantizer
 from export.ties import avoid_ties
 
 
-def to_integers(model: LoweredModel, target: Target = TARGETS["ort-int8"]) -> LoweredModel:
+def to_integers(
+    model: LoweredModel, target: Target = TARGETS["ort-int8"]
+) -> LoweredModel:
     """Run all passes in place and return the canonical model for `target`.
 
     Raises ExportError naming what cannot run on integers.

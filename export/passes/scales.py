@@ -17,7 +17,12 @@ def positive_scales(model: LoweredModel, target: Target) -> bool:
     changed = False
     for name, layer in model.layers.items():
         if (layer.codes == -128).any():
-            channels = [int(c) for c in np.flatnonzero((layer.codes == -128).reshape(len(layer.codes), -1).any(1))]
+            channels = [
+                int(c)
+                for c in np.flatnonzero(
+                    (layer.codes == -128).reshape(len(layer.codes), -1).any(1)
+                )
+            ]
             raise ExportError(
                 f"layer {layer.name!r}: target {target.name} takes int8 weights from -127 to 127, and channels "
                 f"{channels[:4]} hold code -128; train it with QuantSpec.of_weight(8), or export for an ort target"
@@ -28,7 +33,8 @@ def positive_scales(model: LoweredModel, target: Target) -> bool:
         codes, scale = layer.codes.copy(), np.abs(layer.scale)
         codes[negative] *= -1
         codes[silent], scale[silent] = 0, 1
-        bits = max(layer.bits, 2) if silent.any() else layer.bits  # 0 is not a 1-bit code
+        # 0 is not a 1-bit code
+        bits = max(layer.bits, 2) if silent.any() else layer.bits
         model.layers[name] = replace(layer, codes=codes, scale=scale, bits=bits)
         changed = True
     return changed

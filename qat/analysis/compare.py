@@ -61,7 +61,9 @@ class Comparison:
     def __str__(self) -> str:
         names = [printable(row.name) for row in self.rows]
         width = max(map(len, names))
-        lines = [f"{'accuracy, %':<{width}}  baseline      run   change  images  p(drop <= {self.max_drop:g})"]
+        lines = [
+            f"{'accuracy, %':<{width}}  baseline      run   change  images  p(drop <= {self.max_drop:g})"
+        ]
         for name, row in zip(names, self.rows, strict=True):
             verdict = "  FAILED" if row.failed else ""
             lines.append(
@@ -72,11 +74,16 @@ class Comparison:
 
     def markdown(self) -> str:
         """A table for a pull request."""
-        lines = ["| accuracy, % | baseline | run | change | images | |", "|---|---:|---:|---:|---:|---|"]
+        lines = [
+            "| accuracy, % | baseline | run | change | images | |",
+            "|---|---:|---:|---:|---:|---|",
+        ]
         for row in self.rows:
             mark = "**failed**" if row.failed else ""
             name = markdown_text(row.name)
-            lines.append(f"| {name} | {row.baseline:.2f} | {row.run:.2f} | {-row.drop:+.2f} | {row.images} | {mark} |")
+            lines.append(
+                f"| {name} | {row.baseline:.2f} | {row.run:.2f} | {-row.drop:+.2f} | {row.images} | {mark} |"
+            )
         return "\n".join([*lines, "", self._verdict(markdown_text)])
 
     def to_json(self) -> dict[str, object]:
@@ -91,7 +98,12 @@ class Comparison:
 
 SOURCES = "source domains"
 COMPARED: Shape = {"test_domain": TEXT, "classes": Maybe([TEXT])}  # of results.json
-BASELINE: Shape = {"target": TEXT, "domains": Each([[WHOLE]]), "classes": Maybe([TEXT]), "recipe": Maybe({})}
+BASELINE: Shape = {
+    "target": TEXT,
+    "domains": Each([[WHOLE]]),
+    "classes": Maybe([TEXT]),
+    "recipe": Maybe({}),
+}
 # What means something in GitHub's Markdown or in HTML; an underscore only at a word's edge.
 MARKUP = re.compile(r"[\\`*{}\[\]<>&|~#@!$^\"'=:/.]|(?<![^\W_])_|_(?![^\W_])")
 
@@ -116,16 +128,28 @@ class Measured:
     recipe: dict[str, Any] | None
 
 
-def compare_runs(baseline: Path, run: Path, max_drop: float, alpha: float = 0.05) -> Comparison:
+def compare_runs(
+    baseline: Path, run: Path, max_drop: float, alpha: float = 0.05
+) -> Comparison:
     """Compare two finished runs, or a run with a stored baseline file (`write_baseline`).
 
     Raises RecipeError when they were not measured on the same images and classes, or for an impossible allowance.
     """
-    return compare_measured(load_measured(baseline), load_measured(run), max_drop, alpha, (str(baseline), str(run)))
+    return compare_measured(
+        load_measured(baseline),
+        load_measured(run),
+        max_drop,
+        alpha,
+        (str(baseline), str(run)),
+    )
 
 
 def compare_measured(
-    first: Measured, second: Measured, max_drop: float, alpha: float, names: tuple[str, str]
+    first: Measured,
+    second: Measured,
+    max_drop: float,
+    alpha: float,
+    names: tuple[str, str],
 ) -> Comparison:
     """Compare what was measured of the baseline, `first`, and of what is judged. names: of both, for messages."""
     if first.target != second.target:
@@ -134,20 +158,28 @@ def compare_measured(
         )
     require_same_classes(first.classes, second.classes, *names)
     both = " and ".join(names)
-    return compare_predictions(first.predictions, second.predictions, first.target, max_drop, alpha, both)
+    return compare_predictions(
+        first.predictions, second.predictions, first.target, max_drop, alpha, both
+    )
 
 
 def require_same_classes(
-    first: Sequence[str] | None, second: Sequence[str] | None, first_name: str, second_name: str
+    first: Sequence[str] | None,
+    second: Sequence[str] | None,
+    first_name: str,
+    second_name: str,
 ) -> None:
     """Raises RecipeError when both name their classes and the names or their order differ: the same number would then mean
     another class."""
     if first is None or second is None or list(first) == list(second):
         return
     place = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
     )
-    shown = [names[place] if place < len(names) else "nothing" for names in (first, second)]
+    shown = [
+        names[place] if place < len(names) else "nothing" for names in (first, second)
+    ]
     raise RecipeError(
         f"{first_name} and {second_name} have other classes: number {place} is {shown[0]!r} in one and {shown[1]!r} in the "
         "other; train both on the same folders, in the same order"
@@ -155,11 +187,18 @@ def require_same_classes(
 
 
 def compare_predictions(
-    first: Predictions, second: Predictions, target: str, max_drop: float, alpha: float = 0.05, names: str = "the two"
+    first: Predictions,
+    second: Predictions,
+    target: str,
+    max_drop: float,
+    alpha: float = 0.05,
+    names: str = "the two",
 ) -> Comparison:
     """Compare per-image predictions by domain; `target` names the held-out one."""
     if max_drop < 0 or not 0 < alpha < 1:
-        raise RecipeError(f"--max-drop must not be negative and --alpha lie in (0, 1), got {max_drop} and {alpha}")
+        raise RecipeError(
+            f"--max-drop must not be negative and --alpha lie in (0, 1), got {max_drop} and {alpha}"
+        )
     if first.keys() != second.keys():
         raise RecipeError(
             f"{names} have different domains: {', '.join(first)} and {', '.join(second)}; compare like with like"
@@ -178,19 +217,31 @@ def compare_predictions(
         label = first[domain][1]
         pairs[domain] = (first[domain][0] == label, second[domain][0] == label)
     sources = [both for domain, both in pairs.items() if domain != target]
-    rows = [_row(domain, *both, max_drop, alpha, gate=False) for domain, both in pairs.items() if domain != target]
+    rows = [
+        _row(domain, *both, max_drop, alpha, gate=False)
+        for domain, both in pairs.items()
+        if domain != target
+    ]
     if sources:
-        joined = (np.concatenate([a for a, _ in sources]), np.concatenate([b for _, b in sources]))
+        joined = (
+            np.concatenate([a for a, _ in sources]),
+            np.concatenate([b for _, b in sources]),
+        )
         rows.append(_row(SOURCES, *joined, max_drop, alpha, gate=True))
     if target in pairs:
-        rows.append(_row(f"{target} (target)", *pairs[target], max_drop, alpha, gate=True))
+        rows.append(
+            _row(f"{target} (target)", *pairs[target], max_drop, alpha, gate=True)
+        )
     return Comparison(tuple(rows), max_drop, alpha)
 
 
 def write_baseline(run: Path, file: Path) -> None:
     """Store a run's per-image predictions, its classes and its recipe as one JSON file that a repository can keep."""
     measured = load_measured(run)
-    domains = {d: [p.tolist(), label.tolist()] for d, (p, label) in measured.predictions.items()}
+    domains = {
+        d: [p.tolist(), label.tolist()]
+        for d, (p, label) in measured.predictions.items()
+    }
     value = {
         "target": measured.target,
         "classes": measured.classes,
@@ -206,8 +257,14 @@ def load_measured(path: Path) -> Measured:
         folder = RunFolder.open(path)
         results = folder.results()
         require(results, COMPARED, folder / "results.json")
-        recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else None
-        return Measured(folder.predictions(), results["test_domain"], _classes(results), recipe)
+        recipe = (
+            read_json(folder / "recipe.json")
+            if (folder / "recipe.json").exists()
+            else None
+        )
+        return Measured(
+            folder.predictions(), results["test_domain"], _classes(results), recipe
+        )
     try:
         value = read_json(path)
     except FileError as error:
@@ -220,7 +277,9 @@ def load_measured(path: Path) -> Measured:
     domains = {}
     for domain, both in value["domains"].items():
         if len(both) != 2:
-            raise RecipeError(f"{path}: entry domains.{domain} has {len(both)} lists, expected predictions and labels")
+            raise RecipeError(
+                f"{path}: entry domains.{domain} has {len(both)} lists, expected predictions and labels"
+            )
         domains[domain] = (np.array(both[0], np.int64), np.array(both[1], np.int64))
     return Measured(domains, value["target"], _classes(value), value.get("recipe"))
 
@@ -231,12 +290,26 @@ def _classes(value: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _row(
-    name: str, baseline: NDArray[np.bool_], run: NDArray[np.bool_], max_drop: float, alpha: float, *, gate: bool
+    name: str,
+    baseline: NDArray[np.bool_],
+    run: NDArray[np.bool_],
+    max_drop: float,
+    alpha: float,
+    *,
+    gate: bool,
 ) -> Row:
     lost, won = int((baseline & ~run).sum()), int((~baseline & run).sum())
     within = _within_allowance(lost, won, len(run), max_drop)
     failed = gate and within < alpha
-    return Row(name, len(run), 100 * baseline.mean(), 100 * run.mean(), within, mcnemar(lost, won), failed)
+    return Row(
+        name,
+        len(run),
+        100 * baseline.mean(),
+        100 * run.mean(),
+        within,
+        mcnemar(lost, won),
+        failed,
+    )
 
 
 def _within_allowance(lost: int, won: int, images: int, max_drop: float) -> float:

@@ -67,7 +67,9 @@ class EnsembleTable:
         names = [printable(row.name) for row in self.rows]
         width = max(map(len, names))
         heads = "".join(f"{f'm{i}':>8}" for i in range(len(self.members)))
-        lines = [f"{'accuracy, %':<{width}}  images{heads}    mean  ensemble  over the mean (95 %)"]
+        lines = [
+            f"{'accuracy, %':<{width}}  images{heads}    mean  ensemble  over the mean (95 %)"
+        ]
         for name, row in zip(names, self.rows, strict=True):
             members = "".join(f"{value:>8.2f}" for value in row.members)
             low, high = row.interval
@@ -82,12 +84,17 @@ class EnsembleTable:
             for i, name in enumerate(self.members)
         ]
         return "\n".join(
-            [*lines, f"ensemble: mean of the members' {'softmax ' if self.average != 'logits' else ''}{self.average}"]
+            [
+                *lines,
+                f"ensemble: mean of the members' {'softmax ' if self.average != 'logits' else ''}{self.average}",
+            ]
         )
 
 
 def evaluate_ensemble(
-    runs: Sequence[Path], average: Average = "probabilities", data_root: Path | None = None
+    runs: Sequence[Path],
+    average: Average = "probabilities",
+    data_root: Path | None = None,
 ) -> EnsembleTable:
     """Measure the ensemble of finished `runs` and its members.
 
@@ -96,11 +103,17 @@ def evaluate_ensemble(
     """
     recipes, built, split = load_members(runs, data_root)
     subsets = (*split.validation, split.target_in)
-    answers = {s.name: _answers(built, eval_batches(s, recipes[0], built[0])) for s in subsets}
-    return compare_ensemble([str(run) for run in runs], answers, split.target_in.name, average)
+    answers = {
+        s.name: _answers(built, eval_batches(s, recipes[0], built[0])) for s in subsets
+    }
+    return compare_ensemble(
+        [str(run) for run in runs], answers, split.target_in.name, average
+    )
 
 
-def load_members(runs: Sequence[Path], data_root: Path | None = None) -> tuple[list[Recipe], list[Built], Split]:
+def load_members(
+    runs: Sequence[Path], data_root: Path | None = None
+) -> tuple[list[Recipe], list[Built], Split]:
     """Recipes and models of `runs`, and the split that they share."""
     if len(runs) < 2:
         raise RecipeError("qat ensemble: name at least two run folders")
@@ -116,7 +129,9 @@ def load_members(runs: Sequence[Path], data_root: Path | None = None) -> tuple[l
                     f"{runs[0]} and {run} differ in --{name.replace('_', '-')}; the members of an ensemble must agree on it"
                 )
         if (model.mean, model.std) != (built[0].mean, built[0].std):
-            raise RecipeError(f"{runs[0]} and {run} normalise images by other means and deviations")
+            raise RecipeError(
+                f"{runs[0]} and {run} normalise images by other means and deviations"
+            )
         if classes[-1] != classes[0]:
             raise RecipeError(f"{runs[0]} and {run} were trained on other classes")
     return recipes, built, split_of(recipes[0], data_root)
@@ -130,23 +145,37 @@ def _answers(built: Sequence[Built], batches: object) -> Answers:
         for own, member in zip(logits, built, strict=True):
             own.append(member.model(images))
         labels.append(label)
-    return Answers(torch.stack([torch.cat(own) for own in logits]).numpy(), torch.cat(labels).numpy())
+    return Answers(
+        torch.stack([torch.cat(own) for own in logits]).numpy(),
+        torch.cat(labels).numpy(),
+    )
 
 
 def compare_ensemble(
-    members: Sequence[str], answers: Mapping[str, Answers], target: str, average: Average
+    members: Sequence[str],
+    answers: Mapping[str, Answers],
+    target: str,
+    average: Average,
 ) -> EnsembleTable:
     """The table from the members' `answers` by domain; `target` names the held-out one."""
     right = {domain: correct(found, average) for domain, found in answers.items()}
     sources = [both for domain, both in right.items() if domain != target]
     rows = [_row(domain, *both) for domain, both in right.items() if domain != target]
     if sources:
-        rows.append(_row(SOURCES, np.concatenate([m for m, _ in sources], 1), np.concatenate([e for _, e in sources])))
+        rows.append(
+            _row(
+                SOURCES,
+                np.concatenate([m for m, _ in sources], 1),
+                np.concatenate([e for _, e in sources]),
+            )
+        )
     rows.append(_row(f"{target} (target)", *right[target]))
     return EnsembleTable(tuple(members), average, tuple(rows))
 
 
-def correct(answers: Answers, average: Average) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def correct(
+    answers: Answers, average: Average
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which images each member (M_N) and the ensemble (N) get right."""
     logits = answers.logits.astype(np.float64)
     if average == "probabilities":
@@ -157,12 +186,21 @@ def correct(answers: Answers, average: Average) -> tuple[NDArray[np.bool_], NDAr
     return logits.argmax(-1) == answers.labels, scores.argmax(-1) == answers.labels
 
 
-def _row(name: str, members: NDArray[np.bool_], ensemble: NDArray[np.bool_]) -> EnsembleRow:
+def _row(
+    name: str, members: NDArray[np.bool_], ensemble: NDArray[np.bool_]
+) -> EnsembleRow:
     gains = 100 * (ensemble - members.mean(0))
     draws = np.random.default_rng(0).integers(len(gains), size=(RESAMPLES, len(gains)))
     low, high = np.quantile(gains[draws].mean(1), (0.025, 0.975))
-    tests = tuple(mcnemar(int((m & ~ensemble).sum()), int((~m & ensemble).sum())) for m in members)
+    tests = tuple(
+        mcnemar(int((m & ~ensemble).sum()), int((~m & ensemble).sum())) for m in members
+    )
     return EnsembleRow(
-        name, len(gains), tuple(float(100 * m.mean()) for m in members), float(100 * ensemble.mean()), float(gains.mean()),
-        (float(low), float(high)), tests,
-    )  # fmt: skip
+        name,
+        len(gains),
+        tuple(float(100 * m.mean()) for m in members),
+        float(100 * ensemble.mean()),
+        float(gains.mean()),
+        (float(low), float(high)),
+        tests,
+    )

@@ -22,42 +22,75 @@ from qat.quantizers.biper import quantization_error
 from qat.runs.scale_log import QUANTIZER_KINDS, kind_of, layer_of
 
 BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
-COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")  # of runs and curves, in turn
+# Of runs and curves, in turn
+COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")
 POINTS = 500  # of a curve
 PIXELS = 150  # per inch of embedded pixels
 LONGEST = 40  # characters of a name; a longer one would leave no room for the picture
 
 
-def accuracy_bars(domains: Sequence[str], runs: Mapping[str, Sequence[float]], colours: Sequence[str]) -> str:
+def accuracy_bars(
+    domains: Sequence[str], runs: Mapping[str, Sequence[float]], colours: Sequence[str]
+) -> str:
     """Accuracy in percent per domain, one bar a run; runs: name -> percent per domain."""
     figure, axes = new_figure(9 if len(runs) > 2 else 7, 2.8)
     places, width = np.arange(len(domains)), 0.8 / max(len(runs), 2)
-    for index, ((name, values), colour) in enumerate(zip(runs.items(), colours, strict=True)):
+    for index, ((name, values), colour) in enumerate(
+        zip(runs.items(), colours, strict=True)
+    ):
         bars = axes.bar(
-            places + (index - (len(runs) - 1) / 2) * width, values, 0.94 * width, color=colour, label=shown(name)
+            places + (index - (len(runs) - 1) / 2) * width,
+            values,
+            0.94 * width,
+            color=colour,
+            label=shown(name),
         )
-        axes.bar_label(bars, fmt="%.1f" if len(runs) <= 4 else "%.0f", fontsize=8 if len(runs) <= 2 else 6)
+        axes.bar_label(
+            bars,
+            fmt="%.1f" if len(runs) <= 4 else "%.0f",
+            fontsize=8 if len(runs) <= 2 else 6,
+        )
     axes.set_xticks(places, [shown(domain) for domain in domains])
     axes.set_ylim(0, 112)
     axes.set_ylabel("top-1 accuracy, %")
-    axes.legend(frameon=False, ncols=min(len(runs), 4), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8)
+    axes.legend(
+        frameon=False,
+        ncols=min(len(runs), 4),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        fontsize=8,
+    )
     return svg(figure)
 
 
-def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]) -> str:
+def loss_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]
+) -> str:
     """Training loss (smoothed over about 2 % of the run) and held-out source accuracy over steps, a colour a run."""
     figure, (left, right) = new_figure(9, 2.9, columns=2)
     for (name, entries), colour in zip(runs.items(), colours, strict=True):
         steps, loss = series(entries, "loss")
-        left.plot(*thinned(steps, smooth(loss)), color=colour, linewidth=1.1, label=shown(name))
+        left.plot(
+            *thinned(steps, smooth(loss)),
+            color=colour,
+            linewidth=1.1,
+            label=shown(name),
+        )
         steps, accuracy = series(entries, "source_mean")
-        right.plot(steps, 100 * accuracy, color=colour, linewidth=1.1, marker=".", markersize=4)
-    for axes, title in ((left, "training loss, smoothed"), (right, "held-out source accuracy, %")):
+        right.plot(
+            steps, 100 * accuracy, color=colour, linewidth=1.1, marker=".", markersize=4
+        )
+    for axes, title in (
+        (left, "training loss, smoothed"),
+        (right, "held-out source accuracy, %"),
+    ):
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
     left.set_ylim(bottom=0)
-    figure.legend(frameon=False, ncols=min(len(runs), 4), loc="outside upper left", fontsize=8)
+    figure.legend(
+        frameon=False, ncols=min(len(runs), 4), loc="outside upper left", fontsize=8
+    )
     return svg(figure)
 
 
@@ -68,38 +101,67 @@ def scale_curves(entries: Sequence[Mapping[str, Any]]) -> str:
     figure, axes_row = new_figure(9, 3.2, columns=3)
     for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
         steps, names, ratios = relative_scales(recorded, kind)
-        furthest = np.argsort(-np.abs(np.log(ratios[-1])))[:3].tolist() if len(names) else []
+        furthest = (
+            np.argsort(-np.abs(np.log(ratios[-1])))[:3].tolist() if len(names) else []
+        )
         lines = [np.column_stack(thinned(steps, column)) for column in ratios.T]
-        axes.add_collection(LineCollection(lines, linewidths=0.5, colors=BASELINE, alpha=0.6, rasterized=True))
+        axes.add_collection(
+            LineCollection(
+                lines, linewidths=0.5, colors=BASELINE, alpha=0.6, rasterized=True
+            )
+        )
         for index, colour in zip(furthest, COLOURS, strict=False):
             axes.plot(
-                *thinned(steps, ratios[:, index]), linewidth=1.2, color=colour, label=shown(layer_of(names[index]))
+                *thinned(steps, ratios[:, index]),
+                linewidth=1.2,
+                color=colour,
+                label=shown(layer_of(names[index])),
             )
         axes.set_title(f"{kind} scales ({len(names)})", fontsize=9)
         _axes_over_training(axes, bool(names))
         if names:
-            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.2), fontsize=7)
+            axes.legend(
+                frameon=False,
+                loc="upper left",
+                bbox_to_anchor=(-0.05, -0.2),
+                fontsize=7,
+            )
     axes_row[0].set_ylabel("scale / first recorded")
     return svg(figure)
 
 
-def scale_medians(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]) -> str:
+def scale_medians(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]
+) -> str:
     """Median over quantizers, with the 5th to 95th percentile, of the relative scale over training; a colour a run."""
     figure, axes_row = new_figure(9, 2.9, columns=3)
     for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
         drawn = False
         for (name, entries), colour in zip(runs.items(), colours, strict=True):
-            steps, names, ratios = relative_scales([e for e in entries if e.get("scales")], kind)
+            steps, names, ratios = relative_scales(
+                [e for e in entries if e.get("scales")], kind
+            )
             if names:
-                low, middle, high = (thinned(steps, row) for row in np.percentile(ratios, (5, 50, 95), axis=1))
-                axes.fill_between(low[0], low[1], high[1], color=colour, alpha=0.12, linewidth=0)
+                low, middle, high = (
+                    thinned(steps, row)
+                    for row in np.percentile(ratios, (5, 50, 95), axis=1)
+                )
+                axes.fill_between(
+                    low[0], low[1], high[1], color=colour, alpha=0.12, linewidth=0
+                )
                 axes.plot(*middle, color=colour, linewidth=1.2, label=shown(name))
                 drawn = True
         axes.set_title(f"{kind} scales", fontsize=9)
         _axes_over_training(axes, drawn)
     axes_row[0].set_ylabel("scale / first recorded")
     handles = {line.get_label(): line for axes in axes_row for line in axes.get_lines()}
-    figure.legend(handles=list(handles.values()), frameon=False, ncols=4, loc="outside upper left", fontsize=8)
+    figure.legend(
+        handles=list(handles.values()),
+        frameon=False,
+        ncols=4,
+        loc="outside upper left",
+        fontsize=8,
+    )
     return svg(figure)
 
 
@@ -108,9 +170,9 @@ def relative_scales(
 ) -> tuple[NDArray[np.int64], list[str], NDArray[np.float64]]:
     """(training steps, names, scales relative to the first entry (entries, names)) of the quantizers of a kind."""
     names = [n for n in recorded[0]["scales"] if kind_of(n) == kind] if recorded else []
-    values = np.array([[e["scales"][n] for n in names] for e in recorded], np.float64).reshape(
-        len(recorded), len(names)
-    )
+    values = np.array(
+        [[e["scales"][n] for n in names] for e in recorded], np.float64
+    ).reshape(len(recorded), len(names))
     return np.array([e["step"] for e in recorded], np.int64), names, values / values[:1]
 
 
@@ -118,7 +180,15 @@ def _axes_over_training(axes: Axes, drawn: bool) -> None:
     """Logarithmic, with plain numbers; or a word where there is nothing to draw."""
     if not drawn:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "none in this run", ha="center", va="center", color=BASELINE, transform=axes.transAxes)
+        axes.text(
+            0.5,
+            0.5,
+            "none in this run",
+            ha="center",
+            va="center",
+            color=BASELINE,
+            transform=axes.transAxes,
+        )
         return
     axes.set_xlabel("step")
     low, high = axes.get_ylim()
@@ -131,14 +201,24 @@ def scale_profile(scales: Mapping[str, float]) -> str:
     figure, axes = new_figure(9, 2.6)
     for kind, colour in (("weight", RUN), ("input", THIRD), ("stream", BASELINE)):
         values = [v for n, v in scales.items() if kind_of(n) == kind]
-        axes.semilogy(range(len(values)), values, marker="o", markersize=3, linewidth=0.8, color=colour, label=kind)
+        axes.semilogy(
+            range(len(values)),
+            values,
+            marker="o",
+            markersize=3,
+            linewidth=0.8,
+            color=colour,
+            label=kind,
+        )
     axes.set_xlabel("quantizer, in layer order")
     axes.set_ylabel("scale")
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
     return svg(figure)
 
 
-def weight_histogram(name: str, scaled: NDArray[np.float32], qmin: int, qmax: int) -> str:
+def weight_histogram(
+    name: str, scaled: NDArray[np.float32], qmin: int, qmax: int
+) -> str:
     """Latent weights in units of their scale, over the grid of their codes."""
     figure, axes = new_figure(4.4, 2.4)
     reach = (qmin - 1.5, qmax + 1.5)
@@ -158,7 +238,10 @@ def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
     figure, axes = new_figure(6, 2.8)
     a = np.geomspace(0.05, 20, 300)
     axes.plot(
-        a, [quantization_error(float(value)) for value in a], color=BASELINE, label="closed form, Laplacian weights"
+        a,
+        [quantization_error(float(value)) for value in a],
+        color=BASELINE,
+        label="closed form, Laplacian weights",
     )
     where, errors = zip(*layers.values(), strict=True)
     axes.scatter(where, errors, color=RUN, s=18, zorder=3, label="layers")
@@ -176,7 +259,11 @@ def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     colours = [(BASELINE, RUN, THIRD)[index % 3] for index in range(len(names))]
     for axes, values, label in (
         (size, [entry["size"] / 1e6 for entry in latencies], "file size, MB"),
-        (speed, [entry["median_ms"] for entry in latencies], "median latency, ms (batch 1, 1 thread)"),
+        (
+            speed,
+            [entry["median_ms"] for entry in latencies],
+            "median latency, ms (batch 1, 1 thread)",
+        ),
     ):
         places = np.arange(len(names))
         bars = axes.barh(places, values, color=colours)
@@ -188,7 +275,9 @@ def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     return svg(figure)
 
 
-def size_accuracy_latency(rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, float]) -> str:
+def size_accuracy_latency(
+    rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, float]
+) -> str:
     """One disc a file: size across, accuracy up, area as its median latency."""
     figure, axes = new_figure(6, 3.4)
     slowest = max(row["median_ms"] for row in rows)
@@ -203,10 +292,14 @@ def size_accuracy_latency(rows: Sequence[Mapping[str, Any]], accuracy: Mapping[s
     return svg(figure)
 
 
-def series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def series(
+    entries: Sequence[Mapping[str, Any]], key: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(steps, values of `key`) of the log entries that have it."""
     found = [(e["step"], e[key]) for e in entries if key in e]
-    return np.array([s for s, _ in found], np.int64), np.array([v for _, v in found], np.float64)
+    return np.array([s for s, _ in found], np.int64), np.array(
+        [v for _, v in found], np.float64
+    )
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -220,13 +313,21 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (sums[index + right + 1] - sums[index - left]) / (left + right + 1)
 
 
-def thinned(steps: NDArray[Any], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def thinned(
+    steps: NDArray[Any], values: NDArray[np.float64]
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """At most about POINTS of a curve, first and last kept."""
-    kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int)) if len(steps) > POINTS else slice(None)
+    kept = (
+        np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
+        if len(steps) > POINTS
+        else slice(None)
+    )
     return steps[kept], values[kept]
 
 
-def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1
+) -> tuple[Figure, Any]:
     """Inches; axes as `Figure.subplots` gives them, without their upper and right spines."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns)
@@ -261,4 +362,5 @@ def svg(figure: Figure) -> str:
     def with_unique_ids(tag: re.Match[str]) -> str:
         return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{unique}-", tag[0])
 
-    return re.sub("<[^<>]*>", with_unique_ids, text)  # within tags alone: a name may read like an id
+    # Within tags alone: a name may read like an id
+    return re.sub("<[^<>]*>", with_unique_ids, text)

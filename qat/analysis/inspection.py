@@ -63,7 +63,13 @@ class Inspection:
             f"{printable(self.run)}: {printable(self.method)}, {self.steps} steps, {self.windows} windows of "
             f"K = {self.window}; threshold: {self.threshold}",
             f"beyond the threshold: {self.below:.2%} of the scales, mean over windows; fair coins: {self.coin_below:.2%}",
-            *([f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"] if self.silent else []),
+            *(
+                [
+                    f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"
+                ]
+                if self.silent
+                else []
+            ),
             "",
             f"{'scale':<{width}}  kind    channels  conflict  cosine  disorder (fair coin)   frozen  "
             f"value {_at(self.first_step)} -> {_at(self.last_step)}",
@@ -99,19 +105,27 @@ def inspect_run(path: Path, top: int = 10) -> Inspection:
         threshold=threshold_text(view.rule),
         below=float(np.nanmean(below)) if not never.all() else 0.0,
         coin_below=float(np.nanmean(coin)) if not never.all() else 0.0,
-        silent=tuple(name for name, mute in zip(view.names, never.tolist(), strict=True) if mute),
+        silent=tuple(
+            name for name, mute in zip(view.names, never.tolist(), strict=True) if mute
+        ),
         first_step=recorded[0]["step"] if recorded else None,
         last_step=recorded[-1]["step"] if recorded else None,
         scales=tuple(conflicted(view, metrics, top)),
     )
 
 
-def conflicted(view: ScaleView, metrics: Sequence[Mapping[str, Any]], top: int) -> list[ConflictedScale]:
+def conflicted(
+    view: ScaleView, metrics: Sequence[Mapping[str, Any]], top: int
+) -> list[ConflictedScale]:
     """The first `top` scales by share of steps in sign conflict, ties by cosine. metrics: the run's log entries."""
     recorded = _recorded(metrics)
-    conflict, cosine, frozen = (view.mean(name) for name in ("conflict", "cosine", "frozen"))
+    conflict, cosine, frozen = (
+        view.mean(name) for name in ("conflict", "cosine", "frozen")
+    )
     spread = 1 / np.sqrt(view.comparisons)  # two standard deviations of a fair coin
-    first, last = (recorded[0]["scales"], recorded[-1]["scales"]) if recorded else ({}, {})
+    first, last = (
+        (recorded[0]["scales"], recorded[-1]["scales"]) if recorded else ({}, {})
+    )
     return [
         ConflictedScale(
             view.names[i], view.kinds[i], int(view.channels[i]), float(conflict[i]), float(cosine[i]),
@@ -125,7 +139,11 @@ def conflicted(view: ScaleView, metrics: Sequence[Mapping[str, Any]], top: int) 
 def threshold_text(rule: FreezeRule) -> str:
     """The rule's threshold in words."""
     plain = f"z = {rule.z:g}" if rule.threshold is None else f"r = {rule.threshold:g}"
-    weights = "" if rule.weight_threshold is None else f", weights r = {rule.weight_threshold:g}"
+    weights = (
+        ""
+        if rule.weight_threshold is None
+        else f", weights r = {rule.weight_threshold:g}"
+    )
     side = "" if rule.when == "below" else ", above its mirror image"
     return plain + weights + side
 

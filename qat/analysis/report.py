@@ -22,7 +22,15 @@ from qat.analysis.scale_view import open_view
 from qat.quantizers.contract import Quantizer
 from qat.runs.build import load_run
 from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
-from qat.runs.records import CERTIFICATE, LATENCIES, RECIPE, metrics_of, optional, require, results_of
+from qat.runs.records import (
+    CERTIFICATE,
+    LATENCIES,
+    RECIPE,
+    metrics_of,
+    optional,
+    require,
+    results_of,
+)
 from qat.runs.run_folder import RunFolder
 from qat.runs.scale_log import QUANTIZER_KINDS
 from qat.surgery.binarize import periodic_weights
@@ -35,7 +43,9 @@ MOST_CONFLICTED = 10
 TEMPLATE = "report.html.j2"
 
 
-def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFolder] = ()) -> str:
+def render(
+    folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFolder] = ()
+) -> str:
     """The page as text. What the folder does not hold (scale log, certificate, latency) is left out.
 
     beside: more runs, shown side by side with this one and the baseline. Raises RecipeError when any of them was tested on
@@ -56,7 +66,9 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
     environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown)
     shown = ({"full precision": baseline} if baseline else {}) | {"this run": folder}
     colours = (figures.BASELINE, figures.RUN) if baseline else (figures.RUN,)
-    return environment.from_string(files("qat.analysis").joinpath(TEMPLATE).read_text()).render(
+    return environment.from_string(
+        files("qat.analysis").joinpath(TEMPLATE).read_text()
+    ).render(
         title=f"{recipe_values['backbone']} · {recipe_values['method']} · target {results['test_domain']}",
         version=__version__,
         recipe=recipe_values,
@@ -64,10 +76,16 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
         baseline=first,
         rows=rows,
         accuracy_figure=_accuracy_figure(shown, colours),
-        loss_figure=Markup(figures.loss_curves({name: metrics_of(run) for name, run in shown.items()}, colours)),
+        loss_figure=Markup(
+            figures.loss_curves(
+                {name: metrics_of(run) for name, run in shown.items()}, colours
+            )
+        ),
         beside=_side_by_side([*baselines, folder, *beside]) if beside else None,
         profile_figure=Markup(figures.scale_profile(scales)) if scales else "",
-        scales_figure=Markup(figures.scale_curves(metrics_of(folder))) if scales else "",
+        scales_figure=Markup(figures.scale_curves(metrics_of(folder)))
+        if scales
+        else "",
         scales=_scales(folder, built.model),
         histograms=_histograms(built.model),
         frequency_figure=_frequency_figure(built.model),
@@ -81,35 +99,56 @@ def render(folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFo
 
 def _shown(value: Any) -> Any:
     """What the page shows of a value: text without characters that a page cannot hold."""
-    return printable(value, newlines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return (
+        printable(value, newlines=True)
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )
 
 
 def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:
     ours, theirs = results_of(folder), results_of(other)
     for name, a, b in (
         ("test domain", ours["test_domain"], theirs["test_domain"]),
-        ("source domains", sorted(ours["source_validation"]), sorted(theirs["source_validation"])),
+        (
+            "source domains",
+            sorted(ours["source_validation"]),
+            sorted(theirs["source_validation"]),
+        ),
     ):
         if a != b:
-            raise RecipeError(f"{other.path}: its {name} is {b}, {folder.path} has {a}; show like with like")
-    require_same_classes(ours.get("classes"), theirs.get("classes"), str(folder.path), str(other.path))
+            raise RecipeError(
+                f"{other.path}: its {name} is {b}, {folder.path} has {a}; show like with like"
+            )
+    require_same_classes(
+        ours.get("classes"), theirs.get("classes"), str(folder.path), str(other.path)
+    )
 
 
 def _percents(results: dict[str, Any]) -> dict[str, float]:
     """Domain -> accuracy in percent, the target last."""
     target = f"{results['test_domain']} (target)"
-    return {d: 100 * a for d, a in results["source_validation"].items()} | {target: 100 * results["target"]}
+    return {d: 100 * a for d, a in results["source_validation"].items()} | {
+        target: 100 * results["target"]
+    }
 
 
-def _accuracy_rows(results: dict[str, Any], baseline: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _accuracy_rows(
+    results: dict[str, Any], baseline: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     first = _percents(baseline) if baseline else {}
-    return [{"name": name, "run": value, "baseline": first.get(name)} for name, value in _percents(results).items()]
+    return [
+        {"name": name, "run": value, "baseline": first.get(name)}
+        for name, value in _percents(results).items()
+    ]
 
 
 def _accuracy_figure(runs: Mapping[str, RunFolder], colours: Sequence[str]) -> Markup:
     found = {name: _percents(results_of(run)) for name, run in runs.items()}
     domains = list(next(iter(found.values())))
-    percents = {name: [values[domain] for domain in domains] for name, values in found.items()}
+    percents = {
+        name: [values[domain] for domain in domains] for name, values in found.items()
+    }
     return Markup(figures.accuracy_bars(domains, percents, colours))
 
 
@@ -119,14 +158,18 @@ def _side_by_side(folders: Sequence[RunFolder]) -> dict[str, Any]:
     colours = [figures.COLOURS[i % len(figures.COLOURS)] for i in range(len(runs))]
     percents = [_percents(results_of(run)) for run in runs.values()]
     metrics = {name: metrics_of(run) for name, run in runs.items()}
-    quantized = any(entry.get("scales") for entries in metrics.values() for entry in entries)
+    quantized = any(
+        entry.get("scales") for entries in metrics.values() for entry in entries
+    )
     return {
         "names": list(runs),
         "rows": [(domain, [p[domain] for p in percents]) for domain in percents[0]],
         "means": [float(np.mean(list(p.values())[:-1])) for p in percents],
         "accuracy_figure": _accuracy_figure(runs, colours),
         "loss_figure": Markup(figures.loss_curves(metrics, colours)),
-        "scales_figure": Markup(figures.scale_medians(metrics, colours)) if quantized else "",
+        "scales_figure": Markup(figures.scale_medians(metrics, colours))
+        if quantized
+        else "",
     }
 
 
@@ -135,7 +178,10 @@ def labelled(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
     once."""
     once = list({folder.path.resolve(): folder for folder in folders}.values())
     names = [_label(folder.recipe()) for folder in once]
-    tails = [f" ({folder.path.name})" if names.count(n) > 1 else "" for n, folder in zip(names, once, strict=True)]
+    tails = [
+        f" ({folder.path.name})" if names.count(n) > 1 else ""
+        for n, folder in zip(names, once, strict=True)
+    ]
     full = [n + t for n, t in zip(names, tails, strict=True)]
     return {
         (f"{name} #{i + 1}" if full.count(name) > 1 else name): folder
@@ -146,7 +192,9 @@ def labelled(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
 def _label(recipe: Recipe) -> str:
     if not isinstance(recipe, LsqRecipe):
         return recipe.method
-    return f"{recipe.method} W{recipe.weight_bits or recipe.bits}" + ("" if recipe.weight_only else f"A{recipe.bits}")
+    return f"{recipe.method} W{recipe.weight_bits or recipe.bits}" + (
+        "" if recipe.weight_only else f"A{recipe.bits}"
+    )
 
 
 def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
@@ -161,7 +209,9 @@ def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
         "silent": int(view.silent.all(axis=0).sum()),
         "count": len(view.names),
         "curves": Markup(scale_figures.disorder_curves(view)),
-        "maps": [Markup(scale_figures.disorder_map(view, kind)) for kind in QUANTIZER_KINDS],
+        "maps": [
+            Markup(scale_figures.disorder_map(view, kind)) for kind in QUANTIZER_KINDS
+        ],
         "conflict": Markup(scale_figures.conflict_curves(view)),
         "rows": conflicted(view, metrics_of(folder), MOST_CONFLICTED),
     }
@@ -169,7 +219,9 @@ def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
 
 def _histograms(model: nn.Module) -> list[Markup]:
     found = quantized_weights(model)
-    picked = set(np.linspace(0, len(found) - 1, HISTOGRAMS).astype(int)) if found else set()
+    picked = (
+        set(np.linspace(0, len(found) - 1, HISTOGRAMS).astype(int)) if found else set()
+    )
     return [_histogram(*found[i]) for i in sorted(picked)]
 
 
@@ -180,12 +232,25 @@ def _frequency_figure(model: nn.Module) -> Markup:
     for quantizer, weight in periodic_weights(model):
         magnitudes = quantizer.before_sign(weight.detach()).abs()
         error = (magnitudes - magnitudes.mean()).square().mean()
-        layers[quantizer.name] = (float(quantizer.frequency) * float(weight.detach().abs().mean()), float(error))
+        layers[quantizer.name] = (
+            float(quantizer.frequency) * float(weight.detach().abs().mean()),
+            float(error),
+        )
     return Markup(figures.frequency_error(layers)) if layers else Markup("")
 
 
 def _histogram(weight: nn.Parameter, quantizer: Quantizer) -> Markup:
-    scale = quantizer.scale.view(-1, *[1] * (weight.dim() - 1)) if quantizer.scale.dim() else quantizer.scale
-    scaled: NDArray[np.float32] = (weight.detach() / scale).flatten().to(torch.float32).numpy()
+    scale = (
+        quantizer.scale.view(-1, *[1] * (weight.dim() - 1))
+        if quantizer.scale.dim()
+        else quantizer.scale
+    )
+    scaled: NDArray[np.float32] = (
+        (weight.detach() / scale).flatten().to(torch.float32).numpy()
+    )
     title = f"{quantizer.name} ({quantizer.spec.bits} bits)"
-    return Markup(figures.weight_histogram(title, scaled, quantizer.spec.qmin, quantizer.spec.qmax))
+    return Markup(
+        figures.weight_histogram(
+            title, scaled, quantizer.spec.qmin, quantizer.spec.qmax
+        )
+    )

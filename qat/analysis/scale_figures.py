@@ -13,13 +13,27 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from qat.analysis.figures import BASELINE, COLOURS, RUN, THIRD, new_figure, shown, smooth, svg, thinned
+from qat.analysis.figures import (
+    BASELINE,
+    COLOURS,
+    RUN,
+    THIRD,
+    new_figure,
+    shown,
+    smooth,
+    svg,
+    thinned,
+)
 from qat.analysis.scale_view import ScaleView, frozen_spans
 from qat.runs.scale_log import QUANTIZER_KINDS, layer_of
 
 COLUMNS = 240  # of a heat map; more windows than these are drawn as means of neighbours
 ROW = 0.128  # inches
-TITLES = {"weight": "weight scales", "input": "input (activation) scales", "stream": "stream scales"}
+TITLES = {
+    "weight": "weight scales",
+    "input": "input (activation) scales",
+    "stream": "stream scales",
+}
 SILENT = "#b9c2a0"
 
 Floats = NDArray[np.float64]
@@ -52,7 +66,9 @@ def heat_map(view: ScaleView, kind: str) -> HeatMap:
         np.append(view.width * starts, view.ends[-1]),
         means.T,
         frozen_spans(view.frozen[:, chosen], view.width),
-        np.where(view.silent[:, chosen].all(axis=0), np.nan, view.mean("cosine")[chosen]),
+        np.where(
+            view.silent[:, chosen].all(axis=0), np.nan, view.mean("cosine")[chosen]
+        ),
     )
 
 
@@ -76,12 +92,22 @@ def disorder_map(view: ScaleView, kind: str) -> str:
     )
     _hatch(map_axes, found)
     map_axes.set_facecolor(SILENT)
-    map_axes.set_yticks(range(rows), [shown(label) for label in found.labels], fontsize=6.5)
+    map_axes.set_yticks(
+        range(rows), [shown(label) for label in found.labels], fontsize=6.5
+    )
     map_axes.set_ylim(rows - 0.5, -0.5)
     map_axes.set_xlabel("step")
-    map_axes.set_title(f"{TITLES[kind]} ({rows}): disorder over windows of {view.width} steps", fontsize=9)
+    map_axes.set_title(
+        f"{TITLES[kind]} ({rows}): disorder over windows of {view.width} steps",
+        fontsize=9,
+    )
     _cosine_bars(cosine_axes, found.cosine)
-    bar = figure.colorbar(image, ax=[map_axes, cosine_axes], shrink=min(1.0, 2.6 / (ROW * rows + 0.4)), pad=0.01)
+    bar = figure.colorbar(
+        image,
+        ax=[map_axes, cosine_axes],
+        shrink=min(1.0, 2.6 / (ROW * rows + 0.4)),
+        pad=0.01,
+    )
     low, high = coin_band(view.width)
     bar.ax.axhline(low, color="black", linewidth=0.8)
     bar.ax.axhline(high, color="black", linewidth=0.8)
@@ -120,13 +146,24 @@ def conflict_curves(view: ScaleView, names: int = 6) -> str:
         group = np.intersect1d(view.of_kind(kind), heard)
         if len(group):
             line = thinned(middle, smooth(cosine[:, group].mean(axis=1)))
-            axes.plot(*line, color=BASELINE, linestyle=style, linewidth=1.4, label=f"mean of {kind} scales")
+            axes.plot(
+                *line,
+                color=BASELINE,
+                linestyle=style,
+                linewidth=1.4,
+                label=f"mean of {kind} scales",
+            )
     for index, colour in zip(lowest, COLOURS, strict=False):
         axes.plot(
-            *thinned(middle, smooth(cosine[:, index])), color=colour, linewidth=1.1, label=shown(view.names[index])
+            *thinned(middle, smooth(cosine[:, index])),
+            color=colour,
+            linewidth=1.1,
+            label=shown(view.names[index]),
         )
     axes.axhline(0, color="black", linewidth=0.5)
-    reach = max(0.3, *(float(np.abs(line.get_ydata()).max()) for line in axes.get_lines()))
+    reach = max(
+        0.3, *(float(np.abs(line.get_ydata()).max()) for line in axes.get_lines())
+    )
     axes.set_ylim(-1.05 * reach, 1.05 * reach)
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
@@ -154,19 +191,34 @@ def _coin_colours(values: Floats, width: int) -> tuple[ListedColormap, Normalize
 
 
 def _hatch(axes: Axes, found: HeatMap) -> None:
-    corners = [[(a - 1, r - 0.5), (b, r - 0.5), (b, r + 0.5), (a - 1, r + 0.5)] for r, a, b in found.spans]
+    corners = [
+        [(a - 1, r - 0.5), (b, r - 0.5), (b, r + 0.5), (a - 1, r + 0.5)]
+        for r, a, b in found.spans
+    ]
     axes.add_collection(
         PolyCollection(
-            corners, facecolors="none", edgecolors="#222222", hatch="//////", linewidths=0.4, rasterized=True
+            corners,
+            facecolors="none",
+            edgecolors="#222222",
+            hatch="//////",
+            linewidths=0.4,
+            rasterized=True,
         ),
         autolim=False,
     )
 
 
 def _cosine_bars(axes: Axes, cosine: Floats) -> None:
-    axes.barh(np.arange(len(cosine)), cosine, 0.75, color=np.where(cosine < 0, THIRD, RUN).tolist())
+    axes.barh(
+        np.arange(len(cosine)),
+        cosine,
+        0.75,
+        color=np.where(cosine < 0, THIRD, RUN).tolist(),
+    )
     axes.axvline(0, color="black", linewidth=0.5)
-    reach = max(float(np.nanmax(np.abs(cosine))) if not np.isnan(cosine).all() else 0.0, 0.05)
+    reach = max(
+        float(np.nanmax(np.abs(cosine))) if not np.isnan(cosine).all() else 0.0, 0.05
+    )
     axes.set_xlim(-1.1 * reach, 1.1 * reach)
     axes.tick_params(labelsize=6.5, axis="x")
     axes.tick_params(left=False, labelleft=False, axis="y")
@@ -177,17 +229,37 @@ def _cosine_bars(axes: Axes, cosine: Floats) -> None:
 def _median_axes(axes: Axes, view: ScaleView, kind: str) -> None:
     values = view.disorder[:, view.of_kind(kind)]
     heard = ~np.isnan(values).all(axis=1)
-    low, middle, high = np.nanpercentile(values[heard], (5, 50, 95), axis=1) if heard.any() else np.empty((3, 0))
+    low, middle, high = (
+        np.nanpercentile(values[heard], (5, 50, 95), axis=1)
+        if heard.any()
+        else np.empty((3, 0))
+    )
     ends = view.ends[heard]
     band = coin_band(view.width)
-    axes.axhspan(*band, color=BASELINE, alpha=0.22, linewidth=0, label="fair coin ± 2σ, one channel")
+    axes.axhspan(
+        *band,
+        color=BASELINE,
+        alpha=0.22,
+        linewidth=0,
+        label="fair coin ± 2σ, one channel",
+    )
     _pooled_band(axes, view, kind)
     below, above = thinned(ends, low), thinned(ends, high)
-    axes.fill_between(below[0], below[1], above[1], color=RUN, alpha=0.25, linewidth=0, label="5th to 95th percentile")
+    axes.fill_between(
+        below[0],
+        below[1],
+        above[1],
+        color=RUN,
+        alpha=0.25,
+        linewidth=0,
+        label="5th to 95th percentile",
+    )
     axes.plot(*thinned(ends, middle), color=RUN, linewidth=1.3, label="median")
     axes.set_title(f"{TITLES[kind]} ({values.shape[1]})", fontsize=9)
     lowest, highest = (low.min(), high.max()) if heard.any() else band
-    axes.set_ylim(max(0, min(lowest, band[0]) - 0.04), min(1, max(highest, band[1]) + 0.04))
+    axes.set_ylim(
+        max(0, min(lowest, band[0]) - 0.04), min(1, max(highest, band[1]) + 0.04)
+    )
 
 
 def _pooled_band(axes: Axes, view: ScaleView, kind: str) -> None:
@@ -196,16 +268,40 @@ def _pooled_band(axes: Axes, view: ScaleView, kind: str) -> None:
     label = "fair coin ± 2σ, channels independent"
     for side in (-1, 1) if channels > 1 else ():
         bound = 0.5 + side / np.sqrt(channels * (view.width - 1))
-        axes.axhline(bound, color="black", linestyle=":", linewidth=0.9, zorder=3, label=label if side > 0 else None)
+        axes.axhline(
+            bound,
+            color="black",
+            linestyle=":",
+            linewidth=0.9,
+            zorder=3,
+            label=label if side > 0 else None,
+        )
 
 
 def _share_axes(axes: Axes, view: ScaleView, kind: str) -> None:
     chosen = view.of_kind(kind)
     share, coin = view.share_below(chosen)
     frozen = view.share_frozen(chosen)
-    axes.plot(*thinned(view.ends, 100 * share), color=RUN, linewidth=1.2, label="beyond the threshold")
-    axes.plot(*thinned(view.ends, 100 * coin), color="black", linestyle="--", linewidth=1, label="fair coins beyond it")
-    axes.plot(*thinned(view.ends, 100 * frozen), color=THIRD, linewidth=1, linestyle="-.", label="frozen")
+    axes.plot(
+        *thinned(view.ends, 100 * share),
+        color=RUN,
+        linewidth=1.2,
+        label="beyond the threshold",
+    )
+    axes.plot(
+        *thinned(view.ends, 100 * coin),
+        color="black",
+        linestyle="--",
+        linewidth=1,
+        label="fair coins beyond it",
+    )
+    axes.plot(
+        *thinned(view.ends, 100 * frozen),
+        color=THIRD,
+        linewidth=1,
+        linestyle="-.",
+        label="frozen",
+    )
     top = np.nanmax([*share, *coin, *frozen, 0.02])
     axes.set_ylim(-3 * top, 108 * top)
     axes.set_xlabel("step")

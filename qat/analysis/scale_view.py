@@ -30,7 +30,8 @@ from qat.runs.scale_log import ScaleHistory, kind_of, read_scales
 from qat.train.from_recipe import freezer_of
 from qat.train.scale_scalars import beyond_threshold
 
-FLOAT16_COUNTS = 2048  # a share of fewer comparisons than this is rounded to float16 by less than half a flip
+# A share of fewer comparisons than this is rounded to float16 by less than half a flip
+FLOAT16_COUNTS = 2048
 
 Floats = NDArray[np.float64]
 
@@ -104,13 +105,19 @@ class ScaleView:
 
     def below(self) -> NDArray[np.bool_]:
         """(windows, scales): whose pooled disorder lies beyond the rule's threshold, whether or not anything freezes."""
-        return beyond_threshold(self.disorder, self.comparisons, self.is_weight, self.rule)
+        return beyond_threshold(
+            self.disorder, self.comparisons, self.is_weight, self.rule
+        )
 
     def share_below(self, scales: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """(windows,) each: share of `scales` beyond the threshold, and the share that independent fair coins would give; of
         those that are not silent, NaN in a window where all are."""
-        coin = coin_below(self.comparisons, bounds(self.rule, self.comparisons, self.is_weight))
-        return self._share(self.below(), scales), self._share(np.broadcast_to(coin, self.silent.shape), scales)
+        coin = coin_below(
+            self.comparisons, bounds(self.rule, self.comparisons, self.is_weight)
+        )
+        return self._share(self.below(), scales), self._share(
+            np.broadcast_to(coin, self.silent.shape), scales
+        )
 
     def share_frozen(self, scales: NDArray[np.int64]) -> Floats:
         """(windows,): share of `scales` (and their channels) frozen; of those that are not silent."""
@@ -118,7 +125,9 @@ class ScaleView:
 
     def _share(self, values: NDArray[Any], scales: NDArray[np.int64]) -> Floats:
         heard = ~self.silent[:, scales]
-        return (values[:, scales] * heard).sum(axis=1) / np.where(heard.any(axis=1), heard.sum(axis=1), np.nan)
+        return (values[:, scales] * heard).sum(axis=1) / np.where(
+            heard.any(axis=1), heard.sum(axis=1), np.nan
+        )
 
     def of_kind(self, kind: str) -> NDArray[np.int64]:
         """Indices of the scales of a kind, in network order."""
@@ -135,39 +144,75 @@ def open_view(path: Path, model: nn.Module | None = None) -> ScaleView:
             f"controls; this run's method is {recipe.method}"
         )
     if len(history.values) < 2:
-        raise RecipeError(f"{path / 'scales.f16'}: holds {len(history.values)} steps; sign flips need 2")
+        raise RecipeError(
+            f"{path / 'scales.f16'}: holds {len(history.values)} steps; sign flips need 2"
+        )
     model = load_run(path)[2].model if model is None else model
     freezer = freezer_of(recipe, model) if isinstance(recipe, SagmRecipe) else None
     if freezer is None or freezer.names != history.names:
-        raise RecipeError(f"{path / 'scales.json'}: names other scales than this run's model has")
-    return ScaleView(history, np.array(freezer.sizes, np.int64), freezer.is_weight.numpy(), freezer.rule)
+        raise RecipeError(
+            f"{path / 'scales.json'}: names other scales than this run's model has"
+        )
+    return ScaleView(
+        history,
+        np.array(freezer.sizes, np.int64),
+        freezer.is_weight.numpy(),
+        freezer.rule,
+    )
 
 
-def bounds(rule: FreezeRule, comparisons: NDArray[np.int64], is_weight: NDArray[np.bool_]) -> Floats:
+def bounds(
+    rule: FreezeRule, comparisons: NDArray[np.int64], is_weight: NDArray[np.bool_]
+) -> Floats:
     """(scales,): the disorder below which the rule freezes a scale: r, or ½ − z·½/√n."""
     by_z = 0.5 - rule.z * 0.5 / np.sqrt(np.maximum(comparisons, 1))
     plain = by_z if rule.threshold is None else np.full_like(by_z, rule.threshold)
-    return np.where(is_weight, plain if rule.weight_threshold is None else rule.weight_threshold, plain)
+    return np.where(
+        is_weight,
+        plain if rule.weight_threshold is None else rule.weight_threshold,
+        plain,
+    )
 
 
 def coin_below(comparisons: Sequence[int] | NDArray[np.int64], bound: Floats) -> Floats:
     """P(Binomial(n, ½) / n < bound) for each n and bound (scales,), summed exactly in float64."""
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, max(comparisons) + 1)))])  # log k!
+    # log k!
+    logs = np.concatenate(
+        [[0.0], np.cumsum(np.log(np.arange(1, max(comparisons) + 1)))]
+    )
     chances: dict[tuple[int, float], float] = {}
     for n, b in zip(np.asarray(comparisons).tolist(), bound.tolist(), strict=True):
         if (n, b) not in chances:
-            k = np.arange(min(int(np.ceil(b * n - 1e-9)), n + 1))  # the counts strictly below the bound
-            chances[n, b] = float(np.exp(logs[n] - logs[k] - logs[n - k] - n * np.log(2)).sum())
-    return np.array([chances[key] for key in zip(np.asarray(comparisons).tolist(), bound.tolist(), strict=True)])
+            # The counts strictly below the bound
+            k = np.arange(min(int(np.ceil(b * n - 1e-9)), n + 1))
+            chances[n, b] = float(
+                np.exp(logs[n] - logs[k] - logs[n - k] - n * np.log(2)).sum()
+            )
+    return np.array(
+        [
+            chances[key]
+            for key in zip(
+                np.asarray(comparisons).tolist(), bound.tolist(), strict=True
+            )
+        ]
+    )
 
 
-def frozen_spans(frozen: NDArray[np.floating], width: int) -> list[tuple[int, int, int]]:
+def frozen_spans(
+    frozen: NDArray[np.floating], width: int
+) -> list[tuple[int, int, int]]:
     """Maximal runs of windows in which at least half of a scale's channels are frozen, as (scale, first step, last step);
     frozen: (windows, scales) shares, window w covers steps w·width + 1 … (w + 1)·width."""
     held = np.pad(frozen >= 0.5, ((1, 1), (0, 0))).astype(np.int8)
     change = np.diff(held, axis=0)
     spans: list[tuple[int, int, int]] = []
     for scale in range(frozen.shape[1]):
-        starts, stops = np.flatnonzero(change[:, scale] == 1), np.flatnonzero(change[:, scale] == -1)
-        spans += [(scale, int(a) * width + 1, int(b) * width) for a, b in zip(starts, stops, strict=True)]
+        starts, stops = (
+            np.flatnonzero(change[:, scale] == 1),
+            np.flatnonzero(change[:, scale] == -1),
+        )
+        spans += [
+            (scale, int(a) * width + 1, int(b) * width)
+            for a, b in zip(starts, stops, strict=True)
+        ]
     return spans

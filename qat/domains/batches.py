@@ -22,7 +22,15 @@ Draw = tuple[int, int, int]  # domain, index within it, seed of its augmentation
 class EqualDomainBatches(Sampler[list[Draw]]):
     """Yields batches start_step .. steps-1, each `batch_size` draws from every domain of the given sizes."""
 
-    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int, *, start_step: int = 0, steps: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        start_step: int = 0,
+        steps: int,
+    ) -> None:
         self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
         self.start_step, self.steps = start_step, steps
 
@@ -82,4 +90,6 @@ class EvalImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         source = int(self.subset.indices[index])
-        return self.transform(self.subset.domain.images[source]), int(self.subset.domain.labels[source])
+        return self.transform(self.subset.domain.images[source]), int(
+            self.subset.domain.labels[source]
+        )

@@ -14,7 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qat.domains.domainnet_lists import DOMAINS, read_duplicates, read_lists
-from qat.domains.folders import DataError, Domain, check_readable, folder_domain, folders_in, images_in
+from qat.domains.folders import (
+    DataError,
+    Domain,
+    check_readable,
+    folder_domain,
+    folders_in,
+    images_in,
+)
 from qat.domains.inventory import PUBLISHED, Counts, Found, Inventory
 
 FOLDER = "domain_net"  # DomainBed's name for the folder of domains
@@ -36,7 +43,9 @@ def read_domainnet(
     folder = domainnet_folder(root)
     lists = read_lists(folder, published.classes)
     duplicates = read_duplicates(folder)
-    on_disk = {name: _files(folder / name) for name in DOMAINS if (folder / name).is_dir()}
+    on_disk = {
+        name: _files(folder / name) for name in DOMAINS if (folder / name).is_dir()
+    }
     used: dict[str, Files] = {}
     found: dict[str, Found] = {}
     for name, files in on_disk.items():
@@ -47,18 +56,35 @@ def read_domainnet(
             )
     used = {name: files for name, files in used.items() if files}
     if len(used) < 2:
-        there = f"only {', '.join(used)} holds images" if used else "no domain holds images"
+        there = (
+            f"only {', '.join(used)} holds images" if used else "no domain holds images"
+        )
         raise DataError(f"--data-root {root}: {there}; expected {LAYOUT}")
     classes = sorted({c for files in used.values() for c in files})
     inventory = Inventory(
-        folder, published, found, {name: tuple(files) for name, files in used.items()},
-        duplicates=None if duplicates is None else {d: sum(i.startswith(f"{d}/") for i in duplicates) for d in DOMAINS},
+        folder,
+        published,
+        found,
+        {name: tuple(files) for name, files in used.items()},
+        duplicates=None
+        if duplicates is None
+        else {d: sum(i.startswith(f"{d}/") for i in duplicates) for d in DOMAINS},
         listed={name: len(images) for name, images in lists.items()},
         strangers=tuple(p.name for p in folders_in(folder) if p.name not in DOMAINS),
-    )  # fmt: skip
+    )
     if check_images:
-        _check_jpegs([path for files in used.values() for paths in files.values() for path in paths])
-    return [folder_domain(n, classes, {c: f.get(c, []) for c in classes}) for n, f in sorted(used.items())], inventory
+        _check_jpegs(
+            [
+                path
+                for files in used.values()
+                for paths in files.values()
+                for path in paths
+            ]
+        )
+    return [
+        folder_domain(n, classes, {c: f.get(c, []) for c in classes})
+        for n, f in sorted(used.items())
+    ], inventory
 
 
 def domainnet_folder(root: Path) -> Path:
@@ -68,12 +94,17 @@ def domainnet_folder(root: Path) -> Path:
     for folder in (root, root / FOLDER):
         if any((folder / name).is_dir() for name in DOMAINS):
             return folder
-    raise DataError(f"--data-root {root}: holds no DomainNet domain; expected {LAYOUT}, or {FOLDER} in place of <root>")
+    raise DataError(
+        f"--data-root {root}: holds no DomainNet domain; expected {LAYOUT}, or {FOLDER} in place of <root>"
+    )
 
 
 def is_domainnet(root: Path) -> bool:
     """Whether `root` is laid out as DomainNet: by most of the domains' names, which other data sets share in part."""
-    return any(sum((f / name).is_dir() for name in DOMAINS) > len(DOMAINS) / 2 for f in (root, root / FOLDER))
+    return any(
+        sum((f / name).is_dir() for name in DOMAINS) > len(DOMAINS) / 2
+        for f in (root, root / FOLDER)
+    )
 
 
 def _files(folder: Path) -> Files:
@@ -82,7 +113,10 @@ def _files(folder: Path) -> Files:
 
 
 def _select(
-    domain: str, files: Files, listed: Mapping[str, int] | None, duplicates: frozenset[str] | None
+    domain: str,
+    files: Files,
+    listed: Mapping[str, int] | None,
+    duplicates: frozenset[str] | None,
 ) -> tuple[Files, Found]:
     """The images of `domain` that count: in its lists where it has some, and no duplicates."""
     used: Files = {}

@@ -84,13 +84,21 @@ def read_domains(root: Path, *, check_images: bool = True) -> list[Domain]:
     Raises DataError for a missing root, no or empty domains, class folders missing in one domain, unreadable images.
     """
     if not root.is_dir():
-        raise DataError(f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/*.jpg")
-    found = {d.name: {c.name: images_in(c) for c in folders_in(d)} for d in folders_in(root)}
+        raise DataError(
+            f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/*.jpg"
+        )
+    found = {
+        d.name: {c.name: images_in(c) for c in folders_in(d)} for d in folders_in(root)
+    }
     if not found:
-        raise DataError(f"--data-root {root}: holds no domain folders; expected <root>/<domain>/<class>/*.jpg")
+        raise DataError(
+            f"--data-root {root}: holds no domain folders; expected <root>/<domain>/<class>/*.jpg"
+        )
     _check_classes(root, found)
     classes = tuple(sorted(next(iter(found.values()))))
-    domains = [folder_domain(name, classes, files) for name, files in sorted(found.items())]
+    domains = [
+        folder_domain(name, classes, files) for name, files in sorted(found.items())
+    ]
     if check_images:
         check_readable([p for d in domains for p in d.images.paths])  # type: ignore[attr-defined]
     return domains
@@ -98,26 +106,38 @@ def read_domains(root: Path, *, check_images: bool = True) -> list[Domain]:
 
 def folders_in(path: Path) -> list[Path]:
     """Subfolders in order of their names, hidden ones left out."""
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(
+        p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")
+    )
 
 
 def images_in(folder: Path) -> list[Path]:
     """Files of a folder that are images by their suffix, in order, hidden ones left out."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+    )
 
 
-def folder_domain(name: str, classes: Sequence[str], files: dict[str, list[Path]]) -> Domain:
+def folder_domain(
+    name: str, classes: Sequence[str], files: dict[str, list[Path]]
+) -> Domain:
     """One domain from the image files of each class; labels are positions in `classes`."""
     paths = [path for c in classes for path in files[c]]
     labels = np.repeat(np.arange(len(classes)), [len(files[c]) for c in classes])
-    return Domain(name, tuple(classes), FolderImages(tuple(paths)), labels.astype(np.int64))
+    return Domain(
+        name, tuple(classes), FolderImages(tuple(paths)), labels.astype(np.int64)
+    )
 
 
 def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
     every = {c for files in found.values() for c in files}
     for name, files in sorted(found.items()):
         if not any(files.values()):
-            raise DataError(f"domain {name!r} in {root}: has no images; expected {root / name}/<class>/*.jpg")
+            raise DataError(
+                f"domain {name!r} in {root}: has no images; expected {root / name}/<class>/*.jpg"
+            )
         missing = sorted(every - files.keys())
         if missing:
             raise DataError(
@@ -125,16 +145,24 @@ def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
             )
         empty = sorted(c for c, paths in files.items() if not paths)
         if empty:
-            raise DataError(f"domain {name!r} in {root}: no images in class {some(empty)}")
+            raise DataError(
+                f"domain {name!r} in {root}: no images in class {some(empty)}"
+            )
 
 
 def check_readable(paths: Sequence[Path]) -> None:
     """Decode every image. Raises DataError that names the unreadable ones and what is wrong with the first."""
     with ThreadPoolExecutor(8) as pool:
-        broken = {str(p): fault for p, fault in zip(paths, pool.map(_fault, paths), strict=True) if fault is not None}
+        broken = {
+            str(p): fault
+            for p, fault in zip(paths, pool.map(_fault, paths), strict=True)
+            if fault is not None
+        }
     if broken:
         first = next(iter(broken.values()))
-        raise DataError(f"{len(broken)} unreadable image(s): {some(list(broken))}; remove or replace them ({first})")
+        raise DataError(
+            f"{len(broken)} unreadable image(s): {some(list(broken))}; remove or replace them ({first})"
+        )
 
 
 def _fault(path: Path) -> str | None:

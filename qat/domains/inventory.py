@@ -90,7 +90,12 @@ class Inventory:
         if len(every) != self.published.classes:
             yield f"classes: {len(every)} of {self.published.classes} have images"
         differing = [d for d in self.classes if self._differs(d)]
-        if bare := [f"{d}/{c}" for d in differing for c in every if c not in set(self.classes[d])]:
+        if bare := [
+            f"{d}/{c}"
+            for d in differing
+            for c in every
+            if c not in set(self.classes[d])
+        ]:
             yield f"{len(bare)} class(es) without images: {some(bare)}"
         for domain in differing:
             yield from self._domain_problems(domain)
@@ -134,11 +139,15 @@ class Inventory:
         )
         if not problems:
             return head
-        return "\n".join([head, *self._table(), *(f"- {problem}" for problem in problems)])
+        return "\n".join(
+            [head, *self._table(), *(f"- {problem}" for problem in problems)]
+        )
 
     def _table(self) -> Iterator[str]:
         yield f"  {'domain':10} {'on disk':>9} {'published':>9}  {'duplicates':>10}  {'used':>9} {'published':>9}"
         for domain, before in self.published.before.items():
             row = self.found.get(domain, Found())
-            numbers = f"{row.on_disk:9,} {before:9,}  {row.duplicates:10,}  {row.used:9,}"
+            numbers = (
+                f"{row.on_disk:9,} {before:9,}  {row.duplicates:10,}  {row.used:9,}"
+            )
             yield f"  {domain:10} {numbers} {self.published.after[domain]:9,}"

@@ -41,7 +41,11 @@ def write_miniature(root: Path) -> Path:
         if not root.exists():
             temporary = Path(name) / root.name
             temporary.mkdir()
-            duplicates = [image for domain in DOMAINS for image in _write_domain(temporary, domain)]
+            duplicates = [
+                image
+                for domain in DOMAINS
+                for image in _write_domain(temporary, domain)
+            ]
             _write_lines(temporary / DUPLICATES[0], duplicates)
             try:
                 temporary.rename(root)
@@ -76,7 +80,8 @@ def _picture(domain: str, name: str, number: int) -> Image.Image:
     if domain == "quickdraw":
         drawing = Image.fromarray(render(STYLE[domain], name, SIZE, rng)).convert("L")
         return drawing.point(lambda grey: 255 if grey > INK else 0).convert("RGB")
-    if domain == "infograph":  # a small figure in the corner of a page with lines of text
+    # A small figure in the corner of a page with lines of text
+    if domain == "infograph":
         page = np.full((SIZE, SIZE, 3), 245, np.uint8)
         page[4::5, 4:-4] = rng.integers(60, 200, 3)
         half = SIZE * 5 // 8

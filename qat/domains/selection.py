@@ -28,7 +28,10 @@ def training_domain_validation(records: Sequence[Record]) -> Record:
 
 def oracle(records_by_run: Sequence[Sequence[Record]]) -> Record:
     """Test-domain validation: of the runs' last records, the one best on the target's held-out part (no early stopping)."""
-    return max((max(records, key=lambda r: r.step) for records in records_by_run), key=lambda r: r.target_out)
+    return max(
+        (max(records, key=lambda r: r.step) for records in records_by_run),
+        key=lambda r: r.target_out,
+    )
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:

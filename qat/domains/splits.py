@@ -46,7 +46,9 @@ def seed_hash(*values: object) -> int:
     return int(hashlib.md5(str(values).encode()).hexdigest(), 16) % (2**31)
 
 
-def split_indices(count: int, holdout: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_indices(
+    count: int, holdout: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(held out, rest) of range(count), shuffled by NumPy's RandomState as DomainBed's split_dataset does."""
     order = np.arange(count)
     np.random.RandomState(seed).shuffle(order)
@@ -54,17 +56,29 @@ def split_indices(count: int, holdout: int, seed: int) -> tuple[NDArray[np.int64
 
 
 def leave_one_domain_out(
-    domains: Sequence[Domain], test_domain: str, *, holdout_fraction: float = 0.2, trial_seed: int = 0
+    domains: Sequence[Domain],
+    test_domain: str,
+    *,
+    holdout_fraction: float = 0.2,
+    trial_seed: int = 0,
 ) -> Split:
     """Split every domain, then set `test_domain` aside. Raises DataError for an unknown one or too few images."""
     names = [d.name for d in domains]
     if test_domain not in names:
-        raise DataError(f"--test-domain {test_domain}: no such domain; there are {', '.join(names)}")
+        raise DataError(
+            f"--test-domain {test_domain}: no such domain; there are {', '.join(names)}"
+        )
     if len(domains) < 2:
-        raise DataError(f"only one domain ({names[0]}): leaving it out leaves nothing to train on")
+        raise DataError(
+            f"only one domain ({names[0]}): leaving it out leaves nothing to train on"
+        )
     parts: dict[str, tuple[Subset, Subset]] = {}
     for environment, domain in enumerate(domains):
-        held, rest = split_indices(len(domain), int(holdout_fraction * len(domain)), seed_hash(trial_seed, environment))
+        held, rest = split_indices(
+            len(domain),
+            int(holdout_fraction * len(domain)),
+            seed_hash(trial_seed, environment),
+        )
         if not len(held) or not len(rest):
             raise DataError(
                 f"domain {domain.name!r}: {len(domain)} images cannot be split with --holdout {holdout_fraction}"

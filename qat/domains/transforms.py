@@ -10,7 +10,9 @@ from torchvision.transforms import v2
 Transform = Callable[[Image.Image], Tensor]
 
 
-def train_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+def train_transform(
+    size: int, mean: Sequence[float], std: Sequence[float]
+) -> Transform:
     """RandomResizedCrop(size, scale 0.7 to 1), horizontal flip, colour jitter 0.3, 10 % grayscale, normalised float32.
 
     Held-out source images are not augmented (as in the SWAD line of work; upstream DomainBed augments them).
@@ -28,9 +30,15 @@ def train_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> T
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
     """Resize to size × size, normalised float32."""
-    return v2.Compose([v2.Resize((size, size), antialias=True), *to_normalized(mean, std)])
+    return v2.Compose(
+        [v2.Resize((size, size), antialias=True), *to_normalized(mean, std)]
+    )
 
 
 def to_normalized(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
     """PIL image -> float32 3_H_W, normalised."""
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    return [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(mean), list(std)),
+    ]

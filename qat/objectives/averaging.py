@@ -30,13 +30,19 @@ class Average:
         """Take the model's parameters in."""
         self.count += 1
         # An EMA starts as a plain mean, so that its first values do not weigh for ever.
-        rate = 1 / self.count if self.decay is None else max(1 - self.decay, 1 / self.count)
+        rate = (
+            1 / self.count
+            if self.decay is None
+            else max(1 - self.decay, 1 / self.count)
+        )
         for name, value in _learned(model).items():
             if self.count == 1:
                 self.values[name] = value.clone()
             else:
                 # A resumed run's values come from the CPU.
-                self.values[name] = self.values[name].to(value.device).lerp_(value, rate)
+                self.values[name] = (
+                    self.values[name].to(value.device).lerp_(value, rate)
+                )
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -52,7 +58,11 @@ class Average:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self.decay, self.count, self.values = state["decay"], state["count"], dict(state["values"])
+        self.decay, self.count, self.values = (
+            state["decay"],
+            state["count"],
+            dict(state["values"]),
+        )
 
 
 class LossValley:
@@ -63,9 +73,12 @@ class LossValley:
     it is known not to start such a row, up to `tolerance` - 1 evaluations later.
     """
 
-    def __init__(self, converge: int = 3, tolerance: int = 6, ratio: float = 1.3) -> None:
+    def __init__(
+        self, converge: int = 3, tolerance: int = 6, ratio: float = 1.3
+    ) -> None:
         self.converge, self.tolerance, self.ratio = converge, tolerance, ratio
-        self.pending: list[tuple[float, Average]] = []  # before the valley: candidates for its beginning
+        # Before the valley: candidates for its beginning
+        self.pending: list[tuple[float, Average]] = []
         self.average: Average | None = None
         self.bound = float("inf")
         self.ended = False
@@ -84,7 +97,9 @@ class LossValley:
             self.average = merged(self.pending[:1])
             self.pending = self.pending[1:]
         while len(self.pending) >= self.tolerance and not self.ended:
-            self.ended = min(value for value, _ in self.pending[: self.tolerance]) > self.bound
+            self.ended = (
+                min(value for value, _ in self.pending[: self.tolerance]) > self.bound
+            )
             if not self.ended:
                 merge(self.average, self.pending.pop(0)[1])
 
@@ -94,7 +109,12 @@ class LossValley:
         if self.average is None:
             return None
         within = (
-            0 if self.ended else max((i + 1 for i, (v, _) in enumerate(self.pending) if v <= self.bound), default=0)
+            0
+            if self.ended
+            else max(
+                (i + 1 for i, (v, _) in enumerate(self.pending) if v <= self.bound),
+                default=0,
+            )
         )
         return merged([(0.0, self.average), *self.pending[:within]])
 
@@ -132,7 +152,9 @@ def merged(spans: Iterable[tuple[float, Average]]) -> Average:
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: positive_scale(parameter.detach()) if name.rpartition(".")[2] == SCALE else parameter.detach()
+        name: positive_scale(parameter.detach())
+        if name.rpartition(".")[2] == SCALE
+        else parameter.detach()
         for name, parameter in model.named_parameters()
     }
 

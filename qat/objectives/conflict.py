@@ -43,7 +43,10 @@ COMBINE: dict[str, Combine] = {"project": project, "min-norm": min_norm}
 
 
 def combine(
-    gradients: Gradients, parameters: Sequence[Parameter], groups: Sequence[Sequence[Parameter]], how: str
+    gradients: Gradients,
+    parameters: Sequence[Parameter],
+    groups: Sequence[Sequence[Parameter]],
+    how: str,
 ) -> None:
     """Fill `.grad` of the scales in `groups` with their combined branches; the other parameters keep theirs."""
     place = {id(p): i for i, p in enumerate(parameters)}
@@ -57,7 +60,9 @@ def combine(
         if not branches:
             continue
         combined = COMBINE[how](branches[0], branches[1], gradients.mix)
-        for (parameter, _), part in zip(chosen, combined.split([p.numel() for p, _ in chosen]), strict=True):
+        for (parameter, _), part in zip(
+            chosen, combined.split([p.numel() for p, _ in chosen]), strict=True
+        ):
             assert parameter.grad is not None
             parameter.grad.copy_(part.view_as(parameter))
 

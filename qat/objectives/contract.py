@@ -40,7 +40,9 @@ class Gradients:
 Objective = Callable[[Closure, Sequence[Parameter], Replay], Gradients]
 
 
-def erm(closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext) -> Gradients:
+def erm(
+    closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext
+) -> Gradients:
     """Empirical risk minimisation: the plain gradient of the batch's mean loss."""
     for parameter in parameters:
         parameter.grad = None

@@ -6,7 +6,17 @@ from typing import Literal
 from qat.objectives.scale_freeze import Branch, Policy
 
 ControlName = Literal[
-    "gaqat", "never", "always", "permanent", "random", "smooth", "both", "above", "alternate", "project", "min-norm"
+    "gaqat",
+    "never",
+    "always",
+    "permanent",
+    "random",
+    "smooth",
+    "both",
+    "above",
+    "alternate",
+    "project",
+    "min-norm",
 ]
 
 

@@ -25,7 +25,9 @@ from qat.objectives.sharpness import mixed
 DomainLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def erm_loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+def erm_loss(
+    logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor
+) -> Tensor:
     """Mean cross entropy of a batch; features and domains are not used."""
     return F.cross_entropy(logits, labels)
 
@@ -37,11 +39,15 @@ class GroupDRO:
         self.weights, self.eta = torch.full((count,), 1 / count), eta
         self.pending: Tensor | None = None
 
-    def __call__(self, logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+    def __call__(
+        self, logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor
+    ) -> Tensor:
         """Σ_d q_d L_d, a scalar, of logits N_K, labels N and domains N; features are not used."""
         losses = domain_losses(logits, labels, domains, len(self.weights))
         if self.pending is None:
-            weights = self.weights.to(losses.device) * (self.eta * losses.detach()).exp()
+            weights = (
+                self.weights.to(losses.device) * (self.eta * losses.detach()).exp()
+            )
             self.pending = (weights / weights.sum()).cpu()
         return (self.pending.to(losses.device) * losses).sum()
 
@@ -54,13 +60,20 @@ class GroupDRO:
 def coral(gamma: float = 1.0) -> DomainLoss:
     """Cross entropy + γ · mean over pairs of domains of the squared distances of their features' means and covariances."""
 
-    def loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+    def loss(
+        logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor
+    ) -> Tensor:
         groups = [features[domains == d] for d in domains.unique()]
         means = [g.mean(0) for g in groups]
-        covariances = [(g - m).T @ (g - m) / max(len(g) - 1, 1) for g, m in zip(groups, means, strict=True)]
+        covariances = [
+            (g - m).T @ (g - m) / max(len(g) - 1, 1)
+            for g, m in zip(groups, means, strict=True)
+        ]
         pairs = list(combinations(range(len(groups)), 2))
         apart = [
-            (means[i] - means[j]).square().mean() + (covariances[i] - covariances[j]).square().mean() for i, j in pairs
+            (means[i] - means[j]).square().mean()
+            + (covariances[i] - covariances[j]).square().mean()
+            for i, j in pairs
         ]
         penalty = torch.stack(apart).mean() if apart else features.new_zeros(())
         return F.cross_entropy(logits, labels) + gamma * penalty
@@ -73,8 +86,11 @@ def hessian_alignment(a: float = 1e-3, b: float = 1e-4) -> DomainLoss:
     head's gradient is Σ (p - y) fᵀ/n, and its Hessian times a direction V is Σ J_p(V f) fᵀ/n with J_p u = p∘u - p(p·u): no
     double backward is needed, so quantizers do not matter. f is what the head reads before its own input quantizer."""
 
-    def loss(logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
-        ones = torch.cat([features, features.new_ones(len(features), 1)], 1)  # the bias as a weight
+    def loss(
+        logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor
+    ) -> Tensor:
+        # The bias as a weight
+        ones = torch.cat([features, features.new_ones(len(features), 1)], 1)
         p = logits.softmax(1)
         error = p - F.one_hot(labels, logits.shape[1])
         gradients, products = [], []
@@ -84,7 +100,11 @@ def hessian_alignment(a: float = 1e-3, b: float = 1e-4) -> DomainLoss:
             u = f @ gradient.T
             gradients.append(gradient)
             products.append((q * u - q * (q * u).sum(1, keepdim=True)).T @ f / len(f))
-        return F.cross_entropy(logits, labels) + a * _spread(gradients) + b * _spread(products)
+        return (
+            F.cross_entropy(logits, labels)
+            + a * _spread(gradients)
+            + b * _spread(products)
+        )
 
     return loss
 
@@ -94,7 +114,9 @@ def _spread(tensors: Sequence[Tensor]) -> Tensor:
     return (stacked - stacked.mean(0)).square().sum()
 
 
-def domain_losses(logits: Tensor, labels: Tensor, domains: Tensor, count: int) -> Tensor:
+def domain_losses(
+    logits: Tensor, labels: Tensor, domains: Tensor, count: int
+) -> Tensor:
     """Mean cross entropy of each domain, shape (count,); 0 for a domain without images."""
     each = F.cross_entropy(logits, labels, reduction="none")
     sums = each.new_zeros(count).index_add(0, domains.to(each.device), each)
@@ -122,7 +144,8 @@ def per_domain(
         seen = [objective(closure, parameters, replays()) for closure in closures]
         loss = torch.stack([s.loss for s in seen]).mean()
         task, perturbed = (
-            [_mean(parts) for parts in zip(*(getattr(s, k) for s in seen), strict=True)] for k in ("task", "perturbed")
+            [_mean(parts) for parts in zip(*(getattr(s, k) for s in seen), strict=True)]
+            for k in ("task", "perturbed")
         )
         return mixed(Gradients(loss, task, perturbed), parameters, seen[0].mix)
 
@@ -134,7 +157,9 @@ def _mean(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present).sum(0) / len(parts) if present else None
 
 
-def head_features(model: nn.Module, head: nn.Module) -> tuple[list[Tensor], torch.utils.hooks.RemovableHandle]:
+def head_features(
+    model: nn.Module, head: nn.Module
+) -> tuple[list[Tensor], torch.utils.hooks.RemovableHandle]:
     """A list that holds, after each forward pass, what `head` read (N_F float); remove the handle when done."""
     kept: list[Tensor] = []
 

@@ -53,7 +53,9 @@ class Oscillation:
             self._hold(i)
             now = self._codes(i)
             # int8: a difference would overflow
-            moved = (now > self.last[i]).to(torch.int8) - (now < self.last[i]).to(torch.int8)
+            moved = (now > self.last[i]).to(torch.int8) - (now < self.last[i]).to(
+                torch.int8
+            )
             back = (moved * self.direction[i]) < 0
             self.direction[i] = torch.where(moved != 0, moved, self.direction[i])
             self.frequency[i].lerp_(back.float(), self.momentum)
@@ -61,7 +63,9 @@ class Oscillation:
             if self.freeze_above is not None:
                 self.held[i] |= self.frequency[i] > self.freeze_above
                 self._hold(i)
-                now = torch.where(self.held[i], self.mean[i].round().to(torch.int8), now)
+                now = torch.where(
+                    self.held[i], self.mean[i].round().to(torch.int8), now
+                )
             self.last[i] = now
             swung, total = swung + int(back.sum()), total + back.numel()
         return swung / max(total, 1)
@@ -70,7 +74,9 @@ class Oscillation:
         """Put frozen weights to their point of the grid, whatever the optimizer did."""
         if self.freeze_above is not None and bool(self.held[i].any()):
             weight, scale = self.weights[i], spread(self.quantizers[i], self.weights[i])
-            weight.copy_(torch.where(self.held[i], self.mean[i].round() * scale, weight))
+            weight.copy_(
+                torch.where(self.held[i], self.mean[i].round() * scale, weight)
+            )
 
     def _codes(self, i: int) -> Tensor:
         return self.quantizers[i].codes(self.weights[i]).to(torch.int8)
@@ -83,16 +89,25 @@ class Oscillation:
     @property
     def frozen(self) -> float:
         """Share of the weights that are frozen."""
-        return sum(int(h.sum()) for h in self.held) / max(sum(h.numel() for h in self.held), 1)
+        return sum(int(h.sum()) for h in self.held) / max(
+            sum(h.numel() for h in self.held), 1
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {k: list(getattr(self, k)) for k in ("last", "direction", "frequency", "mean", "held")}
+        return {
+            k: list(getattr(self, k))
+            for k in ("last", "direction", "frequency", "mean", "held")
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         for key, values in state.items():
-            setattr(self, key, [v.to(w.device) for v, w in zip(values, self.weights, strict=True)])
+            setattr(
+                self,
+                key,
+                [v.to(w.device) for v, w in zip(values, self.weights, strict=True)],
+            )
 
 
 def damping(weights: Sequence[Tensor], quantizers: Sequence[LSQ]) -> Tensor:
@@ -110,4 +125,6 @@ def spread(quantizer: LSQ, weight: Tensor) -> Tensor:
     """The quantizer's scale, detached, in a shape that broadcasts over `weight`."""
     if quantizer.spec.axis is None:
         return quantizer.scale
-    return quantizer.scale.view([-1 if d == quantizer.spec.axis else 1 for d in range(weight.dim())])
+    return quantizer.scale.view(
+        [-1 if d == quantizer.spec.axis else 1 for d in range(weight.dim())]
+    )

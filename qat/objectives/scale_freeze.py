@@ -60,7 +60,9 @@ class FreezeRule:
 
     def __post_init__(self) -> None:
         if self.window < 2:
-            raise ValueError(f"freeze window: sign flips need at least 2 steps, got {self.window}")
+            raise ValueError(
+                f"freeze window: sign flips need at least 2 steps, got {self.window}"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class ScaleFreezer:
         self.names, self.scales, self.rule = tuple(names), tuple(scales), rule
         device = scales[0].device if scales else torch.device("cpu")
         self.sizes = [s.numel() for s in scales]
-        self.owner = torch.repeat_interleave(torch.arange(len(scales)), torch.tensor(self.sizes, dtype=torch.long)).to(
-            device
-        )
+        self.owner = torch.repeat_interleave(
+            torch.arange(len(scales)), torch.tensor(self.sizes, dtype=torch.long)
+        ).to(device)
         self.channels = torch.tensor(self.sizes, dtype=torch.float32, device=device)
         self.is_weight = torch.tensor(list(is_weight), device=device)
         total = sum(self.sizes)
@@ -114,10 +116,15 @@ class ScaleFreezer:
         Raises ValueError when the objective returned one branch only.
         """
         if not gradients.task or not gradients.perturbed:
-            raise ValueError("scale freezing needs an objective with two branches, such as sagm")
+            raise ValueError(
+                "scale freezing needs an objective with two branches, such as sagm"
+            )
         place = {id(p): i for i, p in enumerate(parameters)}
         where = [place[id(s)] for s in self.scales]
-        task, smooth = (self._flat([branch[i] for i in where]) for branch in (gradients.task, gradients.perturbed))
+        task, smooth = (
+            self._flat([branch[i] for i in where])
+            for branch in (gradients.task, gradients.perturbed)
+        )
         if bool(self.frozen.any()):
             self._fill(task, smooth, gradients.mix)
         seen = self._see(task, smooth)
@@ -129,17 +136,23 @@ class ScaleFreezer:
         keep = (~self.frozen).to(task.dtype)
         first, second = (torch.full_like(keep, w) for w in mix)
         if self.rule.rescale and self.rule.branch != "both":
-            first, second = (torch.where(self.frozen, sum(mix), w) for w in (first, second))
+            first, second = (
+                torch.where(self.frozen, sum(mix), w) for w in (first, second)
+            )
         kept_task = first * task * (keep if self.rule.branch != "smooth" else 1)
         kept_smooth = second * smooth * (keep if self.rule.branch != "task" else 1)
         share = self._sum(self.frozen.float()) / self.channels
         for scale, masked, part in zip(
-            self.scales, (kept_task + kept_smooth).split(self.sizes), share.tolist(), strict=True
+            self.scales,
+            (kept_task + kept_smooth).split(self.sizes),
+            share.tolist(),
+            strict=True,
         ):
             if scale.grad is None or not part:
                 continue
             if self.rule.branch == "both" and part == 1:
-                scale.grad = None  # of a zero gradient an optimizer's momentum would make a step
+                # Of a zero gradient an optimizer's momentum would make a step
+                scale.grad = None
             else:
                 scale.grad.copy_(masked.view_as(scale))
 
@@ -149,9 +162,12 @@ class ScaleFreezer:
         self.last = sign
         self.step += 1
         self.compared += 1
-        dot, first, second = (self._sum(x) for x in (task * smooth, task * task, smooth * smooth))
+        dot, first, second = (
+            self._sum(x) for x in (task * smooth, task * task, smooth * smooth)
+        )
         return Seen(
-            disorder=self._sum(self.flips) / (self.channels * max(self.compared - 1, 1)),
+            disorder=self._sum(self.flips)
+            / (self.channels * max(self.compared - 1, 1)),
             conflict=self._sum((task * smooth < 0).float()) / self.channels,
             cosine=dot / (first * second).sqrt().clamp_min(1e-30),
             frozen=self._sum(self.frozen.float()) / self.channels,
@@ -163,7 +179,9 @@ class ScaleFreezer:
             chosen = self._chosen()
             if self.rule.policy == "random":
                 chosen = self._as_many(chosen)
-            self.frozen = (self.frozen | chosen) if self.rule.policy == "permanent" else chosen
+            self.frozen = (
+                (self.frozen | chosen) if self.rule.policy == "permanent" else chosen
+            )
         self.flips.zero_()
         self.last = torch.zeros_like(self.last)
         self.compared = 0
@@ -171,13 +189,21 @@ class ScaleFreezer:
     def _chosen(self) -> Tensor:
         """(channels,) bool: what this window's disorder freezes."""
         comparisons = self.compared - 1
-        alive = (self.last != 0).float()  # a channel without any gradient is not calm, it says nothing
+        # A channel without any gradient is not calm, it says nothing
+        alive = (self.last != 0).float()
         if self.rule.per_channel:
             each = torch.full_like(self.flips, comparisons)
-            chosen = beyond(self.flips / comparisons, each, self._threshold()[self.owner], self.rule) & (alive > 0)
+            chosen = beyond(
+                self.flips / comparisons, each, self._threshold()[self.owner], self.rule
+            ) & (alive > 0)
         else:
             pooled = self._sum(alive) * comparisons
-            calm = beyond(self._sum(self.flips) / pooled.clamp_min(1), pooled, self._threshold(), self.rule)
+            calm = beyond(
+                self._sum(self.flips) / pooled.clamp_min(1),
+                pooled,
+                self._threshold(),
+                self.rule,
+            )
             chosen = (calm & (pooled > 0))[self.owner]
         if self.rule.targets == "both":
             return chosen
@@ -186,24 +212,34 @@ class ScaleFreezer:
     def _threshold(self) -> Tensor:
         """r per scale, NaN where z decides."""
         plain = float("nan") if self.rule.threshold is None else self.rule.threshold
-        weights = plain if self.rule.weight_threshold is None else self.rule.weight_threshold
+        weights = (
+            plain if self.rule.weight_threshold is None else self.rule.weight_threshold
+        )
         return torch.where(self.is_weight, weights, plain)
 
     def _as_many(self, chosen: Tensor) -> Tensor:
         """As many scales (or channels) as `chosen`, drawn at random."""
         if self.rule.per_channel:
-            order = torch.randperm(len(chosen), generator=self.generator).to(chosen.device)
+            order = torch.randperm(len(chosen), generator=self.generator).to(
+                chosen.device
+            )
             return chosen[order]
         of_scale = self._sum(chosen.float()) > 0
-        order = torch.randperm(len(of_scale), generator=self.generator).to(chosen.device)
+        order = torch.randperm(len(of_scale), generator=self.generator).to(
+            chosen.device
+        )
         return of_scale[order][self.owner]
 
     def _sum(self, values: Tensor) -> Tensor:
-        return torch.zeros(len(self.sizes), device=values.device).index_add_(0, self.owner, values)
+        return torch.zeros(len(self.sizes), device=values.device).index_add_(
+            0, self.owner, values
+        )
 
     def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
         pairs = zip(gradients, self.scales, strict=True)
-        return torch.cat([(torch.zeros_like(s) if g is None else g).flatten() for g, s in pairs]).float()
+        return torch.cat(
+            [(torch.zeros_like(s) if g is None else g).flatten() for g, s in pairs]
+        ).float()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
@@ -215,14 +251,22 @@ class ScaleFreezer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state is of other scales."""
         if tuple(state["names"]) != self.names:
-            raise ValueError("scale freezer: the checkpoint follows other scales than this model has")
+            raise ValueError(
+                "scale freezer: the checkpoint follows other scales than this model has"
+            )
         device = self.last.device
-        self.last, self.flips, self.frozen = (state[k].to(device) for k in ("last", "flips", "frozen"))
+        self.last, self.flips, self.frozen = (
+            state[k].to(device) for k in ("last", "flips", "frozen")
+        )
         self.compared, self.step = state["compared"], state["step"]
         self.generator.set_state(state["generator"].cpu())
 
 
-def beyond(disorder: Tensor, comparisons: Tensor, threshold: Tensor, rule: FreezeRule) -> Tensor:
+def beyond(
+    disorder: Tensor, comparisons: Tensor, threshold: Tensor, rule: FreezeRule
+) -> Tensor:
     """Which disorders lie beyond the threshold: r where given (not NaN), else ½ - z·½/√comparisons; or its mirror image."""
-    bound = torch.where(threshold.isnan(), 0.5 - rule.z * 0.5 / comparisons.sqrt(), threshold)
+    bound = torch.where(
+        threshold.isnan(), 0.5 - rule.z * 0.5 / comparisons.sqrt(), threshold
+    )
     return disorder < bound if rule.when == "below" else disorder > 1 - bound

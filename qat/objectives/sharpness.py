@@ -41,64 +41,132 @@ ALL = Perturbation()
 
 
 def sam(
-    closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext,
-    *, rho: float = 0.05, where: Perturbation = ALL,
-) -> Gradients:  # fmt: skip
+    closure: Closure,
+    parameters: Sequence[Parameter],
+    replay: Replay = nullcontext,
+    *,
+    rho: float = 0.05,
+    where: Perturbation = ALL,
+) -> Gradients:
     """Sharpness-aware minimisation. Both branches are returned; `.grad` is the perturbed one."""
-    return _two_passes(closure, parameters, replay, where, lambda norm: rho / (norm + TINY), (0.0, 1.0))
+    return _two_passes(
+        closure, parameters, replay, where, lambda norm: rho / (norm + TINY), (0.0, 1.0)
+    )
 
 
 def asam(
-    closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext,
-    *, rho: float = 0.05, eta: float = 0.01, where: Perturbation = ALL,
-) -> Gradients:  # fmt: skip
+    closure: Closure,
+    parameters: Sequence[Parameter],
+    replay: Replay = nullcontext,
+    *,
+    rho: float = 0.05,
+    eta: float = 0.01,
+    where: Perturbation = ALL,
+) -> Gradients:
     """Adaptive SAM: the ball is measured in units of |θ| + eta."""
-    return _two_passes(closure, parameters, replay, where, lambda norm: rho / (norm + TINY), (0.0, 1.0), eta=eta)
+    return _two_passes(
+        closure,
+        parameters,
+        replay,
+        where,
+        lambda norm: rho / (norm + TINY),
+        (0.0, 1.0),
+        eta=eta,
+    )
 
 
 def gsam(
-    closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext,
-    *, rho: float = 0.05, alpha: float = 0.4, where: Perturbation = ALL,
-) -> Gradients:  # fmt: skip
+    closure: Closure,
+    parameters: Sequence[Parameter],
+    replay: Replay = nullcontext,
+    *,
+    rho: float = 0.05,
+    alpha: float = 0.4,
+    where: Perturbation = ALL,
+) -> Gradients:
     """Surrogate-gap SAM: also descends the part of the task gradient across the perturbed one."""
-    seen = _two_passes(closure, parameters, replay, where, lambda norm: rho / (norm + TINY), None)
-    pairs = [(g, p) for g, p in zip(seen.task, seen.perturbed, strict=True) if g is not None and p is not None]
+    seen = _two_passes(
+        closure, parameters, replay, where, lambda norm: rho / (norm + TINY), None
+    )
+    pairs = [
+        (g, p)
+        for g, p in zip(seen.task, seen.perturbed, strict=True)
+        if g is not None and p is not None
+    ]
     dot, task, perturbed = (
-        torch.stack(x).sum() for x in zip(*((_dot(g, p), _dot(g, g), _dot(p, p)) for g, p in pairs), strict=True)
+        torch.stack(x).sum()
+        for x in zip(
+            *((_dot(g, p), _dot(g, g), _dot(p, p)) for g, p in pairs), strict=True
+        )
     )
     cosine = dot / (task.sqrt() * perturbed.sqrt() + TINY)
-    along = float(cosine * task.sqrt() / (perturbed.sqrt() + TINY))  # g⊥ = g - along · g_p
+    # g⊥ = g - along · g_p
+    along = float(cosine * task.sqrt() / (perturbed.sqrt() + TINY))
     return mixed(seen, parameters, (-alpha, 1 + alpha * along))
 
 
 def sagm(
-    closure: Closure, parameters: Sequence[Parameter], replay: Replay = nullcontext,
-    *, rho: float = 0.05, alpha: float = 1e-3, where: Perturbation = ALL,
-) -> Gradients:  # fmt: skip
+    closure: Closure,
+    parameters: Sequence[Parameter],
+    replay: Replay = nullcontext,
+    *,
+    rho: float = 0.05,
+    alpha: float = 1e-3,
+    where: Perturbation = ALL,
+) -> Gradients:
     """Sharpness-aware gradient matching. With rho = alpha = 0 it is the plain gradient, bit for bit."""
 
-    return _two_passes(closure, parameters, replay, where, lambda norm: rho / (norm + TINY) - alpha, (0.5, 0.5))
+    return _two_passes(
+        closure,
+        parameters,
+        replay,
+        where,
+        lambda norm: rho / (norm + TINY) - alpha,
+        (0.5, 0.5),
+    )
 
 
-def mixed(seen: Gradients, parameters: Sequence[Parameter], mix: tuple[float, float]) -> Gradients:
+def mixed(
+    seen: Gradients, parameters: Sequence[Parameter], mix: tuple[float, float]
+) -> Gradients:
     """Fill `.grad` with mix[0] · task + mix[1] · perturbed. A branch of weight 0 is left out of the sum."""
-    for parameter, task, perturbed in zip(parameters, seen.task, seen.perturbed, strict=True):
-        parts = [w * g for w, g in zip(mix, (task, perturbed), strict=True) if w and g is not None]
+    for parameter, task, perturbed in zip(
+        parameters, seen.task, seen.perturbed, strict=True
+    ):
+        parts = [
+            w * g
+            for w, g in zip(mix, (task, perturbed), strict=True)
+            if w and g is not None
+        ]
         parameter.grad = reduce(torch.add, parts) if parts else None
     return Gradients(seen.loss, seen.task, seen.perturbed, mix)
 
 
 def _two_passes(
-    closure: Closure, parameters: Sequence[Parameter], replay: Replay, where: Perturbation,
-    length: Callable[[Tensor], Tensor], mix: tuple[float, float] | None, *, eta: float | None = None,
-) -> Gradients:  # fmt: skip
+    closure: Closure,
+    parameters: Sequence[Parameter],
+    replay: Replay,
+    where: Perturbation,
+    length: Callable[[Tensor], Tensor],
+    mix: tuple[float, float] | None,
+    *,
+    eta: float | None = None,
+) -> Gradients:
     """Task pass, perturbed pass at θ + length·T²g, everything back in place; `mix` None leaves `.grad` to the caller."""
     chosen = [True] * len(parameters) if where.mask is None else list(where.mask)
     replaced = {id(weight) for _, weight in where.after_quantizer}
     with ExitStack() as stack:
-        outputs = stack.enter_context(_watched(where.after_quantizer)) if where.after_quantizer else []
+        outputs = (
+            stack.enter_context(_watched(where.after_quantizer))
+            if where.after_quantizer
+            else []
+        )
         loss, task = _pass(closure, parameters)
-        latent = [i for i, p in enumerate(parameters) if chosen[i] and task[i] is not None and id(p) not in replaced]
+        latent = [
+            i
+            for i, p in enumerate(parameters)
+            if chosen[i] and task[i] is not None and id(p) not in replaced
+        ]
         places = [(parameters[i].data, task[i]) for i in latent]
         places += [(x.detach(), x.grad) for x in outputs if x.grad is not None]
         gradients = [g for _, g in places if g is not None]
@@ -121,7 +189,9 @@ def _two_passes(
     return seen if mix is None else mixed(seen, parameters, mix)
 
 
-def _pass(closure: Closure, parameters: Sequence[Parameter]) -> tuple[Tensor, list[Tensor | None]]:
+def _pass(
+    closure: Closure, parameters: Sequence[Parameter]
+) -> tuple[Tensor, list[Tensor | None]]:
     for parameter in parameters:
         parameter.grad = None
     loss = closure()
@@ -129,7 +199,9 @@ def _pass(closure: Closure, parameters: Sequence[Parameter]) -> tuple[Tensor, li
 
 
 @contextmanager
-def perturbed(parameters: Sequence[Parameter], moves: Sequence[Tensor]) -> Iterator[None]:
+def perturbed(
+    parameters: Sequence[Parameter], moves: Sequence[Tensor]
+) -> Iterator[None]:
     """Parameters displaced by `moves`; on the way out each is its saved copy again, whatever happened inside."""
     saved = [p.detach().clone() for p in parameters]
     try:
@@ -164,14 +236,17 @@ def _watched(quantized: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[list[Ten
 
 
 @contextmanager
-def _displaced(quantizers: Sequence[nn.Module], moves: Sequence[Tensor]) -> Iterator[None]:
+def _displaced(
+    quantizers: Sequence[nn.Module], moves: Sequence[Tensor]
+) -> Iterator[None]:
     """Weight quantizers whose output is displaced by `moves`."""
     if len(quantizers) != len(moves):
         raise RuntimeError(
             "perturb=quantized: a weight quantizer got no gradient; every quantized layer must run in a step"
         )
     handles = [
-        q.register_forward_hook(lambda _, __, y, m=move: y + m) for q, move in zip(quantizers, moves, strict=True)
+        q.register_forward_hook(lambda _, __, y, m=move: y + m)
+        for q, move in zip(quantizers, moves, strict=True)
     ]
     try:
         yield

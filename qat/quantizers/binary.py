@@ -12,7 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.contract import SMALLEST_SCALE, Init, Quantizer, Start, along, positive_scale, sign
+from qat.quantizers.contract import (
+    SMALLEST_SCALE,
+    Init,
+    Quantizer,
+    Start,
+    along,
+    positive_scale,
+    sign,
+)
 from qat.quantizers.spec import QuantSpec
 
 AlphaInit = Literal["least-squares", "uniform"]
@@ -45,10 +53,17 @@ class BinaryWeight(Quantizer):
     is_weight = True
 
     def __init__(
-        self, spec: QuantSpec, weight: Tensor, name: str = "", *, alpha_init: AlphaInit = "least-squares"
+        self,
+        spec: QuantSpec,
+        weight: Tensor,
+        name: str = "",
+        *,
+        alpha_init: AlphaInit = "least-squares",
     ) -> None:
         if spec.bits != 1:
-            raise ValueError(f"weight quantizer {name!r}: a binary quantizer has 1 bit, got spec {spec}")
+            raise ValueError(
+                f"weight quantizer {name!r}: a binary quantizer has 1 bit, got spec {spec}"
+            )
         super().__init__(spec, name)
         self.alpha_init = alpha_init
         shape = () if spec.axis is None else (weight.shape[spec.axis],)
@@ -58,18 +73,26 @@ class BinaryWeight(Quantizer):
     def start_for(self, values: Tensor, init: Init) -> Start:
         """α as `alpha_init` says; one bit has no clipping that `init` could weigh."""
         if self.alpha_init == "uniform":
-            return Start(torch.empty_like(self.raw_scale).uniform_(0, 1).clamp_min_(SMALLEST_SCALE))
+            return Start(
+                torch.empty_like(self.raw_scale)
+                .uniform_(0, 1)
+                .clamp_min_(SMALLEST_SCALE)
+            )
         dims = [d for d in range(values.dim()) if d != self.spec.axis]
         magnitude = self.before_sign(values).abs().float().mean(dim=dims)
         return Start(torch.where(magnitude > 0, magnitude, 1.0))
 
     def before_sign(self, weight: Tensor) -> Tensor:
         """u(w), differentiable, of w's shape."""
-        raise NotImplementedError(f"{type(self).__name__} defines no function before the sign")
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no function before the sign"
+        )
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x̂ of a weight x: sign(f(x)) · α, of x's shape."""
-        return self.relaxed(self.before_sign(x)) * along(positive_scale(self.raw_scale), x, self.spec.axis)
+        return self.relaxed(self.before_sign(x)) * along(
+            positive_scale(self.raw_scale), x, self.spec.axis
+        )
 
     def relaxed(self, u: Tensor) -> Tensor:
         """ŵ / α for u = u(w), of u's shape: sign(u) with derivative 1, or what a subclass trains on in its place."""
@@ -87,7 +110,9 @@ class BinaryWeight(Quantizer):
 class SignWeight(BinaryWeight):
     """u(w) = clip(w, -1, 1): the plain straight-through estimator."""
 
-    def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "", **options: Any) -> None:
+    def __init__(
+        self, spec: QuantSpec, weight: Tensor, name: str = "", **options: Any
+    ) -> None:
         super().__init__(spec, weight, name, **options)
         self.begin(weight.detach())
 

@@ -37,12 +37,21 @@ class PeriodicWeight(BinaryWeight):
     """
 
     def __init__(
-        self, spec: QuantSpec, weight: Tensor, name: str = "", *, frequency: float = 20.0, stage: Stage = 2,
-        learn_frequency: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        spec: QuantSpec,
+        weight: Tensor,
+        name: str = "",
+        *,
+        frequency: float = 20.0,
+        stage: Stage = 2,
+        learn_frequency: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(spec, weight, name, **options)
         if frequency <= 0:
-            raise ValueError(f"weight quantizer {name!r}: the frequency must be positive, got {frequency}")
+            raise ValueError(
+                f"weight quantizer {name!r}: the frequency must be positive, got {frequency}"
+            )
         self.stage: Stage = stage
         start = torch.tensor(float(frequency))
         if learn_frequency:
@@ -71,7 +80,9 @@ class PeriodicWeight(BinaryWeight):
 
 def periodic_regulariser(pairs: Iterable[tuple[PeriodicWeight, Tensor]]) -> Tensor:
     """Σ over layers of mean(½ - ½cos(2ω₀w)) = Σ mean sin²(ω₀w), a differentiable scalar; off by default, see above."""
-    return torch.stack([(0.5 - 0.5 * torch.cos(2 * q.frequency * w)).mean() for q, w in pairs]).sum()
+    return torch.stack(
+        [(0.5 - 0.5 * torch.cos(2 * q.frequency * w)).mean() for q, w in pairs]
+    ).sum()
 
 
 def best_scale(a: float) -> float:

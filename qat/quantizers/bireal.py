@@ -42,14 +42,24 @@ class BinaryActivation(Quantizer):
     """
 
     def __init__(
-        self, spec: QuantSpec, name: str = "", *, standardize: bool = True, channels: int | None = None
+        self,
+        spec: QuantSpec,
+        name: str = "",
+        *,
+        standardize: bool = True,
+        channels: int | None = None,
     ) -> None:
         if spec.bits != 1 or spec.axis is not None:
-            raise ValueError(f"quantizer {name!r}: a binary activation has 1 bit and one scale, got spec {spec}")
+            raise ValueError(
+                f"quantizer {name!r}: a binary activation has 1 bit and one scale, got spec {spec}"
+            )
         super().__init__(spec, name)
         self.standardize, self.initialized = standardize, True
-        self.raw_scale = nn.Parameter(torch.ones(()), requires_grad=False)  # BatchNorm scales what a binary layer reads
-        self.threshold = None if channels is None else nn.Parameter(torch.zeros(channels))
+        # BatchNorm scales what a binary layer reads
+        self.raw_scale = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.threshold = (
+            None if channels is None else nn.Parameter(torch.zeros(channels))
+        )
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x̂ of activations x: -1 or +1, of x's shape."""
@@ -57,7 +67,9 @@ class BinaryActivation(Quantizer):
         surrogate = shifted
         if self.standardize and shifted.requires_grad:
             dims = tuple(range(1, x.dim()))
-            surrogate = shifted * torch.rsqrt(shifted.var(dims, unbiased=False, keepdim=True) + EPSILON)
+            surrogate = shifted * torch.rsqrt(
+                shifted.var(dims, unbiased=False, keepdim=True) + EPSILON
+            )
         return _SignBiReal.apply(shifted.detach(), surrogate)
 
     def codes(self, x: Tensor) -> Tensor:

@@ -16,7 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.recompute import Quantize, is_checkpointed, origin_of, remember, under_compile
+from qat.quantizers.recompute import (
+    Quantize,
+    is_checkpointed,
+    origin_of,
+    remember,
+    under_compile,
+)
 from qat.quantizers.spec import Grid, QuantSpec
 
 Init = Literal["lsq", "mse"]
@@ -42,7 +48,8 @@ class Quantizer(nn.Module):
 
     zero_point = 0
     is_weight = False
-    starts_from_data = False  # whether it has no scale until `calibrate` has shown it what it will quantize
+    # Whether it has no scale until `calibrate` has shown it what it will quantize
+    starts_from_data = False
     raw_scale: nn.Parameter
 
     def __init__(self, spec: QuantSpec, name: str = "") -> None:
@@ -74,15 +81,23 @@ class Quantizer(nn.Module):
 
         init: "lsq", the paper's 2 · mean|x| / sqrt(Qp), or "mse", the least squared error, where the quantizer has both.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say where to start from")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say where to start from"
+        )
 
-    def initialize(self, scale: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
+    def initialize(
+        self, scale: Tensor, signed: bool | None = None, offset: Tensor | None = None
+    ) -> None:
         """Set the scales (positive, of the shape of `self.scale`), the sign where the spec left it open, and the offset () of
         a quantizer that has one. Raises ValueError naming the quantizer."""
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ValueError(f"quantizer {self.name!r}: scales must be positive and finite, got {scale.min():g}")
+            raise ValueError(
+                f"quantizer {self.name!r}: scales must be positive and finite, got {scale.min():g}"
+            )
         if self.spec.signed is None and signed is None:
-            raise ValueError(f"quantizer {self.name!r}: pass signed=, its spec leaves the sign open")
+            raise ValueError(
+                f"quantizer {self.name!r}: pass signed=, its spec leaves the sign open"
+            )
         if offset is not None:
             raise ValueError(f"quantizer {self.name!r}: its grid has no offset")
         if signed is not None:
@@ -103,7 +118,8 @@ class Quantizer(nn.Module):
             self.observer(x.detach())
             return x
         self.require_scale()
-        if not x.is_floating_point():  # such as a mask that activations are multiplied by
+        # Such as a mask that activations are multiplied by
+        if not x.is_floating_point():
             x = x.float()
         return self.fake_quantize(x)
 
@@ -116,23 +132,35 @@ class Quantizer(nn.Module):
             )
 
     def run_function(
-        self, function: type[torch.autograd.Function], x: Tensor, parameters: tuple[Tensor, ...], settings: tuple[Any, ...],
+        self,
+        function: type[torch.autograd.Function],
+        x: Tensor,
+        parameters: tuple[Tensor, ...],
+        settings: tuple[Any, ...],
         quantize: Quantize,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """`function.apply(x, *parameters, *settings, origin)`, so that autograd need not keep both x and x̂.
 
         origin: how x was made, None where it has to be kept. `quantize(x, parameters[0], self.grid)` is x̂, too.
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return under_compile(lambda *tensors: function.apply(*tensors, *settings, None), x, *parameters)
-        with torch._C.DisableTorchFunction():  # a mode that watches the model need not see every stride we ask for
-            if is_checkpointed():  # all is computed again anyway; an origin would keep x alive as long as x̂
+            return under_compile(
+                lambda *tensors: function.apply(*tensors, *settings, None),
+                x,
+                *parameters,
+            )
+        # A mode that watches the model need not see every stride we ask for
+        with torch._C.DisableTorchFunction():
+            # All is computed again anyway; an origin would keep x alive as long as x̂
+            if is_checkpointed():
                 return function.apply(x, *parameters, *settings, None)
             out: Tensor = function.apply(x, *parameters, *settings, origin_of(x))
             remember(out, x, parameters[0], self.grid, quantize)
         return out
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
         if f"{prefix}{EARLIER_NAME}" in state_dict:
             state_dict[f"{prefix}raw_scale"] = state_dict.pop(f"{prefix}{EARLIER_NAME}")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -142,7 +170,11 @@ class Quantizer(nn.Module):
 
         One number each, int64, -1 for None; a tensor, because safetensors and others save nothing else.
         """
-        values = [self.spec.signed, self.initialized, *(getattr(self.spec, field) for field in GRID_FIELDS)]
+        values = [
+            self.spec.signed,
+            self.initialized,
+            *(getattr(self.spec, field) for field in GRID_FIELDS),
+        ]
         return torch.tensor([NONE if value is None else int(value) for value in values])
 
     def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
@@ -159,10 +191,16 @@ class Quantizer(nn.Module):
             self.spec = self.spec.with_sign(read["signed"])
 
     def _require_same_grid(self, grid: Mapping[str, Any]) -> None:
-        different = [field for field in GRID_FIELDS if grid.get(field) != getattr(self.spec, field)]
+        different = [
+            field
+            for field in GRID_FIELDS
+            if grid.get(field) != getattr(self.spec, field)
+        ]
         if different:
             theirs = ", ".join(f"{field} {grid.get(field)}" for field in different)
-            ours = ", ".join(f"{field} {getattr(self.spec, field)}" for field in different)
+            ours = ", ".join(
+                f"{field} {getattr(self.spec, field)}" for field in different
+            )
             raise ValueError(
                 f"quantizer {self.name!r}: the state dict was trained with {theirs}, this model has {ours}; quantize the "
                 "model by the rules that it was trained with"
@@ -172,8 +210,14 @@ class Quantizer(nn.Module):
 def _read_state(state: Tensor) -> dict[str, Any]:
     signed, initialized, bits, axis, *flags = state.tolist()
     names = ("offset", "power_of_two", "symmetric")
-    grid = {"bits": bits, "axis": None if axis == NONE else axis} | dict(zip(names, map(bool, flags), strict=True))
-    return {"signed": None if signed == NONE else bool(signed), "initialized": bool(initialized), "grid": grid}
+    grid = {"bits": bits, "axis": None if axis == NONE else axis} | dict(
+        zip(names, map(bool, flags), strict=True)
+    )
+    return {
+        "signed": None if signed == NONE else bool(signed),
+        "initialized": bool(initialized),
+        "grid": grid,
+    }
 
 
 def require_finite(x: Tensor, what: str) -> None:

@@ -23,13 +23,19 @@ from qat.quantizers import native, uniform
 from qat.quantizers.spec import Grid
 
 _POINTER: Any = ctypes.c_void_p
-_INT64, _INT, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
+_INT64, _INT, _FLOAT, _DOUBLE = (
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_float,
+    ctypes.c_double,
+)
 SHAPE: list[Any] = [_INT64, _INT64, _INT64]
 BOUNDS: list[Any] = [_INT, _INT, _FLOAT]
 SOURCE = Path(__file__).with_name("lsq_kernel.cpp")
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-SMALLEST_ON_GPU = 1 << 14  # elements; below it only launches count, and PyTorch's are cheaper (not measured yet)
+# Elements; below it only launches count, and PyTorch's are cheaper (not measured yet)
+SMALLEST_ON_GPU = 1 << 14
 
 log = logging.getLogger("edgeqat")
 
@@ -39,7 +45,9 @@ def _kernels() -> ctypes.CDLL | None:
     made = native.library(SOURCE)
     if made is not None:
         made.lsq_forward.argtypes = [_POINTER] * 3 + SHAPE + BOUNDS + [_INT, _INT]
-        made.lsq_backward.argtypes = [_POINTER] * 5 + SHAPE + BOUNDS + [_DOUBLE, _INT, _INT]
+        made.lsq_backward.argtypes = (
+            [_POINTER] * 5 + SHAPE + BOUNDS + [_DOUBLE, _INT, _INT]
+        )
         made.lsq_forward.restype = made.lsq_backward.restype = None
     return made
 
@@ -55,8 +63,13 @@ def _gpu_kernels(device: torch.device) -> Any | None:
         kernels.forward(x, scale, torch.empty_like(x), (1, 1, 2), Grid(None, -1, 1))
     except (
         Exception
-    ) as error:  # Triton's own errors are of many classes: no compiler, an old GPU, a driver that is too new
-        log.warning("LSQ's Triton kernels cannot be used, it runs as plain PyTorch on %s, slower: %s", device, error)
+        # Triton's own errors are of many classes: no compiler, an old GPU, a driver that is too new
+    ) as error:
+        log.warning(
+            "LSQ's Triton kernels cannot be used, it runs as plain PyTorch on %s, slower: %s",
+            device,
+            error,
+        )
         return None
     return kernels
 
@@ -101,9 +114,14 @@ def forward(x: Tensor, raw_scale: Tensor, grid: Grid) -> Tensor:
     kernels = _kernels()
     assert kernels is not None
     kernels.lsq_forward(
-        x.data_ptr(), raw_scale.data_ptr(), out.data_ptr(), *_layout(x, grid.axis), *grid[1:], DTYPES[x.dtype],
+        x.data_ptr(),
+        raw_scale.data_ptr(),
+        out.data_ptr(),
+        *_layout(x, grid.axis),
+        *grid[1:],
+        DTYPES[x.dtype],
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -112,16 +130,30 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dL/dx, dL/d raw_scale) from upstream = dL/dx̂ of x's shape."""
     gradient = _beside(x)
-    x, upstream, raw_scale = _dense(x, gradient), _dense(upstream, gradient), raw_scale.contiguous()
+    x, upstream, raw_scale = (
+        _dense(x, gradient),
+        _dense(upstream, gradient),
+        raw_scale.contiguous(),
+    )
     layout = _layout(x, grid.axis)
     if x.is_cuda:
-        return gradient, _gpu(x).backward(x, upstream, raw_scale, gradient, layout, grid, gradient_scale)
+        return gradient, _gpu(x).backward(
+            x, upstream, raw_scale, gradient, layout, grid, gradient_scale
+        )
     kernels, scale_gradient = _kernels(), torch.empty_like(raw_scale)
     assert kernels is not None
     kernels.lsq_backward(
-        x.data_ptr(), upstream.data_ptr(), raw_scale.data_ptr(), gradient.data_ptr(), scale_gradient.data_ptr(),
-        *layout, *grid[1:], gradient_scale, DTYPES[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        upstream.data_ptr(),
+        raw_scale.data_ptr(),
+        gradient.data_ptr(),
+        scale_gradient.data_ptr(),
+        *layout,
+        *grid[1:],
+        gradient_scale,
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
     return gradient, scale_gradient
 
 
@@ -151,4 +183,8 @@ def _layout(x: Tensor, axis: int | None) -> tuple[int, int, int]:
     if axis is None or x.shape[axis] == 1:
         return 1, 1, x.numel()
     channels, inner = x.shape[axis], x.stride(axis)
-    return (x.numel() // (channels * inner), channels, inner) if x.numel() else (0, channels, 1)
+    return (
+        (x.numel() // (channels * inner), channels, inner)
+        if x.numel()
+        else (0, channels, 1)
+    )

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.contract import SMALLEST_SCALE, Init, Quantizer, Start, along, positive_scale
+from qat.quantizers.contract import (
+    SMALLEST_SCALE,
+    Init,
+    Quantizer,
+    Start,
+    along,
+    positive_scale,
+)
 from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
@@ -34,7 +41,12 @@ class FakeQuantizeLSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, raw_scale: Tensor, grid: Grid, gradient_scale: float, origin: Origin | None = None
+        ctx: Any,
+        x: Tensor,
+        raw_scale: Tensor,
+        grid: Grid,
+        gradient_scale: float,
+        origin: Origin | None = None,
     ) -> Tensor:
         """origin: how x was made, if backward shall make it again."""
         ctx.save_for_backward(*((raw_scale,) if origin is not None else (raw_scale, x)))
@@ -46,7 +58,12 @@ class FakeQuantizeLSQ(torch.autograd.Function):
         """The gradients of x and of the raw scale; None for the settings."""
         (upstream,), (raw_scale, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
-        return *fused.gradients(x, upstream, raw_scale, ctx.grid, ctx.gradient_scale), None, None, None
+        return (
+            *fused.gradients(x, upstream, raw_scale, ctx.grid, ctx.gradient_scale),
+            None,
+            None,
+            None,
+        )
 
 
 class LSQ(Quantizer):
@@ -66,17 +83,24 @@ class LSQ(Quantizer):
     Raises ValueError for a grid of one bit, and for channels without an axis or the reverse.
     """
 
-    ceiling = math.inf  # x above it counts as it: the upper clip of an activation that the quantizer stands in for
+    # x above it counts as it: the upper clip of an activation that the quantizer stands in for
+    ceiling = math.inf
 
-    def __init__(self, spec: QuantSpec, channels: int | None = None, name: str = "") -> None:
+    def __init__(
+        self, spec: QuantSpec, channels: int | None = None, name: str = ""
+    ) -> None:
         super().__init__(spec, name)
         if spec.bits == 1:
-            raise ValueError(f"LSQ {name!r}: its grids have 2 to 8 bits; one bit takes a binary quantizer")
+            raise ValueError(
+                f"LSQ {name!r}: its grids have 2 to 8 bits; one bit takes a binary quantizer"
+            )
         if (spec.axis is None) != (channels is None):
             raise ValueError(
                 f"LSQ {name!r}: channels ({channels}) must be given exactly when spec.axis ({spec.axis}) is"
             )
-        self.raw_scale = nn.Parameter(torch.full(() if channels is None else (channels,), float("nan")))
+        self.raw_scale = nn.Parameter(
+            torch.full(() if channels is None else (channels,), float("nan"))
+        )
 
     @property
     def scale(self) -> Tensor:
@@ -84,7 +108,9 @@ class LSQ(Quantizer):
         return positive_scale(self._own_scale().detach())
 
     def _own_scale(self) -> Tensor:
-        return power_of_two(self.raw_scale) if self.spec.power_of_two else self.raw_scale
+        return (
+            power_of_two(self.raw_scale) if self.spec.power_of_two else self.raw_scale
+        )
 
     @property
     def starts_from_data(self) -> bool:  # type: ignore[override]
@@ -103,12 +129,16 @@ class LSQ(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x̂ = s · round(clip(x / s)), of x's shape and dtype."""
         settings = (self.grid, self.gradient_scale(x))
-        return self.run_function(FakeQuantizeLSQ, x, (self._own_scale(),), settings, fused.quantize)
+        return self.run_function(
+            FakeQuantizeLSQ, x, (self._own_scale(),), settings, fused.quantize
+        )
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
         self.require_scale()
-        return rounded(x.detach(), along(self.scale, x, self.spec.axis), self.grid).to(torch.int32)
+        return rounded(x.detach(), along(self.scale, x, self.spec.axis), self.grid).to(
+            torch.int32
+        )
 
     @property
     def grid(self) -> Grid:
@@ -138,10 +168,16 @@ class LSQWeight(LSQ):
 
     is_weight = True
 
-    def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "", init: Init = "lsq") -> None:
+    def __init__(
+        self, spec: QuantSpec, weight: Tensor, name: str = "", init: Init = "lsq"
+    ) -> None:
         if spec.signed is not True:
-            raise ValueError(f"weight quantizer {name!r}: weights are signed, got spec {spec}")
-        super().__init__(spec, None if spec.axis is None else weight.shape[spec.axis], name)
+            raise ValueError(
+                f"weight quantizer {name!r}: weights are signed, got spec {spec}"
+            )
+        super().__init__(
+            spec, None if spec.axis is None else weight.shape[spec.axis], name
+        )
         self.begin(weight.detach(), init)
 
 
@@ -154,7 +190,9 @@ def initial_scale(x: Tensor, spec: QuantSpec) -> Tensor:
     """LSQ's s0 = 2 · mean|x| / sqrt(Qp), float32, shape () or (channels,); an all-zero slice gets scale 1."""
     dims = [d for d in range(x.dim()) if d != spec.axis]
     magnitude = x.abs().float().mean(dim=dims)
-    return torch.where(magnitude > 0, 2 * magnitude / spec.qmax**0.5, 1.0).clamp_min(SMALLEST_SCALE)
+    return torch.where(magnitude > 0, 2 * magnitude / spec.qmax**0.5, 1.0).clamp_min(
+        SMALLEST_SCALE
+    )
 
 
 def least_squares_scale(x: Tensor, spec: QuantSpec, candidates: int = 100) -> Tensor:
@@ -162,12 +200,21 @@ def least_squares_scale(x: Tensor, spec: QuantSpec, candidates: int = 100) -> Te
 
     The paper's s0 makes a 2-bit grid well and wastes an 8-bit one: uniform weights reach code 11 of 127.
     """
-    rows = (x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)).float()
+    rows = (
+        x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
+    ).float()
     reach = torch.maximum(rows.amax(1) / spec.qmax, rows.amin(1) / min(spec.qmin, -1))
     reach = torch.where(reach > 0, reach, 1.0)[:, None]
     best, least = reach, torch.full_like(reach, float("inf"))
     for fraction in torch.linspace(1 / candidates, 1, candidates).tolist():
         scale = reach * fraction
-        error = ((rows / scale).clamp_(spec.qmin, spec.qmax).round_() * scale - rows).square_().mean(1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        error = (
+            ((rows / scale).clamp_(spec.qmin, spec.qmax).round_() * scale - rows)
+            .square_()
+            .mean(1, keepdim=True)
+        )
+        best, least = (
+            torch.where(error < least, scale, best),
+            torch.minimum(error, least),
+        )
     return best.squeeze(1).squeeze(0) if spec.axis is None else best.squeeze(1)

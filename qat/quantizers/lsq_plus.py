@@ -28,9 +28,14 @@ class FakeQuantizeLSQPlus(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, raw_scale: Tensor, offset: Tensor, top: int, gradient_scale: float,
+        ctx: Any,
+        x: Tensor,
+        raw_scale: Tensor,
+        offset: Tensor,
+        top: int,
+        gradient_scale: float,
         origin: Origin | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """origin: how x was made, if backward shall make it again."""
         ctx.save_for_backward(raw_scale, offset, *(() if origin is not None else (x,)))
         ctx.origin, ctx.top, ctx.gradient_scale = origin, top, gradient_scale
@@ -41,10 +46,17 @@ class FakeQuantizeLSQPlus(torch.autograd.Function):
         """The gradients of x, of the raw scale and of the offset; None for the settings."""
         (upstream,), (raw_scale, offset, *kept) = upstreams, ctx.saved_tensors
         x = kept[0] if kept else ctx.origin.compute()
-        gradient_scale, zero = ctx.gradient_scale, zero_point_of(raw_scale, offset, ctx.top)
-        by_x, by_scale = fused.gradients(x, upstream, raw_scale, shifted(raw_scale, offset, ctx.top), gradient_scale)
+        gradient_scale, zero = (
+            ctx.gradient_scale,
+            zero_point_of(raw_scale, offset, ctx.top),
+        )
+        by_x, by_scale = fused.gradients(
+            x, upstream, raw_scale, shifted(raw_scale, offset, ctx.top), gradient_scale
+        )
         # What was clipped: each such element moves with β, and with s by its code, which is the grid's edge plus z.
-        by_offset = (upstream.sum(dtype=torch.float64) - by_x.sum(dtype=torch.float64)).float() * gradient_scale
+        by_offset = (
+            upstream.sum(dtype=torch.float64) - by_x.sum(dtype=torch.float64)
+        ).float() * gradient_scale
         by_scale = by_scale + torch.where(raw_scale < 0, -zero, zero) * by_offset
         return by_x, by_scale, by_offset, None, None, None
 
@@ -75,14 +87,18 @@ class LSQPlus(LSQ):
 
     def __init__(self, spec: QuantSpec, name: str = "") -> None:
         if spec.axis is not None or spec.power_of_two:
-            raise ValueError(f"LSQ+ {name!r}: activations have one scale and do not support power_of_two; got {spec}")
+            raise ValueError(
+                f"LSQ+ {name!r}: activations have one scale and do not support power_of_two; got {spec}"
+            )
         super().__init__(spec.with_sign(False), name=name)
         self.offset = nn.Parameter(torch.zeros(()))
 
     @property
     def zero_point(self) -> int:  # type: ignore[override]
         """The code of 0.0, round(-β / s) clipped to the grid."""
-        return int(zero_point_of(self.raw_scale.detach(), self.offset.detach(), self.spec.qmax))
+        return int(
+            zero_point_of(self.raw_scale.detach(), self.offset.detach(), self.spec.qmax)
+        )
 
     @property
     def grid(self) -> Grid:
@@ -94,15 +110,22 @@ class LSQPlus(LSQ):
         scale, offset = least_squares_range(values, self.spec)
         return Start(scale, offset=offset)
 
-    def initialize(self, scale: Tensor, signed: bool | None = None, offset: Tensor | None = None) -> None:
+    def initialize(
+        self, scale: Tensor, signed: bool | None = None, offset: Tensor | None = None
+    ) -> None:
         """Set scale and offset (); the codes are unsigned whatever the data's sign."""
         super().initialize(scale, False)
         self.offset.data.copy_(torch.zeros(()) if offset is None else offset)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x̂ = s · (round(clip(x / s + z)) - z), of x's shape and dtype."""
-        parameters, settings = (self.raw_scale, self.offset), (self.spec.qmax, self.gradient_scale(x))
-        return self.run_function(FakeQuantizeLSQPlus, x, parameters, settings, fused.quantize)
+        parameters, settings = (
+            (self.raw_scale, self.offset),
+            (self.spec.qmax, self.gradient_scale(x)),
+        )
+        return self.run_function(
+            FakeQuantizeLSQPlus, x, parameters, settings, fused.quantize
+        )
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, int32, in [0, 2^b - 1]."""
@@ -113,7 +136,9 @@ class LSQPlus(LSQ):
         return False  # what lies below 0 has codes of its own
 
 
-def least_squares_range(x: Tensor, spec: QuantSpec, candidates: int = 24) -> tuple[Tensor, Tensor]:
+def least_squares_range(
+    x: Tensor, spec: QuantSpec, candidates: int = 24
+) -> tuple[Tensor, Tensor]:
     """(scale, offset) of the grid with the least mean squared error on samples x, of `candidates`² shares of x's range.
 
     The range always holds 0. Shapes ().
@@ -121,7 +146,10 @@ def least_squares_range(x: Tensor, spec: QuantSpec, candidates: int = 24) -> tup
     low, high = x.float().min().clamp_max(0.0), x.float().max().clamp_min(0.0)
     if not bool(high > low):
         return torch.ones(()), torch.zeros(())
-    shares, best = torch.linspace(1 / candidates, 1, candidates), (float("inf"), torch.ones(()), torch.zeros(()))
+    shares, best = (
+        torch.linspace(1 / candidates, 1, candidates),
+        (float("inf"), torch.ones(()), torch.zeros(())),
+    )
     for below in shares.tolist() if bool(low < 0) else [1.0]:
         for above in shares.tolist() if bool(high > 0) else [1.0]:
             scale = (high * above - low * below) / spec.qmax

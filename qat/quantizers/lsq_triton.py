@@ -20,12 +20,15 @@ from qat.quantizers.spec import Grid
 # The kernels bear no type annotations but `constexpr`: Triton's compiler (not its interpreter) looks them up as globals.
 
 TILE = 1024  # elements of one program
-OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add would round differently from PyTorch
-COALESCED = 128  # channels of a tile where they are innermost in memory: whole lines of it
+# A fused multiply-add would round differently from PyTorch
+OPTIONS = {"enable_fp_fusion": False}
+# Channels of a tile where they are innermost in memory: whole lines of it
+COALESCED = 128
 SMALLEST_SCALE = tl.constexpr(1e-10)
 ROUNDER = tl.constexpr(
     12582912.0
-)  # 1.5 · 2^23: a float32 of up to 2^22 added to it is rounded to an integer, half to even
+    # 1.5 · 2^23: a float32 of up to 2^22 added to it is rounded to an integer, half to even
+)
 
 
 @triton.jit
@@ -59,28 +62,54 @@ def _narrow(value, like):
     """float32 in the element type of `like`. bfloat16 is rounded by its bits, half to even: the interpreter's cast cuts."""
     if like.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(
+            tl.float32, bitcast=True
+        )
         value = tl.where(value == value, rounded, value)
     return value.to(like.dtype.element_ty)
 
 
 @triton.jit
 def _forward(
-    x, raw_scales, out, positions, channels, inner, low, high, ceiling,
-    C: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
+    x,
+    raw_scales,
+    out,
+    positions,
+    channels,
+    inner,
+    low,
+    high,
+    ceiling,
+    C: tl.constexpr,
+    R: tl.constexpr,
+):
     channel, known, at, mask = _positions(positions, channels, inner, C, R)
     scale = _scales(raw_scales, channel, known)
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     value = tl.where(value > ceiling, ceiling, value)
-    tl.store(out + at, _narrow(_code(tl.div_rn(value, scale), low, high) * scale, out), mask=mask)
+    tl.store(
+        out + at,
+        _narrow(_code(tl.div_rn(value, scale), low, high) * scale, out),
+        mask=mask,
+    )
 
 
 @triton.jit
 def _backward(
-    x, upstream, raw_scales, gradient, partial, positions, channels, inner,
-    low, high, ceiling, C: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
+    x,
+    upstream,
+    raw_scales,
+    gradient,
+    partial,
+    positions,
+    channels,
+    inner,
+    low,
+    high,
+    ceiling,
+    C: tl.constexpr,
+    R: tl.constexpr,
+):
     channel, known, at, mask = _positions(positions, channels, inner, C, R)
     scale = _scales(raw_scales, channel, known)
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -91,29 +120,52 @@ def _backward(
     tl.store(gradient + at, _narrow(up * passes, gradient), mask=mask)
     by_scale = (_code(v, low, high) - tl.where(inside, v, 0.0)) * up
     reflected = tl.load(raw_scales + channel, mask=known, other=1.0) < 0
-    sums = tl.sum(tl.where(mask, by_scale, 0.0), axis=1) * tl.where(reflected, -1.0, 1.0)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * channels + channel, sums, mask=known)
+    sums = tl.sum(tl.where(mask, by_scale, 0.0), axis=1) * tl.where(
+        reflected, -1.0, 1.0
+    )
+    tl.store(
+        partial + tl.program_id(0).to(tl.int64) * channels + channel, sums, mask=known
+    )
 
 
-def forward(x: Tensor, raw_scale: Tensor, out: Tensor, layout: tuple[int, int, int], grid: Grid) -> None:
+def forward(
+    x: Tensor, raw_scale: Tensor, out: Tensor, layout: tuple[int, int, int], grid: Grid
+) -> None:
     """Fill `out`, which lies in memory as x does, with x̂. layout: (outer, channels, inner) of both."""
     if x.numel():
         launch, sizes = _tiles(layout)
         with torch.cuda.device_of(x):
-            _forward[launch](x, raw_scale, out, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS)
+            _forward[launch](
+                x, raw_scale, out, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS
+            )
 
 
 def backward(
-    x: Tensor, upstream: Tensor, raw_scale: Tensor, gradient: Tensor, layout: tuple[int, int, int], grid: Grid,
+    x: Tensor,
+    upstream: Tensor,
+    raw_scale: Tensor,
+    gradient: Tensor,
+    layout: tuple[int, int, int],
+    grid: Grid,
     gradient_scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Fill `gradient` with dL/dx; x, upstream and gradient lie in memory alike. Returns dL/d raw_scale."""
     if not x.numel():
         return torch.zeros_like(raw_scale)
     launch, sizes = _tiles(layout)
     partial = raw_scale.new_empty(launch[0], layout[1])
     with torch.cuda.device_of(x):
-        _backward[launch](x, upstream, raw_scale, gradient, partial, *sizes[:3], *_bounds(grid), *sizes[3:], **OPTIONS)
+        _backward[launch](
+            x,
+            upstream,
+            raw_scale,
+            gradient,
+            partial,
+            *sizes[:3],
+            *_bounds(grid),
+            *sizes[3:],
+            **OPTIONS,
+        )
     total = partial.sum(0, dtype=torch.float64).mul_(gradient_scale)
     return total.to(raw_scale.dtype).view(raw_scale.shape)
 
@@ -124,11 +176,15 @@ def _bounds(grid: Grid) -> tuple[float, float, float]:
 
 @lru_cache(
     maxsize=4096
-)  # of as many shapes: on a GPU the training step of a small net is as long as Python takes to launch it
-def _tiles(layout: tuple[int, int, int]) -> tuple[tuple[int, int], tuple[int, int, int, int, int]]:
+    # Of as many shapes: on a GPU the training step of a small net is as long as Python takes to launch it
+)
+def _tiles(
+    layout: tuple[int, int, int],
+) -> tuple[tuple[int, int], tuple[int, int, int, int, int]]:
     """(programs along positions and channels), (positions, channels, inner, C, R); C and R are powers of two."""
     outer, channels, inner = layout
-    positions = outer * inner  # computed here: as a product of two int32 it might overflow in the kernel
+    # Computed here: as a product of two int32 it might overflow in the kernel
+    positions = outer * inner
     if inner == 1 and channels > 1:
         c = min(_power_of_two_from(channels), COALESCED)
         r = TILE // c

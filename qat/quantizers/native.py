@@ -32,19 +32,28 @@ def library(source: Path) -> ctypes.CDLL | None:
         return None
     command = cpp.compiler()
     if command is None:
-        log.warning("no C++ compiler found (set CXX): %s runs as plain PyTorch, slower", source.stem)
+        log.warning(
+            "no C++ compiler found (set CXX): %s runs as plain PyTorch, slower",
+            source.stem,
+        )
         return None
     try:
         return ctypes.CDLL(str(_built(source, command)))
     except (OSError, cpp.BuildError) as error:
-        log.warning("%s could not be built, it runs as plain PyTorch, slower: %s", source.stem, error)
+        log.warning(
+            "%s could not be built, it runs as plain PyTorch, slower: %s",
+            source.stem,
+            error,
+        )
         return None
 
 
 def _built(source: Path, command: list[str]) -> Path:
     version = cpp.run([*command, "--version"])
     name = cpp.library_name(source.stem, [source, FLAGS, version, _processor()])
-    return kept_library(name, source.parent, lambda path: _compile(source, command, path))
+    return kept_library(
+        name, source.parent, lambda path: _compile(source, command, path)
+    )
 
 
 def _compile(source: Path, command: list[str], path: Path) -> None:
@@ -61,4 +70,12 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return "\n".join(
+        sorted(
+            {
+                line
+                for line in lines
+                if line.startswith(("flags", "Features", "model name"))
+            }
+        )
+    )

@@ -64,7 +64,9 @@ def origin_of(x: Tensor) -> Origin | None:
     return None if made is None or made[1] != x._version else made[0]
 
 
-def remember(out: Tensor, x: Tensor, raw_scale: Tensor, grid: Grid, quantize: Quantize) -> None:
+def remember(
+    out: Tensor, x: Tensor, raw_scale: Tensor, grid: Grid, quantize: Quantize
+) -> None:
     """Note on `out` that it is x quantized."""
     before = origin_of(x)
     quantizations = ((Kept(raw_scale), grid),)
@@ -84,7 +86,9 @@ def under_compile(fake_quantize: Callable[..., Tensor], *tensors: Tensor) -> Ten
     """
     if not (torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()):
         return fake_quantize(*tensors)
-    return checkpoint(fake_quantize, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        fake_quantize, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
@@ -92,9 +96,11 @@ def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()  # `under_compile` has seen to it
     if is_checkpointed():
-        return nullcontext()  # everything is computed again anyway, and what a hook here kept would not be
+        # Everything is computed again anyway, and what a hook here kept would not be
+        return nullcontext()
     made = [(x, origin) for x in operands if (origin := origin_of(x)) is not None]
-    found = {x.data_ptr(): (x.numel(), origin) for x, origin in made if x.numel()}  # empty ones all lie at address 0
+    # Empty ones all lie at address 0
+    found = {x.data_ptr(): (x.numel(), origin) for x, origin in made if x.numel()}
     if not found:
         return nullcontext()
 

@@ -25,21 +25,37 @@ class RectifiedWeight(BinaryWeight):
     tau: quantile that weights are clamped to, in (0.5, 1]. Raises ValueError for another.
     """
 
-    def __init__(self, spec: QuantSpec, weight: Tensor, name: str = "", *, tau: float = 0.99, **options: Any) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        weight: Tensor,
+        name: str = "",
+        *,
+        tau: float = 0.99,
+        **options: Any,
+    ) -> None:
         super().__init__(spec, weight, name, **options)
         if not 0.5 < tau <= 1:
-            raise ValueError(f"weight quantizer {name!r}: tau must lie in (0.5, 1], got {tau}")
+            raise ValueError(
+                f"weight quantizer {name!r}: tau must lie in (0.5, 1], got {tau}"
+            )
         self.tau = tau
         self.begin(weight.detach())
 
     def before_sign(self, weight: Tensor) -> Tensor:
         """w standardised and clamped to its quantiles 1 - tau and tau, of its shape."""
-        rows = weight.reshape(1, -1) if self.spec.axis is None else weight.movedim(self.spec.axis, 0).flatten(1)
+        rows = (
+            weight.reshape(1, -1)
+            if self.spec.axis is None
+            else weight.movedim(self.spec.axis, 0).flatten(1)
+        )
         deviation, mean = torch.std_mean(rows, dim=1)
         if self.spec.axis is None:
             mean, deviation = mean.squeeze(), deviation.squeeze()
         axis = self.spec.axis
-        centred = (weight - along(mean, weight, axis)) / (along(deviation, weight, axis) + EPSILON)
+        centred = (weight - along(mean, weight, axis)) / (
+            along(deviation, weight, axis) + EPSILON
+        )
         return centred.clamp(*_quantiles(centred.detach().flatten(), self.tau))
 
 

@@ -42,10 +42,14 @@ class QuantSpec:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"QuantSpec: bits must be 1 to 8, got {self.bits}")
         if self.symmetric and not (self.bits > 1 and self.signed):
-            raise ValueError("QuantSpec: symmetric codes are signed and have at least 2 bits")
+            raise ValueError(
+                "QuantSpec: symmetric codes are signed and have at least 2 bits"
+            )
         if self.bits == 1:
             if self.signed is False:
-                raise ValueError("QuantSpec: one-bit codes are -1 and +1, so signed must not be False")
+                raise ValueError(
+                    "QuantSpec: one-bit codes are -1 and +1, so signed must not be False"
+                )
             object.__setattr__(self, "signed", True)
 
     @classmethod
@@ -56,7 +60,9 @@ class QuantSpec:
         and other toolkits leave that byte out for the same reason (docs/arithmetic.md). Grids of fewer bits keep all their
         codes, since a file holds them multiplied with less than what would reach -128.
         """
-        return cls(bits, signed=True, axis=0 if per_channel else None, symmetric=bits == 8)
+        return cls(
+            bits, signed=True, axis=0 if per_channel else None, symmetric=bits == 8
+        )
 
     @property
     def qmin(self) -> int:
@@ -70,7 +76,9 @@ class QuantSpec:
         """Largest code. Raises ValueError while the sign is undecided."""
         if self.bits == 1:
             return 1
-        return (1 << (self.bits - 1)) - 1 if self._decided_sign() else (1 << self.bits) - 1
+        return (
+            (1 << (self.bits - 1)) - 1 if self._decided_sign() else (1 << self.bits) - 1
+        )
 
     def with_sign(self, signed: bool) -> "QuantSpec":
         """The same spec with its sign decided."""
@@ -78,10 +86,14 @@ class QuantSpec:
 
     def _decided_sign(self) -> bool:
         if self.signed is None:
-            raise ValueError("QuantSpec: signed is not decided yet; calibrate(model, loader) decides it from data")
+            raise ValueError(
+                "QuantSpec: signed is not decided yet; calibrate(model, loader) decides it from data"
+            )
         return self.signed
 
     def __str__(self) -> str:
         sign = {True: "s", False: "u", None: ""}[self.signed]
         marks = "+" * self.offset + "^" * self.power_of_two
-        return f"{sign}{self.bits}{marks}" + ("" if self.axis is None else f"/axis{self.axis}")
+        return f"{sign}{self.bits}{marks}" + (
+            "" if self.axis is None else f"/axis{self.axis}"
+        )

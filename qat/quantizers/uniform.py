@@ -23,11 +23,20 @@ def gradients(
     v = _capped(widened(x), grid) / scale
     inside = (v > grid.qmin) & (v < grid.qmax)
     # Outside, the clipped code alone is the derivative; on the upper edge round(v) - v would be 0 instead of Qp.
-    per_element = v.clamp(grid.qmin, grid.qmax).round_().sub_(v.masked_fill_(~inside, 0)).mul_(upstream)
-    scale_gradient = per_element.sum_to_size(scale.shape).view(raw_scale.shape) * gradient_scale
+    per_element = (
+        v.clamp(grid.qmin, grid.qmax)
+        .round_()
+        .sub_(v.masked_fill_(~inside, 0))
+        .mul_(upstream)
+    )
+    scale_gradient = (
+        per_element.sum_to_size(scale.shape).view(raw_scale.shape) * gradient_scale
+    )
     if grid.ceiling != math.inf:
         inside &= x < grid.ceiling
-    return upstream * inside, scale_gradient.to(raw_scale.dtype) * torch.where(raw_scale < 0, -1.0, 1.0)
+    return upstream * inside, scale_gradient.to(raw_scale.dtype) * torch.where(
+        raw_scale < 0, -1.0, 1.0
+    )
 
 
 def rounded(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:

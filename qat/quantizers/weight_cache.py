@@ -23,7 +23,11 @@ def weight_cache(model: nn.Module) -> Iterator[None]:
     Raises RuntimeError when a weight, or a parameter of its quantizer, was written to between two microbatches. A weight
     that is computed (standardised, say) and not a parameter itself is quantized every time.
     """
-    kept = [(m, _CachedWeight(m)) for m in model.modules() if isinstance(m, Quantizer) and m.is_weight]
+    kept = [
+        (m, _CachedWeight(m))
+        for m in model.modules()
+        if isinstance(m, Quantizer) and m.is_weight
+    ]
     try:
         for quantizer, once in kept:
             quantizer.forward = once  # type: ignore[method-assign,assignment]  # hooks on the quantizer still run
@@ -31,16 +35,26 @@ def weight_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, _ in kept:
             del quantizer.forward
-    made = [once.made for _, once in kept if once.made is not None and once.made[1].grad is not None]
+    made = [
+        once.made
+        for _, once in kept
+        if once.made is not None and once.made[1].grad is not None
+    ]
     if made:
-        torch.autograd.backward([out for out, _ in made], [leaf.grad for _, leaf in made])
+        torch.autograd.backward(
+            [out for out, _ in made], [leaf.grad for _, leaf in made]
+        )
 
 
 class _CachedWeight:
     """The forward of one weight quantizer. made: ŵ with its graph, and the same ŵ as a leaf, which the microbatches read."""
 
     def __init__(self, quantizer: Quantizer) -> None:
-        self.name, self.compute, self.parameters = quantizer.name, quantizer.forward, list(quantizer.parameters())
+        self.name, self.compute, self.parameters = (
+            quantizer.name,
+            quantizer.forward,
+            list(quantizer.parameters()),
+        )
         self.made: tuple[Tensor, Tensor] | None = None
         self.read: list[tuple[Tensor, int]] = []
 
@@ -51,7 +65,10 @@ class _CachedWeight:
         if self.made is None:
             out, self.read = self.compute(weight), read
             self.made = out, out.detach().requires_grad_(out.requires_grad)
-        elif any(now is not then or new != old for (now, new), (then, old) in zip(read, self.read, strict=True)):
+        elif any(
+            now is not then or new != old
+            for (now, new), (then, old) in zip(read, self.read, strict=True)
+        ):
             raise RuntimeError(
                 f"quantizer {self.name!r}: its weight or scale was written to between two microbatches of one step, after "
                 "the weight had been quantized; step the optimizer outside weight_cache"

@@ -35,7 +35,13 @@ class Built:
     std: tuple[float, float, float]
 
 
-def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dict[str, Tensor] | None = None) -> Built:
+def build(
+    recipe: Recipe,
+    classes: int,
+    *,
+    load_weights: bool = True,
+    start: dict[str, Tensor] | None = None,
+) -> Built:
     """The model a recipe names, quantized by its rules but not calibrated.
 
     load_weights: whether to load the recipe's own backbone weights.
@@ -59,7 +65,11 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
         hardtanh_for_relu_(model)
     if isinstance(recipe, LsqRecipe):
         example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-        stream = replace(STREAM, power_of_two=recipe.power_of_two, gradient_count=recipe.gradient_count)
+        stream = replace(
+            STREAM,
+            power_of_two=recipe.power_of_two,
+            gradient_count=recipe.gradient_count,
+        )
         if recipe.fold_norms:
             fold_norms(model, example)
         if recipe.init == "cle" and (load_weights or start is not None):
@@ -68,7 +78,11 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
             equalize_(model, example)
         rules = rules_of(recipe, model)
         table = quantize_(
-            model, rules, example, stream=None if recipe.weight_only else stream, weight_init=recipe.scale_init
+            model,
+            rules,
+            example,
+            stream=None if recipe.weight_only else stream,
+            weight_init=recipe.scale_init,
         )
     return Built(model, table, mean, std)
 
@@ -76,20 +90,43 @@ def build(recipe: Recipe, classes: int, *, load_weights: bool = True, start: dic
 def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
     """The recipe's rules: those of its file first, then its flags'. Its options hold for all of them."""
     rules = _rules_of(recipe, model)
-    return rules if recipe.symmetric_weights else with_options(rules, weight={"symmetric": False}, source={})
+    return (
+        rules
+        if recipe.symmetric_weights
+        else with_options(rules, weight={"symmetric": False}, source={})
+    )
 
 
 def _rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
     if isinstance(recipe, BiperRecipe):
         bits = recipe.edge_bits
-        edge = FLOAT if bits == 32 else LayerSpec(QuantSpec.of_weight(bits), QuantSpec(bits))
+        edge = (
+            FLOAT
+            if bits == 32
+            else LayerSpec(QuantSpec.of_weight(bits), QuantSpec(bits))
+        )
         binarizer = Binarizer(
-            recipe.binarizer, recipe.stage, recipe.frequency, recipe.learn_frequency, recipe.alpha_init,
-            standardize=recipe.standardize, learn_thresholds=recipe.learn_thresholds,
-        )  # fmt: skip
-        return binary_rules(model, first_and_last(model), edge=edge, binarizer=binarizer)
-    rules = uniform_rules(recipe.weight_bits or recipe.bits, recipe.bits, first_and_last(model), recipe.edge_bits)
-    shared = {"power_of_two": recipe.power_of_two, "gradient_count": recipe.gradient_count}
+            recipe.binarizer,
+            recipe.stage,
+            recipe.frequency,
+            recipe.learn_frequency,
+            recipe.alpha_init,
+            standardize=recipe.standardize,
+            learn_thresholds=recipe.learn_thresholds,
+        )
+        return binary_rules(
+            model, first_and_last(model), edge=edge, binarizer=binarizer
+        )
+    rules = uniform_rules(
+        recipe.weight_bits or recipe.bits,
+        recipe.bits,
+        first_and_last(model),
+        recipe.edge_bits,
+    )
+    shared = {
+        "power_of_two": recipe.power_of_two,
+        "gradient_count": recipe.gradient_count,
+    }
     plus = {"offset": True} if recipe.activations == "lsq-plus" else {}
     rules = with_options(rules, weight={}, source=plus)
     if recipe.rules is not None:
@@ -114,7 +151,9 @@ def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
     if trained_with is not None:
         different = different_entries(trained_with, to_json(recipe))
         if different:
-            raise RecipeError(f"{folder / 'recipe.json'}: was changed after training, which had {different}")
+            raise RecipeError(
+                f"{folder / 'recipe.json'}: was changed after training, which had {different}"
+            )
     built = build(recipe, len(state["classes"]), load_weights=False)
     load_state(built.model, state, folder / "checkpoint.pt")
     require_finite_state(built.model, folder / "checkpoint.pt")
@@ -128,7 +167,9 @@ def load_state(model: nn.Module, state: dict[str, Any], source: Path) -> None:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         first = str(error).splitlines()[1:2]
-        raise RecipeError(f"{source}: does not fit its recipe's model: {''.join(first).strip()}") from None
+        raise RecipeError(
+            f"{source}: does not fit its recipe's model: {''.join(first).strip()}"
+        ) from None
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from None
 
@@ -136,5 +177,11 @@ def load_state(model: nn.Module, state: dict[str, Any], source: Path) -> None:
 def require_finite_state(model: nn.Module, source: Path) -> None:
     """Raises RecipeError naming the first tensor of a trained model that holds nan or an infinity."""
     for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise RecipeError(f"{source}: {name} holds values that are nan or infinite; the run did not end well")
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and not bool(torch.isfinite(value).all())
+        ):
+            raise RecipeError(
+                f"{source}: {name} holds values that are nan or infinite; the run did not end well"
+            )

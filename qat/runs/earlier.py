@@ -22,13 +22,19 @@ def recipe_entries(values: dict[str, Any]) -> dict[str, Any]:
 def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """One line of a metrics.jsonl under the names of now."""
     if isinstance(entry.get("steps"), dict):
-        return {"scales" if name == "steps" else name: value for name, value in entry.items()}
+        return {
+            "scales" if name == "steps" else name: value
+            for name, value in entry.items()
+        }
     return entry
 
 
 def checkpoint_entries(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint under the names of now: its entries, and the parameters in whatever part of it."""
-    renamed = {CHECKPOINT_ENTRIES.get(name, name): _parameters(value) for name, value in state.items()}
+    renamed = {
+        CHECKPOINT_ENTRIES.get(name, name): _parameters(value)
+        for name, value in state.items()
+    }
     if isinstance(renamed.get("recipe"), dict):
         renamed["recipe"] = recipe_entries(renamed["recipe"])
     return renamed

@@ -18,10 +18,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = require_entries(json.loads(line), {"step": int}, f"{path}: line {number}")
+            entry = require_entries(
+                json.loads(line), {"step": int}, f"{path}: line {number}"
+            )
             entries.append(earlier.log_entry(entry))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise FileError(f"{path}: line {number} is not JSON ({error})") from error
-            log.warning("%s: its last line, %d, was half-written and is left out", path, number)
+                raise FileError(
+                    f"{path}: line {number} is not JSON ({error})"
+                ) from error
+            log.warning(
+                "%s: its last line, %d, was half-written and is left out", path, number
+            )
     return entries

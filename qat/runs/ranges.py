@@ -87,7 +87,8 @@ RECIPE: dict[str, Range] = {
     "workers": Range(0, 1024),
     "z": Range(),
 }
-BINARY = {"bits": Range(1, 8), "weight_bits": Range(1, 8), "edge_bits": Range(2, 32)}  # where 1-bit recipes differ
+# Where 1-bit recipes differ
+BINARY = {"bits": Range(1, 8), "weight_bits": Range(1, 8), "edge_bits": Range(2, 32)}
 
 # Of the flags of `qat` and the quickstart, by name.
 COMMAND: dict[str, Range] = RECIPE | {

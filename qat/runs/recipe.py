@@ -334,25 +334,38 @@ class RecipeError(ValueError):
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """The same as plain data, for a JSON file."""
     fields = dataclasses.asdict(recipe)
-    return {"method": recipe.method} | {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+    return {"method": recipe.method} | {
+        k: str(v) if isinstance(v, Path) else v for k, v in fields.items()
+    }
 
 
 def from_json(values: Any, source: Path) -> Recipe:
     """The recipe recorded in a run folder. Raises RecipeError when `source` holds something else."""
     if not isinstance(values, dict):
-        raise RecipeError(f"{source}: holds no recipe, which has one entry for each flag")
+        raise RecipeError(
+            f"{source}: holds no recipe, which has one entry for each flag"
+        )
     values = earlier.recipe_entries(values)
     method = values.get("method", "")
     known = KNOWN.get(method) if isinstance(method, str) else None
     if known is None:
-        raise RecipeError(f"{source}: unknown method {method!r}; known: {', '.join(KNOWN)}")
+        raise RecipeError(
+            f"{source}: unknown method {method!r}; known: {', '.join(KNOWN)}"
+        )
     cls = type(known)
     fields = get_type_hints(cls)
     if unknown := values.keys() - fields.keys() - {"method"}:
-        raise RecipeError(f"{source}: unknown entries {', '.join(sorted(unknown))}; was it written by a newer version?")
-    given = {name: _value(values[name], hint, name, source) for name, hint in fields.items() if name in values}
+        raise RecipeError(
+            f"{source}: unknown entries {', '.join(sorted(unknown))}; was it written by a newer version?"
+        )
+    given = {
+        name: _value(values[name], hint, name, source)
+        for name, hint in fields.items()
+        if name in values
+    }
     if "symmetric_weights" in fields:
-        given.setdefault("symmetric_weights", False)  # a run of before this entry was trained with code -128
+        # A run of before this entry was trained with code -128
+        given.setdefault("symmetric_weights", False)
     recipe = cls(**given)
     if problem := number_problem(recipe):
         raise RecipeError(f"{source}: {problem}")
@@ -361,7 +374,9 @@ def from_json(values: Any, source: Path) -> Recipe:
 
 def number_problem(recipe: Recipe) -> str | None:
     """Which number of `recipe` lies outside its range, as an error's text; None where all are within."""
-    return out_of_range(recipe, RECIPE | BINARY if isinstance(recipe, BiperRecipe) else RECIPE)
+    return out_of_range(
+        recipe, RECIPE | BINARY if isinstance(recipe, BiperRecipe) else RECIPE
+    )
 
 
 def _value(value: Any, hint: Any, name: str, source: Path) -> Any:
@@ -370,7 +385,11 @@ def _value(value: Any, hint: Any, name: str, source: Path) -> Any:
     for option in options:
         if option is type(None) and value is None:
             return None
-        if get_origin(option) is Literal and value in get_args(option) and type(value) in (str, int):
+        if (
+            get_origin(option) is Literal
+            and value in get_args(option)
+            and type(value) in (str, int)
+        ):
             return value
         if option is Path and isinstance(value, str):
             return Path(value)
@@ -379,5 +398,7 @@ def _value(value: Any, hint: Any, name: str, source: Path) -> Any:
         if option in (bool, int, str) and type(value) is option:
             return value
         if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_value(item, get_args(option)[0], name, source) for item in value)
+            return tuple(
+                _value(item, get_args(option)[0], name, source) for item in value
+            )
     raise RecipeError(f"{source}: entry {name!r} cannot be {json.dumps(value)[:60]}")

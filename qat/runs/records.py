@@ -50,8 +50,22 @@ RESULTS: Shape = {
         }
     ),
 }
-RECIPE: Shape = {"backbone": TEXT, "method": TEXT, "steps": WHOLE, "seed": WHOLE, "trial_seed": WHOLE}
-LATENCIES: Shape = [{"name": TEXT, "size": WHOLE, "median_ms": NUMBER, "p95_ms": NUMBER, "speedup": NUMBER}]
+RECIPE: Shape = {
+    "backbone": TEXT,
+    "method": TEXT,
+    "steps": WHOLE,
+    "seed": WHOLE,
+    "trial_seed": WHOLE,
+}
+LATENCIES: Shape = [
+    {
+        "name": TEXT,
+        "size": WHOLE,
+        "median_ms": NUMBER,
+        "p95_ms": NUMBER,
+        "speedup": NUMBER,
+    }
+]
 CERTIFICATE: Shape = {
     "passed": FLAG,
     "file": TEXT,
@@ -86,14 +100,18 @@ def results_of(folder: RunFolder) -> dict[str, Any]:
     results = folder.results()
     require(results, RESULTS, path)
     if not results["source_validation"]:
-        raise RecipeError(f"{path}: entry source_validation is empty; the run has no source domains")
+        raise RecipeError(
+            f"{path}: entry source_validation is empty; the run has no source domains"
+        )
     settled = results.get("settled")
     if settled and settled.get("reason") is None:
         for name in ("biases", "shifts", "left", "source_validation_before"):
             if settled.get(name) is None:
                 raise RecipeError(f"{path}: entry settled.{name} is missing")
         if not settled["source_validation_before"]:
-            raise RecipeError(f"{path}: entry settled.source_validation_before is empty")
+            raise RecipeError(
+                f"{path}: entry settled.source_validation_before is empty"
+            )
     return results
 
 
@@ -124,7 +142,8 @@ def metrics_of(folder: RunFolder) -> list[dict[str, Any]]:
         require(entry, {"step": WHOLE, "scales": Maybe(Each(NUMBER))}, path, place)
         for name in ("loss", "source_mean"):
             value = entry.get(name, 0.0)
-            if not isinstance(value, float) and not _is_whole(value):  # a loss may be NaN
+            # A loss may be NaN
+            if not isinstance(value, float) and not _is_whole(value):
                 raise _wrong(path, f"{place}entry {name}", value, NUMBER)
         scales = entry.get("scales") or None
         if scales is None:
@@ -135,11 +154,15 @@ def metrics_of(folder: RunFolder) -> list[dict[str, Any]]:
             raise RecipeError(f"{path}: {place}entry scales.{missing[0]} is missing")
         for name, value in scales.items():
             if value <= 0:
-                raise _wrong(path, f"{place}entry scales.{name}", value, "a positive number")
+                raise _wrong(
+                    path, f"{place}entry scales.{name}", value, "a positive number"
+                )
     return entries
 
 
-def require(value: Any, shape: Shape, path: Path, place: str = "", entry: str = "") -> None:
+def require(
+    value: Any, shape: Shape, path: Path, place: str = "", entry: str = ""
+) -> None:
     """Raises RecipeError where `value` is not of `shape`. path: the file; place: where in it; entry: the name so far."""
     where = f"{place}entry {entry}" if entry else f"{place}the whole"
     inner = f"{entry}." if entry else ""
@@ -186,4 +209,6 @@ _IS = {
 def _wrong(path: Path, where: str, value: Any, wanted: str) -> RecipeError:
     found = json.dumps(value)
     short = found if len(found) <= 60 else f"{found[:60]}…"
-    return RecipeError(f"{path}: {where} is {short}, expected {wanted}; was the file changed by hand?")
+    return RecipeError(
+        f"{path}: {where} is {short}, expected {wanted}; was the file changed by hand?"
+    )

@@ -81,11 +81,14 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(f"--out {path}: cannot be made ({reason_of(error)})") from error
+            raise RecipeError(
+                f"--out {path}: cannot be made ({reason_of(error)})"
+            ) from error
         folder = cls(path)
         folder.is_new = is_new
         if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
-            kept = path / f"rules{recipe.rules.suffix}"  # the folder is complete without the file it was made from
+            # The folder is complete without the file it was made from
+            kept = path / f"rules{recipe.rules.suffix}"
             if not recipe.resume:
                 write_text(kept, read_text(recipe.rules))
         write_json(path / "recipe.json", to_json(recipe))
@@ -113,7 +116,9 @@ class RunFolder:
     def require(self, name: str) -> Path:
         """The path of one of its files. Raises RecipeError where there is none."""
         if not (self / name).exists():
-            raise RecipeError(f"{self / name}: no such file; is {self.path} the folder of a finished run?")
+            raise RecipeError(
+                f"{self / name}: no such file; is {self.path} the folder of a finished run?"
+            )
         return self / name
 
     def __truediv__(self, name: str) -> Path:
@@ -146,18 +151,29 @@ class RunFolder:
         require_readable(path)
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not compare the checksums that it writes
-            state = None if damaged is not None else torch.load(path, map_location="cpu", weights_only=True)
+                # Torch does not compare the checksums that it writes
+                damaged = archive.testzip()
+            state = (
+                None
+                if damaged is not None
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
         except Exception as error:
-            raise RecipeError(f"{path}: is not a readable checkpoint ({reason_of(error)})") from error
+            raise RecipeError(
+                f"{path}: is not a readable checkpoint ({reason_of(error)})"
+            ) from error
         if damaged is not None:
-            raise RecipeError(f"{path}: is damaged, the checksum of {damaged} is wrong; take another copy of it")
+            raise RecipeError(
+                f"{path}: is damaged, the checksum of {damaged} is wrong; take another copy of it"
+            )
         entries = CHECKPOINT | RESUMABLE if name == "last.pt" else CHECKPOINT
         if isinstance(state, dict):
             state = earlier.checkpoint_entries(state)
         return require_entries(state, entries, str(path))
 
-    def write_predictions(self, predictions: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
+    def write_predictions(
+        self, predictions: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
+    ) -> None:
         """Per domain: predicted classes and labels of the images its accuracy was measured on, in a fixed order."""
         arrays = {
             f"{domain}/{kind}": a
@@ -178,7 +194,10 @@ class RunFolder:
         found = {}
         for domain in domains:
             pair = [arrays.get(f"{domain}/{kind}") for kind in ARRAYS_OF_A_DOMAIN]
-            fits = all(a is not None and a.dtype == np.int64 and a.ndim == 1 and len(a) for a in pair)
+            fits = all(
+                a is not None and a.dtype == np.int64 and a.ndim == 1 and len(a)
+                for a in pair
+            )
             if not fits or pair[0].shape != pair[1].shape:  # type: ignore[union-attr]
                 raise RecipeError(
                     f"{self / 'predictions.npz'}: domain {domain!r} has no predicted classes and labels, as many of each"
@@ -201,27 +220,47 @@ class RunFolder:
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez_compressed(file, images=samples.images, labels=samples.labels, domains=samples.domains)
+                np.savez_compressed(
+                    file,
+                    images=samples.images,
+                    labels=samples.labels,
+                    domains=samples.domains,
+                )
 
         write_atomically(self / "samples.npz", write)
 
     def samples(self) -> Samples:
         """The real images that the run keeps. Raises RecipeError when they are missing, damaged or not images."""
         path, arrays = self / "samples.npz", self._arrays("samples.npz")
-        missing = [name for name in ("images", "labels", "domains") if name not in arrays]
+        missing = [
+            name for name in ("images", "labels", "domains") if name not in arrays
+        ]
         if missing:
             raise RecipeError(f"{path}: has no array {missing[0]!r}")
         images, labels = arrays["images"], arrays["labels"]
-        is_batch = images.ndim == 4 and images.shape[1] == 3 and images.dtype == np.float32 and len(images) > 0
+        is_batch = (
+            images.ndim == 4
+            and images.shape[1] == 3
+            and images.dtype == np.float32
+            and len(images) > 0
+        )
         if not is_batch or not np.isfinite(images).all():
-            raise RecipeError(f"{path}: its images are not finite float32 numbers of shape (images, 3, height, width)")
+            raise RecipeError(
+                f"{path}: its images are not finite float32 numbers of shape (images, 3, height, width)"
+            )
         size = self.recipe().image_size
         if images.shape[2:] != (size, size):
             raise RecipeError(
                 f"{path}: its images have {images.shape[2:]} pixels, the run was trained with {size} × {size}"
             )
-        if labels.shape != (len(images),) or labels.dtype != np.int64 or len(arrays["domains"]) != len(images):
-            raise RecipeError(f"{path}: holds {len(images)} images, but not as many labels and domains")
+        if (
+            labels.shape != (len(images),)
+            or labels.dtype != np.int64
+            or len(arrays["domains"]) != len(images)
+        ):
+            raise RecipeError(
+                f"{path}: holds {len(images)} images, but not as many labels and domains"
+            )
         return Samples(images, labels, arrays["domains"])
 
 
@@ -240,11 +279,15 @@ def check_out(recipe: Recipe) -> None:
             f"--resume: {recipe.out} holds no interrupted run (no last.pt); leave --resume out to begin it"
         )
     if folder.has_run and not recipe.resume:
-        raise RecipeError(f"--out {recipe.out}: holds a run already; choose another folder, or --resume it")
+        raise RecipeError(
+            f"--out {recipe.out}: holds a run already; choose another folder, or --resume it"
+        )
     if recipe.resume:
         different = different_entries(to_json(folder.recipe()), to_json(recipe))
         if different:
-            raise RecipeError(f"--resume: {recipe.out} was begun with {different}; repeat the command that began it")
+            raise RecipeError(
+                f"--resume: {recipe.out} was begun with {different}; repeat the command that began it"
+            )
 
 
 def different_entries(first: dict[str, Any], second: dict[str, Any]) -> str:
@@ -252,8 +295,14 @@ def different_entries(first: dict[str, Any], second: dict[str, Any]) -> str:
 
     Where files lie, and how a run is shown and loaded, may change.
     """
-    names = [name for name in second if name not in MAY_CHANGE and first.get(name) != second[name]]
-    return ", ".join(f"{flag(name)} {first.get(name)} (now {second[name]})" for name in names)
+    names = [
+        name
+        for name in second
+        if name not in MAY_CHANGE and first.get(name) != second[name]
+    ]
+    return ", ".join(
+        f"{flag(name)} {first.get(name)} (now {second[name]})" for name in names
+    )
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -262,9 +311,19 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def _default_name(recipe: Recipe) -> str:
-    bits = f"-w{recipe.weight_bits or recipe.bits}" if isinstance(recipe, LsqRecipe) else ""
-    bits += f"a{recipe.bits}" if isinstance(recipe, LsqRecipe) and not recipe.weight_only else ""
-    return f"{recipe.method}{bits}-{recipe.test_domain}-{recipe.backbone}-s{recipe.seed}"
+    bits = (
+        f"-w{recipe.weight_bits or recipe.bits}"
+        if isinstance(recipe, LsqRecipe)
+        else ""
+    )
+    bits += (
+        f"a{recipe.bits}"
+        if isinstance(recipe, LsqRecipe) and not recipe.weight_only
+        else ""
+    )
+    return (
+        f"{recipe.method}{bits}-{recipe.test_domain}-{recipe.backbone}-s{recipe.seed}"
+    )
 
 
 def _free(path: Path) -> Path:

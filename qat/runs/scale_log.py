@@ -24,9 +24,14 @@ QUANTIZER_KINDS = ("weight", "input", "stream")
 class ScaleLog:
     """Appends a row a step. resume_at: steps already there that count; later ones are dropped."""
 
-    def __init__(self, folder: Path, names: Sequence[str], window: int, resume_at: int = 0) -> None:
+    def __init__(
+        self, folder: Path, names: Sequence[str], window: int, resume_at: int = 0
+    ) -> None:
         self.path, self.row = folder / "scales.f16", len(names) * len(COLUMNS) * 2
-        write_json(folder / "scales.json", {"names": list(names), "window": window, "columns": COLUMNS})
+        write_json(
+            folder / "scales.json",
+            {"names": list(names), "window": window, "columns": COLUMNS},
+        )
         self.path.touch()
         with self.path.open("r+b") as file:
             file.truncate(resume_at * self.row)
@@ -76,7 +81,9 @@ def read_scales(folder: Path) -> ScaleHistory | None:
     width = len(found["names"]) * len(COLUMNS)
     steps = len(flat) // width
     return ScaleHistory(
-        tuple(found["names"]), found["window"], flat[: steps * width].reshape(steps, len(found["names"]), len(COLUMNS))
+        tuple(found["names"]),
+        found["window"],
+        flat[: steps * width].reshape(steps, len(found["names"]), len(COLUMNS)),
     )
 
 

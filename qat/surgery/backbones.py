@@ -23,7 +23,12 @@ class DataConfig:
 
 
 def create_backbone(
-    name: str, num_classes: int, *, weights: Path | None = None, pretrained: bool = False, **model_kwargs: Any
+    name: str,
+    num_classes: int,
+    *,
+    weights: Path | None = None,
+    pretrained: bool = False,
+    **model_kwargs: Any,
 ) -> tuple[nn.Module, DataConfig]:
     """A timm classifier with `num_classes` outputs, and what its inputs look like.
 
@@ -37,15 +42,23 @@ def create_backbone(
 
     register_binary_nets()
     if weights is not None and pretrained:
-        raise ValueError("--weights and --pretrained exclude each other: one file or timm's own weights")
+        raise ValueError(
+            "--weights and --pretrained exclude each other: one file or timm's own weights"
+        )
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"--backbone {name}: timm has no such model; nearest: {', '.join(near) or 'none'}")
-    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
+        raise ValueError(
+            f"--backbone {name}: timm has no such model; nearest: {', '.join(near) or 'none'}"
+        )
+    model = timm.create_model(
+        name, pretrained=pretrained, num_classes=num_classes, **model_kwargs
+    )
     if weights is not None:
         _load_weights(model, weights)
     config = timm.data.resolve_model_data_config(model)
-    return model, DataConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    return model, DataConfig(
+        config["input_size"][-1], tuple(config["mean"]), tuple(config["std"])
+    )
 
 
 def register_binary_nets() -> None:
@@ -58,13 +71,18 @@ def register_binary_nets() -> None:
             register_model(_entrypoint(name, architecture))
 
 
-TIMM_ONLY = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # what timm tells every entrypoint
+# What timm tells every entrypoint
+TIMM_ONLY = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
-def _entrypoint(name: str, architecture: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _entrypoint(
+    name: str, architecture: Callable[..., nn.Module]
+) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **options: Any) -> nn.Module:
         if pretrained:
-            raise ValueError(f"--pretrained: {name} has no weights to download; give a file with --weights")
+            raise ValueError(
+                f"--pretrained: {name} has no weights to download; give a file with --weights"
+            )
         return architecture(**{k: v for k, v in options.items() if k not in TIMM_ONLY})
 
     entrypoint.__name__, entrypoint.__module__ = name, architecture.__module__
@@ -75,14 +93,20 @@ def first_and_last(model: nn.Module) -> tuple[str, ...]:
     """Names of the stem convolution(s) and the classifier layer(s), from timm's own record of the model."""
     config = getattr(model, "default_cfg", None) or {}
     names = [*_as_tuple(config.get("first_conv")), *_as_tuple(config.get("classifier"))]
-    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    layers = {
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
+    }
     if not names or not set(names) <= layers:
         ordered = [n for n, m in model.named_modules() if n in layers]
         return (ordered[0], ordered[-1])
     return tuple(dict.fromkeys(names))
 
 
-def create_optimizer(name: str, groups: Sequence[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
+def create_optimizer(
+    name: str, groups: Sequence[Mapping[str, Any]], lr: float
+) -> torch.optim.Optimizer:
     """Any optimizer of timm's factory over parameter groups, each with its own lr and weight decay where it has one.
 
     Raises ValueError for an unknown name, with the nearest ones.
@@ -94,12 +118,19 @@ def create_optimizer(name: str, groups: Sequence[Mapping[str, Any]], lr: float) 
     known = [str(entry) for entry in list_optimizers()]
     if name.removeprefix("lookahead_") not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        raise ValueError(f"--optimizer {name}: timm has no such optimizer; nearest: {', '.join(near) or 'none'}")
-    return create_optimizer_v2([dict(group) for group in groups], opt=name, lr=lr, weight_decay=0.0)
+        raise ValueError(
+            f"--optimizer {name}: timm has no such optimizer; nearest: {', '.join(near) or 'none'}"
+        )
+    return create_optimizer_v2(
+        [dict(group) for group in groups], opt=name, lr=lr, weight_decay=0.0
+    )
 
 
 def clip_gradients(
-    parameters: Sequence[nn.Parameter], clipped: Sequence[nn.Parameter], limit: float | None, mode: str
+    parameters: Sequence[nn.Parameter],
+    clipped: Sequence[nn.Parameter],
+    limit: float | None,
+    mode: str,
 ) -> Tensor:
     """Clip `.grad` of `clipped` in place ("norm", "value" or "agc"; limit None: not at all); returns the global norm of
     `parameters` before, a scalar. AGC (arXiv 2102.06171) leaves the classifier out."""
@@ -126,20 +157,37 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except FileError as error:
         raise ValueError(f"--weights {error}") from error
     try:
-        state = load_state_dict(str(path), use_ema=False, weights_only=True)  # a pickle may run any code
+        # A pickle may run any code
+        state = load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:
-        raise ValueError(f"--weights {path}: not a readable checkpoint ({error})") from error
+        raise ValueError(
+            f"--weights {path}: not a readable checkpoint ({error})"
+        ) from error
     own = model.state_dict()
-    classifier = [f"{name}." for name in _as_tuple(getattr(model, "default_cfg", {}).get("classifier"))]
+    classifier = [
+        f"{name}."
+        for name in _as_tuple(getattr(model, "default_cfg", {}).get("classifier"))
+    ]
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    counters = {k for k in own if k.endswith("num_batches_tracked")}  # older checkpoints have none, nothing reads them
-    lost = [k for k in own.keys() - counters - fitting.keys() if not any(k.startswith(c) for c in classifier)]
+    # Older checkpoints have none, nothing reads them
+    counters = {k for k in own if k.endswith("num_batches_tracked")}
+    lost = [
+        k
+        for k in own.keys() - counters - fitting.keys()
+        if not any(k.startswith(c) for c in classifier)
+    ]
     if lost:
         raise ValueError(
             f"--weights {path}: does not fit the backbone; missing or of another shape: {', '.join(sorted(lost)[:4])}"
             + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         )
-    broken = [k for k, v in fitting.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    broken = [
+        k
+        for k, v in fitting.items()
+        if v.is_floating_point() and not bool(torch.isfinite(v).all())
+    ]
     if broken:
-        raise ValueError(f"--weights {path}: {broken[0]} holds values that are nan or infinite")
+        raise ValueError(
+            f"--weights {path}: {broken[0]} holds values that are nan or infinite"
+        )
     model.load_state_dict(fitting, strict=False)

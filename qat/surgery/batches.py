@@ -11,7 +11,9 @@ from qat.surgery.points import example_of
 FORMS = "give a tensor, (images, labels) or a dict of tensors"
 
 
-def inputs_of(model: nn.Module, batch: Any, where: str, example: Example | None = None) -> Arguments:
+def inputs_of(
+    model: nn.Module, batch: Any, where: str, example: Example | None = None
+) -> Arguments:
     """Arguments of one call of `model`, taken out of a batch: images, (images, labels), or a dict of what forward takes and
     more.
 
@@ -24,7 +26,11 @@ def inputs_of(model: nn.Module, batch: Any, where: str, example: Example | None 
     parameter = next(model.parameters())
     pairs = zip(tensors_in(list(taken)), tensors_in([args, kwargs]), strict=False)
     for given, wanted in pairs:
-        possible = {wanted.dtype, parameter.dtype} if wanted.is_floating_point() else {wanted.dtype}
+        possible = (
+            {wanted.dtype, parameter.dtype}
+            if wanted.is_floating_point()
+            else {wanted.dtype}
+        )
         if given.dtype not in possible or given.dim() != wanted.dim():
             raise ValueError(
                 f"{where}: holds {_described(given)} where forward takes {_described(wanted)}, as the example of quantize_ "
@@ -33,20 +39,32 @@ def inputs_of(model: nn.Module, batch: Any, where: str, example: Example | None 
     return taken
 
 
-def _taken(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, where: str) -> Arguments:
+def _taken(
+    args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, where: str
+) -> Arguments:
     if isinstance(batch, Mapping):
         return _from_dict(args, kwargs, batch, where)
     if isinstance(batch, Tensor):
         return _in_place_of(args, kwargs, [batch], where)
     if not isinstance(batch, (tuple, list)) or not batch:
         raise ValueError(f"{where}: is a {type(batch).__name__}; {FORMS}")
-    if not kwargs and len(args) == 1 and isinstance(args[0], (tuple, list)) and isinstance(batch[0], Tensor):
+    if (
+        not kwargs
+        and len(args) == 1
+        and isinstance(args[0], (tuple, list))
+        and isinstance(batch[0], Tensor)
+    ):
         if len(batch) < len(args[0]):
-            raise ValueError(f"{where}: has {len(batch)} parts, forward takes {_listed(args, kwargs)}; {FORMS}")
+            raise ValueError(
+                f"{where}: has {len(batch)} parts, forward takes {_listed(args, kwargs)}; {FORMS}"
+            )
         return (type(args[0])(batch[: len(args[0])]),), {}
     if kwargs or len(args) == 1:
         first = batch[0]
-        if isinstance(first, Tensor) and sum(True for _ in tensors_in([args, kwargs])) > 1:
+        if (
+            isinstance(first, Tensor)
+            and sum(True for _ in tensors_in([args, kwargs])) > 1
+        ):
             return _in_place_of(args, kwargs, batch, where)
         if not isinstance(first, (Tensor, Mapping, tuple, list)):
             raise ValueError(f"{where}: begins with a {type(first).__name__}; {FORMS}")
@@ -54,32 +72,48 @@ def _taken(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, where: str
     return _in_place_of(args, kwargs, batch, where)
 
 
-def _in_place_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, where: str) -> Arguments:
+def _in_place_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, where: str
+) -> Arguments:
     """The example's arguments with the batch's parts where the example has its tensors, in forward's order."""
     values = [*args, *kwargs.values()]
     wanted = sum(isinstance(value, Tensor) for value in values)
     if len(batch) < wanted or not wanted:
-        raise ValueError(f"{where}: has {len(batch)} parts, forward takes {_listed(args, kwargs)}; {FORMS}")
+        raise ValueError(
+            f"{where}: has {len(batch)} parts, forward takes {_listed(args, kwargs)}; {FORMS}"
+        )
     parts = iter(batch)
     taken = [next(parts) if isinstance(value, Tensor) else value for value in values]
     return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
 
 
-def _from_dict(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any], where: str) -> Arguments:
+def _from_dict(
+    args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any], where: str
+) -> Arguments:
     is_one_dict = not kwargs and len(args) == 1 and isinstance(args[0], Mapping)
     wanted: Mapping[str, Any] = args[0] if is_one_dict else kwargs
     if not wanted:
         first = next(tensors_in(list(args)))
-        images = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() == first.dim()]
+        images = [
+            value
+            for value in batch.values()
+            if isinstance(value, Tensor) and value.dim() == first.dim()
+        ]
         if len(images) != 1 or len(args) != 1:
             raise ValueError(
                 f"{where}: is a dict of {', '.join(map(str, batch))}, and forward takes {_listed(args, kwargs)}; give the "
                 "tensors, or quantize_ the model with a dict as example"
             )
         return (images[0],), {}
-    missing = [key for key, value in wanted.items() if isinstance(value, Tensor) and key not in batch]
+    missing = [
+        key
+        for key, value in wanted.items()
+        if isinstance(value, Tensor) and key not in batch
+    ]
     if missing:
-        raise ValueError(f"{where}: has no {missing[0]!r}, which the example of quantize_ had")
+        raise ValueError(
+            f"{where}: has no {missing[0]!r}, which the example of quantize_ had"
+        )
     taken = {key: batch.get(key, value) for key, value in wanted.items()}
     return ((taken,), {}) if is_one_dict else ((), taken)
 

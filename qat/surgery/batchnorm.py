@@ -19,7 +19,8 @@ from qat.surgery.trace import trace_calls
 
 NormMode = Literal["normal", "frozen-statistics", "frozen"]
 BatchNorm = nn.modules.batchnorm._BatchNorm
-FOLD_ERROR = 1e-5  # of a layer's largest output; float32 sums in another order stay an order of magnitude below
+# Of a layer's largest output; float32 sums in another order stay an order of magnitude below
+FOLD_ERROR = 1e-5
 
 
 class _HoldStatistics:
@@ -64,7 +65,11 @@ def restore_norm_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None
         return
     momenta = [norm.momentum for norm in norms]
     training = {module: module.training for module in model.modules()}
-    saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    saved = [
+        (buffer, buffer.clone())
+        for norm in norms
+        for buffer in norm.buffers(recurse=False)
+    ]
     device = next(model.parameters()).device
     seen = 0
     try:
@@ -92,7 +97,11 @@ def restore_norm_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None
 
 @contextmanager
 def _released(norms: list[BatchNorm]) -> Iterator[None]:
-    held = [hook for norm in norms if (hook := getattr(norm, "held_statistics", None)) is not None]
+    held = [
+        hook
+        for norm in norms
+        if (hook := getattr(norm, "held_statistics", None)) is not None
+    ]
     before = [hook.on for hook in held]
     try:
         for hook in held:
@@ -117,10 +126,16 @@ def fold_norms(model: nn.Module, example: Tensor) -> list[str]:
         )
     pairs = _conv_norm_pairs(model, example)
     seen = _inputs_and_outputs(model, pairs, example)
-    folded = {conv: _folded(model.get_submodule(conv), model.get_submodule(norm)) for conv, norm in pairs}  # type: ignore[arg-type]
+    folded = {
+        conv: _folded(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[arg-type]
+        for conv, norm in pairs
+    }
     for conv, layer in folded.items():
         given, expected = seen[conv]
-        error = float((layer(given) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        error = float(
+            (layer(given) - expected).abs().max()
+            / expected.abs().max().clamp_min(1e-30)
+        )
         if not error <= FOLD_ERROR:
             raise ValueError(
                 f"fold_norms: {conv} with its batch norm folded in differs by {error:.1e} of its largest output (at most "
@@ -140,7 +155,11 @@ def _conv_norm_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]
         if call.kind != "conv2d" or len(after) != 1 or after[0].kind != "batch_norm":
             continue
         conv, norm = model.get_submodule(call.path), model.get_submodule(after[0].path)
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm) and norm.running_mean is not None:
+        if (
+            isinstance(conv, nn.Conv2d)
+            and isinstance(norm, BatchNorm)
+            and norm.running_mean is not None
+        ):
             pairs.append((call.path, after[0].path))
     return pairs
 
@@ -150,12 +169,20 @@ def _inputs_and_outputs(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Per convolution: its input, and the result of its norm alone, without the activation that timm's norms carry."""
     inputs: dict[str, Tensor] = {}
-    handles = [model.get_submodule(conv).register_forward_hook(_keep(inputs, conv)) for conv, _ in pairs]
+    handles = [
+        model.get_submodule(conv).register_forward_hook(_keep(inputs, conv))
+        for conv, _ in pairs
+    ]
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()(example)
         return {
-            conv: (inputs[conv], _normalized(model.get_submodule(norm), model.get_submodule(conv)(inputs[conv])))
+            conv: (
+                inputs[conv],
+                _normalized(
+                    model.get_submodule(norm), model.get_submodule(conv)(inputs[conv])
+                ),
+            )
             for conv, norm in pairs
         }
     finally:
@@ -175,7 +202,9 @@ def _keep(inputs: dict[str, Tensor], name: str) -> Any:
 def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
     """By PyTorch's own batch norm, so that the fold is compared with another computation than its own."""
     assert isinstance(norm, BatchNorm)
-    return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return nn.functional.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+    )
 
 
 def _folded(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
@@ -185,14 +214,22 @@ def _folded(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
     a = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
     bias = torch.zeros_like(a) if conv.bias is None else conv.bias.double()
     made = copy.deepcopy(conv)
-    made.weight = nn.Parameter((conv.weight.double() * a.view(-1, 1, 1, 1)).to(conv.weight.dtype))
-    made.bias = nn.Parameter(((bias - norm.running_mean.double()) * a + beta.double()).to(conv.weight.dtype))
+    made.weight = nn.Parameter(
+        (conv.weight.double() * a.view(-1, 1, 1, 1)).to(conv.weight.dtype)
+    )
+    made.bias = nn.Parameter(
+        ((bias - norm.running_mean.double()) * a + beta.double()).to(conv.weight.dtype)
+    )
     return made
 
 
 def _what_follows(norm: nn.Module) -> nn.Module:
     """What a norm module does besides normalising: timm's carry dropout and an activation."""
-    parts = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
+    parts = [
+        part
+        for part in (getattr(norm, "drop", None), getattr(norm, "act", None))
+        if part is not None
+    ]
     return nn.Sequential(*parts) if parts else nn.Identity()
 
 

@@ -43,28 +43,41 @@ class Binarizer:
 BIPER = Binarizer()
 
 
-def weight_quantizer(spec: QuantSpec, weight: Tensor, name: str, init: Init, binarizer: Binarizer) -> Quantizer:
+def weight_quantizer(
+    spec: QuantSpec, weight: Tensor, name: str, init: Init, binarizer: Binarizer
+) -> Quantizer:
     """The quantizer of a layer's weight, started from it."""
     if spec.bits > 1:
         return LSQWeight(spec, weight, name, init)
     match binarizer.weights:
         case "biper":
             return PeriodicWeight(
-                spec, weight, name, frequency=binarizer.frequency, stage=binarizer.stage,
-                learn_frequency=binarizer.learn_frequency, alpha_init=binarizer.alpha_init,
-            )  # fmt: skip
+                spec,
+                weight,
+                name,
+                frequency=binarizer.frequency,
+                stage=binarizer.stage,
+                learn_frequency=binarizer.learn_frequency,
+                alpha_init=binarizer.alpha_init,
+            )
         case "sign":
             return SignWeight(spec, weight, name, alpha_init=binarizer.alpha_init)
         case "recu":
-            return RectifiedWeight(spec, weight, name, tau=binarizer.tau, alpha_init=binarizer.alpha_init)
+            return RectifiedWeight(
+                spec, weight, name, tau=binarizer.tau, alpha_init=binarizer.alpha_init
+            )
 
 
-def input_quantizer(spec: QuantSpec, name: str, channels: int, binarizer: Binarizer) -> Quantizer:
+def input_quantizer(
+    spec: QuantSpec, name: str, channels: int, binarizer: Binarizer
+) -> Quantizer:
     """The quantizer of a layer's input of so many channels."""
     if spec.bits > 1:
         return activation_quantizer(spec, name)
     learned = channels if binarizer.learn_thresholds else None
-    return BinaryActivation(spec, name, standardize=binarizer.standardize, channels=learned)
+    return BinaryActivation(
+        spec, name, standardize=binarizer.standardize, channels=learned
+    )
 
 
 def activation_quantizer(spec: QuantSpec, name: str) -> LSQ:
@@ -89,7 +102,11 @@ def hardtanh_for_relu_(model: nn.Module) -> int:
 def signs_seen(model: nn.Module) -> Iterator[None]:
     """While open, watch every one-bit activation's input; raise ValueError at the end for one that was never negative."""
     lowest: dict[str, float] = {}
-    watched = [m for m in model.modules() if isinstance(m, BinaryActivation) and m.threshold is None]
+    watched = [
+        m
+        for m in model.modules()
+        if isinstance(m, BinaryActivation) and m.threshold is None
+    ]
     handles = [m.register_forward_pre_hook(_Lowest(lowest)) for m in watched]
     try:
         yield
@@ -109,7 +126,9 @@ class _Lowest:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         name = str(module.name)
-        self.lowest[name] = min(self.lowest.get(name, float("inf")), float(args[0].min()))
+        self.lowest[name] = min(
+            self.lowest.get(name, float("inf")), float(args[0].min())
+        )
 
 
 def binary_weights(model: nn.Module) -> Iterator[tuple[BinaryWeight, Tensor]]:

@@ -47,7 +47,11 @@ class OptionABlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity() if stride == 1 else ZeroChannels(inputs, outputs, average=False)
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1
+            else ZeroChannels(inputs, outputs, average=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x N_C_H_W -> the block's sum."""
@@ -57,7 +61,9 @@ class OptionABlock(nn.Module):
 
 def _option_a_stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
     first = OptionABlock(inputs, outputs, 1 if inputs == outputs else 2)
-    return nn.Sequential(first, *(OptionABlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        first, *(OptionABlock(outputs, outputs, 1) for _ in range(blocks - 1))
+    )
 
 
 class CifarResNet(nn.Module):
@@ -81,7 +87,9 @@ class CifarResNet(nn.Module):
 class BiRealBlock(nn.Module):
     """Two 3×3 convolutions with batch norm and Hardtanh; skips: 1 around both, 2 around each."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, skips: int, downsample: nn.Module) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, skips: int, downsample: nn.Module
+    ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
@@ -92,28 +100,51 @@ class BiRealBlock(nn.Module):
         identity = self.downsample(x)
         y = self.bn1(self.conv1(x))
         y = F.hardtanh(y + identity if self.skips == 2 else y)
-        return F.hardtanh(self.bn2(self.conv2(y)) + (y if self.skips == 2 else identity))
+        return F.hardtanh(
+            self.bn2(self.conv2(y)) + (y if self.skips == 2 else identity)
+        )
 
 
 class BiRealResNet(nn.Module):
     """stem: "cifar" (3×3) or "imagenet" (7×7, max pool, weighted shortcuts). N_3_H_W in, N_num_classes out."""
 
     def __init__(
-        self, widths: tuple[int, ...], blocks: tuple[int, ...], num_classes: int, *,
-        stem: str = "cifar", skips: int = 2, drop_rate: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        widths: tuple[int, ...],
+        blocks: tuple[int, ...],
+        num_classes: int,
+        *,
+        stem: str = "cifar",
+        skips: int = 2,
+        drop_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         if skips not in (1, 2):
-            raise ValueError(f"skips must be 1 (around a block) or 2 (around every convolution), got {skips}")
+            raise ValueError(
+                f"skips must be 1 (around a block) or 2 (around every convolution), got {skips}"
+            )
         large = stem == "imagenet"
-        self.conv1 = nn.Conv2d(3, widths[0], 7, 2, 3, bias=False) if large else conv3x3(3, widths[0])
+        self.conv1 = (
+            nn.Conv2d(3, widths[0], 7, 2, 3, bias=False)
+            if large
+            else conv3x3(3, widths[0])
+        )
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         self.stages, inputs = nn.Sequential(), widths[0]
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             stride = 1 if stage == 0 else 2
-            first = BiRealBlock(inputs, width, stride, skips, _downsample(inputs, width, stride, weighted=large))
-            rest = [BiRealBlock(width, width, 1, skips, nn.Identity()) for _ in range(count - 1)]
+            first = BiRealBlock(
+                inputs,
+                width,
+                stride,
+                skips,
+                _downsample(inputs, width, stride, weighted=large),
+            )
+            rest = [
+                BiRealBlock(width, width, 1, skips, nn.Identity())
+                for _ in range(count - 1)
+            ]
             self.stages.append(nn.Sequential(first, *rest))
             inputs = width
         self.norm, self.dropout = nn.BatchNorm1d(inputs), nn.Dropout(drop_rate)
@@ -131,7 +162,11 @@ def _downsample(inputs: int, outputs: int, stride: int, weighted: bool) -> nn.Mo
     if not weighted:
         return ZeroChannels(inputs, outputs, average=True)
     convolution = nn.Conv2d(inputs, outputs, 1, bias=False)
-    return nn.Sequential(nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), convolution, nn.BatchNorm2d(outputs))
+    return nn.Sequential(
+        nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False),
+        convolution,
+        nn.BatchNorm2d(outputs),
+    )
 
 
 class VggSmall(nn.Module):
@@ -142,14 +177,21 @@ class VggSmall(nn.Module):
     def __init__(self, num_classes: int, drop_rate: float = 0.0) -> None:
         super().__init__()
         inputs = (3, *self.WIDTHS[:-1])
-        self.convs = nn.ModuleList(conv3x3(i, o) for i, o in zip(inputs, self.WIDTHS, strict=True))
+        self.convs = nn.ModuleList(
+            conv3x3(i, o) for i, o in zip(inputs, self.WIDTHS, strict=True)
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in self.WIDTHS)
         self.pool = nn.MaxPool2d(2)
-        self.dropout, self.fc = nn.Dropout(drop_rate), nn.Linear(512 * 4 * 4, num_classes)
+        self.dropout, self.fc = (
+            nn.Dropout(drop_rate),
+            nn.Linear(512 * 4 * 4, num_classes),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x N_C_H_W -> logits N_K."""
-        for index, (convolution, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+        for index, (convolution, norm) in enumerate(
+            zip(self.convs, self.norms, strict=True)
+        ):
             x = convolution(x)
             x = F.hardtanh(norm(self.pool(x) if index % 2 else x))
         return self.fc(self.dropout(x.flatten(1)))
@@ -162,12 +204,18 @@ def cifar_resnet20(num_classes: int = 10, **options: Any) -> nn.Module:
 
 def bireal_cifar_resnet20(num_classes: int = 10, **options: Any) -> nn.Module:
     """ResNet-20 for 32 px with a shortcut around every convolution."""
-    return _described(BiRealResNet((16, 32, 64), (3, 3, 3), num_classes, **options), 32, "conv1", "fc")
+    return _described(
+        BiRealResNet((16, 32, 64), (3, 3, 3), num_classes, **options), 32, "conv1", "fc"
+    )
 
 
-def bireal_cifar_resnet18(num_classes: int = 10, skips: int = 1, **options: Any) -> nn.Module:
+def bireal_cifar_resnet18(
+    num_classes: int = 10, skips: int = 1, **options: Any
+) -> nn.Module:
     """ResNet-18 for 32 px; skips: shortcuts per block, 1 or 2."""
-    net = BiRealResNet((64, 128, 256, 512), (2, 2, 2, 2), num_classes, skips=skips, **options)
+    net = BiRealResNet(
+        (64, 128, 256, 512), (2, 2, 2, 2), num_classes, skips=skips, **options
+    )
     return _described(net, 32, "conv1", "fc")
 
 
@@ -178,13 +226,17 @@ def bireal_vgg_small(num_classes: int = 10, **options: Any) -> nn.Module:
 
 def bireal_resnet18(num_classes: int = 1000, **options: Any) -> nn.Module:
     """Bi-Real ResNet-18 for 224 px."""
-    net = BiRealResNet((64, 128, 256, 512), (2, 2, 2, 2), num_classes, stem="imagenet", **options)
+    net = BiRealResNet(
+        (64, 128, 256, 512), (2, 2, 2, 2), num_classes, stem="imagenet", **options
+    )
     return _described(net, 224, "conv1", "fc")
 
 
 def bireal_resnet34(num_classes: int = 1000, **options: Any) -> nn.Module:
     """Bi-Real ResNet-34 for 224 px."""
-    net = BiRealResNet((64, 128, 256, 512), (3, 4, 6, 3), num_classes, stem="imagenet", **options)
+    net = BiRealResNet(
+        (64, 128, 256, 512), (3, 4, 6, 3), num_classes, stem="imagenet", **options
+    )
     return _described(net, 224, "conv1", "fc")
 
 
@@ -200,6 +252,10 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 def _described(model: nn.Module, image_size: int, first: str, last: str) -> nn.Module:
     """Leave on the model the record that timm's own models carry: input, first layer, classifier."""
-    record = IMAGENET | {"input_size": (3, image_size, image_size), "first_conv": first, "classifier": last}
+    record = IMAGENET | {
+        "input_size": (3, image_size, image_size),
+        "first_conv": first,
+        "classifier": last,
+    }
     model.default_cfg = model.pretrained_cfg = record  # type: ignore[assignment]
     return model

@@ -20,7 +20,8 @@ from qat.quantizers.lsq import LSQ
 from qat.surgery.layers import QuantConv2d, QuantLinear
 
 RELUS = (torch.relu, torch.relu_, nn.functional.relu, "relu", "relu_")
-EQUALIZATION_ERROR = 1e-4  # of the largest output; the net computes the same function, in other float32 roundings
+# Of the largest output; the net computes the same function, in other float32 roundings
+EQUALIZATION_ERROR = 1e-4
 
 
 class OurTensorQuant(nn.Module):
@@ -34,7 +35,12 @@ class OurTensorQuant(nn.Module):
         """(x̂, scale, zero point, bit width) of x, as brevitas has them."""
         quantizer = self.quantizer
         scale = along(quantizer.scale, x, quantizer.spec.axis)
-        return quantizer(x), scale, torch.tensor(float(quantizer.zero_point)), torch.tensor(float(quantizer.spec.bits))
+        return (
+            quantizer(x),
+            scale,
+            torch.tensor(float(quantizer.zero_point)),
+            torch.tensor(float(quantizer.spec.bits)),
+        )
 
 
 class _Unviewed(nn.Module):
@@ -71,8 +77,11 @@ def in_brevitas_layers(model: nn.Module) -> nn.Module:
     """A copy of a quantized model whose layers are brevitas's, with our quantizers inside: the same outputs, bit for bit."""
     model = copy.deepcopy(model)
     for name, layer in _quantized(model):
-        made = _brevitas_twin(layer, weight_quant=weight_quantizer_for_brevitas(layer.weight_quantizer))
-        made._forward_pre_hooks.update(layer._forward_pre_hooks)  # those that know the module's address
+        made = _brevitas_twin(
+            layer, weight_quant=weight_quantizer_for_brevitas(layer.weight_quantizer)
+        )
+        # Those that know the module's address
+        made._forward_pre_hooks.update(layer._forward_pre_hooks)
         made._forward_hooks.update(layer._forward_hooks)
         if layer.input_quantizer is not None:
             made.add_module("input_quantizer", layer.input_quantizer)
@@ -100,7 +109,10 @@ def gptq_(model: nn.Module, batches: Sequence[Tensor]) -> None:
     from brevitas.graph.gptq import gptq_mode
 
     theirs = in_brevitas_layers(model).eval()
-    with _quiet(), gptq_mode(theirs, create_weight_orig=False, use_quant_activations=True) as gptq:
+    with (
+        _quiet(),
+        gptq_mode(theirs, create_weight_orig=False, use_quant_activations=True) as gptq,
+    ):
         for _ in range(gptq.num_layers):
             for images in batches:
                 gptq.model(images)
@@ -150,9 +162,13 @@ def equalize_(model: nn.Module, example: Tensor) -> None:
             f"--init cle: brevitas could not equalize this backbone ({error}); use another --init"
         ) from error
     if not regions:
-        raise ValueError("--init cle: no pair of layers can be equalized; try --fold-norms, or use another --init")
+        raise ValueError(
+            "--init cle: no pair of layers can be equalized; try --fold-norms, or use another --init"
+        )
     _bring_back(model, traced)
-    change = float((model(example) - before).abs().max() / before.abs().max().clamp_min(1e-30))
+    change = float(
+        (model(example) - before).abs().max() / before.abs().max().clamp_min(1e-30)
+    )
     if not change <= EQUALIZATION_ERROR:
         raise ValueError(
             f"--init cle: equalization changed the net's outputs by {change:.1e} of the largest; use another --init"
@@ -166,7 +182,9 @@ def _relus_as_modules(traced: torch.fx.GraphModule) -> torch.fx.GraphModule:
             name = f"relu_of_{node.name}"
             traced.add_submodule(name, nn.ReLU())
             with traced.graph.inserting_before(node):
-                node.replace_all_uses_with(traced.graph.call_module(name, (node.args[0],)))
+                node.replace_all_uses_with(
+                    traced.graph.call_module(name, (node.args[0],))
+                )
             traced.graph.erase_node(node)
     traced.recompile()
     return traced
@@ -185,9 +203,12 @@ def brevitas_layer(layer: nn.Module, bits: int) -> nn.Module:
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
 
     return _brevitas_twin(
-        layer, weight_quant=Int8WeightPerTensorFloat, weight_bit_width=bits, input_quant=Int8ActPerTensorFloat,
+        layer,
+        weight_quant=Int8WeightPerTensorFloat,
+        weight_bit_width=bits,
+        input_quant=Int8ActPerTensorFloat,
         input_bit_width=bits,
-    )  # fmt: skip
+    )
 
 
 def _brevitas_twin(layer: nn.Module, **quantization: Any) -> Any:
@@ -196,22 +217,39 @@ def _brevitas_twin(layer: nn.Module, **quantization: Any) -> Any:
 
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        made = qnn.QuantLinear(layer.in_features, layer.out_features, bias, **quantization)
+        made = qnn.QuantLinear(
+            layer.in_features, layer.out_features, bias, **quantization
+        )
     elif isinstance(layer, nn.Conv2d):
         made = qnn.QuantConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            layer.groups, bias=bias, **quantization,
-        )  # fmt: skip
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            bias=bias,
+            **quantization,
+        )
     else:
-        raise ValueError(f"{type(layer).__name__} has no twin among brevitas's layers that this bridge knows")
+        raise ValueError(
+            f"{type(layer).__name__} has no twin among brevitas's layers that this bridge knows"
+        )
     made.weight, made.bias = layer.weight, layer.bias
     return made
 
 
 def _quantized(model: nn.Module) -> list[tuple[str, Any]]:
     """Names and layers whose weight is quantized."""
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))]
-    return [(name, layer) for name, layer in layers if layer.weight_quantizer is not None]
+    layers = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, (QuantConv2d, QuantLinear))
+    ]
+    return [
+        (name, layer) for name, layer in layers if layer.weight_quantizer is not None
+    ]
 
 
 @contextmanager

@@ -54,7 +54,9 @@ def calibrate(
     no batch reached.
     """
     if batches is not None and batches < 1:
-        raise ValueError(f"calibrate: batches={batches}; one batch at least is needed, None takes all")
+        raise ValueError(
+            f"calibrate: batches={batches}; one batch at least is needed, None takes all"
+        )
     model = unwrapped(model)
     found = {name: q for name, q in quantizers(model).items() if q.starts_from_data}
     taken = [name for name, quantizer in found.items() if quantizer.initialized]
@@ -71,14 +73,19 @@ def calibrate(
             args, kwargs = inputs_of(model, batch, f"calibrate: batch {seen}")
             for tensor in tensors_in((args, kwargs)):
                 require_finite(tensor, f"calibrate: batch {seen}")
-            args, kwargs = with_tensors([args, kwargs], lambda tensor: tensor.to(device))
+            args, kwargs = with_tensors(
+                [args, kwargs], lambda tensor: tensor.to(device)
+            )
             model(*args, **kwargs)
             seen += 1
     samples = _of_all_processes(samples)
     if not seen:
         raise ValueError("calibrate: the loader gave no batch")
     values = {name: _values(name, samples[name]) for name in found}
-    starts = {name: quantizer.start_for(values[name], init) for name, quantizer in found.items()}
+    starts = {
+        name: quantizer.start_for(values[name], init)
+        for name, quantizer in found.items()
+    }
     for name, start in starts.items():
         found[name].initialize(start.scale, start.signed, start.offset)
     return [_row(name, quantizer, values[name]) for name, quantizer in found.items()]
@@ -86,12 +93,22 @@ def calibrate(
 
 def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """The values that all processes of a distributed run saw, alike in each: so all get the same signs and scales."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if (
+        not (dist.is_available() and dist.is_initialized())
+        or dist.get_world_size() == 1
+    ):
         return samples
-    mine = {name: [tensor.cpu() for tensor in tensors] for name, tensors in samples.items()}
-    everybodys: list[dict[str, list[Tensor]]] = [{} for _ in range(dist.get_world_size())]
+    mine = {
+        name: [tensor.cpu() for tensor in tensors] for name, tensors in samples.items()
+    }
+    everybodys: list[dict[str, list[Tensor]]] = [
+        {} for _ in range(dist.get_world_size())
+    ]
     dist.all_gather_object(everybodys, mine)
-    return {name: [tensor for theirs in everybodys for tensor in theirs[name]] for name in samples}
+    return {
+        name: [tensor for theirs in everybodys for tensor in theirs[name]]
+        for name in samples
+    }
 
 
 @contextmanager
@@ -104,7 +121,9 @@ def in_full_precision(model: nn.Module, samples: dict[str, list[Tensor]] | None 
     found = {name: q for name, q in quantizers(model).items() if q.spec.bits > 1}
     try:
         for name, quantizer in found.items():
-            quantizer.observer = _collector(samples[name]) if samples and name in samples else _ignore
+            quantizer.observer = (
+                _collector(samples[name]) if samples and name in samples else _ignore
+            )
         model.eval()
         yield
     finally:
@@ -122,11 +141,15 @@ def pause(model: nn.Module) -> None:
 
 def paused(model: nn.Module) -> bool:
     """Whether any quantizer passes its input through."""
-    return any(quantizer.observer is not None for quantizer in quantizers(model).values())
+    return any(
+        quantizer.observer is not None for quantizer in quantizers(model).values()
+    )
 
 
 @torch.no_grad()
-def begin(model: nn.Module, batches: Iterable[Any], init: Init = "mse") -> list[CalibrationRow]:
+def begin(
+    model: nn.Module, batches: Iterable[Any], init: Init = "mse"
+) -> list[CalibrationRow]:
     """End a `pause`: weight scales are set from the weights of now, activation scales from `batches` of N_C_H_W images."""
     model = unwrapped(model)
     for weight, quantizer in quantized_weights(model):
@@ -138,7 +161,11 @@ def begin(model: nn.Module, batches: Iterable[Any], init: Init = "mse") -> list[
 
 def _begin_computed(model: nn.Module, batches: Iterable[Any], init: Init) -> None:
     """Scales of the weights that are computed in forward, from one pass."""
-    found = [o.weight_quantizer for o in computed_weights(model) if o.weight_quantizer is not None]
+    found = [
+        o.weight_quantizer
+        for o in computed_weights(model)
+        if o.weight_quantizer is not None
+    ]
     if not found:
         return
     seen: dict[str, Tensor] = {}
@@ -147,7 +174,10 @@ def _begin_computed(model: nn.Module, batches: Iterable[Any], init: Init) -> Non
             quantizer.observer = _keep(seen, quantizer.name)
         for batch in batches:
             args, kwargs = inputs_of(model, batch, "begin")
-            args, kwargs = with_tensors([args, kwargs], lambda tensor: tensor.to(next(model.parameters()).device))
+            args, kwargs = with_tensors(
+                [args, kwargs],
+                lambda tensor: tensor.to(next(model.parameters()).device),
+            )
             model(*args, **kwargs)
     for quantizer in found:
         quantizer.begin(seen[quantizer.name], init)
@@ -177,7 +207,9 @@ def _collector(into: list[Tensor]) -> Callable[[Tensor], None]:
 def _values(name: str, samples: list[Tensor]) -> Tensor:
     """What a quantizer saw, (count,)."""
     if not samples:
-        raise RuntimeError(f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?")
+        raise RuntimeError(
+            f"calibrate: no batch reached quantizer {name!r}; does forward() skip it in eval mode?"
+        )
     values = torch.cat(samples)
     require_finite(values, f"calibrate: input of quantizer {name!r}")
     return values

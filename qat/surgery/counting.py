@@ -24,10 +24,19 @@ WITHOUT = {
     "repeat_interleave", "nearest", "tensor_split", "alias", "fill", "swapdims", "real", "imag", "view_as_real",
     "view_as_complex",
 }  # fmt: skip
-PER_ELEMENT = {"layer_norm": 2, "group_norm": 2, "rms_norm": 2, "instance_norm": 2, "hardswish": 2, "gelu": 2}
+PER_ELEMENT = {
+    "layer_norm": 2,
+    "group_norm": 2,
+    "rms_norm": 2,
+    "instance_norm": 2,
+    "hardswish": 2,
+    "gelu": 2,
+}
 
 
-def multiplications(kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> int:
+def multiplications(
+    kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
+) -> int:
     """How many multiplications (or divisions, or exponentials and their like) the operation `kind` makes to give `out`.
 
     A product with a sum counts once, as multiply-accumulates are counted. Elementwise operations count one an element,
@@ -56,10 +65,14 @@ def multiplications(kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 def _einsum(args: tuple[Any, ...]) -> int:
     """Product of the sizes of all labels; 0 where the equation leaves axes to broadcasting or is not a string."""
     equation, *rest = args
-    operands = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+    operands = (
+        rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+    )
     if not isinstance(equation, str) or "." in equation:
         return 0
     sizes: dict[str, int] = {}
-    for labels, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=True):
+    for labels, operand in zip(
+        equation.replace(" ", "").split("->")[0].split(","), operands, strict=True
+    ):
         sizes |= dict(zip(labels, operand.shape, strict=True))
     return math.prod(sizes.values())

@@ -48,7 +48,9 @@ class QuantizationPlan:
     known: Addresses
 
 
-def plan_quantization(seen: Observation, rules: Rules, stream: QuantSpec | None) -> QuantizationPlan:
+def plan_quantization(
+    seen: Observation, rules: Rules, stream: QuantSpec | None
+) -> QuantizationPlan:
     """Decide every layer and every operation of an observed model.
 
     stream: grid of the tensors that merge (residual adds, concats, pools); None: no such quantizers.
@@ -57,11 +59,21 @@ def plan_quantization(seen: Observation, rules: Rules, stream: QuantSpec | None)
     """
     asked, patterns = _by_rules(seen, rules)
     _require_licences(seen, asked)
-    specs = {name: FLOAT if name in seen.asleep else spec for name, spec in asked.items()}
+    specs = {
+        name: FLOAT if name in seen.asleep else spec for name, spec in asked.items()
+    }
     specs, shared = _with_shared_weights(seen, specs)
-    binary = frozenset(name for name, spec in specs.items() if spec.input is not None and spec.input.bits == 1)
+    binary = frozenset(
+        name
+        for name, spec in specs.items()
+        if spec.input is not None and spec.input.bits == 1
+    )
     in_float = frozenset(name for name, spec in specs.items() if spec == FLOAT)
-    placement = plan_points(seen.trace, binary, in_float) if stream is not None else Plan((), frozenset())
+    placement = (
+        plan_points(seen.trace, binary, in_float)
+        if stream is not None
+        else Plan((), frozenset())
+    )
     wrapped: dict[str, LayerSpec] = {}
     operands: dict[str, OperandsPlan] = {}
     for name, spec in specs.items():
@@ -70,23 +82,34 @@ def plan_quantization(seen: Observation, rules: Rules, stream: QuantSpec | None)
         if stream is not None and name in placement.on_grid:
             spec = _input_from_stream(spec, stream)
         calls = seen.calls.get(name, [])
-        if all(call.path == name for call in calls) and (not calls or wraps(seen.layers[name])):
+        if all(call.path == name for call in calls) and (
+            not calls or wraps(seen.layers[name])
+        ):
             wrapped[name] = spec
         else:
             address = calls[0].address
-            operands[address] = OperandsPlan(name, calls[0].kind, spec, seen.trace.weights[address])
+            operands[address] = OperandsPlan(
+                name, calls[0].kind, spec, seen.trace.weights[address]
+            )
     known = _addresses(seen, placement, wrapped, operands)
-    return QuantizationPlan(specs, patterns, wrapped, operands, shared, placement, known)
+    return QuantizationPlan(
+        specs, patterns, wrapped, operands, shared, placement, known
+    )
 
 
-def _by_rules(seen: Observation, rules: Rules) -> tuple[dict[str, LayerSpec], dict[str, str]]:
+def _by_rules(
+    seen: Observation, rules: Rules
+) -> tuple[dict[str, LayerSpec], dict[str, str]]:
     """The spec of every name, and the pattern that gave it: the first that matches."""
     decided: dict[str, LayerSpec] = {}
     patterns: dict[str, str] = {}
     used: set[str] = set()
     missed: list[str] = []
     for name in seen.names:
-        found = {alias: _first_match(alias, rules) for alias in seen.aliases.get(name, [name])}
+        found = {
+            alias: _first_match(alias, rules)
+            for alias in seen.aliases.get(name, [name])
+        }
         for match in found.values():
             if match is not None:
                 used.add(match[0])
@@ -107,7 +130,9 @@ def _by_rules(seen: Observation, rules: Rules) -> tuple[dict[str, LayerSpec], di
         )
     for pattern, _ in rules:
         if pattern not in used:
-            raise ValueError(f"quantize_: rule {pattern!r} decides nothing: {_why_unused(pattern, seen.names)}")
+            raise ValueError(
+                f"quantize_: rule {pattern!r} decides nothing: {_why_unused(pattern, seen.names)}"
+            )
     return decided, patterns
 
 
@@ -124,7 +149,9 @@ def _why_unused(pattern: str, names: Sequence[str]) -> str:
         return f"earlier rules take all it matches ({', '.join(matches)})"
     shown = ", ".join(names[:NAMES_SHOWN])
     rest = len(names) - NAMES_SHOWN
-    return f"it matches no conv or linear; there are {shown}" + (f" and {rest} more" if rest > 0 else "")
+    return f"it matches no conv or linear; there are {shown}" + (
+        f" and {rest} more" if rest > 0 else ""
+    )
 
 
 def _require_licences(seen: Observation, asked: Mapping[str, LayerSpec]) -> None:
@@ -175,10 +202,20 @@ def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
 
 
 def _addresses(
-    seen: Observation, placement: Plan, wrapped: Mapping[str, LayerSpec], operands: Mapping[str, OperandsPlan]
+    seen: Observation,
+    placement: Plan,
+    wrapped: Mapping[str, LayerSpec],
+    operands: Mapping[str, OperandsPlan],
 ) -> Addresses:
     trace = seen.trace
-    merges = frozenset(trace.constant | {call.address for call in trace.calls if call.kind in MERGES or is_merge(call)})
+    merges = frozenset(
+        trace.constant
+        | {
+            call.address
+            for call in trace.calls
+            if call.kind in MERGES or is_merge(call)
+        }
+    )
     quantized = [*placement.points, *operands]
     relus = [address for address, _, _ in placement.relus]
     shifted: dict[str, str | None] = {}
@@ -186,16 +223,31 @@ def _addresses(
     in_float = set(trace.weights) - operands.keys()
     if seen.trained is not None:
         shifted = in_training(trace, seen.trained, [*quantized, *relus])
-        counted = tallies(seen.trained, [address for address in quantized if path_of(address) not in trace.repeated])
+        counted = tallies(
+            seen.trained,
+            [
+                address
+                for address in quantized
+                if path_of(address) not in trace.repeated
+            ],
+        )
         in_float |= set(_only_in_training(seen, wrapped))
     written_back = trace.written_back.intersection(placement.points)
     return Addresses(
-        merges, frozenset(in_float), frozenset(wrapped), frozenset(written_back), shifted, counted,
-        frozenset(trace.repeated), dict(trace.starts),
-    )  # fmt: skip
+        merges,
+        frozenset(in_float),
+        frozenset(wrapped),
+        frozenset(written_back),
+        shifted,
+        counted,
+        frozenset(trace.repeated),
+        dict(trace.starts),
+    )
 
 
-def _only_in_training(seen: Observation, wrapped: Mapping[str, LayerSpec]) -> Iterator[str]:
+def _only_in_training(
+    seen: Observation, wrapped: Mapping[str, LayerSpec]
+) -> Iterator[str]:
     """Addresses of the convolutions and linears that eval mode does not make."""
     assert seen.trained is not None
     for address in seen.trained.weights:

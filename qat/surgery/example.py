@@ -24,13 +24,18 @@ def arguments_of(model: nn.Module, example: Example) -> Arguments:
     elif isinstance(example, Mapping):
         parameters = inspect.signature(model.forward).parameters
         if set(example) <= set(parameters):
-            args, kwargs = (), {name: example[name] for name in parameters if name in example}
+            args, kwargs = (
+                (),
+                {name: example[name] for name in parameters if name in example},
+            )
         else:
             args, kwargs = (example,), {}
     elif isinstance(example, (tuple, list)):
         args, kwargs = tuple(example), {}
     else:
-        raise TypeError(f"example: is a {type(example).__name__}; pass a tensor, a tuple of them or a dict of them")
+        raise TypeError(
+            f"example: is a {type(example).__name__}; pass a tensor, a tuple of them or a dict of them"
+        )
     if not any(True for _ in tensors_in((args, kwargs))):
         raise TypeError("example: holds no tensor; pass what the model's forward takes")
     return args, kwargs
@@ -50,7 +55,9 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 def with_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`tree` with every tensor changed, its dicts, lists and tuples as they were."""
-    return with_leaves(tree, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+    return with_leaves(
+        tree, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf
+    )
 
 
 def with_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -72,5 +79,7 @@ def samples_of(example: Example) -> int:
 
 def twice(arguments: Arguments) -> Arguments:
     """Every sample two times: batch norm in training mode takes no statistics from one value."""
-    args, kwargs = with_tensors(list(arguments), lambda t: torch.cat([t, t]) if t.dim() else t)
+    args, kwargs = with_tensors(
+        list(arguments), lambda t: torch.cat([t, t]) if t.dim() else t
+    )
     return args, kwargs

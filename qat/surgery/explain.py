@@ -32,14 +32,26 @@ class Explanation:
         for position, value in enumerate(self.seen.trace.model_inputs):
             if name == image_address(position) and name in self.plan.placement.points:
                 why = "quantized to 8 bits since it joins an integer operation"
-                return f"{name}: the model's input, {why}. Read by {self._readers(value)}."
+                return (
+                    f"{name}: the model's input, {why}. Read by {self._readers(value)}."
+                )
         known = [*self.plan.specs, *(call.address for call in self.seen.trace.calls)]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else "print the table of quantize_ for the names there are"
-        raise ValueError(f"{name}: is not a layer, an operation or a quantizer of this model; {hint}")
+        hint = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else "print the table of quantize_ for the names there are"
+        )
+        raise ValueError(
+            f"{name}: is not a layer, an operation or a quantizer of this model; {hint}"
+        )
 
     def _layer_named(self, name: str) -> str | None:
-        for candidate in (name, name.removesuffix(".weight"), name.removesuffix(".input")):
+        for candidate in (
+            name,
+            name.removesuffix(".weight"),
+            name.removesuffix(".input"),
+        ):
             if candidate in self.plan.specs:
                 return candidate
         return None
@@ -55,7 +67,11 @@ class Explanation:
         readers = self._readers(calls[0].outputs[0]) if calls else "nobody"
         if spec == FLOAT:
             return f"{name}: in floating point by rule {rule!r}. Read by {readers}."
-        weight = "in floating point" if spec.weight is None else f"quantized to {spec.weight}"
+        weight = (
+            "in floating point"
+            if spec.weight is None
+            else f"quantized to {spec.weight}"
+        )
         text = f"{name}: weight {weight} by rule {rule!r}; input {self._input(name, calls)}. Result {self._result(calls[0])}"
         return f"{text}. Read by {readers}."
 
@@ -71,7 +87,14 @@ class Explanation:
     def _reads_codes(self, name: str) -> bool:
         asked = self.plan.wrapped.get(name)
         if asked is None:
-            asked = next((other.spec for other in self.plan.operands.values() if other.name == name), None)
+            asked = next(
+                (
+                    other.spec
+                    for other in self.plan.operands.values()
+                    if other.name == name
+                ),
+                None,
+            )
         return asked is not None and asked.input is None
 
     def _operation(self, call: Call) -> str:
@@ -79,7 +102,9 @@ class Explanation:
         text = f"{call.address}: {call.kind} of {inputs}"
         if call.kind in MULTIPLIES:
             return f"{text}, of layer {call.layer}. {self._layer(call.layer)}"
-        return f"{text}; {self._result(call)}. Read by {self._readers(call.outputs[0])}."
+        return (
+            f"{text}; {self._result(call)}. Read by {self._readers(call.outputs[0])}."
+        )
 
     def _result(self, call: Call) -> str:
         address = call.address
@@ -88,7 +113,9 @@ class Explanation:
                 return "quantized to 8 bits, since it is an integer operation that more than one layer's own quantizer reads"
             return "quantized to 8 bits, since it joins an integer operation or a layer with one-bit inputs"
         if address in self.plan.placement.absorbed:
-            return "part of the layer before it: the file has no separate operation for it"
+            return (
+                "part of the layer before it: the file has no separate operation for it"
+            )
         if call.kind in LAYOUTS:
             return "only moves values, so codes stay codes"
         if is_integer(call):

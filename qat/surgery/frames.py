@@ -46,7 +46,11 @@ class Frame:
     """
 
     def __init__(
-        self, path: str, training: bool = False, counts: dict[str, int] | None = None, is_known: bool = True
+        self,
+        path: str,
+        training: bool = False,
+        counts: dict[str, int] | None = None,
+        is_known: bool = True,
     ) -> None:
         self.path, self.training, self.is_known = path, training, is_known
         self.counts: dict[str, int] = {} if counts is None else dict(counts)
@@ -100,14 +104,18 @@ class Location:
         """`path#kind0`: the name of the next operation of `kind` in the module that runs now."""
         return self.stack[-1].address(kind)
 
-    def watch(self, model: nn.Module, skip: type[nn.Module] | tuple[()] = ()) -> list[Any]:
+    def watch(
+        self, model: nn.Module, skip: type[nn.Module] | tuple[()] = ()
+    ) -> list[Any]:
         """Hook every module of `model` but the root and those of type `skip`, which count as their parents; returns the
         handles. A module with several names counts by its first."""
         handles = []
         for path, module in model.named_modules():
             if path and not isinstance(module, skip):
                 handles.append(module.register_forward_pre_hook(_Enter(self, path)))
-                handles.append(module.register_forward_hook(_Leave(self), always_call=True))
+                handles.append(
+                    module.register_forward_hook(_Leave(self), always_call=True)
+                )
         return handles
 
     def begin(self) -> None:

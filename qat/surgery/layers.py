@@ -31,7 +31,8 @@ FLOAT = LayerSpec(weight=None, input=None)
 
 # Conv2d subclasses whose forward is known here: their padding rule. Anything else might compute something of its own.
 PADDING_RULES = {"Conv2d": "fixed", "Conv2dSame": "same"}
-LINEAR_NAMES = {"Linear", "NonDynamicallyQuantizableLinear"}  # torch's, and timm's of the same name and arithmetic
+# Torch's, and timm's of the same name and arithmetic
+LINEAR_NAMES = {"Linear", "NonDynamicallyQuantizableLinear"}
 
 
 def wraps(layer: nn.Module) -> bool:
@@ -53,7 +54,9 @@ class QuantConv2d(nn.Conv2d):
     same_padding: bool
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantConv2d":
+    def from_float(
+        cls, conv: nn.Conv2d, spec: LayerSpec, name: str, init: Init = "lsq"
+    ) -> "QuantConv2d":
         """Wrap `conv`, sharing its parameters. Raises ValueError for a subclass whose forward is not known."""
         rule = PADDING_RULES.get(type(conv).__name__)
         if rule is None:
@@ -71,7 +74,11 @@ class QuantConv2d(nn.Conv2d):
             x = self.input_quantizer(x)
         if self.same_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        weight = (
+            self.weight
+            if self.weight_quantizer is None
+            else self.weight_quantizer(self.weight)
+        )
         with recomputed(x, weight):
             return self._conv_forward(x, weight, self.bias)
 
@@ -83,7 +90,9 @@ class QuantLinear(nn.Linear):
     input_quantizer: Quantizer | None
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, spec: LayerSpec, name: str, init: Init = "lsq") -> "QuantLinear":
+    def from_float(
+        cls, linear: nn.Linear, spec: LayerSpec, name: str, init: Init = "lsq"
+    ) -> "QuantLinear":
         """The quantized twin of `linear`, with its parameters. Raises ValueError for an unknown subclass."""
         if type(linear).__name__ not in LINEAR_NAMES:
             raise ValueError(
@@ -95,31 +104,50 @@ class QuantLinear(nn.Linear):
         """The layer on x̂, with ŵ."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        weight = (
+            self.weight
+            if self.weight_quantizer is None
+            else self.weight_quantizer(self.weight)
+        )
         with recomputed(x, weight):
             return F.linear(x, weight, self.bias)
 
 
-def _share_state(cls: Any, layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> Any:
+def _share_state(
+    cls: Any, layer: nn.Module, spec: LayerSpec, name: str, init: Init
+) -> Any:
     quantized = cls.__new__(cls)
     quantized.__dict__.update(layer.__dict__)
     quantized._modules = dict(layer._modules)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     quantized.weight_quantizer = quantized.input_quantizer = None
     if spec.weight is not None:
-        quantized.weight_quantizer = weight_quantizer(spec.weight, weight, f"{name}.weight", init, spec.binarizer)
+        quantized.weight_quantizer = weight_quantizer(
+            spec.weight, weight, f"{name}.weight", init, spec.binarizer
+        )
     if spec.input is not None:
         channels = getattr(layer, "in_channels", weight.shape[-1])
-        quantized.input_quantizer = input_quantizer(spec.input, f"{name}.input", channels, spec.binarizer)
+        quantized.input_quantizer = input_quantizer(
+            spec.input, f"{name}.input", channels, spec.binarizer
+        )
     return quantized
 
 
-def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+def pad_same(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
     """Zero-pad N_C_H_W so that the convolution's output is ceil(size / stride); the odd pixel goes right and bottom."""
     pads: list[int] = []
     for axis in (1, 0):  # F.pad counts from the last axis
         size = x.shape[2 + axis]
-        covered = (-(-size // stride[axis]) - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
+        covered = (
+            (-(-size // stride[axis]) - 1) * stride[axis]
+            + (kernel[axis] - 1) * dilation[axis]
+            + 1
+        )
         total = max(covered - size, 0)
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads) if any(pads) else x

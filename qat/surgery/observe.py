@@ -11,7 +11,16 @@ from qat.surgery.plan import unsupported
 from qat.surgery.trace import MULTIPLIES, Call, Trace, trace_calls
 from qat.surgery.witness import check_witnessed, witness
 
-WRITES = {"setitem", "index_put", "index_copy", "index_fill", "index_add", "scatter", "scatter_add", "masked_scatter"}
+WRITES = {
+    "setitem",
+    "index_put",
+    "index_copy",
+    "index_fill",
+    "index_add",
+    "scatter",
+    "scatter_add",
+    "masked_scatter",
+}
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -56,7 +65,11 @@ def observe(model: nn.Module, example: Example) -> Observation:
 
     Raises ValueError naming what cannot be followed, and a weight that depends on the image.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, WEIGHTED)
+    }
     trace = trace_calls(model, example, frozenset(layers))
     trace.calls = _named_apart(trace.calls)
     calls: dict[str, list[Call]] = defaultdict(list)
@@ -74,18 +87,38 @@ def observe(model: nn.Module, example: Example) -> Observation:
     unquantizable: dict[str, list[Call]] = defaultdict(list)
     for call in unsupported(trace):
         unquantizable[call.path or call.address].append(call)
-    read = {name.removesuffix(".weight") for call in trace.calls for name in call.parameters}
+    read = {
+        name.removesuffix(".weight") for call in trace.calls for name in call.parameters
+    }
     awake = calls.keys() | unquantizable.keys() | read
-    asleep = {name: "constant" if name in trace.on_constants else "idle" for name in layers if name not in awake}
+    asleep = {
+        name: "constant" if name in trace.on_constants else "idle"
+        for name in layers
+        if name not in awake
+    }
     trained = _in_training(model, example, frozenset(layers))
-    running = {call.layer for call in trained.calls if call.kind in MULTIPLIES} if trained is not None else set()
+    running = (
+        {call.layer for call in trained.calls if call.kind in MULTIPLIES}
+        if trained is not None
+        else set()
+    )
     tied, turned = _tied(trace)
     witnessed = witness(model, example)
     check_witnessed(witnessed, trace, frozenset(unquantizable))
     return Observation(
-        layers, _aliases(model), trace, trained, dict(calls), dict(unquantizable), asleep,
-        [name for name in asleep if name in running], tied, turned, witnessed, samples_of(example),
-    )  # fmt: skip
+        layers,
+        _aliases(model),
+        trace,
+        trained,
+        dict(calls),
+        dict(unquantizable),
+        asleep,
+        [name for name in asleep if name in running],
+        tied,
+        turned,
+        witnessed,
+        samples_of(example),
+    )
 
 
 def _require_one_activation(call: Call) -> None:
@@ -97,7 +130,10 @@ def _require_one_activation(call: Call) -> None:
 
 
 def _require_running_statistics(module: nn.Module, call: Call) -> None:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+    if (
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.running_mean is None
+    ):
         raise ValueError(
             f"{call.path or call.address}: has no running statistics, so its result for an image depends on the others of "
             "its batch, and no file answers so; make it with track_running_stats=True and train it, or take a GroupNorm"
@@ -108,12 +144,20 @@ def _named_apart(calls: list[Call]) -> list[Call]:
     """Each user of a weight under another name: the module that owns it keeps the weight's, or else the first user."""
     owners: dict[str, str] = {}
     for call in calls:
-        if call.kind in MULTIPLIES and (call.layer not in owners or call.path == call.layer):
+        if call.kind in MULTIPLIES and (
+            call.layer not in owners or call.path == call.layer
+        ):
             owners[call.layer] = call.path if call.path == call.layer else call.address
     renamed = []
     for call in calls:
-        if call.kind in MULTIPLIES and owners[call.layer] not in (call.path, call.address):
-            call = replace(call, layer=call.address.replace("#", ".") if call.path else call.address[1:])
+        if call.kind in MULTIPLIES and owners[call.layer] not in (
+            call.path,
+            call.address,
+        ):
+            call = replace(
+                call,
+                layer=call.address.replace("#", ".") if call.path else call.address[1:],
+            )
         renamed.append(call)
     return renamed
 
@@ -133,7 +177,9 @@ def _tied(trace: Trace) -> tuple[dict[str, list[str]], frozenset[str]]:
     return tied, frozenset(name for name in tied if len(turned[name]) > 1)
 
 
-def _in_training(model: nn.Module, example: Example, layers: frozenset[str]) -> Trace | None:
+def _in_training(
+    model: nn.Module, example: Example, layers: frozenset[str]
+) -> Trace | None:
     """None for a model whose forward in training mode wants more than the example, such as targets."""
     try:
         return trace_calls(model, example, layers, training=True)

@@ -42,14 +42,21 @@ def scaled_dot_product_attention(
     """softmax(q kᵀ · scale + mask) v; query: (..., L, E), key: (..., S, E), value: (..., S, V)."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        key, value = (
+            key.repeat_interleave(groups, -3),
+            value.repeat_interleave(groups, -3),
+        )
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = (query * factor) @ key.transpose(-2, -1)
     if is_causal:
-        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        allowed = torch.ones(
+            query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
+        ).tril()
         scores = scores.masked_fill(~allowed, -math.inf)
     if attn_mask is not None:  # of booleans: True where a position may be seen
-        scores = _masked(scores, ~attn_mask if attn_mask.dtype == torch.bool else attn_mask)
+        scores = _masked(
+            scores, ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+        )
     weights = scores.softmax(dim=-1)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
@@ -87,7 +94,13 @@ def multi_head_attention(
 
     Raises Unquantizable for options that no vision model uses: bias_k, add_zero_attn, static_k.
     """
-    if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
+    if (
+        bias_k is not None
+        or bias_v is not None
+        or add_zero_attn
+        or static_k is not None
+        or static_v is not None
+    ):
         raise Unquantizable(
             "MultiheadAttention with add_bias_kv, add_zero_attn or static keys cannot be quantized; build it without them"
         )
@@ -95,10 +108,14 @@ def multi_head_attention(
     same_source = query is key and key is value
     if not is_batched:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        key_padding_mask = (
+            None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        )
     # Samples first: everything between is then laid out as images are, and the transposes meet those of batch_first.
     query = query.transpose(0, 1)
-    key, value = (query, query) if same_source else (key.transpose(0, 1), value.transpose(0, 1))
+    key, value = (
+        (query, query) if same_source else (key.transpose(0, 1), value.transpose(0, 1))
+    )
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
     q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias, separate)
     batch, length, width = q.shape
@@ -107,13 +124,20 @@ def multi_head_attention(
     scores = (_heads(q, num_heads) * scale) @ _heads(k, num_heads).transpose(-2, -1)
     if attn_mask is not None:
         by_head = attn_mask.dim() == 3
-        scores = _masked(scores, attn_mask.reshape(batch, num_heads, length, source) if by_head else attn_mask)
+        scores = _masked(
+            scores,
+            attn_mask.reshape(batch, num_heads, length, source)
+            if by_head
+            else attn_mask,
+        )
     if key_padding_mask is not None:
         scores = _masked(scores, key_padding_mask.reshape(batch, 1, 1, source))
     weights = scores.softmax(dim=-1)
     if training and dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
-    mixed = (weights @ _heads(v, num_heads)).transpose(1, 2).reshape(batch, length, width)
+    mixed = (
+        (weights @ _heads(v, num_heads)).transpose(1, 2).reshape(batch, length, width)
+    )
     out = F.linear(mixed, out_proj_weight, out_proj_bias).transpose(0, 1)
     if not is_batched:
         out, weights = out.squeeze(1), weights.squeeze(0)
@@ -130,7 +154,11 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     """In a boolean mask of `nn.MultiheadAttention`, True hides a position."""
-    return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return (
+        scores.masked_fill(mask, -math.inf)
+        if mask.dtype == torch.bool
+        else scores + mask
+    )
 
 
 def _projected(
@@ -146,7 +174,8 @@ def _projected(
         q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
         return q, k, v
     width = query.shape[-1]
-    parts = [slice(index * width, (index + 1) * width) for index in range(3)]  # a split would not become a constant
+    # A split would not become a constant
+    parts = [slice(index * width, (index + 1) * width) for index in range(3)]
     biases = (None, None, None) if bias is None else tuple(bias[part] for part in parts)
     weights = separate if weight is None else tuple(weight[part] for part in parts)
     q, k, v = (
@@ -172,9 +201,18 @@ def conv_transpose2d(
     """
     if x.dim() == 3:
         return conv_transpose2d(
-            x.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation
+            x.unsqueeze(0),
+            weight,
+            bias,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            dilation,
         ).squeeze(0)
-    strides, paddings, extras, dilations = map(_pair, (stride, padding, output_padding, dilation))
+    strides, paddings, extras, dilations = map(
+        _pair, (stride, padding, output_padding, dilation)
+    )
     spread = _spread(x, strides)
     pads: list[int] = []
     for axis in (1, 0):  # F.pad counts from the last axis
@@ -183,9 +221,15 @@ def conv_transpose2d(
     spread = F.pad(spread, [max(pad, 0) for pad in pads])
     left, right, top, bottom = (max(-pad, 0) for pad in pads)
     if left or right or top or bottom:
-        spread = spread[..., top : spread.shape[-2] - bottom, left : spread.shape[-1] - right]
+        spread = spread[
+            ..., top : spread.shape[-2] - bottom, left : spread.shape[-1] - right
+        ]
     parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    turned = parts.transpose(1, 2).reshape(-1, weight.shape[0] // groups, *weight.shape[2:]).flip(2, 3)
+    turned = (
+        parts.transpose(1, 2)
+        .reshape(-1, weight.shape[0] // groups, *weight.shape[2:])
+        .flip(2, 3)
+    )
     return F.conv2d(spread, turned, bias, 1, 0, dilations, groups)
 
 
@@ -195,7 +239,10 @@ def _spread(x: Tensor, strides: tuple[int, int]) -> Tensor:
     if (down, right) == (1, 1):
         return x
     batch, channels, height, width = x.shape
-    cells = F.pad(x.reshape(batch, channels, height, 1, width, 1), [0, right - 1, 0, 0, 0, down - 1])
+    cells = F.pad(
+        x.reshape(batch, channels, height, 1, width, 1),
+        [0, right - 1, 0, 0, 0, down - 1],
+    )
     spread = cells.reshape(batch, channels, height * down, width * right)
     return spread[..., : (height - 1) * down + 1, : (width - 1) * right + 1]
 
@@ -211,10 +258,20 @@ def conv_transpose1d(
     dilation: Any = 1,
 ) -> Tensor:
     """As `conv_transpose2d`, of (N, C, L) or (C, L), by way of one row."""
-    numbers = [value if isinstance(value, int) else value[0] for value in (stride, padding, output_padding, dilation)]
+    numbers = [
+        value if isinstance(value, int) else value[0]
+        for value in (stride, padding, output_padding, dilation)
+    ]
     step, pad, extra, gap = numbers
     row = conv_transpose2d(
-        x.unsqueeze(-2), weight.unsqueeze(2), bias, (1, step), (0, pad), (0, extra), groups, (1, gap)
+        x.unsqueeze(-2),
+        weight.unsqueeze(2),
+        bias,
+        (1, step),
+        (0, pad),
+        (0, extra),
+        groups,
+        (1, gap),
     )
     return row.squeeze(-2)
 
@@ -226,7 +283,9 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def addmm(base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def addmm(
+    base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
     """beta · base + alpha · first @ second; also `baddbmm`, for (B, n, m) operands."""
     product = first @ second
     product = product if alpha == 1 else product * alpha
@@ -240,7 +299,11 @@ def is_weight(operand: Any) -> bool:
     if isinstance(operand, nn.Parameter):
         return True
     base = operand._base
-    return isinstance(base, nn.Parameter) and base.dim() == 2 and base.numel() == operand.numel()
+    return (
+        isinstance(base, nn.Parameter)
+        and base.dim() == 2
+        and base.numel() == operand.numel()
+    )
 
 
 def _matmul_form(args: tuple[Any, ...]) -> Form | None:
@@ -265,7 +328,12 @@ def _weight_times(weight: Tensor, x: Tensor) -> Tensor:
 
 def _is_open_einsum(args: tuple[Any, ...]) -> bool:
     """Whether it multiplies two tensors, with every label once in a tensor and none left to broadcasting."""
-    if not args or not isinstance(args[0], str) or "." in args[0] or len(_operands(args)) != 2:
+    if (
+        not args
+        or not isinstance(args[0], str)
+        or "." in args[0]
+        or len(_operands(args)) != 2
+    ):
         return False
     sources, _, _ = args[0].replace(" ", "").partition("->")
     first, _, second = sources.partition(",")
@@ -274,7 +342,11 @@ def _is_open_einsum(args: tuple[Any, ...]) -> bool:
 
 def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
     rest = args[1:]
-    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+    return (
+        tuple(rest[0])
+        if len(rest) == 1 and isinstance(rest[0], (list, tuple))
+        else rest
+    )
 
 
 def _einsum(*args: Any) -> Tensor:
@@ -294,9 +366,13 @@ def _einsum(*args: Any) -> Tensor:
         product = F.linear(rows, _merged(second, right, [others, summed]))
     else:
         batch = [[label] for label in shared]
-        product = _merged(first, left, [*batch, own, summed]) @ _merged(second, right, [*batch, summed, others])
+        product = _merged(first, left, [*batch, own, summed]) @ _merged(
+            second, right, [*batch, summed, others]
+        )
     labels = [*shared, *own, *others]
-    sizes = dict(zip(left, first.shape, strict=True)) | dict(zip(right, second.shape, strict=True))
+    sizes = dict(zip(left, first.shape, strict=True)) | dict(
+        zip(right, second.shape, strict=True)
+    )
     product = product.reshape([sizes[label] for label in labels])
     return product.permute([labels.index(label) for label in result])
 
@@ -315,7 +391,9 @@ def _merged(tensor: Tensor, labels: str, groups: list[list[str]]) -> Tensor:
     """The axes in the order of `groups`, each group merged into one axis."""
     sizes = dict(zip(labels, tensor.shape, strict=True))
     axes = [labels.index(label) for group in groups for label in group]
-    return tensor.permute(axes).reshape([math.prod(sizes[label] for label in group) for group in groups])
+    return tensor.permute(axes).reshape(
+        [math.prod(sizes[label] for label in group) for group in groups]
+    )
 
 
 def _is_parameter(operand: Tensor) -> bool:

@@ -21,16 +21,24 @@ class QuantOperands(nn.Module):
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
 
-    def __init__(self, name: str, kind: str, spec: LayerSpec, weight: Tensor, init: Init) -> None:
+    def __init__(
+        self, name: str, kind: str, spec: LayerSpec, weight: Tensor, init: Init
+    ) -> None:
         super().__init__()
         self.name, self.kind = name, kind
         self.weight_quantizer = self.input_quantizer = None
         if spec.weight is not None:
-            self.weight_quantizer = weight_quantizer(spec.weight, weight, f"{name}.weight", init, spec.binarizer)
+            self.weight_quantizer = weight_quantizer(
+                spec.weight, weight, f"{name}.weight", init, spec.binarizer
+            )
         if spec.input is not None:
-            self.input_quantizer = input_quantizer(spec.input, f"{name}.input", weight.shape[1], spec.binarizer)
+            self.input_quantizer = input_quantizer(
+                spec.input, f"{name}.input", weight.shape[1], spec.binarizer
+            )
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x: the convolution's or linear's input; weight: O_I_kH_kW, O_I_k or O_I; bias: (O,) or None, passed through."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
@@ -38,9 +46,13 @@ class QuantOperands(nn.Module):
             weight = self.weight_quantizer(weight)
         return x, weight, bias
 
-    def quantized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def quantized(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the call with x, weight and bias quantized."""
         given = args[0] if args else kwargs["input"]
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         operands = self(given, weight_operand(args, kwargs), bias)
-        return (*operands, *args[3:]), {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
+        return (*operands, *args[3:]), {
+            k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")
+        }

@@ -50,11 +50,17 @@ class Plan:
 
 def unsupported(trace: Trace) -> list[Call]:
     """The operations that multiply in a way that no quantizer reaches."""
-    return [call for call in trace.calls if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call)]
+    return [
+        call
+        for call in trace.calls
+        if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call)
+    ]
 
 
 def plan_points(
-    trace: Trace, binary_inputs: frozenset[str] = frozenset(), in_float: frozenset[str] = frozenset()
+    trace: Trace,
+    binary_inputs: frozenset[str] = frozenset(),
+    in_float: frozenset[str] = frozenset(),
 ) -> Plan:
     """Decide the 8-bit points of a traced model.
 
@@ -76,9 +82,18 @@ def plan_points(
     on_grid, elsewhere = set[str](), set[str]()
     for call in trace.calls:
         if call.kind in MULTIPLIES:
-            (on_grid if flow.source(call.inputs[0]) in points else elsewhere).add(call.layer)
-    absorbed = frozenset(part for call in trace.calls if is_integer(call) for part in flow.absorbed(call))
-    return Plan(tuple(points), frozenset(on_grid - elsewhere), tuple(flow.relus_of_one_conv(trace)), absorbed)
+            (on_grid if flow.source(call.inputs[0]) in points else elsewhere).add(
+                call.layer
+            )
+    absorbed = frozenset(
+        part for call in trace.calls if is_integer(call) for part in flow.absorbed(call)
+    )
+    return Plan(
+        tuple(points),
+        frozenset(on_grid - elsewhere),
+        tuple(flow.relus_of_one_conv(trace)),
+        absorbed,
+    )
 
 
 def multiplies_table(call: Call) -> bool:
@@ -99,16 +114,25 @@ def is_integer(call: Call) -> bool:
 class _Flow:
     def __init__(self, trace: Trace, in_float: frozenset[str] = frozenset()) -> None:
         self.in_float = in_float
-        self.calls, self.producer, self.readers = trace.calls, trace.producer(), trace.consumers()
+        self.calls, self.producer, self.readers = (
+            trace.calls,
+            trace.producer(),
+            trace.consumers(),
+        )
         self.outputs = set(trace.model_outputs)
-        self.images = {value: image_address(position) for position, value in enumerate(trace.model_inputs)}
+        self.images = {
+            value: image_address(position)
+            for position, value in enumerate(trace.model_inputs)
+        }
 
     def unit_end(self, call: Call) -> int:
         """The value after the batch norm and clip that the runtime absorbs into `call`."""
         value, may_normalize = call.outputs[0], call.kind in MULTIPLIES
         while len(self.readers[value]) == 1 and value not in self.outputs:
             reader = self.readers[value][0]
-            if not (reader.kind == "clip" or (reader.kind == "batch_norm" and may_normalize)):
+            if not (
+                reader.kind == "clip" or (reader.kind == "batch_norm" and may_normalize)
+            ):
                 break
             may_normalize = may_normalize and reader.kind != "clip"
             value = reader.outputs[0]
@@ -127,7 +151,9 @@ class _Flow:
         readers: list[Call | None] = [None] if value in self.outputs else []
         for reader in self.readers[value]:
             if reader.kind in LAYOUTS:
-                readers += [last for out in reader.outputs for last in self.final_readers(out)]
+                readers += [
+                    last for out in reader.outputs for last in self.final_readers(out)
+                ]
             else:
                 readers.append(reader)
         return readers
@@ -137,11 +163,19 @@ class _Flow:
         if self.read_by_one_layer(end) or self.is_model_output(end):
             return False
         stays_float = call.kind in FLOAT_OUTPUT and end == call.outputs[0]
-        return not (stays_float and all(r is not None and not self.reads_codes(r) for r in self.final_readers(end)))
+        return not (
+            stays_float
+            and all(
+                r is not None and not self.reads_codes(r)
+                for r in self.final_readers(end)
+            )
+        )
 
     def reads_codes(self, call: Call) -> bool:
         """Whether it computes on integers; a layer that is not quantized reads floats."""
-        return is_integer(call) and not (call.kind in MULTIPLIES and call.layer in self.in_float)
+        return is_integer(call) and not (
+            call.kind in MULTIPLIES and call.layer in self.in_float
+        )
 
     def read_by_one_layer(self, value: int) -> bool:
         """Whether one layer alone reads `value` and quantizes it by itself."""
@@ -154,18 +188,31 @@ class _Flow:
         for call in trace.calls:
             value = call.outputs[0]
             conv = self.readers[value][0] if len(self.readers[value]) == 1 else None
-            if call.ceiling is None or value in self.outputs or conv is None or conv.kind != "conv2d":
+            if (
+                call.ceiling is None
+                or value in self.outputs
+                or conv is None
+                or conv.kind != "conv2d"
+            ):
                 continue
             if conv.inputs[0] == value:
                 yield call.address, conv.layer, call.ceiling
 
-    def read_by_binary(self, binary_inputs: frozenset[str], in_float: frozenset[str]) -> list[str]:
+    def read_by_binary(
+        self, binary_inputs: frozenset[str], in_float: frozenset[str]
+    ) -> list[str]:
         """Addresses whose results layers with one-bit inputs read, but for the sums of quantized layers."""
-        weighted = [c for c in self.producer.values() if c.kind in MULTIPLIES and c.layer not in in_float]
+        weighted = [
+            c
+            for c in self.producer.values()
+            if c.kind in MULTIPLIES and c.layer not in in_float
+        ]
         sums = {self.producer[self.unit_end(call)].address for call in weighted}
         addresses = []
         for layer, value in (
-            (c.layer, c.inputs[0]) for c in self.calls if c.layer in binary_inputs and c.kind in MULTIPLIES
+            (c.layer, c.inputs[0])
+            for c in self.calls
+            if c.layer in binary_inputs and c.kind in MULTIPLIES
         ):
             origin = self.origin(value)
             if origin is None:
@@ -186,7 +233,11 @@ class _Flow:
     def source(self, value: int) -> str:
         """Address of what computed `value`, looking back through layout operations: a call, or one of the model's inputs."""
         first = self._moved_from(value)
-        return self.producer[first].address if first in self.producer else self.images[first]
+        return (
+            self.producer[first].address
+            if first in self.producer
+            else self.images[first]
+        )
 
     def _moved_from(self, value: int) -> int:
         call = self.producer.get(value)

@@ -21,7 +21,14 @@ from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import recomputed
 from qat.surgery.example import Example, with_tensors
-from qat.surgery.frames import Frame, Location, image_address, is_image, kind_in, path_of
+from qat.surgery.frames import (
+    Frame,
+    Location,
+    image_address,
+    is_image,
+    kind_in,
+    path_of,
+)
 from qat.surgery.open_forms import open_form
 from qat.surgery.operands import QuantOperands
 from qat.surgery.plan import MERGES
@@ -54,7 +61,9 @@ class Addresses:
     in_training: Mapping[str, str | None] = field(default_factory=dict)
     tallies: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     repeated: frozenset[str] = frozenset()
-    starts: Mapping[tuple[str, str], Mapping[str, int] | None] = field(default_factory=dict)
+    starts: Mapping[tuple[str, str], Mapping[str, int] | None] = field(
+        default_factory=dict
+    )
 
 
 class StreamQuantizers(nn.ModuleDict):
@@ -74,12 +83,18 @@ class StreamQuantizers(nn.ModuleDict):
         known: Addresses,
         example: Example = (),
     ) -> None:
-        super().__init__({_key(address): quantizer for address, quantizer in quantizers.items()})
+        super().__init__(
+            {_key(address): quantizer for address, quantizer in quantizers.items()}
+        )
         if operands:
-            self.operands = nn.ModuleDict({_key(address): module for address, module in operands.items()})
+            self.operands = nn.ModuleDict(
+                {_key(address): module for address, module in operands.items()}
+            )
         self.relus, self.known = relus, known
-        self.example = with_tensors(example, lambda tensor: tensor.to("meta"))  # shapes alone
-        self.guests = False  # whether another library's layers stand in for ours and multiply as they please
+        # Shapes alone
+        self.example = with_tensors(example, lambda tensor: tensor.to("meta"))
+        # Whether another library's layers stand in for ours and multiply as they please
+        self.guests = False
         watched = (*quantizers, *known.merges, *relus)
         self.watched = {(path_of(address), kind_in(address)) for address in watched}
         self.images = [address for address in quantizers if is_image(address)]
@@ -103,12 +118,18 @@ class StreamQuantizers(nn.ModuleDict):
 
         Raises RuntimeError for a product that the plan does not know.
         """
-        found = self.operands._modules.get(_key(address)) if "operands" in self._modules else None
+        found = (
+            self.operands._modules.get(_key(address))
+            if "operands" in self._modules
+            else None
+        )
         if found is None and address not in self.known.multiplies and not self.guests:
             raise _unknown(address, "operands")
         return found  # type: ignore[return-value]
 
-    def quantize_images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def quantize_images(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments, those tensors quantized that have a quantizer."""
         position = -1
 
@@ -118,7 +139,9 @@ class StreamQuantizers(nn.ModuleDict):
             quantizer = self._modules.get(_key(image_address(position)))
             return tensor if quantizer is None else quantizer(tensor)
 
-        changed: tuple[tuple[Any, ...], dict[str, Any]] = with_tensors((args, kwargs), quantize)
+        changed: tuple[tuple[Any, ...], dict[str, Any]] = with_tensors(
+            (args, kwargs), quantize
+        )
         return changed
 
 
@@ -129,10 +152,14 @@ def example_of(model: nn.Module, given: Example | None = None) -> Example:
     """
     stream = getattr(model, "stream_quantizers", None)
     if not isinstance(stream, StreamQuantizers):
-        raise ValueError("the model is not quantized: call quantize_(model, rules, example) first")
+        raise ValueError(
+            "the model is not quantized: call quantize_(model, rules, example) first"
+        )
     if given is not None:
         return given
-    made: Example = with_tensors(stream.example, lambda shape: torch.zeros(shape.shape, dtype=shape.dtype))
+    made: Example = with_tensors(
+        stream.example, lambda shape: torch.zeros(shape.shape, dtype=shape.dtype)
+    )
     return made
 
 
@@ -152,10 +179,18 @@ class PointMode(TorchFunctionMode):
 
     def __init__(self, quantizers: StreamQuantizers, location: Location) -> None:
         super().__init__()
-        self.quantizers, self.location, self.layers = quantizers, location, quantizers.known.layers
+        self.quantizers, self.location, self.layers = (
+            quantizers,
+            location,
+            quantizers.known.layers,
+        )
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         kind, frame = kind_of(func), self.location.stack[-1]
@@ -173,7 +208,11 @@ class PointMode(TorchFunctionMode):
             with recomputed(*args[:2]) if kind in KEEPING else NOTHING:
                 return func(*args, **kwargs)
         address = self._address(frame, kind)
-        quantizer = self.quantizers.at(address, is_merge and not frame.training) if address else None
+        quantizer = (
+            self.quantizers.at(address, is_merge and not frame.training)
+            if address
+            else None
+        )
         if quantizer is not None:
             _require_recording(frame, address)
         clips = self.quantizers.relus.get(address) if frame.training and args else None
@@ -184,10 +223,18 @@ class PointMode(TorchFunctionMode):
         if quantizer is None:
             return out
         if address in self.quantizers.known.written_back:
-            return out.copy_(quantizer(out.clone()))  # others read the sum through the tensor that it was written to
+            # Others read the sum through the tensor that it was written to
+            return out.copy_(quantizer(out.clone()))
         return _quantized(out, quantizer)
 
-    def _multiply(self, func: Any, kind: str, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _multiply(
+        self,
+        func: Any,
+        kind: str,
+        frame: Frame,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """A convolution or linear call outside quantized layers."""
         address = self._address(frame, kind)
         operands = self.quantizers.operands_at(address) if address else None
@@ -196,7 +243,9 @@ class PointMode(TorchFunctionMode):
             args, kwargs = operands.quantized(args, kwargs)
         with recomputed(*args[:2]) if operands is not None else NOTHING:
             out = func(*args, **kwargs)
-        quantizer = self.quantizers.at(address, must_be_known=False) if address else None
+        quantizer = (
+            self.quantizers.at(address, must_be_known=False) if address else None
+        )
         return out if quantizer is None else quantizer(out)
 
     def _address(self, frame: Frame, kind: str) -> str:
@@ -226,21 +275,38 @@ def _quantized(out: Any, quantizer: LSQ) -> Any:
     """A result quantized; of several results, such as a sort's, those in floating point."""
     if isinstance(out, Tensor):
         return quantizer(out)
-    return with_tensors(out, lambda tensor: quantizer(tensor) if tensor.is_floating_point() else tensor)
+    return with_tensors(
+        out, lambda tensor: quantizer(tensor) if tensor.is_floating_point() else tensor
+    )
 
 
 def _merges_tensors(args: tuple[Any, ...]) -> bool:
     operands = args[0] if args and isinstance(args[0], (list, tuple)) else args[:2]
-    return sum(isinstance(a, Tensor) and a.dim() > 1 and a.is_floating_point() for a in operands) > 1
+    return (
+        sum(
+            isinstance(a, Tensor) and a.dim() > 1 and a.is_floating_point()
+            for a in operands
+        )
+        > 1
+    )
 
 
 class Entry:
     """What a module needs to run under its model's `PointMode`: where it is in the model, and the model's quantizers."""
 
-    def __init__(self, path: str, location: Location, quantizers: StreamQuantizers) -> None:
+    def __init__(
+        self, path: str, location: Location, quantizers: StreamQuantizers
+    ) -> None:
         self.path, self.location, self.quantizers = path, location, quantizers
 
-    def run(self, module: nn.Module, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(
+        self,
+        module: nn.Module,
+        name: str,
+        method: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
         """Call `method`, called `name`, of `module` in a new frame, and under `PointMode` if no caller has one."""
         stack = self.location.stack
         depth = len(stack)
@@ -250,8 +316,12 @@ class Entry:
             out = method(module, *args, **kwargs)
             self._check_tally(stack[-1], name)
             return out
-        is_known = start is not None or (name == "forward" and not (depth == 0 and self.path in self._repeated))
-        frame = Frame(self.path, module.training, None if start is None else dict(start), is_known)
+        is_known = start is not None or (
+            name == "forward" and not (depth == 0 and self.path in self._repeated)
+        )
+        frame = Frame(
+            self.path, module.training, None if start is None else dict(start), is_known
+        )
         quantizers = module.stream_quantizers if self.path == "" else self.quantizers
         if depth == 0:
             _refuse_tracers(args)
@@ -272,7 +342,9 @@ class Entry:
     def _repeated(self) -> frozenset[str]:
         return self.quantizers.known.repeated
 
-    def _with_images(self, quantizers: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _with_images(
+        self, quantizers: Any, name: str, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
         if self.path or not quantizers.images:
             return args, kwargs
         if name != "forward":
@@ -311,11 +383,17 @@ def _refuse_tracers(args: tuple[Any, ...]) -> None:
 _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
-def _class_with_quantizers(base: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
+def _class_with_quantizers(
+    base: type[nn.Module], methods: tuple[str, ...]
+) -> type[nn.Module]:
     """A subclass of `base` whose forward and `methods` run in frames; it can be copied and pickled."""
     if (base, methods) in _classes:
         return _classes[base, methods]
-    namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "_of": (base, methods)}
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "_of": (base, methods),
+    }
     for name in ("forward", *methods):
         namespace[name] = _in_frame(name, getattr(base, name))
     namespace["__reduce_ex__"] = _reduce
@@ -351,7 +429,9 @@ def run_with_points(
     example: Example = (),
 ) -> None:
     """Make `model` and its parts apply `quantizers` at their addresses; see `StreamQuantizers`."""
-    model.stream_quantizers = StreamQuantizers(quantizers, operands, relus, known, example)
+    model.stream_quantizers = StreamQuantizers(
+        quantizers, operands, relus, known, example
+    )
     location = Location()
     owners = {"", *(path_of(address) for address in (*quantizers, *operands, *relus))}
     location.watch(model, skip=Quantizer)
@@ -359,6 +439,12 @@ def run_with_points(
         module: Any = model.get_submodule(path)
         traced = {name for owner, name in known.starts if owner == path}
         others = {name for name in dir(type(module)) if name.startswith("forward_")}
-        methods = tuple(sorted(name for name in traced | others if callable(getattr(type(module), name, None))))
+        methods = tuple(
+            sorted(
+                name
+                for name in traced | others
+                if callable(getattr(type(module), name, None))
+            )
+        )
         module._entry = Entry(path, location, model.stream_quantizers)
         module.__class__ = _class_with_quantizers(type(module), methods)

@@ -26,7 +26,13 @@ from qat.surgery.decide import Rules
 from qat.surgery.layers import LayerSpec
 from qat.surgery.observe import WEIGHTED
 
-KEYS = {"layers": str, "weight_bits": int, "input_bits": int, "per_channel": bool, "offset": bool}
+KEYS = {
+    "layers": str,
+    "weight_bits": int,
+    "input_bits": int,
+    "per_channel": bool,
+    "offset": bool,
+}
 
 
 def read_rules(path: Path) -> list[tuple[str, LayerSpec]]:
@@ -37,13 +43,18 @@ def read_rules(path: Path) -> list[tuple[str, LayerSpec]]:
     except FileError as error:
         raise ValueError(f"--rules {error}") from error
     except ValueError as error:
-        raise ValueError(f"--rules {path}: not {'JSON' if path.suffix == '.json' else 'TOML'} ({error})") from error
+        raise ValueError(
+            f"--rules {path}: not {'JSON' if path.suffix == '.json' else 'TOML'} ({error})"
+        ) from error
     rules = content.get("rules") if isinstance(content, dict) else None
     if not isinstance(rules, list) or not rules:
         raise ValueError(
             f"--rules {path}: holds no list named rules; write [[rules]] tables, each with layers = <glob>"
         )
-    return [_rule(entry, f"--rules {path}: rule {number}") for number, entry in enumerate(rules, 1)]
+    return [
+        _rule(entry, f"--rules {path}: rule {number}")
+        for number, entry in enumerate(rules, 1)
+    ]
 
 
 def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
@@ -51,13 +62,19 @@ def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
         raise ValueError(f"{where}: needs layers = <glob over layer names>")
     for key, value in entry.items():
         if key not in KEYS:
-            raise ValueError(f"{where}: unknown entry {key!r}; known: {', '.join(KEYS)}")
+            raise ValueError(
+                f"{where}: unknown entry {key!r}; known: {', '.join(KEYS)}"
+            )
         if type(value) is not KEYS[key]:
-            raise ValueError(f"{where}: {key} must be {KEYS[key].__name__}, got {value!r}")
+            raise ValueError(
+                f"{where}: {key} must be {KEYS[key].__name__}, got {value!r}"
+            )
     weight = source = None
     try:
         if "weight_bits" in entry:
-            weight = QuantSpec.of_weight(entry["weight_bits"], per_channel=entry.get("per_channel", True))
+            weight = QuantSpec.of_weight(
+                entry["weight_bits"], per_channel=entry.get("per_channel", True)
+            )
         if "input_bits" in entry:
             source = QuantSpec(entry["input_bits"], offset=entry.get("offset", False))
     except ValueError as error:
@@ -65,13 +82,17 @@ def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
     return entry["layers"], LayerSpec(weight, source)
 
 
-def before(given: Rules, others: Rules, model: nn.Module) -> list[tuple[str, LayerSpec]]:
+def before(
+    given: Rules, others: Rules, model: nn.Module
+) -> list[tuple[str, LayerSpec]]:
     """`given`, then those of `others` that still decide a layer of `model`: a rule that decides nothing is an error."""
     names = [name for name, m in model.named_modules() if isinstance(m, WEIGHTED)]
     rules = list(given)
     for pattern, spec in others:
         taken = [known for known, _ in rules]
-        if any(fnmatch.fnmatchcase(n, pattern) and not _matched(n, taken) for n in names):
+        if any(
+            fnmatch.fnmatchcase(n, pattern) and not _matched(n, taken) for n in names
+        ):
             rules.append((pattern, spec))
     return rules
 
@@ -80,7 +101,9 @@ def _matched(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def with_options(rules: Rules, *, weight: dict[str, Any], source: dict[str, Any]) -> list[tuple[str, LayerSpec]]:
+def with_options(
+    rules: Rules, *, weight: dict[str, Any], source: dict[str, Any]
+) -> list[tuple[str, LayerSpec]]:
     """`rules` with fields of every weight's and every input's spec replaced."""
     return [
         (

@@ -29,7 +29,10 @@ WRAPPERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 
 def uniform_rules(
-    weight_bits: int, input_bits: int | None = None, first_and_last: Iterable[str] = (), edge_bits: int = 8
+    weight_bits: int,
+    input_bits: int | None = None,
+    first_and_last: Iterable[str] = (),
+    edge_bits: int = 8,
 ) -> list[tuple[str, LayerSpec]]:
     """The usual rules: the named first and last layers at `edge_bits`, all others at the given bits; inputs have as many as
     weights unless `input_bits` says otherwise.
@@ -45,7 +48,8 @@ def uniform_rules(
     ]
 
 
-UNBINARIZED = ("*downsample*", "*shortcut*")  # weighted shortcuts of timm's nets and ours
+# Weighted shortcuts of timm's nets and ours
+UNBINARIZED = ("*downsample*", "*shortcut*")
 
 
 def binary_rules(
@@ -65,9 +69,17 @@ def binary_rules(
     """
     edge = edge or LayerSpec(QuantSpec.of_weight(8), QuantSpec(8))
     spared = list(first_and_last)
-    left = [name for name, m in model.named_modules() if isinstance(m, WEIGHTED) and name not in spared]
-    found = [glob for glob in keep if any(fnmatch.fnmatchcase(name, glob) for name in left)]
-    binary = LayerSpec(QuantSpec.of_weight(weight_bits), QuantSpec(input_bits), binarizer)
+    left = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, WEIGHTED) and name not in spared
+    ]
+    found = [
+        glob for glob in keep if any(fnmatch.fnmatchcase(name, glob) for name in left)
+    ]
+    binary = LayerSpec(
+        QuantSpec.of_weight(weight_bits), QuantSpec(input_bits), binarizer
+    )
     return [(name, edge) for name in (*spared, *found)] + [("*", binary)]
 
 
@@ -131,22 +143,41 @@ def apply(
     weight_init: Init,
 ) -> dict[str, nn.Module]:
     """Third step of `quantize_`: put the plan's quantizers into `model`; returns the quantized layers by name."""
-    wrapped = {name: _wrap(seen.layers[name], spec, name, weight_init) for name, spec in plan.wrapped.items()}
+    wrapped = {
+        name: _wrap(seen.layers[name], spec, name, weight_init)
+        for name, spec in plan.wrapped.items()
+    }
     operands = {
-        address: QuantOperands(asked.name, asked.kind, asked.spec, asked.weight, weight_init)
+        address: QuantOperands(
+            asked.name, asked.kind, asked.spec, asked.weight, weight_init
+        )
         for address, asked in plan.operands.items()
     }
     quantized = wrapped | {module.name: module for module in operands.values()}
     for layers in plan.shared:
-        _share_weight_quantizer([quantized[name] for name in layers if name in quantized])
+        _share_weight_quantizer(
+            [quantized[name] for name in layers if name in quantized]
+        )
     for name, layer in wrapped.items():
         for alias in seen.aliases.get(name, [name]):
             parent, _, attribute = alias.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer)
     points = (
-        {} if stream is None else {address: activation_quantizer(stream, address) for address in plan.placement.points}
+        {}
+        if stream is None
+        else {
+            address: activation_quantizer(stream, address)
+            for address in plan.placement.points
+        }
     )
-    run_with_points(model, points, operands, _relus_taken_over(plan.placement, quantized), plan.known, example)
+    run_with_points(
+        model,
+        points,
+        operands,
+        _relus_taken_over(plan.placement, quantized),
+        plan.known,
+        example,
+    )
     _move_like(model)
     return quantized
 
@@ -177,7 +208,11 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 def quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, Quantizer]]:
     """Latent weight and weight quantizer of every layer that has one, in the model's order."""
     layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
-    return [(cast(nn.Parameter, m.weight), m.weight_quantizer) for m in layers if m.weight_quantizer is not None]
+    return [
+        (cast(nn.Parameter, m.weight), m.weight_quantizer)
+        for m in layers
+        if m.weight_quantizer is not None
+    ]
 
 
 def computed_weights(model: nn.Module) -> list[QuantOperands]:
@@ -207,13 +242,17 @@ def parameter_groups(
     named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in named if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in named if p.dim() <= 1], "weight_decay": weight_decay if decay_norms else 0.0},
+        {
+            "params": [p for p in named if p.dim() <= 1],
+            "weight_decay": weight_decay if decay_norms else 0.0,
+        },
     ]
     by_size: dict[float, list[nn.Parameter]] = {}
     grouped: set[int] = set()
     for name, quantizer in quantizers(model).items():
         size = 1.0 if scale_sizes is None else scale_sizes[name]
-        own = [p for p in quantizer.parameters() if id(p) not in grouped]  # layers that share a weight share its scale
+        # Layers that share a weight share its scale
+        own = [p for p in quantizer.parameters() if id(p) not in grouped]
         grouped |= {id(p) for p in own}
         by_size.setdefault(size, []).extend(own)
     for size in sorted(by_size):
@@ -226,8 +265,14 @@ def parameter_groups(
 
 def sizes_of_scales(model: nn.Module) -> dict[str, float]:
     """By quantizer, the power of two next to the mean magnitude of its scale; 1 where it has none yet."""
-    means = {name: float(q.raw_scale.detach().abs().mean()) for name, q in quantizers(model).items()}
-    return {n: 2.0 ** round(math.log2(m)) if math.isfinite(m) and m > 0 else 1.0 for n, m in means.items()}
+    means = {
+        name: float(q.raw_scale.detach().abs().mean())
+        for name, q in quantizers(model).items()
+    }
+    return {
+        n: 2.0 ** round(math.log2(m)) if math.isfinite(m) and m > 0 else 1.0
+        for n, m in means.items()
+    }
 
 
 def _open_attention(model: nn.Module) -> None:
@@ -241,7 +286,9 @@ def _wrap(layer: nn.Module, spec: LayerSpec, name: str, init: Init) -> nn.Module
     for kind, wrap in WRAPPERS.items():
         if isinstance(layer, kind):
             return wrap(layer, spec, name, init)
-    raise ValueError(f"layer {name!r}: {type(layer).__name__} cannot be quantized yet; give it a FLOAT rule")
+    raise ValueError(
+        f"layer {name!r}: {type(layer).__name__} cannot be quantized yet; give it a FLOAT rule"
+    )
 
 
 def _move_like(model: nn.Module) -> None:

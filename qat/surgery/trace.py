@@ -26,7 +26,14 @@ from qat.surgery.frames import Location
 from qat.surgery.open_forms import Unquantizable, is_weight, open_form
 
 MULTIPLIES = {"conv1d", "conv2d", "linear"}  # of an activation and a weight
-ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "multiply": "mul", "matmul": "matmul"}
+ALIASES = {
+    "iadd": "add",
+    "radd": "add",
+    "imul": "mul",
+    "rmul": "mul",
+    "multiply": "mul",
+    "matmul": "matmul",
+}
 ALIASES |= {
     "rmatmul": "matmul",
     "bmm": "matmul",
@@ -35,14 +42,37 @@ ALIASES |= {
     "concatenate": "cat",
     "hardtanh": "clip",
 }
-ALIASES |= {"relu6": "clip", "clamp": "clip", "clamp_min": "clip", "clamp_max": "clip", "relu": "clip"}
-ALIASES |= {"native_batch_norm": "batch_norm", "isub": "sub", "rsub": "sub", "itruediv": "div", "truediv": "div"}
+ALIASES |= {
+    "relu6": "clip",
+    "clamp": "clip",
+    "clamp_min": "clip",
+    "clamp_max": "clip",
+    "relu": "clip",
+}
+ALIASES |= {
+    "native_batch_norm": "batch_norm",
+    "isub": "sub",
+    "rsub": "sub",
+    "itruediv": "div",
+    "truediv": "div",
+}
 ALIASES |= {"T": "t", "mT": "transpose", "H": "t", "mH": "transpose", "data": "detach"}
 # Where a value leaves PyTorch, so that nothing can follow it.
-LEAVES = {"numpy", "tolist", "item", "array", "bool", "int", "float_number", "index", "tensor"}
+LEAVES = {
+    "numpy",
+    "tolist",
+    "item",
+    "array",
+    "bool",
+    "int",
+    "float_number",
+    "index",
+    "tensor",
+}
 NUMBERS = {"__bool__", "__int__", "__float__", "__index__"}
 CASTS = {"to", "type", "type_as", "float", "half", "double", "bfloat16"}
-STATISTICS = {"batch_norm", "instance_norm"}  # write into buffers that the same pass does not read
+# Write into buffers that the same pass does not read
+STATISTICS = {"batch_norm", "instance_norm"}
 TORCH = str(Path(torch.__file__).parent)
 
 
@@ -74,7 +104,8 @@ class Call:
     outputs: tuple[int, ...]
     parameters: tuple[str, ...] = ()
     pools_space: bool = False
-    ceiling: float | None = None  # of a ReLU, its upper clip (inf where it has none); None for anything else
+    # Of a ReLU, its upper clip (inf where it has none); None for anything else
+    ceiling: float | None = None
     output_shape: tuple[int, ...] = ()
     layer: str = ""
     multiplications: int = 0
@@ -133,17 +164,25 @@ class _Value:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, location: Location, model: nn.Module, layers: frozenset[str], training: bool) -> None:
+    def __init__(
+        self,
+        location: Location,
+        model: nn.Module,
+        layers: frozenset[str],
+        training: bool,
+    ) -> None:
         super().__init__()
         self.location, self.layers = location, layers
-        self.training = training  # where a loss may be logged: what leaves PyTorch then is not in the file
+        # Where a loss may be logged: what leaves PyTorch then is not in the file
+        self.training = training
         self.parameter_names = {id(p): name for name, p in model.named_parameters()}
         self.modules = dict(model.named_modules())
         self.trace = Trace()
         self.values: dict[int, _Value] = {}
         self.writes: dict[int, int] = defaultdict(int)  # by address of the memory
         self.writers: dict[int, str] = {}
-        self.alive: list[Any] = []  # ids and addresses stay unique only while their tensors live
+        # Ids and addresses stay unique only while their tensors live
+        self.alive: list[Any] = []
         self.methods: dict[int, tuple[FrameType, str]] = {}
         self.count = 0
 
@@ -173,7 +212,11 @@ class _Recorder(TorchFunctionMode):
         return value.number
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         kind = kind_of(func)
@@ -190,12 +233,20 @@ class _Recorder(TorchFunctionMode):
             )
         versions = [_version(t) for t in tensors]
         out = func(*args, **kwargs)
-        written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        written = [
+            t
+            for t, version in zip(tensors, versions, strict=True)
+            if _version(t) != version
+        ]
         produced = list(tensors_in(out))
         if kind == "set" or (written and not produced):
             produced = written
         address = self._next_address(kind, bool(produced))
-        layer = self._note_weight(address, args, kwargs, bool(inputs)) if kind in MULTIPLIES else ""
+        layer = (
+            self._note_weight(address, args, kwargs, bool(inputs))
+            if kind in MULTIPLIES
+            else ""
+        )
         if not produced:
             return out
         if not inputs:
@@ -213,9 +264,14 @@ class _Recorder(TorchFunctionMode):
             address=address,
             path=self.location.path,
             kind=flow_kind,
-            inputs=inputs[-1:] if kind == "copy" else inputs,  # what was there before a copy is gone
+            # What was there before a copy is gone
+            inputs=inputs[-1:] if kind == "copy" else inputs,
             outputs=outputs,
-            parameters=tuple(self.parameter_names[id(t)] for t in tensors if id(t) in self.parameter_names),
+            parameters=tuple(
+                self.parameter_names[id(t)]
+                for t in tensors
+                if id(t) in self.parameter_names
+            ),
             pools_space=_pools_space(kind, args, first),
             ceiling=_ceiling(func, args, kwargs),
             output_shape=tuple(first.shape),
@@ -236,7 +292,13 @@ class _Recorder(TorchFunctionMode):
         self.trace.where.setdefault(address, where)
         return address
 
-    def _note_weight(self, address: str, args: tuple[Any, ...], kwargs: dict[str, Any], sees_image: bool) -> str:
+    def _note_weight(
+        self,
+        address: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        sees_image: bool,
+    ) -> str:
         """Note what a convolution or linear multiplies by; returns its name."""
         weight = weight_operand(args, kwargs)
         layer = self.layer_of(weight, address)
@@ -273,7 +335,8 @@ class _Recorder(TorchFunctionMode):
         the methods on the way began."""
         module = self.modules.get(self.location.path)
         where: list[tuple[str, int]] = []
-        frame: FrameType | None = sys._getframe(3)  # who called the function that this mode watches
+        # Who called the function that this mode watches
+        frame: FrameType | None = sys._getframe(3)
         while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
             code = frame.f_code
             if not code.co_filename.startswith(TORCH):
@@ -282,9 +345,16 @@ class _Recorder(TorchFunctionMode):
             frame = frame.f_back
         return tuple(where)
 
-    def _note_method(self, frame: FrameType, module: nn.Module | None, counts: dict[str, int]) -> None:
+    def _note_method(
+        self, frame: FrameType, module: nn.Module | None, counts: dict[str, int]
+    ) -> None:
         name = frame.f_code.co_name
-        if module is None or id(frame) in self.methods or name == "forward" or not hasattr(type(module), name):
+        if (
+            module is None
+            or id(frame) in self.methods
+            or name == "forward"
+            or not hasattr(type(module), name)
+        ):
             return
         if frame.f_locals.get("self") is not module:
             return
@@ -305,7 +375,10 @@ class _Recorder(TorchFunctionMode):
     def layer_of(self, weight: Tensor, address: str) -> str:
         """Name of a convolution or linear after its weight; see `Call`."""
         path = self.location.path
-        if path in self.layers and getattr(self.modules[path], "weight", None) is weight:
+        if (
+            path in self.layers
+            and getattr(self.modules[path], "weight", None) is weight
+        ):
             return path
         name = self.parameter_names.get(id(weight))
         owner = None if name is None else name.rpartition(".")[0]
@@ -316,16 +389,22 @@ class _Recorder(TorchFunctionMode):
         return name or address.replace("#", "." if path else "")
 
 
-def _in_the_open(form: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _in_the_open(
+    form: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     try:
         return form(*args, **kwargs)
     except Unquantizable as error:
         raise ValueError(f"{_words(path)}: {error}") from error
 
 
-def _flow_kind(kind: str, kwargs: Mapping[str, Any], source: Tensor, result: Tensor) -> str:
+def _flow_kind(
+    kind: str, kwargs: Mapping[str, Any], source: Tensor, result: Tensor
+) -> str:
     """The kind as the plan reads it: casts that round and interpolation that only repeats values have names apart."""
-    if kind in CASTS and not (source.is_floating_point() and result.is_floating_point()):
+    if kind in CASTS and not (
+        source.is_floating_point() and result.is_floating_point()
+    ):
         return "cast"  # to integers or back
     if kind == "interpolate" and "nearest" in str(kwargs.get("mode", "nearest")):
         return "nearest"
@@ -352,14 +431,20 @@ def weight_operand(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[1] if len(args) > 1 else kwargs["weight"]
 
 
-def _ceiling(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+def _ceiling(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float | None:
     match getattr(function, "__name__", "").strip("_"):
         case "relu":
             return math.inf
         case "relu6":
             return 6.0
         case "hardtanh":
-            low, high = (*args[1:3], kwargs.get("min_val", -1.0), kwargs.get("max_val", 1.0))[:2]
+            low, high = (
+                *args[1:3],
+                kwargs.get("min_val", -1.0),
+                kwargs.get("max_val", 1.0),
+            )[:2]
             return float(high) if low == 0 and len(args) != 2 else None
     return None
 
@@ -375,7 +460,11 @@ def _pools_space(kind: str, args: tuple[Any, ...], out: Tensor) -> bool:
 
 @torch.no_grad()
 def trace_calls(
-    model: nn.Module, example: Example, layers: frozenset[str] = frozenset(), *, training: bool = False
+    model: nn.Module,
+    example: Example,
+    layers: frozenset[str] = frozenset(),
+    *,
+    training: bool = False,
 ) -> Trace:
     """Run `model` once on `example` and return its calls; the model is left as it was.
 
@@ -389,15 +478,20 @@ def trace_calls(
         args, kwargs = twice(arguments)
     recorder = _Recorder(location, model, layers, training)
     with in_mode(model, training), watched(location, model):
-        model(*args, **kwargs)  # some models fill a cache in their first pass, with operations that do not come again
+        # Some models fill a cache in their first pass, with operations that do not come again
+        model(*args, **kwargs)
         location.begin()
-        sources = tuple(recorder.number(tensor) for tensor in tensors_in((args, kwargs)))
+        sources = tuple(
+            recorder.number(tensor) for tensor in tensors_in((args, kwargs))
+        )
         with recorder:
             out = model(*args, **kwargs)
         numbers = [recorder.read(tensor) for tensor in tensors_in(out)]
     recorder.methods.clear()
     recorder.trace.model_inputs = sources
-    recorder.trace.model_outputs = tuple(number for number in numbers if number is not None)
+    recorder.trace.model_outputs = tuple(
+        number for number in numbers if number is not None
+    )
     return recorder.trace
 
 
@@ -417,8 +511,12 @@ def watched(location: Location, model: nn.Module) -> Iterator[None]:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Run `model` in training or eval mode without a trace: modes, buffers and random numbers are put back."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
-    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    buffers = (
+        [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    )
+    devices = sorted(
+        {p.device for p in model.parameters() if p.device.type == "cuda"}, key=str
+    )
     try:
         with torch.random.fork_rng(devices):
             model.train(training)

@@ -10,7 +10,9 @@ Kind = tuple[str, str]  # module path, kind of operation
 Place = tuple[tuple[str, int], ...]  # the Python code at work, outwards
 
 
-def in_training(evaluated: Trace, trained: Trace, addresses: Iterable[str]) -> dict[str, str | None]:
+def in_training(
+    evaluated: Trace, trained: Trace, addresses: Iterable[str]
+) -> dict[str, str | None]:
     """Address in training mode -> address in eval mode, for operations that count otherwise; None where only training has it.
 
     addresses: of the operations with quantizers. Two operations are the same when the same code makes them.
@@ -34,7 +36,9 @@ def in_training(evaluated: Trace, trained: Trace, addresses: Iterable[str]) -> d
                     "repeated into a separate module"
                 )
         by_place = dict(zip(_numbered(places), eval_addresses, strict=True))
-        for numbered, address in zip(_numbered(training_places), training_addresses, strict=True):
+        for numbered, address in zip(
+            _numbered(training_places), training_addresses, strict=True
+        ):
             same = by_place.get(numbered)
             if same != address:
                 shifted[address] = same

@@ -34,9 +34,13 @@ FURTHER: Mapping[Any, Callable[..., int]] = {
     aten.vdot: _inner,
     aten.addmv: lambda bias, matrix, vector, *rest, **kwargs: _inner(matrix, vector),
     aten.mkldnn_rnn_layer: lambda steps, of_input, of_state, *rest, **kwargs: (
-        2 * int(steps.shape[0] * steps.shape[1]) * int(of_input.numel() + of_state.numel())
+        2
+        * int(steps.shape[0] * steps.shape[1])
+        * int(of_input.numel() + of_state.numel())
     ),
-    aten.addbmm: lambda bias, first, second, *rest, **kwargs: 2 * int(first.numel()) * int(second.shape[-1]),
+    aten.addbmm: lambda bias, first, second, *rest, **kwargs: (
+        2 * int(first.numel()) * int(second.shape[-1])
+    ),
 }
 
 
@@ -49,7 +53,11 @@ class _Witness(TorchDispatchMode):
         self.calls: list[tuple[str, int, int]] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -63,7 +71,9 @@ class _Witness(TorchDispatchMode):
         checksum = 0
         for operand in (*args, *kwargs.values()):
             if isinstance(operand, Tensor):
-                checksum = zlib.crc32(operand.detach().contiguous().cpu().numpy().tobytes(), checksum)
+                checksum = zlib.crc32(
+                    operand.detach().contiguous().cpu().numpy().tobytes(), checksum
+                )
         self.calls.append((self.location.path, operations // 2, checksum))
         return out
 
@@ -78,8 +88,13 @@ def witness(model: nn.Module, example: Example) -> Counter[str]:
     location = Location()
     given = arguments_of(model, example)
     generator = torch.Generator().manual_seed(0)
-    first_batch = with_tensors(list(given), lambda tensor: _random_like(tensor, generator))
-    second_batch = with_tensors(first_batch, lambda tensor: -1.5 * tensor if tensor.is_floating_point() else tensor)
+    first_batch = with_tensors(
+        list(given), lambda tensor: _random_like(tensor, generator)
+    )
+    second_batch = with_tensors(
+        first_batch,
+        lambda tensor: -1.5 * tensor if tensor.is_floating_point() else tensor,
+    )
     passes = []
     with in_mode(model, training=False), watched(location, model):
         args, kwargs = first_batch
@@ -105,7 +120,9 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=generator).to(tensor)
 
 
-def check_witnessed(seen: Mapping[str, int], trace: Trace, licensed: frozenset[str] = frozenset()) -> None:
+def check_witnessed(
+    seen: Mapping[str, int], trace: Trace, licensed: frozenset[str] = frozenset()
+) -> None:
     """Compare the dispatcher's count, by module path, with what the trace accounts for.
 
     licensed: modules that a rule leaves in floating point, whose functions hide their products.
@@ -116,7 +133,11 @@ def check_witnessed(seen: Mapping[str, int], trace: Trace, licensed: frozenset[s
         if call.kind in CONTRACTIONS:
             traced[call.path] += call.multiplications
     for path, multiply_adds in seen.items():
-        if multiply_adds > traced[path] and path not in licensed and not any(name.startswith("#") for name in licensed):
+        if (
+            multiply_adds > traced[path]
+            and path not in licensed
+            and not any(name.startswith("#") for name in licensed)
+        ):
             where = f"module {path!r}" if path else "the model's own forward"
             raise ValueError(
                 f"{where}: makes {multiply_adds:,} multiply-adds that depend on the image, and quantize_ can follow "

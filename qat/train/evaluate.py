@@ -11,7 +11,9 @@ Predict = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def accuracy(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> float:
+def accuracy(
+    predict: Predict, batches: Iterable[tuple[Tensor, Tensor]], classes: int
+) -> float:
     """Top-1 accuracy in [0, 1] over (images N_3_H_W float32, labels N int64). Raises ValueError without any image."""
     metric, seen = MulticlassAccuracy(classes, average="micro"), 0
     for images, labels in batches:
@@ -28,15 +30,21 @@ def mean_loss(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]) -> flo
     total = seen = 0.0
     for images, labels in batches:
         logits = predict(images)
-        total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
+        total += float(
+            F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        )
         seen += len(labels)
     return total / seen
 
 
 @torch.no_grad()
-def predictions(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def predictions(
+    predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """(predicted classes, labels), int64 N each, in the loader's order."""
-    found = [(predict(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches]
+    found = [
+        (predict(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches
+    ]
     return torch.cat([p for p, _ in found]), torch.cat([label for _, label in found])
 
 

@@ -25,7 +25,12 @@ from qat.surgery.calibrate import paused
 from qat.surgery.swap import quantized_weights, quantizers
 from qat.train.step import Precision, Schedule, TrainingStep
 
-FLATNESS: dict[str, Callable[..., Gradients]] = {"sagm": sagm, "sam": sam, "asam": asam, "gsam": gsam}
+FLATNESS: dict[str, Callable[..., Gradients]] = {
+    "sagm": sagm,
+    "sam": sam,
+    "asam": asam,
+    "gsam": gsam,
+}
 WITH_ALPHA = {"sagm", "gsam"}
 TASK_ALONE, SMOOTH_ALONE = (1.0, 0.0), (0.0, 1.0)
 
@@ -42,7 +47,9 @@ def training_step(
     schedule: Schedule | None = None,
 ) -> TrainingStep:
     """The step that `recipe` describes. model: what is run; own: the model itself; teacher: distils into it."""
-    parameters: list[Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters: list[Parameter] = [
+        p for group in optimizer.param_groups for p in group["params"]
+    ]
     step = TrainingStep(
         model,
         own,
@@ -52,7 +59,9 @@ def training_step(
         loss=LOSSES[recipe.domain_loss](domains),
         domains=domains,
         accumulate=recipe.accumulate,
-        memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format,
+        memory_format=torch.channels_last
+        if recipe.channels_last
+        else torch.contiguous_format,
         clip=recipe.clip,
         clip_mode=recipe.clip_mode,
         schedule=schedule,
@@ -69,12 +78,18 @@ def training_step(
         step.combine = _combination(recipe, own, step.freezer)
     if isinstance(recipe, LsqRecipe):
         _add_quantization(step, recipe, teacher)
-    if isinstance(recipe, BiperRecipe) and recipe.frequency_start is not None and recipe.stage == 1:
+    if (
+        isinstance(recipe, BiperRecipe)
+        and recipe.frequency_start is not None
+        and recipe.stage == 1
+    ):
         step.before = _frequency_mover(recipe, own, recipe.frequency_start)
     return step
 
 
-def _add_quantization(step: TrainingStep, recipe: LsqRecipe, teacher: nn.Module | None) -> None:
+def _add_quantization(
+    step: TrainingStep, recipe: LsqRecipe, teacher: nn.Module | None
+) -> None:
     """Distillation, penalties and the record of oscillating weights, as far as the recipe has them."""
     penalties: list[Callable[[], Tensor]] = []
     if teacher is not None:
@@ -86,7 +101,9 @@ def _add_quantization(step: TrainingStep, recipe: LsqRecipe, teacher: nn.Module 
     step.penalties = penalties
     if recipe.oscillation or recipe.freeze_oscillating is not None:
         weights, grids = zip(*quantized_weights(step.own), strict=True)
-        step.oscillation = Oscillation(weights, grids, freeze_above=recipe.freeze_oscillating)
+        step.oscillation = Oscillation(
+            weights, grids, freeze_above=recipe.freeze_oscillating
+        )
 
 
 def _damping(model: nn.Module, weight: float) -> Tensor:
@@ -100,7 +117,9 @@ def _regulariser(model: nn.Module, weight: float) -> Tensor:
     return weight * periodic_regulariser(periodic_weights(model))
 
 
-def _frequency_mover(recipe: BiperRecipe, model: nn.Module, start: float) -> Callable[[int], None]:
+def _frequency_mover(
+    recipe: BiperRecipe, model: nn.Module, start: float
+) -> Callable[[int], None]:
     """Moves the frequency of every periodic weight evenly from `start` to the recipe's own over the run."""
 
     def move(taken: int) -> None:
@@ -117,11 +136,15 @@ def _combination(
     """What a control does that freezes nothing: it makes the two branches one (`qat/objectives/controls.py`)."""
     how = CONTROLS[recipe.control].combined
 
-    def alternate(gradients: Gradients, parameters: list[Parameter], taken: int) -> None:
+    def alternate(
+        gradients: Gradients, parameters: list[Parameter], taken: int
+    ) -> None:
         window = taken // freezer.rule.window
         mixed(gradients, parameters, TASK_ALONE if window % 2 == 0 else SMOOTH_ALONE)
 
-    def by_groups(gradients: Gradients, parameters: list[Parameter], taken: int) -> None:
+    def by_groups(
+        gradients: Gradients, parameters: list[Parameter], taken: int
+    ) -> None:
         combine(gradients, parameters, scale_groups(model, recipe.per_channel), how)
 
     if how == "alternate":
@@ -129,13 +152,21 @@ def _combination(
     return by_groups if how else None
 
 
-def objective_of(recipe: Recipe, model: nn.Module, parameters: list[Parameter]) -> Objective:
+def objective_of(
+    recipe: Recipe, model: nn.Module, parameters: list[Parameter]
+) -> Objective:
     """The objective a recipe names, its options filled in."""
     if not isinstance(recipe, SagmRecipe):
         return erm
     kinds = parameter_kinds(model)
-    after_quantizer = [(q, w) for w, q in quantized_weights(model)] if recipe.perturb == "quantized" else []
-    where = Perturbation([kinds[id(p)] in recipe.perturb_kinds for p in parameters], after_quantizer)
+    after_quantizer = (
+        [(q, w) for w, q in quantized_weights(model)]
+        if recipe.perturb == "quantized"
+        else []
+    )
+    where = Perturbation(
+        [kinds[id(p)] in recipe.perturb_kinds for p in parameters], after_quantizer
+    )
     options = {"alpha": recipe.alpha} if recipe.flatness in WITH_ALPHA else {}
     return partial(FLATNESS[recipe.flatness], rho=recipe.rho, where=where, **options)
 
@@ -162,7 +193,11 @@ def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
             rescale=recipe.rescale,
         )
     return ScaleFreezer(
-        list(found), [q.raw_scale for q in found.values()], [q.is_weight for q in found.values()], rule, recipe.seed
+        list(found),
+        [q.raw_scale for q in found.values()],
+        [q.is_weight for q in found.values()],
+        rule,
+        recipe.seed,
     )
 
 
@@ -182,7 +217,9 @@ def parameter_kinds(model: nn.Module) -> dict[int, str]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalizes over channels or batch."""
-    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm))
+    return isinstance(
+        module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    )
 
 
 def scale_groups(model: nn.Module, each: bool = False) -> list[list[Parameter]]:

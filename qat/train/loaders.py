@@ -24,28 +24,45 @@ EVAL_BATCH = 64
 SAMPLES = 128
 
 
-def train_loader(split: Split, recipe: Recipe, built: Built, start_step: int = 0) -> DataLoader[Any]:
+def train_loader(
+    split: Split, recipe: Recipe, built: Built, start_step: int = 0
+) -> DataLoader[Any]:
     """Batches start_step .. steps-1 of (images, labels, domains): as many images from every source domain, or epochs. A batch
     is all that one optimizer step sees, however many microbatches it is cut into."""
     steps: dict[str, Any] = {"start_step": start_step, "steps": recipe.steps}
-    sizes, images_a_step = [len(s) for s in split.train], recipe.batch_size * recipe.accumulate
+    sizes, images_a_step = (
+        [len(s) for s in split.train],
+        recipe.batch_size * recipe.accumulate,
+    )
     sampler = (
         EqualDomainBatches(sizes, images_a_step, recipe.seed, **steps)
         if recipe.epochs is None
         else EpochBatches(sum(sizes), images_a_step, recipe.seed, **steps)
     )
-    augmented = AUGMENTATIONS[recipe.augmentation](recipe.image_size, built.mean, built.std)
+    augmented = AUGMENTATIONS[recipe.augmentation](
+        recipe.image_size, built.mean, built.std
+    )
     images = TrainImages(split.train, augmented)
     return DataLoader(
-        images, batch_sampler=sampler, num_workers=recipe.workers, persistent_workers=recipe.workers > 0,
+        images,
+        batch_sampler=sampler,
+        num_workers=recipe.workers,
+        persistent_workers=recipe.workers > 0,
         worker_init_fn=leave_signals_to_the_parent,
-        generator=torch.Generator(),  # else every pass over a loader draws from the generator that training uses
-    )  # fmt: skip
+        # Else every pass over a loader draws from the generator that training uses
+        generator=torch.Generator(),
+    )
 
 
-def some_images(split: Split, recipe: Recipe, built: Built, batches: int) -> Iterator[Tensor]:
+def some_images(
+    split: Split, recipe: Recipe, built: Built, batches: int
+) -> Iterator[Tensor]:
     """Images N_3_H_W of the first training batches, for calibration and batch norm statistics."""
-    loader = train_loader(split, replace(recipe, workers=0, accumulate=1, steps=max(recipe.steps, batches)), built)
+    loader = train_loader(
+        split,
+        replace(recipe, workers=0, accumulate=1, steps=max(recipe.steps, batches)),
+        built,
+    )
     return (batch[0] for batch in itertools.islice(loader, batches))
 
 
@@ -55,7 +72,10 @@ def eval_batches(subset: Subset, recipe: Recipe, built: Built) -> DataLoader[Any
 
 
 def seen_batches(
-    subset: Subset, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    subset: Subset,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
 ) -> DataLoader[Any]:
     """Batches of (images, labels) of `subset` in order, resized to size × size and normalised."""
     images = EvalImages(subset, eval_transform(size, mean, std))
@@ -73,10 +93,14 @@ def samples_of_test(split: Split, recipe: Recipe, built: Built, count: int) -> S
     return _samples((split.target_in,), count, recipe, built)
 
 
-def _samples(subsets: Sequence[Subset], each: int, recipe: Recipe, built: Built) -> Samples:
+def _samples(
+    subsets: Sequence[Subset], each: int, recipe: Recipe, built: Built
+) -> Samples:
     images, labels, domains = [], [], []
     for subset in subsets:
-        data = EvalImages(subset, eval_transform(recipe.image_size, built.mean, built.std))
+        data = EvalImages(
+            subset, eval_transform(recipe.image_size, built.mean, built.std)
+        )
         for index in np.linspace(0, len(data) - 1, min(each, len(data))).astype(int):
             image, label = data[int(index)]
             images.append(image.numpy())

@@ -41,12 +41,21 @@ from qat.train.evaluate import accuracy, mean_loss, predictions, predictor
 from qat.train.from_recipe import training_step
 from qat.train.loaders import collect_samples, eval_batches, some_images, train_loader
 from qat.train.scale_scalars import mean_scales, scale_scalars
-from qat.train.start import as_saved, calibrated, schedule_of, start_state, takes_over, teacher_of
+from qat.train.start import (
+    as_saved,
+    calibrated,
+    schedule_of,
+    start_state,
+    takes_over,
+    teacher_of,
+)
 from qat.train.step import Outcome
 from qat.train.tracking import Tracker
 
-DIVERGED = 100  # times the cross entropy of guessing, on average between two evaluations
-NORM_BATCHES = 8  # training batches that batch norm statistics of averaged weights are taken from
+# Times the cross entropy of guessing, on average between two evaluations
+DIVERGED = 100
+# Training batches that batch norm statistics of averaged weights are taken from
+NORM_BATCHES = 8
 
 
 def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
@@ -56,25 +65,43 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     """
     check(recipe)
     check_out(recipe)
-    split = data if isinstance(data, Split) else leave_one_domain_out(
-        data, recipe.test_domain, holdout_fraction=recipe.holdout, trial_seed=recipe.trial_seed
-    )  # fmt: skip
+    split = (
+        data
+        if isinstance(data, Split)
+        else leave_one_domain_out(
+            data,
+            recipe.test_domain,
+            holdout_fraction=recipe.holdout,
+            trial_seed=recipe.trial_seed,
+        )
+    )
     written, recipe = recipe, in_steps(recipe, split)
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     start = start_state(recipe, split)
-    before = None if takes_over(recipe) else start  # loaded before the model is quantized
-    built = build(recipe, len(split.classes), load_weights=start is None and not recipe.resume, start=before)
+    # Loaded before the model is quantized
+    before = None if takes_over(recipe) else start
+    built = build(
+        recipe,
+        len(split.classes),
+        load_weights=start is None and not recipe.resume,
+        start=before,
+    )
     teacher = teacher_of(recipe, split, built)
     rows = None
     if start is not None and before is None:
-        load_state(built.model, {"model": start}, Path(str(recipe.init_from)) / "checkpoint.pt")  # type: ignore[attr-defined]
+        assert isinstance(recipe, LsqRecipe)
+        source = Path(str(recipe.init_from)) / "checkpoint.pt"
+        load_state(built.model, {"model": start}, source)
     elif isinstance(recipe, LsqRecipe) and not recipe.resume:
         rows = calibrated(recipe, built, split)
     folder = RunFolder.create(written)
     try:
         if rows is not None:
-            write_json(folder / "calibration.json", [vars(row) | {"spec": str(row.spec)} for row in rows])
+            write_json(
+                folder / "calibration.json",
+                [vars(row) | {"spec": str(row.spec)} for row in rows],
+            )
         trainer = _Trainer(recipe, split, built, accelerator, folder, teacher)
     except BaseException:
         folder.discard()
@@ -94,9 +121,14 @@ class _Progress:
 
 class _Trainer:
     def __init__(
-        self, recipe: Recipe, split: Split, built: Built, accelerator: Accelerator, folder: RunFolder,
+        self,
+        recipe: Recipe,
+        split: Split,
+        built: Built,
+        accelerator: Accelerator,
+        folder: RunFolder,
         teacher: nn.Module | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.recipe, self.split, self.built, self.folder = recipe, split, built, folder
         self.accelerator, self.progress = accelerator, _Progress()
         self.described = to_json(folder.recipe())
@@ -105,25 +137,42 @@ class _Trainer:
             built.model.to(memory_format=torch.channels_last)
         set_norm_mode(built.model, recipe.norms)
         resumed = folder.load("last.pt") if recipe.resume else None
-        self.scale_sizes = sizes_of_scales(built.model) if resumed is None else resumed["scale_sizes"]
+        self.scale_sizes = (
+            sizes_of_scales(built.model) if resumed is None else resumed["scale_sizes"]
+        )
         groups = groups_of(recipe, built.model, self.scale_sizes)
         optimizer = create_optimizer(recipe.optimizer, groups, recipe.lr)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(recipe))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, schedule_of(recipe)
+        )
         if resumed is not None:
             load_state(built.model, resumed, folder / "last.pt")
             optimizer.load_state_dict(resumed["optimizer"])
             self.schedule.load_state_dict(resumed["schedule"])
             self.progress = _Progress(**resumed["progress"])
-        self.quant_start = recipe.quant_start_step if isinstance(recipe, QtdogRecipe) else 0
+        self.quant_start = (
+            recipe.quant_start_step if isinstance(recipe, QtdogRecipe) else 0
+        )
         if self.progress.step < self.quant_start:
             pause(built.model)
         loader = train_loader(split, recipe, built, start_step=self.progress.step)
-        self.model, self.optimizer, self.loader = accelerator.prepare(built.model, optimizer, loader)
+        self.model, self.optimizer, self.loader = accelerator.prepare(
+            built.model, optimizer, loader
+        )
         self.step = training_step(
-            recipe, self.model, built.model, self.optimizer, accelerator,
-            domains=len(split.train), teacher=teacher, schedule=self.schedule,
-        )  # fmt: skip
-        self.average, self.valley = Average(recipe.ema_decay if recipe.averaging == "ema" else None), LossValley()
+            recipe,
+            self.model,
+            built.model,
+            self.optimizer,
+            accelerator,
+            domains=len(split.train),
+            teacher=teacher,
+            schedule=self.schedule,
+        )
+        self.average, self.valley = (
+            Average(recipe.ema_decay if recipe.averaging == "ema" else None),
+            LossValley(),
+        )
         if resumed is not None:
             self.step.load_state_dict(resumed["step"])
             self.average.load_state_dict(resumed["average"])
@@ -134,20 +183,31 @@ class _Trainer:
     def fit(self) -> None:
         recipe, started = self.recipe, time.perf_counter()
         tracker = Tracker(
-            self.folder.path, steps=recipe.steps, tensorboard=recipe.tensorboard, resume_at=self.progress.step
+            self.folder.path,
+            steps=recipe.steps,
+            tensorboard=recipe.tensorboard,
+            resume_at=self.progress.step,
         )
         freezer = self.step.freezer
         window = freezer.rule.window if freezer is not None else 0
-        scales = ScaleLog(self.folder.path, freezer.names, window, self.progress.step) if freezer is not None else None
+        scales = (
+            ScaleLog(self.folder.path, freezer.names, window, self.progress.step)
+            if freezer is not None
+            else None
+        )
         # Several processes would note a signal at different steps, and wait for each other for ever.
         stop = StopRequest(wanted=self.accelerator.num_processes == 1)
         with tracker, nullcontext() if scales is None else closing(scales), stop:
-            if self.progress.step == 0 and not self.quant_start:  # delayed quantizers have no scales yet
+            # Delayed quantizers have no scales yet
+            if self.progress.step == 0 and not self.quant_start:
                 tracker.log(0, {"scales": mean_scales(self.built.model)})
             self.model.train()
             for images, labels, domains in self.loader:
                 self._train(images, labels, domains, tracker, scales)
-                if self.progress.step % recipe.evaluate_every == 0 or self.progress.step == recipe.steps:
+                if (
+                    self.progress.step % recipe.evaluate_every == 0
+                    or self.progress.step == recipe.steps
+                ):
                     if scales is not None:
                         scales.flush()
                     self._evaluate(tracker)
@@ -162,11 +222,18 @@ class _Trainer:
         self._finish(time.perf_counter() - started)
 
     def _train(
-        self, images: Tensor, labels: Tensor, domains: Tensor, tracker: Tracker, scales: ScaleLog | None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        domains: Tensor,
+        tracker: Tracker,
+        scales: ScaleLog | None,
     ) -> None:
         if self.quant_start and self.progress.step == self.quant_start:
             assert isinstance(self.recipe, QtdogRecipe)
-            calibration = some_images(self.split, self.recipe, self.built, self.recipe.calibration_batches)
+            calibration = some_images(
+                self.split, self.recipe, self.built, self.recipe.calibration_batches
+            )
             begin(self.built.model, calibration, self.recipe.scale_init)
             if self.step.oscillation is not None:
                 self.step.oscillation.restart()
@@ -179,17 +246,24 @@ class _Trainer:
             scales.write(outcome.seen)
         self._report(outcome, labels, time.perf_counter() - began, tracker)
 
-    def _report(self, outcome: Outcome, labels: Tensor, seconds: float, tracker: Tracker) -> None:
+    def _report(
+        self, outcome: Outcome, labels: Tensor, seconds: float, tracker: Tracker
+    ) -> None:
         loss = float(outcome.loss)
         if not math.isfinite(loss):
-            raise RecipeError(f"step {self.progress.step}: the loss is {loss}; {self._what_to_change()}")
+            raise RecipeError(
+                f"step {self.progress.step}: the loss is {loss}; {self._what_to_change()}"
+            )
         norm = float(outcome.norm)
-        if not math.isfinite(norm) and self.recipe.mixed_precision != "fp16":  # whose scaler leaves such steps out
+        # Whose scaler leaves such steps out
+        if not math.isfinite(norm) and self.recipe.mixed_precision != "fp16":
             raise RecipeError(
                 f"step {self.progress.step}: the loss is finite, and the norm of its gradient is {norm}; "
                 f"{self._what_to_change()}"
             )
-        self.cross_entropies.append(float(cross_entropy(outcome.logits.float(), labels)))
+        self.cross_entropies.append(
+            float(cross_entropy(outcome.logits.float(), labels))
+        )
         values: dict[str, float | Mapping[str, float]] = {
             "loss": loss,
             "accuracy": float((outcome.logits.argmax(1) == labels).float().mean()),
@@ -219,7 +293,10 @@ class _Trainer:
         """Raises RecipeError where the steps since the last evaluation were far worse than guessing, on average."""
         if not self.cross_entropies:
             return
-        mean, guessing = float(np.mean(self.cross_entropies)), math.log(len(self.split.classes))
+        mean, guessing = (
+            float(np.mean(self.cross_entropies)),
+            math.log(len(self.split.classes)),
+        )
         if mean > DIVERGED * guessing:
             raise RecipeError(
                 f"step {self.progress.step}: training has diverged, the cross entropy of the last "
@@ -229,7 +306,14 @@ class _Trainer:
 
     def _require_finite_parameters(self) -> None:
         """Raises RecipeError where the last steps left nan or an infinity, which must not be saved over a good state."""
-        name = next((n for n, p in self.built.model.named_parameters() if not bool(p.isfinite().all())), "")
+        name = next(
+            (
+                n
+                for n, p in self.built.model.named_parameters()
+                if not bool(p.isfinite().all())
+            ),
+            "",
+        )
         if name:
             raise RecipeError(
                 f"step {self.progress.step}: {name} holds values that are nan or infinite; {self._what_to_change()}"
@@ -242,10 +326,18 @@ class _Trainer:
             found = {s.name: self._accuracy(s) for s in self.split.validation}
             mean = float(np.mean(list(found.values())))
             better = mean > self.progress.best_accuracy or self.recipe.select == "last"
-            if better and (self.progress.step > self.quant_start or not self.quant_start):
-                self.progress.best_accuracy, self.progress.best_step = mean, self.progress.step
+            if better and (
+                self.progress.step > self.quant_start or not self.quant_start
+            ):
+                self.progress.best_accuracy, self.progress.best_step = (
+                    mean,
+                    self.progress.step,
+                )
                 self.folder.save("checkpoint.pt", self._state())
-        entry: dict[str, float | Mapping[str, float]] = {"source_validation": found, "source_mean": mean}
+        entry: dict[str, float | Mapping[str, float]] = {
+            "source_validation": found,
+            "source_mean": mean,
+        }
         if self.recipe.averaging == "swad" and self.average.count:
             loss = float(np.mean([self._loss(s) for s in self.split.validation]))
             self.valley.push(loss, self.average)
@@ -253,7 +345,9 @@ class _Trainer:
             entry["source_loss"] = loss
         if self.step.oscillation is not None:
             entry["oscillating_often"] = self.step.oscillation.share_above()
-        tracker.log(self.progress.step, entry | {"scales": mean_scales(self.built.model)})
+        tracker.log(
+            self.progress.step, entry | {"scales": mean_scales(self.built.model)}
+        )
         self._save_progress()
 
     def _save_progress(self) -> None:
@@ -271,7 +365,9 @@ class _Trainer:
             yield
             return
         kept = {
-            name: value.clone() for name, value in self.built.model.state_dict().items() if isinstance(value, Tensor)
+            name: value.clone()
+            for name, value in self.built.model.state_dict().items()
+            if isinstance(value, Tensor)
         }
         try:
             self._put(self.average)
@@ -281,13 +377,18 @@ class _Trainer:
 
     def _put(self, average: Average) -> None:
         average.copy_to(self.built.model)
-        restore_norm_statistics(self.built.model, some_images(self.split, self.recipe, self.built, NORM_BATCHES))
+        restore_norm_statistics(
+            self.built.model,
+            some_images(self.split, self.recipe, self.built, NORM_BATCHES),
+        )
 
     def _select_valley(self) -> str:
         """SWAD's weights become the checkpoint; returns how they were chosen."""
         chosen = self.valley.result()
         if chosen is None:
-            return "training-domain validation (the loss found no valley to average over)"
+            return (
+                "training-domain validation (the loss found no valley to average over)"
+            )
         self._put(chosen)
         self.folder.save("checkpoint.pt", self._state())
         return f"SWAD: mean of {chosen.count} steps in the valley of the source validation loss"
@@ -300,17 +401,34 @@ class _Trainer:
         )
         if self.recipe.averaging == "swad":
             selection = self._select_valley()
-        load_state(self.built.model, self.folder.load("checkpoint.pt"), self.folder / "checkpoint.pt")
+        load_state(
+            self.built.model,
+            self.folder.load("checkpoint.pt"),
+            self.folder / "checkpoint.pt",
+        )
         if self.recipe.norm_batches:
-            batches = some_images(self.split, self.recipe, self.built, self.recipe.norm_batches)
+            batches = some_images(
+                self.split, self.recipe, self.built, self.recipe.norm_batches
+            )
             restore_norm_statistics(self.built.model, batches)
             self.folder.save("checkpoint.pt", self._state())
             selection += f"; batch norm statistics then taken again from {self.recipe.norm_batches} batches"
         settled = self._settle()
-        images = self.recipe.batch_size * self.recipe.accumulate * len(self.split.train) * self.recipe.steps
-        measured = {s.name: self._predictions(s) for s in (*self.split.validation, self.split.target_in)}
+        images = (
+            self.recipe.batch_size
+            * self.recipe.accumulate
+            * len(self.split.train)
+            * self.recipe.steps
+        )
+        measured = {
+            s.name: self._predictions(s)
+            for s in (*self.split.validation, self.split.target_in)
+        }
         self.folder.write_predictions(measured)
-        right = {name: float((predicted == labels).mean()) for name, (predicted, labels) in measured.items()}
+        right = {
+            name: float((predicted == labels).mean())
+            for name, (predicted, labels) in measured.items()
+        }
         target = right.pop(self.split.target_in.name)
         results = {
             "method": self.recipe.method,
@@ -320,11 +438,16 @@ class _Trainer:
             "selected_step": self.progress.best_step,
             "source_validation": right,
             "target": target,
-            "target_holdout": None if self.split.target_out is None else self._accuracy(self.split.target_out),
+            "target_holdout": None
+            if self.split.target_out is None
+            else self._accuracy(self.split.target_out),
             "train_seconds": seconds,
             "images_per_second": images / seconds,
             "classes": list(self.split.classes),
-            "split": {"trial_seed": self.recipe.trial_seed, "holdout": self.recipe.holdout},
+            "split": {
+                "trial_seed": self.recipe.trial_seed,
+                "holdout": self.recipe.holdout,
+            },
         }
         self.folder.write_samples(collect_samples(self.split, self.recipe, self.built))
         write_json(self.folder / "results.json", results)
@@ -352,23 +475,38 @@ class _Trainer:
 
     def _accuracy(self, subset: Subset) -> float:
         batches = eval_batches(subset, self.recipe, self.built)
-        return accuracy(predictor(self.built.model, self.accelerator.device), batches, len(self.split.classes))
+        return accuracy(
+            predictor(self.built.model, self.accelerator.device),
+            batches,
+            len(self.split.classes),
+        )
 
     def _loss(self, subset: Subset) -> float:
         batches = eval_batches(subset, self.recipe, self.built)
         return mean_loss(predictor(self.built.model, self.accelerator.device), batches)
 
-    def _predictions(self, subset: Subset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _predictions(
+        self, subset: Subset
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         predict = predictor(self.built.model, self.accelerator.device)
-        predicted, labels = predictions(predict, eval_batches(subset, self.recipe, self.built))
+        predicted, labels = predictions(
+            predict, eval_batches(subset, self.recipe, self.built)
+        )
         return predicted.numpy(), labels.numpy()
 
 
-def groups_of(recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]) -> list[dict[str, Any]]:
+def groups_of(
+    recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]
+) -> list[dict[str, Any]]:
     """The optimizer's parameter groups. scale_sizes: as they were when the run began."""
     if not isinstance(recipe, LsqRecipe):
-        return parameter_groups(model, recipe.weight_decay, recipe.lr, decay_norms=recipe.decay_norms)
+        return parameter_groups(
+            model, recipe.weight_decay, recipe.lr, decay_norms=recipe.decay_norms
+        )
     return parameter_groups(
-        model, recipe.weight_decay, recipe.lr * recipe.scale_lr_ratio, decay_norms=recipe.decay_norms,
+        model,
+        recipe.weight_decay,
+        recipe.lr * recipe.scale_lr_ratio,
+        decay_norms=recipe.decay_norms,
         scale_sizes=scale_sizes if recipe.scale_lr_unit == "scale" else None,
-    )  # fmt: skip
+    )

@@ -17,8 +17,17 @@ from qat.surgery.batchnorm import restore_norm_statistics
 from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
 from qat.train.loaders import some_images
 
-SAME = ("backbone", "image_size", "test_domain", "pad_type", "normalization", "trial_seed", "holdout")
-SMOOTH = 0.1  # width of the median filter over recorded gradient norms, as a share of them
+SAME = (
+    "backbone",
+    "image_size",
+    "test_domain",
+    "pad_type",
+    "normalization",
+    "trial_seed",
+    "holdout",
+)
+# Width of the median filter over recorded gradient norms, as a share of them
+SMOOTH = 0.1
 
 
 def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
@@ -29,10 +38,18 @@ def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
     source = RunFolder.open(recipe.init_from)
     given = source.recipe()
     if takes_over(recipe):
-        if not isinstance(given, BiperRecipe) or given.stage != 1 or given.binarizer != "biper":
-            raise RecipeError(f"--init-from {recipe.init_from}: is not a stage-1 run of biper; stage 2 starts from one")
+        if (
+            not isinstance(given, BiperRecipe)
+            or given.stage != 1
+            or given.binarizer != "biper"
+        ):
+            raise RecipeError(
+                f"--init-from {recipe.init_from}: is not a stage-1 run of biper; stage 2 starts from one"
+            )
     elif isinstance(given, LsqRecipe):
-        raise RecipeError(f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one")
+        raise RecipeError(
+            f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one"
+        )
     for name in SAME:
         if getattr(given, name) != getattr(recipe, name):
             raise RecipeError(
@@ -49,7 +66,11 @@ def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
 
 def takes_over(recipe: Recipe) -> bool:
     """Whether the run begins from a quantized one, all its parameters taken over as they are: BiPer's stage 2."""
-    return isinstance(recipe, BiperRecipe) and recipe.stage == 2 and recipe.init_from is not None
+    return (
+        isinstance(recipe, BiperRecipe)
+        and recipe.stage == 2
+        and recipe.init_from is not None
+    )
 
 
 def teacher_of(recipe: Recipe, split: Split, built: Built) -> nn.Module | None:
@@ -58,7 +79,9 @@ def teacher_of(recipe: Recipe, split: Split, built: Built) -> nn.Module | None:
         return None
     folder, given, teacher = load_run(recipe.teacher)
     if isinstance(given, LsqRecipe):
-        raise RecipeError(f"--teacher {recipe.teacher}: is a {given.method} run; distil from a full-precision one")
+        raise RecipeError(
+            f"--teacher {recipe.teacher}: is a {given.method} run; distil from a full-precision one"
+        )
     for name in ("image_size", "test_domain", "trial_seed", "holdout"):
         if getattr(given, name) != getattr(recipe, name):
             raise RecipeError(
@@ -86,7 +109,11 @@ def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[Calibratio
     if recipe.init in ("gptq", "bias-correction"):
         from qat.surgery import brevitas_bridge
 
-        repair = brevitas_bridge.gptq_ if recipe.init == "gptq" else brevitas_bridge.correct_biases_
+        repair = (
+            brevitas_bridge.gptq_
+            if recipe.init == "gptq"
+            else brevitas_bridge.correct_biases_
+        )
         repair(built.model, batches)
     return rows
 
@@ -94,7 +121,11 @@ def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[Calibratio
 def schedule_of(recipe: Recipe) -> Callable[[int], float]:
     """Learning-rate factor by step: a linear rise over the warm-up, then the schedule over the rest."""
     after = _after_warmup(recipe, max(recipe.steps - recipe.warmup, 1))
-    return lambda step: (step + 1) / recipe.warmup if step < recipe.warmup else after(step - recipe.warmup)
+    return lambda step: (
+        (step + 1) / recipe.warmup
+        if step < recipe.warmup
+        else after(step - recipe.warmup)
+    )
 
 
 def _after_warmup(recipe: Recipe, steps: int) -> Callable[[int], float]:
@@ -125,8 +156,12 @@ def refined(norms: NDArray[np.float64], steps: int, power: int) -> NDArray[np.fl
     """
     half = int(SMOOTH * len(norms)) // 2
     padded = np.pad(np.pad(norms, (half, 0), mode="edge"), (0, half), mode="reflect")
-    smooth = np.array([np.median(padded[i : i + 2 * half + 1]) for i in range(len(norms))])
-    weights = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(norms)), smooth) ** -float(power)
+    smooth = np.array(
+        [np.median(padded[i : i + 2 * half + 1]) for i in range(len(norms))]
+    )
+    weights = np.interp(
+        np.linspace(0, 1, steps), np.linspace(0, 1, len(norms)), smooth
+    ) ** -float(power)
     later = np.append(np.cumsum(weights[::-1])[::-1][1:], 0.0)
     rates = weights * later
     return rates / rates.max()
@@ -135,7 +170,9 @@ def refined(norms: NDArray[np.float64], steps: int, power: int) -> NDArray[np.fl
 def _gradient_norms(recipe: Recipe) -> NDArray[np.float64]:
     assert recipe.refine_from is not None
     entry = "gradient_norm" if is_sgd(recipe.optimizer) else "gradient_l1_norm"
-    found = [e[entry] for e in RunFolder.open(recipe.refine_from).metrics() if entry in e]
+    found = [
+        e[entry] for e in RunFolder.open(recipe.refine_from).metrics() if entry in e
+    ]
     norms = np.array(found, np.float64)
     if len(norms) < 2 or not ((norms > 0) & np.isfinite(norms)).all():
         raise RecipeError(
@@ -144,6 +181,12 @@ def _gradient_norms(recipe: Recipe) -> NDArray[np.float64]:
     return norms
 
 
-def as_saved(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
+def as_saved(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+) -> dict[str, object]:
     """What a checkpoint keeps besides the model: optimizer, schedule, state of the random numbers."""
-    return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
+    return {
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "rng": torch.get_rng_state(),
+    }

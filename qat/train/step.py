@@ -106,13 +106,19 @@ class TrainingStep:
     def __post_init__(self) -> None:
         self.taken = 0
         self.device = next(self.own.parameters()).device
-        self.parameters: list[Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters: list[Parameter] = [
+            p for group in self.optimizer.param_groups for p in group["params"]
+        ]
         self.clipped = self.parameters
 
     def leave_unclipped(self, parameters: Sequence[Parameter]) -> None:
         """Clip all but these: adaptive clipping spares the classifier."""
         left_alone = {id(parameter) for parameter in parameters}
-        self.clipped = [parameter for parameter in self.parameters if id(parameter) not in left_alone]
+        self.clipped = [
+            parameter
+            for parameter in self.parameters
+            if id(parameter) not in left_alone
+        ]
 
     def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
         """Take a step on images N_C_H_W, labels N and domains N."""
@@ -122,7 +128,11 @@ class TrainingStep:
         gradients, logits = self._run_objective(images, labels, domains)
         if self.combine is not None:
             self.combine(gradients, self.parameters, self.taken)
-        seen = self.freezer.mask(gradients, self.parameters) if self.freezer is not None else None
+        seen = (
+            self.freezer.mask(gradients, self.parameters)
+            if self.freezer is not None
+            else None
+        )
         l1_norm = sum_of_magnitudes(self.parameters)
         norm = clip_gradients(self.parameters, self.clipped, self.clip, self.clip_mode)
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -132,29 +142,44 @@ class TrainingStep:
         if isinstance(self.loss, GroupDRO):
             self.loss.advance()
         is_quantized = not paused(self.own)
-        swung = self.oscillation.update() if self.oscillation is not None and is_quantized else None
+        swung = (
+            self.oscillation.update()
+            if self.oscillation is not None and is_quantized
+            else None
+        )
         self.taken += 1
         return Outcome(gradients.loss, logits, norm, l1_norm, rate, seen, swung)
 
-    def _run_objective(self, images: Tensor, labels: Tensor, domains: Tensor) -> tuple[Gradients, Tensor]:
+    def _run_objective(
+        self, images: Tensor, labels: Tensor, domains: Tensor
+    ) -> tuple[Gradients, Tensor]:
         """Fill `.grad`; returns what the objective saw and the logits N_K of its first pass."""
         passes = self.accumulate * (self.domains if self.per_domain else 1)
-        shared_momentum = shared_norm_momentum(self.own, passes) if passes > 1 else nullcontext()
+        shared_momentum = (
+            shared_norm_momentum(self.own, passes) if passes > 1 else nullcontext()
+        )
         seen_logits: list[Tensor] = []
         with shared_momentum:
             if not self.per_domain:
                 closure = self._closure(images, labels, domains, seen_logits)
-                gradients = self.objective(closure, self.parameters, replay_of(self.own, self.device))
+                gradients = self.objective(
+                    closure, self.parameters, replay_of(self.own, self.device)
+                )
                 return gradients, seen_logits[0]
             parts = [domains == domain for domain in range(self.domains)]
-            closures = [self._closure(images[part], labels[part], domains[part], seen_logits) for part in parts]
+            closures = [
+                self._closure(images[part], labels[part], domains[part], seen_logits)
+                for part in parts
+            ]
             replays = partial(replay_of, self.own, self.device)
             gradients = per_domain(self.objective, replays)(closures, self.parameters)
         order = torch.cat([part.nonzero().flatten() for part in parts]).argsort()
         first_passes = seen_logits[::2]
         return gradients, torch.cat(first_passes)[order]
 
-    def _closure(self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]) -> Closure:
+    def _closure(
+        self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]
+    ) -> Closure:
         parts = microbatches(len(labels), self.accumulate)
         order = torch.cat([torch.arange(len(labels))[part] for part in parts]).argsort()
 
@@ -165,8 +190,11 @@ class TrainingStep:
                 for part in parts:
                     is_last = part is parts[-1]
                     with nullcontext() if is_last else self._without_exchange():
-                        found, loss = self._forward(images[part], labels[part], domains[part])
-                        loss = loss * (len(found) / len(labels))  # a mean over all, of parts that may differ in size
+                        found, loss = self._forward(
+                            images[part], labels[part], domains[part]
+                        )
+                        # A mean over all, of parts that may differ in size
+                        loss = loss * (len(found) / len(labels))
                         self.precision.backward(loss)
                     logits.append(found.detach())
                     losses.append(loss.detach())
@@ -175,7 +203,9 @@ class TrainingStep:
 
         return closure
 
-    def _forward(self, images: Tensor, labels: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, images: Tensor, labels: Tensor, domains: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(logits N_K, loss) of one microbatch."""
         with self.precision.autocast():
             logits = self.model(images)
@@ -197,8 +227,12 @@ class TrainingStep:
         return {
             "taken": self.taken,
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
-            "oscillation": None if self.oscillation is None else self.oscillation.state_dict(),
-            "domain_weights": self.loss.weights if isinstance(self.loss, GroupDRO) else None,
+            "oscillation": None
+            if self.oscillation is None
+            else self.oscillation.state_dict(),
+            "domain_weights": self.loss.weights
+            if isinstance(self.loss, GroupDRO)
+            else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,4 +255,8 @@ def microbatches(images: int, count: int) -> list[slice]:
 def sum_of_magnitudes(parameters: list[Parameter]) -> Tensor:
     """L1 norm of the gradients, what the refined schedule of Adam-like optimizers goes by."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, norm_type=1.0) if gradients else torch.zeros(())
+    return (
+        torch.nn.utils.get_total_norm(gradients, norm_type=1.0)
+        if gradients
+        else torch.zeros(())
+    )

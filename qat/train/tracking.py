@@ -8,7 +8,13 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from edgeqat.files import FileError, reason_of, write_text
 from qat.runs.log import read_log
@@ -19,25 +25,35 @@ log = logging.getLogger("edgeqat")
 class Tracker:
     """Appends one JSON object per `log` to metrics.jsonl (flushed, so that a killed run keeps its history)."""
 
-    def __init__(self, folder: Path, *, steps: int, tensorboard: bool = False, resume_at: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, steps: int, tensorboard: bool = False, resume_at: int = 0
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         if resume_at:
             self._forget_after(resume_at)
         self.file = self.path.open("a" if resume_at else "w")
         self.writer = _summary_writer(folder) if tensorboard else None
         self.progress = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
             TextColumn("{task.fields[status]}", markup=False),
-            TimeRemainingColumn(), console=Console(stderr=True),
-        )  # fmt: skip
-        self.task = self.progress.add_task("training", total=steps, completed=resume_at, status="")
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.progress.add_task(
+            "training", total=steps, completed=resume_at, status=""
+        )
 
     def __enter__(self) -> "Tracker":
         self.progress.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.progress.stop()
         self.file.close()
@@ -50,13 +66,21 @@ class Tracker:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
         except OSError as error:
-            raise FileError(f"{self.path}: cannot be written ({reason_of(error)})") from error
+            raise FileError(
+                f"{self.path}: cannot be written ({reason_of(error)})"
+            ) from error
         if self.writer is not None:
             for name, value in values.items():
-                for key, scalar in value.items() if isinstance(value, Mapping) else [("", value)]:
-                    self.writer.add_scalar(f"{name}/{key}" if key else name, scalar, step)
+                for key, scalar in (
+                    value.items() if isinstance(value, Mapping) else [("", value)]
+                ):
+                    self.writer.add_scalar(
+                        f"{name}/{key}" if key else name, scalar, step
+                    )
 
-    def show(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
+    def show(
+        self, step: int, *, loss: float, accuracy: float, images_per_second: float
+    ) -> None:
         """Show step, loss, accuracy (a share) and images per second in the progress bar."""
         status = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {images_per_second:.0f} images/s"
         self.progress.update(self.task, completed=step, status=status)
@@ -64,7 +88,11 @@ class Tracker:
     def _forget_after(self, step: int) -> None:
         """Drop entries a resumed run will write again."""
         if self.path.exists():
-            kept = [json.dumps(entry) for entry in read_log(self.path) if entry["step"] <= step]
+            kept = [
+                json.dumps(entry)
+                for entry in read_log(self.path)
+                if entry["step"] <= step
+            ]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
 

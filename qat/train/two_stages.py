@@ -26,13 +26,22 @@ def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder
     out = recipe.out or default_folder(recipe)
     first = out / "stage1"
     if recipe.resume and not first.exists():
-        raise RecipeError(f"--resume: {out} holds no interrupted run; leave --resume out to begin it")
+        raise RecipeError(
+            f"--resume: {out} holds no interrupted run; leave --resume out to begin it"
+        )
     if not recipe.resume:
         check_out(recipe)
     check(_second(recipe, out, first))  # before hours of the first stage
     try:
         if not (recipe.resume and (first / "results.json").exists()):
-            run(replace(recipe, out=first, resume=recipe.resume and (first / "last.pt").exists()), data)
+            run(
+                replace(
+                    recipe,
+                    out=first,
+                    resume=recipe.resume and (first / "last.pt").exists(),
+                ),
+                data,
+            )
         return run(_second(recipe, out, first), data)
     except Interrupted as stop:
         stopped = str(stop).split(",")[0]
@@ -42,10 +51,19 @@ def run_stages(recipe: BiperRecipe, data: Sequence[Domain] | Split) -> RunFolder
 
 def _second(recipe: BiperRecipe, out: Path, first: Path) -> BiperRecipe:
     """The recipe of stage 2 into `out`, from the stage-1 folder `first`."""
-    given = {field: getattr(BiperRecipe(), field) for field in SECOND_ALONE}  # used up by what follows
+    # Used up by what follows
+    given = {field: getattr(BiperRecipe(), field) for field in SECOND_ALONE}
     return replace(
-        recipe, **given, stage=2, out=out, init_from=first, lr=recipe.stage2_lr, weight_decay=recipe.stage2_weight_decay,
-        epochs=None if recipe.epochs is None else recipe.stage2_epochs, steps=recipe.stage2_steps, weights=None,
+        recipe,
+        **given,
+        stage=2,
+        out=out,
+        init_from=first,
+        lr=recipe.stage2_lr,
+        weight_decay=recipe.stage2_weight_decay,
+        epochs=None if recipe.epochs is None else recipe.stage2_epochs,
+        steps=recipe.stage2_steps,
+        weights=None,
         pretrained=False,
         resume=recipe.resume and (out / "last.pt").exists(),
-    )  # fmt: skip
+    )
