@@ -109,7 +109,7 @@ def test_the_trained_net_has_the_files_codes() -> None:
     assert set(np.unique(codes["convs.0.input"])) == {0, 254}
 
 
-@pytest.mark.parametrize("carry", [1, 64])
+@pytest.mark.parametrize("weight_multiplier", [1, 64])
 @pytest.mark.parametrize("gain_from_bits", [1, 4])
 def test_threshold_biases_decide_as_exact_fractions_do(weight_multiplier: int, gain_from_bits: int) -> None:
     """sign(acc·u + b - t) for every sum, u of both signs and 0, against float64 in real units."""
