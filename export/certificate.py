@@ -373,7 +373,7 @@ def _accuracy(
 def accuracy_of(
     predictions: NDArray[np.floating], labels: NDArray[np.int64]
 ) -> float | None:
-    """Share of images whose largest value is at their label; None where predictions are not N_C, or there is no label."""
+    """Share of images whose largest value is at their label; None where predictions are not N_C, or have no labels."""
     if predictions.ndim != 2 or len(predictions) != len(labels):
         return None
     return float((predictions.argmax(1) == labels).mean())

@@ -27,7 +27,7 @@ class LoweredLayer:
 
     codes:   int8, O_I_kH_kW or O_I: the codes that were trained, never re-quantized.
     scale:   float32 (O,): real value of one code; after batch-norm folding it carries the norm's multiplier and its
-             sign, so that the codes stay untouched (`passes.positive_scales` moves the sign onto them where it must).
+             sign, so that the codes stay untouched (`passes/scales.py` moves the sign onto them where it must).
     bias:    float64 (O,) in real units, or None before anything was folded and the layer has none.
     bias_parameter: name of the trained model's parameter that `bias` rises and falls with, one for one: the layer's own
              bias, or the beta of the batch norm that was folded in. Empty where there is none.

@@ -1,6 +1,5 @@
 """What a test knows of a value and its type does not say."""
 
-from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -21,10 +20,3 @@ def tensor(attribute: Tensor | nn.Module) -> Tensor:
     """An attribute of a module whose class is not known."""
     assert isinstance(attribute, Tensor)
     return attribute
-
-
-def params(group: Mapping[str, object]) -> list[nn.Parameter]:
-    """Of an optimizer's group."""
-    found = group["params"]
-    assert isinstance(found, list)
-    return found

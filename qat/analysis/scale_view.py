@@ -28,12 +28,10 @@ from qat.runs.recipe import RecipeError, SagmRecipe
 from qat.runs.run_folder import RunFolder
 from qat.runs.scale_log import ScaleHistory, kind_of, read_scales
 from qat.train.from_recipe import freezer_of
-from qat.train.scale_scalars import beyond_threshold
+from qat.train.scale_scalars import Floats, beyond_threshold
 
 # A share of fewer comparisons than this is rounded to float16 by less than half a flip
 FLOAT16_COUNTS = 2048
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+from qat.quantizers.contract import EARLIER_NAME
+
 RECIPE_ENTRIES = {
     "step_init": "scale_init",
     "step_lr_ratio": "scale_lr_ratio",
     "step_lr_unit": "scale_lr_unit",
 }
 CHECKPOINT_ENTRIES = {"step_sizes": "scale_sizes"}
-PARAMETER, EARLIER_PARAMETER = "raw_scale", "raw_step"
+PARAMETER = "raw_scale"
 
 
 def recipe_entries(values: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def log_entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_entries(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint under the names of now: its entries, and the parameters in whatever part of it."""
+    """A checkpoint under the names of now: its entries, and the parameters in every part of it."""
     renamed = {
         CHECKPOINT_ENTRIES.get(name, name): _parameters(value)
         for name, value in state.items()
@@ -49,6 +51,6 @@ def _parameters(value: Any) -> Any:
 
 
 def _parameter(key: Any) -> Any:
-    if isinstance(key, str) and key.rpartition(".")[2] == EARLIER_PARAMETER:
-        return key.removesuffix(EARLIER_PARAMETER) + PARAMETER
+    if isinstance(key, str) and key.rpartition(".")[2] == EARLIER_NAME:
+        return key.removesuffix(EARLIER_NAME) + PARAMETER
     return key

@@ -71,7 +71,7 @@ def plan_points(
     points: dict[str, None] = {}
     for call in trace.calls:
         if is_integer(call):
-            end = flow.unit_end(call)
+            end = flow.group_end(call)
             if flow.needs_point(call, end):
                 points[flow.producer[end].address] = None
         if is_merge(call):
@@ -125,7 +125,7 @@ class _Flow:
             for position, value in enumerate(trace.model_inputs)
         }
 
-    def unit_end(self, call: Call) -> int:
+    def group_end(self, call: Call) -> int:
         """The value after the batch norm and clip that the runtime absorbs into `call`."""
         value, may_normalize = call.outputs[0], call.kind in MULTIPLIES
         while len(self.readers[value]) == 1 and value not in self.outputs:
@@ -140,7 +140,7 @@ class _Flow:
 
     def absorbed(self, call: Call) -> Iterator[str]:
         """Addresses of the operations between `call` and the end of its fused group."""
-        value, end = call.outputs[0], self.unit_end(call)
+        value, end = call.outputs[0], self.group_end(call)
         while value != end:
             reader = self.readers[value][0]
             yield reader.address
@@ -207,7 +207,7 @@ class _Flow:
             for c in self.producer.values()
             if c.kind in MULTIPLIES and c.layer not in in_float
         ]
-        sums = {self.producer[self.unit_end(call)].address for call in weighted}
+        sums = {self.producer[self.group_end(call)].address for call in weighted}
         addresses = []
         for layer, value in (
             (c.layer, c.inputs[0])

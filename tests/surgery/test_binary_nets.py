@@ -12,7 +12,6 @@ from qat.surgery.binarize import Binarizer, binary_weights, hardtanh_for_relu_, 
 from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import FLOAT
 from qat.surgery.swap import binary_rules, parameter_groups, quantize_
-from tests.narrow import params
 from tests.surgery.nets import with_random_norms
 
 PUBLISHED = {  # millions of parameters, docs/algorithms.md, binary networks
@@ -86,4 +85,4 @@ def test_scales_thresholds_and_frequencies_are_not_decayed() -> None:
         id(p) for m in model.modules() if isinstance(m, (BinaryWeight, BinaryActivation)) for p in m.parameters()
         if p.requires_grad
     }  # fmt: skip
-    assert own and own <= {id(p) for p in params(scales)}
+    assert own and own <= {id(p) for p in scales["params"]}

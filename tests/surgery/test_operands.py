@@ -19,7 +19,6 @@ from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import begin, calibrate, pause
 from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.swap import computed_weights, parameter_groups, quantize_, quantizers, uniform_rules
-from tests.narrow import params
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -141,7 +140,7 @@ def test_a_weight_with_two_users_has_one_scale_and_one_set_of_codes(tmp_path: Pa
     assert (lowered.layers["conv.weight"].codes == lowered.layers["conv2d0.weight"].codes).all()
     certificate = certified(model, tmp_path / "tied.onnx")
     assert certificate.passed, str(certificate)
-    assert len([p for group in parameter_groups(model, 0.0, 1e-3) for p in params(group)]) == len(
+    assert len([p for group in parameter_groups(model, 0.0, 1e-3) for p in group["params"]]) == len(
         list(model.parameters())
     )
 

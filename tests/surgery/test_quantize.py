@@ -13,7 +13,6 @@ from qat.surgery.calibrate import calibrate
 from qat.surgery.layers import FLOAT, LayerSpec, QuantConv2d, pad_same
 from qat.surgery.swap import parameter_groups, quantize_, quantizers, sizes_of_scales, uniform_rules
 from qat.surgery.table import QuantizationTable
-from tests.narrow import params
 from tests.surgery.nets import TinyNet, with_random_norms
 
 X = torch.randn(2, 3, 33, 29, generator=torch.Generator().manual_seed(0))
@@ -74,10 +73,10 @@ def test_scales_are_a_group_of_their_own_without_weight_decay() -> None:
     model, _ = quantized()
     groups = parameter_groups(model, weight_decay=0.1, scale_lr=0.5)
     scales = {id(q.raw_scale) for q in quantizers(model).values()}
-    holding = [g for g in groups if any(id(p) in scales for p in params(g))]
-    assert len(holding) == 1 and {id(p) for p in params(holding[0])} == scales
+    holding = [g for g in groups if any(id(p) in scales for p in g["params"])]
+    assert len(holding) == 1 and {id(p) for p in holding[0]["params"]} == scales
     assert (holding[0]["weight_decay"], holding[0]["lr"]) == (0.0, 0.5)
-    assert sum(len(params(g)) for g in groups) == len(list(model.parameters()))
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
 def test_relative_scales_learn_in_units_of_their_size() -> None:
@@ -86,10 +85,10 @@ def test_relative_scales_learn_in_units_of_their_size() -> None:
     for factor, quantizer in zip(np.geomspace(1e-3, 10, len(found)), found.values(), strict=True):
         quantizer.raw_scale.data.fill_(factor)
     groups = parameter_groups(model, weight_decay=0.1, scale_lr=0.01, scale_sizes=sizes_of_scales(model))
-    rates = {id(p): g["lr"] for g in groups if "lr" in g for p in params(g)}
+    rates = {id(p): g["lr"] for g in groups if "lr" in g for p in g["params"]}
     relative = [rates[id(q.raw_scale)] / float(q.scale.mean()) for q in found.values()]
     assert len(set(rates.values())) > 8 and all(0.0070 < r < 0.0142 for r in relative)  # 0.01 to a factor of root two
-    assert sum(len(params(g)) for g in groups) == len(list(model.parameters()))
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
 def test_state_dict_keys_of_the_float_model_survive_and_round_trip() -> None:
