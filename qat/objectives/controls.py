@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qat.objectives.scale_freeze import Branch, Policy
+from qat.words import Branch, Policy
 
 ControlName = Literal[
     "gaqat",

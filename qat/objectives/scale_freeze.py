@@ -25,9 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qat.objectives.contract import Gradients
-
-Branch = Literal["task", "smooth", "both"]
-Policy = Literal["disorder", "never", "always", "permanent", "random"]
+from qat.words import Branch, Policy
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ in `biper`, a rectified clamp in `recu`. The sign's own derivative is taken as 1
 error, mean |u(w)|, or uniformly in [0, 1) as BiPer's code has it; a batch norm after the layer makes the two equivalent.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.quantizers.contract import (
     SMALLEST_SCALE,
-    Init,
     Quantizer,
     Start,
     along,
@@ -22,8 +21,7 @@ from qat.quantizers.contract import (
     sign,
 )
 from qat.quantizers.spec import QuantSpec
-
-AlphaInit = Literal["least-squares", "uniform"]
+from qat.words import AlphaInit, Init
 
 
 class _SignSTE(torch.autograd.Function):

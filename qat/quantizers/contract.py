@@ -11,7 +11,7 @@ refusing to run without a scale, beginning, state dicts, `torch.compile` and act
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from qat.quantizers.recompute import (
     under_compile,
 )
 from qat.quantizers.spec import Grid, QuantSpec
+from qat.words import Init
 
-Init = Literal["lsq", "mse"]
 SMALLEST_SCALE = 1e-10
 EARLIER_NAME = "raw_step"  # of raw_scale, in state dicts of before version 0.2
 # What of a spec decides which numbers the codes stand for; the sign is apart, since calibration may decide it.

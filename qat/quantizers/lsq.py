@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from qat.quantizers import fused
 from qat.quantizers.contract import (
     SMALLEST_SCALE,
-    Init,
     Quantizer,
     Start,
     along,
@@ -31,6 +30,7 @@ from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
 from qat.quantizers.uniform import rounded
+from qat.words import Init
 
 
 class FakeQuantizeLSQ(torch.autograd.Function):

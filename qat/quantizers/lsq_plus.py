@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers import fused
-from qat.quantizers.contract import Init, Start, positive_scale
+from qat.quantizers.contract import Start, positive_scale
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
+from qat.words import Init
 
 
 class FakeQuantizeLSQPlus(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """What a quantizer is told: bits, sign and granularity (`docs/algorithms.md`, LSQ)."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-GradientCount = Literal["per_sample", "numel"]
+from qat.words import GradientCount
 
 
 class Grid(NamedTuple):

@@ -8,12 +8,9 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from qat.objectives.controls import CONTROLS, ControlName
-from qat.quantizers.binary import AlphaInit
-from qat.quantizers.contract import Init
-from qat.quantizers.spec import GradientCount
 from qat.runs import earlier
 from qat.runs.ranges import BINARY, RECIPE, out_of_range
-from qat.surgery.batchnorm import NormMode
+from qat.words import AlphaInit, GradientCount, Init, NormMode
 
 Kind = Literal["weights", "norms", "biases", "scales"]
 PARAMETER_KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")

@@ -9,15 +9,15 @@ Export folds for itself (`export/passes/batch_norms.py`, codes untouched); `fold
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.surgery.trace import trace_calls
+from qat.words import NormMode
 
-NormMode = Literal["normal", "frozen-statistics", "frozen"]
 BatchNorm = nn.modules.batchnorm._BatchNorm
 # Of a layer's largest output; float32 sums in another order stay an order of magnitude below
 FOLD_ERROR = 1e-5

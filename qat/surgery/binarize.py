@@ -7,14 +7,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from qat.quantizers.binary import AlphaInit, BinaryWeight, SignWeight
+from qat.quantizers.binary import BinaryWeight, SignWeight
 from qat.quantizers.biper import PeriodicWeight, Stage
 from qat.quantizers.bireal import BinaryActivation
-from qat.quantizers.contract import Init, Quantizer
+from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ, LSQWeight
 from qat.quantizers.lsq_plus import LSQPlus
 from qat.quantizers.recu import RectifiedWeight
 from qat.quantizers.spec import QuantSpec
+from qat.words import AlphaInit, Init
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qat.quantizers.contract import Init, Quantizer, require_finite
+from qat.quantizers.contract import Quantizer, require_finite
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.batches import inputs_of
 from qat.surgery.binarize import signs_seen
 from qat.surgery.example import tensors_in, with_tensors
 from qat.surgery.swap import computed_weights, quantized_weights, quantizers
 from qat.surgery.wrappers import unwrapped
+from qat.words import Init
 
 SAMPLES_PER_BATCH = 16_384
 

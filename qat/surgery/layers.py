@@ -12,10 +12,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.quantizers.contract import Init, Quantizer
+from qat.quantizers.contract import Quantizer
 from qat.quantizers.recompute import recomputed
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.binarize import BIPER, Binarizer, input_quantizer, weight_quantizer
+from qat.words import Init
 
 
 @dataclass(frozen=True)

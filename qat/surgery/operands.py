@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.quantizers.contract import Init, Quantizer
+from qat.quantizers.contract import Quantizer
 from qat.surgery.binarize import input_quantizer, weight_quantizer
 from qat.surgery.layers import LayerSpec
 from qat.surgery.trace import weight_operand
+from qat.words import Init
 
 
 class QuantOperands(nn.Module):

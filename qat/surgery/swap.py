@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qat.quantizers.contract import Init, Quantizer
+from qat.quantizers.contract import Quantizer
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.binarize import BIPER, Binarizer, activation_quantizer
@@ -21,6 +21,7 @@ from qat.surgery.plan import Plan
 from qat.surgery.points import run_with_points
 from qat.surgery.table import QuantizationTable, table_of
 from qat.surgery.wrappers import unwrapped
+from qat.words import Init
 
 WRAPPERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: QuantConv2d.from_float,

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.quantizers.contract import Init, Quantizer, Start
+from qat.quantizers.contract import Quantizer, Start
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.swap import quantizers
+from qat.words import Init
 
 X = torch.linspace(-2, 2, 33).view(1, 3, 11, 1).repeat(4, 1, 1, 11)
 

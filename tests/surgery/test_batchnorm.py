@@ -11,6 +11,7 @@ from qat.surgery import batchnorm
 from qat.surgery.batchnorm import fold_norms, restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import parameter_groups, quantize_, uniform_rules
+from qat.words import NormMode
 from tests.narrow import present
 from tests.surgery.nets import TinyNet, with_random_norms
 
@@ -20,7 +21,7 @@ def images(seed: int = 0, count: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["normal", "frozen-statistics", "frozen"])
-def test_what_each_mode_lets_move(mode: batchnorm.NormMode) -> None:
+def test_what_each_mode_lets_move(mode: NormMode) -> None:
     torch.manual_seed(0)
     model = with_random_norms(TinyNet())
     set_norm_mode(model, mode)

@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.quantizers.contract import Init
 from qat.quantizers.lsq import least_squares_scale
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
 from qat.surgery.rules import with_options
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
+from qat.words import Init
 from tests.narrow import present
 from tests.surgery.nets import TinyNet, with_random_norms
 
