@@ -16,8 +16,12 @@ from edgeqat.extras import MissingExtra, naming_extra
 from edgeqat.files import reason_of
 from edgeqat.interrupts import Interrupted, Terminated, termination_raises
 from edgeqat.terminal import printable, say
+from qat.runs.given import with_files
+from qat.runs.parts import Images
 from qat.runs.ranges import COMMAND, out_of_range
+from qat.runs.recipe import TRAINED, Recipe, described
 
+SWEEP_FLAGS = ("out", "methods", "bits", "targets", "seeds")
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy"}  # our words -> the runtime's
 
 
@@ -177,8 +181,42 @@ class Explain:
     """Of a layer (layer1.0.conv1), an operation (layer1.0#add0) or a quantizer (layer1.0.conv1.weight)."""
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Run a grid, methods × bits × targets × seeds × presets, and print its table. The same command goes on where it stopped,
+    and runs nothing twice. Exits 1 when a cell failed or is left."""
+
+    spec: Positional[Path]
+    """TOML, YAML or JSON file; `qat/sweep/spec.py` shows all of it."""
+    out: Path | None = None
+    """Folder of the cells and tables; by default named as the file is."""
+    methods: tuple[str, ...] | None = None
+    """Instead of the file's."""
+    bits: tuple[int, ...] | None = None
+    """Instead of the file's."""
+    targets: tuple[str, ...] | None = None
+    """Instead of the file's."""
+    seeds: tuple[int, ...] | None = None
+    """Instead of the file's."""
+    jobs: int = 1
+    """Cells at a time."""
+    minutes: float | None = None
+    """Stop cleanly after so many, all saved; by default when every cell is done."""
+    engine: Literal["here", "submitit-local", "slurm"] = "here"
+    """Where cells run: processes of this machine, or jobs of submitit."""
+    table_only: bool = False
+    """Run nothing; write the table of what is done."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a method on images, in full precision or quantized: `qat train --help`."""
+
+
 Command = (
-    Annotated[Export, subcommand("export")]
+    Annotated[Train, subcommand("train")]
+    | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Certify, subcommand("certify")]
     | Annotated[Bundle, subcommand("bundle")]
     | Annotated[Bench, subcommand("bench")]
@@ -199,6 +237,8 @@ def main() -> None:
     Ctrl-C, 143 after SIGTERM."""
 
     def parse_and_execute() -> int:
+        if arguments()[:1] == ["train"]:
+            return _train(arguments()[1:])
         command: Any = tyro.cli(
             Command,
             prog="qat",
@@ -213,6 +253,7 @@ def main() -> None:
 DESCRIPTION = (
     "From a trained run to a proven file: export, certify, bench, compare, report."
 )
+CONFIG_HELP = "--config FILE reads flags from TOML, YAML or JSON, such as another run's recipe.json; flags beside it win."
 DEBUG_HELP = (
     f"{DEBUG}, anywhere on the line, shows where in the program an error came from."
 )
@@ -224,31 +265,51 @@ def arguments() -> list[str]:
 
 
 def choose(
-    methods: Mapping[str, Any],
+    methods: Mapping[str, Recipe],
     description: str | None,
     *,
-    wrap: Callable[[Any], Any] | None = None,
-    **defaults: object,
+    extra: Any = None,
+    args: list[str] | None = None,
+    prog: str | None = None,
 ) -> Any:
-    """The recipe a command line asks for: one word of `methods`, then its flags; `defaults` replace the recipes' own.
+    """The recipe a command line asks for: one word of `methods`, then its flags, in a group for each part.
 
-    wrap: makes a dataclass of a recipe and further flags, which is then returned in the recipe's place.
+    extra: a dataclass of further flags, with its defaults; given, (recipe, extra) is returned.
+    Raises RecipeError or FileError for a file that the command line names and that cannot be used.
     """
-    recipes = {
-        word: dataclasses.replace(recipe, **defaults)
+    given = arguments() if args is None else args
+    if given and given[0] in methods:
+        recipe, rest = with_files(methods[given[0]], given[1:])
+        methods = {**methods, given[0]: recipe}
+        given = [given[0], *rest]
+    words = {
+        word: (described(word), _flags(recipe, extra))
         for word, recipe in methods.items()
     }
-    words = {
-        word: (_first_line(recipe), wrap(recipe) if wrap else recipe)
-        for word, recipe in recipes.items()
-    }
-    return tyro.extras.overridable_config_cli(
-        words, description=f"{description}\n\n{DEBUG_HELP}", args=arguments()
+    flags = tyro.extras.overridable_config_cli(
+        words,
+        prog=prog,
+        description=f"{description}\n\n{CONFIG_HELP} {DEBUG_HELP}",
+        args=given,
+        # Every flag has a name of its own, whichever part it belongs to
+        config=(tyro.conf.OmitArgPrefixes,),
     )
+    parts = dict(vars(flags))
+    further = parts.pop("extra", None)
+    recipe = Recipe(**parts)
+    return recipe if extra is None else (recipe, further)
 
 
-def _first_line(recipe: object) -> str:
-    return (type(recipe).__doc__ or "").splitlines()[0]
+def _flags(recipe: Recipe, extra: Any) -> Any:
+    """The parts that `recipe` has, as an instance of a dataclass of its own: a part that is absent has no flags."""
+    groups: dict[str, Any] = dict(recipe.parts)
+    if extra is not None:
+        groups["extra"] = extra
+    fields = [
+        (name, type(group), dataclasses.field(default=group))
+        for name, group in groups.items()
+    ]
+    return dataclasses.make_dataclass("Flags", fields, frozen=True)()
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -305,6 +366,8 @@ def execute(command: Any) -> int:
         raise ValueError(problem)
     if isinstance(command, Predict):  # a device that runs files has no PyTorch
         return _predict(command)
+    if isinstance(command, Sweep):
+        return _sweep(command)
     if isinstance(command, Certify) and len(command.paths) == 1:
         return _verify(command.paths[0])
     from qat import deploy
@@ -342,6 +405,60 @@ def execute(command: Any) -> int:
         case Explain(run, name):
             say(printable(deploy.explain(run, name)))
     return 0
+
+
+@dataclass(frozen=True)
+class TrainOn:
+    """The images, and what a comparison with the run it starts from allows."""
+
+    data: Positional[Path | None] = None
+    """Folder of images: <class>/*, {train,val,test}/<class>/*, or <domain>/<class>/* with --test-domain; the same as
+    --data-root. Without it, the images of --init-from, or rendered ones."""
+    max_drop: float = 1.0
+    """Percentage points that a quantized run may lose against the run it starts from; beyond that the exit code is 1."""
+
+
+def _train(words: list[str]) -> int:
+    description = "Train a method on a folder of images."
+    recipe, given = choose(
+        TRAINED,
+        description,
+        extra=TrainOn(),
+        args=words,
+        prog="qat train",
+    )
+    from qat.train.command import train
+
+    if given.data is not None:
+        # What was inherited described other images
+        default = Images()
+        recipe = recipe.changed(
+            data_root=given.data, data="auto", per_class=default.per_class
+        )
+    return train(recipe, max_drop=given.max_drop)
+
+
+def _sweep(command: Sweep) -> int:
+    from qat.sweep.engine import run_sweep
+    from qat.sweep.report import write_tables
+    from qat.sweep.spec import read_sweep
+
+    flags = {name: getattr(command, name) for name in SWEEP_FLAGS}
+    sweep = read_sweep(command.spec, **flags)
+    code = 0
+    if not command.table_only:
+        progress = run_sweep(
+            sweep,
+            jobs=command.jobs,
+            minutes=command.minutes,
+            engine=command.engine,
+            say=say,
+        )
+        say(progress)
+        code = 1 if progress.failed or progress.left else 0
+    table, report = write_tables(sweep)
+    say(f"\n{table.markdown()}\n{report}")
+    return code
 
 
 def _verify(model: Path) -> int:

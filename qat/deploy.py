@@ -16,7 +16,8 @@ from edgeqat.files import make_folder, write_atomically, write_json, write_text
 from qat.own_model import PRODUCER, onnx_of, require_valid
 from qat.proof import recorded
 from qat.runs.build import Built, load_run
-from qat.runs.recipe import LsqRecipe, Recipe, RecipeError, from_json
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, from_json
 from qat.runs.records import classes_of, results_of
 from qat.runs.run_folder import RunFolder
 
@@ -58,7 +59,7 @@ def exported(run: Path, target: str) -> onnx.ModelProto:
         raise RecipeError(
             f"{run}: is a full-precision run; --target {target} needs a quantized one (or use --target fp32)"
         )
-    example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+    example = torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size)
     return onnx_of(
         built.model, target, example, preprocessing_of(folder, recipe, built)
     )
@@ -68,7 +69,9 @@ def preprocessing_of(folder: RunFolder, recipe: Recipe, built: Built) -> Preproc
     """From an image file to the net's input, and its classes."""
     from export.metadata import Preprocessing
 
-    return Preprocessing(recipe.image_size, built.mean, built.std, classes_of(folder))
+    return Preprocessing(
+        recipe.model.image_size, built.mean, built.std, classes_of(folder)
+    )
 
 
 def certify_run(
@@ -163,7 +166,10 @@ def lowered_for(run: Path, model: Path) -> LoweredModel:
         )
     target = target_named(metadata["target"])
     return to_integers(
-        lower(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)),
+        lower(
+            built.model,
+            torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size),
+        ),
         target,
     )
 
@@ -358,7 +364,7 @@ def measure_run(run: Path, model: Path) -> list[Latency]:
     folder, recipe, built = load_run(run)
     images = folder.samples().images[:1]
     fp32 = lower_float(
-        built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+        built.model, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size)
     )
     latencies = compare({"fp32": fp32, "quantized": read(model)}, images)
     write_json(
@@ -378,7 +384,7 @@ def write_report(
 
     folder = RunFolder.open(run)
     recipe = folder.recipe()
-    if baseline is None and isinstance(recipe, LsqRecipe):
+    if baseline is None:
         baseline = recipe.init_from
     path = folder / "report.html"
     html = render(

@@ -14,3 +14,6 @@ NormMode = Literal["normal", "frozen-statistics", "frozen"]
 Branch = Literal["task", "smooth", "both"]
 # Which scales freeze
 Policy = Literal["disorder", "never", "always", "permanent", "random"]
+
+# How state dicts of before version 0.2 call a quantizer's `raw_scale`
+EARLIER_NAME = "raw_step"

@@ -9,21 +9,15 @@
 `--select last` nothing selects. The test images are measured once, at the end.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 
-from tyro.conf import OmitArgPrefixes
-
-from edgeqat.terminal import say
-from qat.analysis.compare import compare_runs
-from qat.analysis.results import table
 from qat.cli import choose, guarded
-from qat.runs.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, recipe_of
 from qat.runs.recipe_checks import check
+from qat.train.command import train
 from qat.train.data import split_of
-from qat.train.loop import run
-from qat.train.two_stages import run_stages
 
 CIFAR = {
     "data": "cifar10", "test_domain": "test", "backbone": "cifar_resnet20", "image_size": 32, "batch_size": 128,
@@ -32,37 +26,26 @@ CIFAR = {
 }  # fmt: skip
 METHODS = {
     # He et al.'s CIFAR recipe with a cosine; LSQ's with its learning rate for SGD (steps move as fast as weights).
-    "fp": dataclasses.replace(Recipe(), **CIFAR, epochs=200, lr=0.1, weight_decay=1e-4),
-    "lsq": dataclasses.replace(LsqRecipe(), **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, scale_lr_unit="absolute"),
-    "biper": dataclasses.replace(
-        BiperRecipe(), **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}, scale_lr_unit="absolute"
+    "fp": recipe_of("fp", **CIFAR, epochs=200, lr=0.1, weight_decay=1e-4),
+    "lsq": recipe_of("lsq", **CIFAR, epochs=90, lr=0.01, weight_decay=1e-4, scale_lr_unit="absolute"),
+    "biper": recipe_of(
+        "biper", **CIFAR | {"backbone": "bireal_cifar_resnet20", "batch_size": 256}, scale_lr_unit="absolute"
     ),
 }
 
 
 @dataclass(frozen=True)
 class Cifar10:
-    recipe: OmitArgPrefixes[Recipe]
     download: bool = False
     """Have torchvision fetch the data set into --data-root first."""
 
 
-def train(flags: Cifar10) -> int:
-    recipe = flags.recipe
-    if recipe.data != "cifar10":
-        raise RecipeError(f"--data {recipe.data}: this recipe is for CIFAR-10; use recipes/pacs.py")
+def train_cifar10(recipe: Recipe, flags: Cifar10) -> int:
+    if recipe.images.data != "cifar10":
+        raise RecipeError(f"--data {recipe.images.data}: this recipe is for CIFAR-10; use recipes/pacs.py")
     check(recipe)
-    split = split_of(recipe, download=flags.download)
-    folder = run_stages(recipe, split) if isinstance(recipe, BiperRecipe) else run(recipe, split)
-    say(table(folder))
-    if isinstance(recipe, BiperRecipe):
-        return 0
-    if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
-        say(comparison)
-        return 0 if comparison.passed else 1
-    return 0
+    return train(recipe, split_of(recipe, download=flags.download))
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: train(choose(METHODS, __doc__, wrap=Cifar10))))
+    sys.exit(guarded(lambda: train_cifar10(*choose(METHODS, __doc__, extra=Cifar10()))))

@@ -10,23 +10,19 @@ fp | sagm | lsq | sagm-lsq | gaqat | gaqat-<control> | qtdog; `domain_net` holds
 them, and DomainBed's domain_net_duplicates.txt. Defaults are SAGM's published ones for DomainNet (arXiv 2303.10353).
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import OmitArgPrefixes
-
 from edgeqat.terminal import say
-from qat.analysis.compare import compare_runs
-from qat.analysis.results import table
 from qat.cli import choose, guarded
 from qat.domains.domainnet import read_domainnet
 from qat.domains.inventory import PUBLISHED
 from qat.domains.miniature import MINIATURE, write_miniature
-from qat.runs.recipe import METHODS, LsqRecipe, Recipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import METHODS, Recipe
 from qat.runs.recipe_checks import check
-from qat.train.loop import run
+from qat.train.command import train
 
 DEFAULTS = {
     "backbone": "resnet50.tv_in1k", "steps": 15001, "batch_size": 32, "lr": 3e-5, "schedule": "constant",
@@ -38,47 +34,36 @@ SMOKE = {
 }  # fmt: skip
 
 
-def with_values(recipe: Recipe, values: dict[str, object]) -> Recipe:
-    """`recipe` with those of `values` that it has fields for."""
-    return dataclasses.replace(recipe, **{k: v for k, v in values.items() if hasattr(recipe, k)})
-
-
-PRESETS = {word: with_values(recipe, DEFAULTS) for word, recipe in METHODS.items()}
+PRESETS = {word: recipe.changed_where_known(DEFAULTS) for word, recipe in METHODS.items()}
 
 
 @dataclass(frozen=True)
 class DomainNet:
-    recipe: OmitArgPrefixes[Recipe]
     smoke: bool = False
     """Train a tiny net for a few steps on a rendered miniature of the data set, kept in runs/domainnet-miniature."""
 
 
 def smoke_test(recipe: Recipe) -> Recipe:
     """`recipe` for the miniature; what the command line changed stays."""
-    if recipe.data_root is not None:
+    if recipe.images.data_root is not None:
         raise RecipeError("--smoke renders its own images; leave --data-root out")
-    preset = PRESETS[recipe.method]
-    small = {k: v for k, v in SMOKE.items() if getattr(recipe, k, None) == getattr(preset, k, None)}
-    return with_values(recipe, {**small, "data_root": write_miniature(Path("runs/domainnet-miniature"))})
+    given, preset = recipe.entries(), PRESETS[recipe.method].entries()
+    small = {name: value for name, value in SMOKE.items() if given.get(name) == preset.get(name)}
+    return recipe.changed_where_known({**small, "data_root": write_miniature(Path("runs/domainnet-miniature"))})
 
 
-def train(flags: DomainNet) -> int:
-    if flags.recipe.data != "domains":
-        raise RecipeError(f"--data {flags.recipe.data}: this recipe leaves a domain out; use recipes/cifar10.py")
-    recipe = smoke_test(flags.recipe) if flags.smoke else flags.recipe
-    if recipe.data_root is None:
+def train_domainnet(recipe: Recipe, flags: DomainNet) -> int:
+    if recipe.images.data != "domains":
+        raise RecipeError(f"--data {recipe.images.data}: this recipe leaves a domain out; use recipes/cifar10.py")
+    if flags.smoke:
+        recipe = smoke_test(recipe)
+    if recipe.images.data_root is None:
         raise RecipeError("--data-root: give the DomainNet folder, <root>/<domain>/<class>/*.jpg, or try --smoke")
     check(recipe)
-    domains, inventory = read_domainnet(recipe.data_root, published=MINIATURE if flags.smoke else PUBLISHED)
+    domains, inventory = read_domainnet(recipe.images.data_root, published=MINIATURE if flags.smoke else PUBLISHED)
     say(inventory)
-    folder = run(recipe, domains)
-    say(table(folder))
-    if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
-        say(comparison)
-        return 0 if comparison.passed else 1
-    return 0
+    return train(recipe, domains)
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: train(choose(PRESETS, __doc__, wrap=DomainNet))))
+    sys.exit(guarded(lambda: train_domainnet(*choose(PRESETS, __doc__, extra=DomainNet()))))

@@ -11,30 +11,19 @@ code is 1 when it lost more than a point.
 
 import sys
 
-from edgeqat.terminal import say
-from qat.analysis.compare import compare_runs
-from qat.analysis.results import table
 from qat.cli import choose, guarded
-from qat.domains.folders import read_domains
-from qat.runs.recipe import METHODS, LsqRecipe, Recipe, RecipeError
-from qat.runs.recipe_checks import check
-from qat.train.loop import run
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import METHODS, Recipe
+from qat.train.command import train
 
 
-def train(recipe: Recipe) -> int:
-    if recipe.data != "domains":
-        raise RecipeError(f"--data {recipe.data}: this recipe leaves a domain out; use recipes/cifar10.py")
-    if recipe.data_root is None:
+def train_pacs(recipe: Recipe) -> int:
+    if recipe.images.data != "domains":
+        raise RecipeError(f"--data {recipe.images.data}: this recipe leaves a domain out; use recipes/cifar10.py")
+    if recipe.images.data_root is None:
         raise RecipeError("--data-root: give the PACS folder, <root>/<domain>/<class>/*.jpg")
-    check(recipe)
-    folder = run(recipe, read_domains(recipe.data_root))
-    say(table(folder))
-    if isinstance(recipe, LsqRecipe) and recipe.init_from is not None:
-        comparison = compare_runs(recipe.init_from, folder.path, max_drop=1.0)
-        say(comparison)
-        return 0 if comparison.passed else 1
-    return 0
+    return train(recipe)
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: train(choose(METHODS, __doc__))))
+    sys.exit(guarded(lambda: train_pacs(choose(METHODS, __doc__))))

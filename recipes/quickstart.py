@@ -16,8 +16,9 @@ from qat.analysis.compare import compare_runs
 from qat.cli import DEBUG_HELP, arguments, guarded
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
+from qat.runs.parts import RecipeError
 from qat.runs.ranges import COMMAND, out_of_range
-from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
+from qat.runs.recipe import recipe_of
 from qat.train.loop import run
 
 
@@ -59,9 +60,9 @@ def quickstart(flags: Quickstart) -> int:
         if f.name in ("backbone", "image_size", "per_class", "steps", "batch_size", "test_domain", "seed")
     } | {"evaluate_every": max(flags.steps // 5, 1)}
     say("1/5  training in full precision")
-    baseline = run(Recipe(**shared, out=out / "fp", lr=5e-3), domains)
+    baseline = run(recipe_of("fp", **shared, out=out / "fp", lr=5e-3), domains)
     say(f"2/5  training W{flags.bits}A{flags.bits} from it (LSQ)")
-    quantized = run(LsqRecipe(**shared, out=out / "lsq", bits=flags.bits, init_from=out / "fp"), domains)
+    quantized = run(recipe_of("lsq", **shared, out=out / "lsq", bits=flags.bits, init_from=out / "fp"), domains)
     say("3/5  exporting to ONNX")
     model = export_run(quantized.path)
     say("4/5  certifying on ONNX Runtime")

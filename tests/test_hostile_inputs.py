@@ -26,7 +26,7 @@ from PIL import Image
 from qat import cli
 from qat.deploy import export_run
 from qat.domains.synthetic import synthetic_domains
-from qat.runs.recipe import GaqatRecipe, Recipe
+from qat.runs.recipe import recipe_of
 from qat.train.loop import run
 
 ROOT = Path(__file__).parent.parent
@@ -43,8 +43,8 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the cases copy."""
     box = tmp_path_factory.mktemp("origin")
     domains = synthetic_domains(per_class=6, image_size=32, seed=0)
-    run(Recipe(**TINY, out=box / "fp"), domains)
-    run(GaqatRecipe(**TINY, out=box / "run", init_from=box / "fp", window=2, calibration_batches=2), domains)
+    run(recipe_of("fp", **TINY, out=box / "fp"), domains)
+    run(recipe_of("gaqat", **TINY, out=box / "run", init_from=box / "fp", window=2, calibration_batches=2), domains)
     export_run(box / "run", out=box / "model.onnx")
     for domain in ("photo", "sketch"):
         for index, name in enumerate(("cat", "dog")):
@@ -493,15 +493,8 @@ def recipe_cases() -> Iterator[Case]:
     ):
         yield Case(f"pacs: --{name} -1", f"{PACS} --{name} -1", f"--{name} must be")  # fmt: skip
     for flags, words in (
-        ("--rules {box}/r.toml", "--rules: 1-bit layers do not have it"),
-        ("--activations lsq-plus", "--activations: 1-bit layers"),
-        ("--activation-only", "--activation-only: 1-bit layers"),
-        ("--weight-only", "--weight-only: 1-bit layers"),
-        ("--power-of-two", "--power-of-two: 1-bit layers"),
-        ("--gradient-count numel", "--gradient-count: 1-bit layers"),
         ("--init gptq", "--init gptq"),
         ("--damping 0.1", "--damping: 1-bit layers"),
-        ("--bits 2", "--bits 2: biper has one bit"),
         ("--edge-bits 9", "--edge-bits must be 2 to 8, or 32"),
         ("--binarizer sign --frequency 3", "--frequency has no effect with --binarizer sign"),
         ("--binarizer recu --stage2-lr 3", "--stage2-lr has no effect"),
@@ -515,7 +508,7 @@ def recipe_cases() -> Iterator[Case]:
         ("--reg-tau -1", "--reg-tau must be"),
         ("", "data"),
     ):
-        yield Case(f"biper: {flags}", f"{CIFAR} {flags}", words, text("r.toml", "[[rules]]\nlayers = '*'\n"))
+        yield Case(f"biper: {flags}", f"{CIFAR} {flags}", words)
     gaqat = PACS.replace(" lsq ", " gaqat ")
     for flags, words in (
         ("--z nan", "--z must be"), ("--threshold 2", "--threshold must be"), ("--window 1", "--window must be at least 2"),

@@ -19,7 +19,7 @@ import tyro
 from processor import processor
 from torch import Tensor
 
-from qat.runs.recipe import GaqatRecipe
+from qat.runs.recipe import recipe_of
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import parameter_groups, quantize_, uniform_rules
@@ -65,7 +65,7 @@ def step_of(variant: str, flags: Flags) -> TrainingStep:
     quantize_(model, uniform_rules(flags.bits, flags.bits, first_and_last(model)), images[:1], weight_init="mse")
     calibrate(model, [images])
     model.to(memory_format=torch.channels_last).train()
-    recipe = GaqatRecipe(window=10, threshold=1.1)
+    recipe = recipe_of("gaqat", window=10, threshold=1.1)
     optimizer = torch.optim.Adam(parameter_groups(model, 0.0, 1e-5), lr=1e-4)
     step = training_step(recipe, model, model, optimizer, Plain(), domains=1)
     if variant == "sagm-lsq":

@@ -37,7 +37,7 @@ def answers_of_net(built: Built, images: NDArray[np.float32]) -> NDArray[np.int6
 
 def answers_of_file(built: Built, recipe: Recipe, target: str, images: NDArray[np.float32]) -> NDArray[np.int64]:
     chosen = target_named(target)
-    example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+    example = torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size)
     loaded = session.load(emit(to_integers(lower(built.model, example), chosen), chosen), threads=2)
     parts = [loaded.run(images[i : i + BATCH])["logits"].argmax(1) for i in range(0, len(images), BATCH)]
     return np.concatenate(parts)
@@ -60,7 +60,7 @@ def main() -> None:
         built.model.eval()
         samples = samples_of_test(split_of(recipe, options.data_root), recipe, built, options.images)
         before = measured(built, recipe, options.target, samples)
-        settlement = settle_(built.model, torch.zeros(1, 3, recipe.image_size, recipe.image_size))
+        settlement = settle_(built.model, torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size))
         after = measured(built, recipe, options.target, samples)
         shift = max(settlement.shifts.values(), default=0.0)
         print(

@@ -67,7 +67,7 @@ def main() -> None:
         model, side = random_net(flags.backbone, flags.classes)
     else:
         _, recipe, built = load_run(flags.run)
-        model, side = built.model, recipe.image_size
+        model, side = built.model, recipe.model.image_size
     found = sizes(model, side)
     for name, count in found.items():
         print(f"{name:<24}{count:>14,} bytes")

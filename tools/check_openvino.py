@@ -133,7 +133,7 @@ def main() -> None:
     images, labels = samples.images[: flags.images], samples.labels[: flags.images]
     if files:
         for file in files:
-            check_quantized(file, built, recipe.image_size, images, labels)
+            check_quantized(file, built, recipe.model.image_size, images, labels)
         return
     check_float(exported(run, "fp32"), images, labels)
     if built.table is None:  # a full-precision run
@@ -147,7 +147,7 @@ def main() -> None:
                 print(f"{name}: {error}")
                 continue
             print(f"{name}: {file.stat().st_size:,} bytes")
-            check_quantized(file, built, recipe.image_size, images, labels)
+            check_quantized(file, built, recipe.model.image_size, images, labels)
 
 
 if __name__ == "__main__":

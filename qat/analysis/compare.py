@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgeqat.files import FileError, read_json, write_text
 from edgeqat.terminal import printable
-from qat.runs.recipe import RecipeError
+from qat.runs.parts import RecipeError
 from qat.runs.records import TEXT, WHOLE, Each, Maybe, Shape, require
 from qat.runs.run_folder import RunFolder
 

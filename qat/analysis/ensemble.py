@@ -18,7 +18,8 @@ from edgeqat.terminal import printable
 from qat.analysis.compare import mcnemar
 from qat.domains.splits import Split
 from qat.runs.build import Built, load_run
-from qat.runs.recipe import Recipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe
 from qat.runs.records import classes_of
 from qat.train.data import split_of
 from qat.train.loaders import eval_batches
@@ -124,7 +125,7 @@ def load_members(
         built.append(model)
         classes.append(classes_of(folder))
         for name in SAME:
-            if getattr(recipe, name) != getattr(recipes[0], name):
+            if recipe.entries()[name] != recipes[0].entries()[name]:
                 raise RecipeError(
                     f"{runs[0]} and {run} differ in --{name.replace('_', '-')}; the members of an ensemble must agree on it"
                 )

@@ -10,7 +10,7 @@ import numpy as np
 from edgeqat.terminal import printable
 from qat.analysis.scale_view import ScaleView, open_view
 from qat.objectives.scale_freeze import FreezeRule
-from qat.runs.recipe import RecipeError
+from qat.runs.parts import RecipeError
 from qat.runs.records import metrics_of
 from qat.runs.run_folder import RunFolder
 

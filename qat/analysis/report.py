@@ -21,7 +21,8 @@ from qat.analysis.inspection import conflicted, threshold_text
 from qat.analysis.scale_view import open_view
 from qat.quantizers.contract import Quantizer
 from qat.runs.build import load_run
-from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe
 from qat.runs.records import (
     CERTIFICATE,
     LATENCIES,
@@ -190,11 +191,7 @@ def labelled(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
 
 
 def _label(recipe: Recipe) -> str:
-    if not isinstance(recipe, LsqRecipe):
-        return recipe.method
-    return f"{recipe.method} W{recipe.weight_bits or recipe.bits}" + (
-        "" if recipe.weight_only else f"A{recipe.bits}"
-    )
+    return f"{recipe.method} {recipe.precision}".strip()
 
 
 def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from torch import nn
 
 from qat.objectives.scale_freeze import FreezeRule
 from qat.runs.build import load_run
-from qat.runs.recipe import RecipeError, SagmRecipe
+from qat.runs.parts import RecipeError
 from qat.runs.run_folder import RunFolder
 from qat.runs.scale_log import ScaleHistory, kind_of, read_scales
 from qat.train.from_recipe import freezer_of
@@ -146,7 +146,7 @@ def open_view(path: Path, model: nn.Module | None = None) -> ScaleView:
             f"{path / 'scales.f16'}: holds {len(history.values)} steps; sign flips need 2"
         )
     model = load_run(path)[2].model if model is None else model
-    freezer = freezer_of(recipe, model) if isinstance(recipe, SagmRecipe) else None
+    freezer = freezer_of(recipe.freezing, model, recipe.optimization.seed)
     if freezer is None or freezer.names != history.names:
         raise RecipeError(
             f"{path / 'scales.json'}: names other scales than this run's model has"

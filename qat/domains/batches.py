@@ -51,6 +51,25 @@ class EqualDomainBatches(Sampler[list[Draw]]):
             ]
 
 
+class ShareOfBatches(Sampler[list[Draw]]):
+    """Every count-th draw of each batch. A batch that is no multiple of `count`, as an epoch's last one may be, is filled up
+    with its own first draws, so that all shares are as large."""
+
+    def __init__(
+        self, batches: Sampler[list[Draw]], rank: int = 0, count: int = 1
+    ) -> None:
+        self.batches, self.rank, self.count = batches, rank, count
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for batch in self.batches:
+            missing = -len(batch) % self.count
+            filled = [*batch, *(batch * missing)[:missing]]
+            yield filled[self.rank :: self.count]
+
+
 class TrainImages(Dataset[tuple[Tensor, int, int]]):
     """Draw -> (augmented image float32 3_H_W, label, domain)."""
 

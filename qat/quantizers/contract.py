@@ -24,10 +24,9 @@ from qat.quantizers.recompute import (
     under_compile,
 )
 from qat.quantizers.spec import Grid, QuantSpec
-from qat.words import Init
+from qat.words import EARLIER_NAME, Init
 
 SMALLEST_SCALE = 1e-10
-EARLIER_NAME = "raw_step"  # of raw_scale, in state dicts of before version 0.2
 # What of a spec decides which numbers the codes stand for; the sign is apart, since calibration may decide it.
 GRID_FIELDS = ("bits", "axis", "offset", "power_of_two", "symmetric")
 NONE = -1  # in a state dict

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
-from qat.runs.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError, to_json
+from qat.runs.parts import Binarization, Grids, RecipeError
+from qat.runs.recipe import Recipe, to_json
 from qat.runs.run_folder import RunFolder, different_entries
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.batchnorm import fold_norms
@@ -50,91 +51,103 @@ def build(
     Raises ValueError naming the flag at fault.
     """
     model, config = create_backbone(
-        recipe.backbone,
+        recipe.model.backbone,
         classes,
-        weights=recipe.weights if load_weights else None,
-        pretrained=recipe.pretrained and load_weights,
-        **({"pad_type": recipe.pad_type} if recipe.pad_type else {}),
-        **({"drop_rate": recipe.dropout} if recipe.dropout else {}),
+        weights=recipe.model.weights if load_weights else None,
+        pretrained=recipe.model.pretrained and load_weights,
+        **({"pad_type": recipe.model.pad_type} if recipe.model.pad_type else {}),
+        **({"drop_rate": recipe.model.dropout} if recipe.model.dropout else {}),
     )
     if start is not None:
         model.load_state_dict(start)
-    mean, std = NORMALIZATIONS.get(recipe.normalization, (config.mean, config.std))
+    mean, std = NORMALIZATIONS.get(
+        recipe.model.normalization, (config.mean, config.std)
+    )
     table = None
-    if isinstance(recipe, BiperRecipe):
+    if recipe.binarization is not None:
         hardtanh_for_relu_(model)
-    if isinstance(recipe, LsqRecipe):
-        example = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
-        stream = replace(
-            STREAM,
-            power_of_two=recipe.power_of_two,
-            gradient_count=recipe.gradient_count,
-        )
-        if recipe.fold_norms:
+    if recipe.quantization is not None:
+        example = torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size)
+        if recipe.quantization.fold_norms:
             fold_norms(model, example)
-        if recipe.init == "cle" and (load_weights or start is not None):
+        has_weights = load_weights or start is not None
+        if recipe.quantization.init == "cle" and has_weights:
             from qat.surgery.brevitas_bridge import equalize_
 
             equalize_(model, example)
-        rules = rules_of(recipe, model)
         table = quantize_(
             model,
-            rules,
+            rules_of(recipe, model),
             example,
-            stream=None if recipe.weight_only else stream,
-            weight_init=recipe.scale_init,
+            stream=stream_of(recipe.grids),
+            weight_init=recipe.quantization.scale_init,
         )
     return Built(model, table, mean, std)
 
 
-def rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
-    """The recipe's rules: those of its file first, then its flags'. Its options hold for all of them."""
-    rules = _rules_of(recipe, model)
-    return (
-        rules
-        if recipe.symmetric_weights
-        else with_options(rules, weight={"symmetric": False}, source={})
+def stream_of(grids: Grids | None) -> QuantSpec | None:
+    """What quantizes sums and other tensors between layers; None where weights alone are quantized."""
+    if grids is None:
+        return STREAM
+    if grids.weight_only:
+        return None
+    return replace(
+        STREAM,
+        power_of_two=grids.power_of_two,
+        gradient_count=grids.gradient_count,
     )
 
 
-def _rules_of(recipe: LsqRecipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
-    if isinstance(recipe, BiperRecipe):
-        bits = recipe.edge_bits
-        edge = (
-            FLOAT
-            if bits == 32
-            else LayerSpec(QuantSpec.of_weight(bits), QuantSpec(bits))
-        )
-        binarizer = Binarizer(
-            recipe.binarizer,
-            recipe.stage,
-            recipe.frequency,
-            recipe.learn_frequency,
-            recipe.alpha_init,
-            standardize=recipe.standardize,
-            learn_thresholds=recipe.learn_thresholds,
-        )
-        return binary_rules(
-            model, first_and_last(model), edge=edge, binarizer=binarizer
-        )
+def rules_of(recipe: Recipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
+    """The rules of a quantized `recipe`: those of its file first, then its flags'. Its options hold for all of them."""
+    quantization = recipe.quantization
+    assert quantization is not None
+    if recipe.binarization is not None:
+        rules = _binary_rules(recipe.binarization, quantization.edge_bits, model)
+    else:
+        assert recipe.grids is not None
+        rules = _grid_rules(recipe.grids, quantization.edge_bits, model)
+    if quantization.symmetric_weights:
+        return rules
+    return with_options(rules, weight={"symmetric": False}, source={})
+
+
+def _binary_rules(
+    binarization: Binarization, edge_bits: int, model: nn.Module
+) -> list[tuple[str, LayerSpec]]:
+    edge = FLOAT
+    if edge_bits != 32:
+        edge = LayerSpec(QuantSpec.of_weight(edge_bits), QuantSpec(edge_bits))
+    binarizer = Binarizer(
+        binarization.binarizer,
+        binarization.stage,
+        binarization.frequency,
+        binarization.learn_frequency,
+        binarization.alpha_init,
+        standardize=binarization.standardize,
+        learn_thresholds=binarization.learn_thresholds,
+    )
+    return binary_rules(model, first_and_last(model), edge=edge, binarizer=binarizer)
+
+
+def _grid_rules(
+    grids: Grids, edge_bits: int, model: nn.Module
+) -> list[tuple[str, LayerSpec]]:
     rules = uniform_rules(
-        recipe.weight_bits or recipe.bits,
-        recipe.bits,
-        first_and_last(model),
-        recipe.edge_bits,
+        grids.weight_bits or grids.bits, grids.bits, first_and_last(model), edge_bits
     )
+    offset = {"offset": True} if grids.activations == "lsq-plus" else {}
+    rules = with_options(rules, weight={}, source=offset)
+    if grids.rules is not None:
+        rules = before(read_rules(grids.rules), rules, model)
     shared = {
-        "power_of_two": recipe.power_of_two,
-        "gradient_count": recipe.gradient_count,
+        "power_of_two": grids.power_of_two,
+        "gradient_count": grids.gradient_count,
     }
-    plus = {"offset": True} if recipe.activations == "lsq-plus" else {}
-    rules = with_options(rules, weight={}, source=plus)
-    if recipe.rules is not None:
-        rules = before(read_rules(recipe.rules), rules, model)
     rules = with_options(rules, weight=shared, source=shared)
-    if recipe.weight_only:
+    if grids.weight_only:
         return [(name, replace(spec, input=None)) for name, spec in rules]
-    if recipe.activation_only:
+    if grids.activation_only:
         return [(name, replace(spec, weight=None)) for name, spec in rules]
     return rules
 

@@ -2,13 +2,18 @@
 
 from typing import Any
 
-from qat.quantizers.contract import EARLIER_NAME
+from qat.words import EARLIER_NAME
 
 RECIPE_ENTRIES = {
     "step_init": "scale_init",
     "step_lr_ratio": "scale_lr_ratio",
     "step_lr_unit": "scale_lr_unit",
 }
+# Flags of grids, which 1-bit runs had and could not use
+NOT_OF_BIPER = (
+    "bits", "weight_bits", "weight_only", "activation_only", "activations", "power_of_two", "gradient_count", "rules",
+)  # fmt: skip
+FULL_PRECISION = ("fp", "sagm")
 CHECKPOINT_ENTRIES = {"step_sizes": "scale_sizes"}
 PARAMETER = "raw_scale"
 
@@ -18,6 +23,12 @@ def recipe_entries(values: dict[str, Any]) -> dict[str, Any]:
     renamed = {RECIPE_ENTRIES.get(name, name): value for name, value in values.items()}
     if renamed.get("scale_lr_unit") == "step":
         renamed["scale_lr_unit"] = "scale"
+    if renamed.get("method") == "biper":
+        for name in NOT_OF_BIPER:
+            renamed.pop(name, None)
+    if renamed.get("method") not in FULL_PRECISION:
+        # A run of before this entry was trained with code -128
+        renamed.setdefault("symmetric_weights", False)
     return renamed
 
 

@@ -53,7 +53,7 @@ RECIPE: dict[str, Range] = {
     "damping": NOT_NEGATIVE,
     "distill_weight": SHARE,
     "dropout": Range(0, 1, open_high=True),
-    "edge_bits": BITS,
+    "edge_bits": Range(2, 32),  # above 8: 32, of 1-bit nets alone
     "ema_decay": BETWEEN_0_AND_1,
     "epochs": COUNT_OR_NONE,
     "evaluate_every": COUNT,
@@ -61,7 +61,7 @@ RECIPE: dict[str, Range] = {
     "frequency": POSITIVE,
     "frequency_start": POSITIVE,
     "holdout": BETWEEN_0_AND_1,
-    "image_size": Range(8, 4096),
+    "image_size": Range(0, 4096),  # 0: the backbone's own
     "lr": POSITIVE,
     "norm_batches": COUNT_OR_NONE,
     "per_class": Range(1, 10**6),
@@ -87,14 +87,14 @@ RECIPE: dict[str, Range] = {
     "workers": Range(0, 1024),
     "z": Range(),
 }
-# Where 1-bit recipes differ
-BINARY = {"bits": Range(1, 8), "weight_bits": Range(1, 8), "edge_bits": Range(2, 32)}
-
 # Of the flags of `qat` and the quickstart, by name.
 COMMAND: dict[str, Range] = RECIPE | {
     "alpha": BETWEEN_0_AND_1,
     "batch": Range(1, 2**20),
+    "image_size": Range(8, 4096),
     "images": Range(1, 10**6),
+    "jobs": Range(1, 1024),
+    "minutes": POSITIVE,
     "max_drop": Range(0, 100),
     "rounds": Range(1, 10**6),
     "threads": Range(1, 1024),

@@ -1,127 +1,117 @@
 """Impossible values of a recipe, found before anything is built: one error that names the flag.
 
-Three kinds: numbers outside their range, flags that exclude each other, and flags that would change nothing.
+Each part checks itself (`qat/runs/parts.py`). Here is what parts exclude in each other, and flags that would change nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qat.objectives.controls import CONTROLS
+from qat.runs.parts import Oscillation, RecipeError
 from qat.runs.ranges import flag
-from qat.runs.recipe import (
-    BiperRecipe,
-    LsqRecipe,
-    QtdogRecipe,
-    Recipe,
-    RecipeError,
-    SagmRecipe,
-    number_problem,
-)
+from qat.runs.recipe import KNOWN, Recipe
+
+SMALLEST_SIDE = 8
 
 
 def check(recipe: Recipe) -> None:
     """Raise RecipeError naming the first flag that is impossible or would have no effect."""
-    if problem := number_problem(recipe):
-        raise RecipeError(problem)
-    if recipe.epochs is None and recipe.steps < 1:
-        raise RecipeError(
-            "--steps must be at least 1, got 0; --epochs 0 measures the starting weights"
-        )
-    if recipe.accumulate > 1 and recipe.domain_loss == "groupdro":
-        raise RecipeError(
-            "--accumulate: groupdro weighs domains by the losses of a whole batch; raise --batch-size instead"
-        )
-    if recipe.epochs is not None and recipe.data == "domains":
+    for part in recipe.parts.values():
+        part.check()
+    size = recipe.model.image_size
+    if size < SMALLEST_SIDE:
+        raise RecipeError(f"--image-size must be at least {SMALLEST_SIDE}, got {size}")
+    if recipe.optimization.epochs is not None and recipe.images.data == "domains":
         raise RecipeError(
             "--epochs: domains are drawn from without end, in equal shares; give --steps"
         )
-    if (recipe.schedule == "refined") != (recipe.refine_from is not None):
-        raise RecipeError("--schedule refined and --refine-from belong together")
-    if isinstance(recipe, SagmRecipe):
-        _check_sharpness(recipe)
-    if isinstance(recipe, LsqRecipe):
-        _check_grids(recipe)
-    if isinstance(recipe, BiperRecipe):
-        _check_binary(recipe)
-    if isinstance(recipe, QtdogRecipe) and recipe.quant_start_step >= recipe.steps:
-        raise RecipeError(
-            f"--quant-start-step {recipe.quant_start_step}: must lie within --steps ({recipe.steps})"
-        )
+    _check_sharpness(recipe)
+    _check_edges(recipe)
+    _check_repairs(recipe)
+    _check_beginning(recipe)
+    _check_weights(recipe)
     _check_effects(recipe)
+
+
+Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class _Need:
-    """A flag that changes something only where `holds`; `without` says what is missing."""
+    """A flag that changes something only where `holds` of all values; `without` says what is missing."""
 
     field: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[Values], bool]
     without: str
 
 
-def _decides(recipe: Any) -> bool:
-    return CONTROLS[recipe.control].decides
+def _decides(values: Values) -> bool:
+    return CONTROLS[values["control"]].decides
 
 
-def _freezes(recipe: Any) -> bool:
-    return CONTROLS[recipe.control].freezes
+def _freezes(values: Values) -> bool:
+    return CONTROLS[values["control"]].freezes
 
 
 # Asked only of recipes that have the field, and only where its value is not the recipe's own default.
 NEEDS = (
     _Need(
         "steps",
-        lambda r: r.epochs is None,
+        lambda v: v["epochs"] is None,
         "with --epochs; add --epochs None to count in steps",
     ),
     _Need(
         "evaluate_every",
-        lambda r: r.epochs is None,
+        lambda v: v["epochs"] is None,
         "with --epochs, after each of which is measured",
     ),
     _Need(
-        "stage2_steps", lambda r: r.epochs is None, "with --epochs; use --stage2-epochs"
+        "stage2_steps",
+        lambda v: v["epochs"] is None,
+        "with --epochs; use --stage2-epochs",
     ),
     _Need(
         "stage2_epochs",
-        lambda r: r.epochs is not None,
+        lambda v: v["epochs"] is not None,
         "without --epochs; use --stage2-steps",
     ),
     _Need(
         "per_class",
-        lambda r: r.data_root is None,
+        lambda v: v["data_root"] is None,
         "with --data-root; it sizes the rendered images",
     ),
     _Need(
         "test_domain",
-        lambda r: r.data == "domains" or r.test_domain == "test",
+        lambda v: v["data"] in ("domains", "auto") or v["test_domain"] == "test",
         "for CIFAR-10: it has its own",
     ),
-    _Need("ema_decay", lambda r: r.averaging == "ema", "without --averaging ema"),
-    _Need("clip_mode", lambda r: r.clip is not None, "without --clip"),
-    _Need("distill_weight", lambda r: r.teacher is not None, "without --teacher"),
-    _Need("weight_bits", lambda r: not r.activation_only, "with --activation-only"),
-    _Need("activations", lambda r: not r.weight_only, "with --weight-only"),
+    _Need("ema_decay", lambda v: v["averaging"] == "ema", "without --averaging ema"),
+    _Need("clip_mode", lambda v: v["clip"] is not None, "without --clip"),
+    _Need("distill_weight", lambda v: v["teacher"] is not None, "without --teacher"),
+    _Need(
+        "weight_bits", lambda v: not v.get("activation_only"), "with --activation-only"
+    ),
+    _Need("activations", lambda v: not v["weight_only"], "with --weight-only"),
     _Need(
         "oscillation",
-        lambda r: not r.activation_only,
+        lambda v: not v.get("activation_only"),
         "with --activation-only: no weight has codes",
     ),
     _Need(
         "damping",
-        lambda r: not r.activation_only,
+        lambda v: not v.get("activation_only"),
         "with --activation-only: no weight has codes",
     ),
     _Need(
         "freeze_oscillating",
-        lambda r: not r.activation_only,
+        lambda v: not v.get("activation_only"),
         "with --activation-only: no weight has codes",
     ),
-    _Need("z", lambda r: r.threshold is None, "with --threshold, which decides"),
+    _Need("z", lambda v: v["threshold"] is None, "with --threshold, which decides"),
     _Need(
         "freeze_when",
-        lambda r: not CONTROLS[r.control].above,
+        lambda v: not CONTROLS[v["control"]].above,
         "with the control above, which decides it",
     ),
     _Need("freeze_scales", _decides, "with this --control, which decides nothing"),
@@ -129,113 +119,91 @@ NEEDS = (
     _Need("rescale", _freezes, "with this --control, which freezes nothing"),
 )
 
-# What a 1-bit net has no place for: flags of LSQ that its layers would ignore, or apply to their shortcuts alone.
-NOT_FOR_BINARY = (
-    "rules",
-    "activations",
-    "activation_only",
-    "weight_only",
-    "power_of_two",
-    "gradient_count",
-    "damping",
-    "freeze_oscillating",
-)
-SECOND_ALONE = ("stage2_epochs", "stage2_steps", "stage2_lr", "stage2_weight_decay")
-PERIODIC_ALONE = ("frequency", "frequency_start", "learn_frequency", "reg_tau", *SECOND_ALONE)  # fmt: skip
-
 
 def _check_effects(recipe: Recipe) -> None:
-    default = type(recipe)()
+    values, default = recipe.entries(), KNOWN[recipe.method].entries()
     for need in NEEDS:
-        if not hasattr(recipe, need.field) or getattr(recipe, need.field) == getattr(
-            default, need.field
-        ):
+        if need.field not in values or values[need.field] == default[need.field]:
             continue
-        if not need.holds(recipe):
+        if not need.holds(values):
             raise RecipeError(
                 f"{flag(need.field)} has no effect {need.without}; leave it out"
             )
 
 
-def _check_binary(recipe: BiperRecipe) -> None:
-    if recipe.bits != 1 or recipe.weight_bits not in (None, 1):
-        raise RecipeError(
-            f"--bits {recipe.bits}: biper has one bit; the method lsq has more"
-        )
-    if recipe.edge_bits > 8 and recipe.edge_bits != 32:
-        raise RecipeError(
-            f"--edge-bits must be 2 to 8, or 32 for floating point, got {recipe.edge_bits}"
-        )
-    default = BiperRecipe()
-    for field in NOT_FOR_BINARY:
-        if getattr(recipe, field) != getattr(default, field):
-            raise RecipeError(
-                f"{flag(field)}: 1-bit layers do not have it; leave it out, or use the method lsq"
-            )
-    if recipe.init not in ("lsq", "mse"):
-        raise RecipeError(
-            f"--init {recipe.init} repairs layers of 2 bits and more; use lsq or mse, or the method lsq"
-        )
-    if recipe.binarizer != "biper":
-        for field in PERIODIC_ALONE:
-            if getattr(recipe, field) != getattr(default, field):
-                raise RecipeError(
-                    f"{flag(field)} has no effect with --binarizer {recipe.binarizer}, which has one stage and no sine; "
-                    "leave it out"
-                )
-    if recipe.stage == 2 and recipe.binarizer == "biper" and recipe.init_from is None:
-        raise RecipeError(
-            "--stage 2 begins from a stage-1 run: name its folder with --init-from"
-        )
-    if recipe.stage == 2:
-        for field in SECOND_ALONE:
-            if getattr(recipe, field) != getattr(default, field):
-                plain = flag(field.removeprefix("stage2_"))
-                raise RecipeError(
-                    f"{flag(field)} has no effect with --stage 2, a run by itself; use {plain}"
-                )
-    if recipe.frequency_start is not None and recipe.learn_frequency:
-        raise RecipeError(
-            "--frequency-start: a learned frequency has no schedule; leave one of the two out"
-        )
-
-
-def _check_grids(recipe: LsqRecipe) -> None:
-    if recipe.weight_only and recipe.activation_only:
-        raise RecipeError(
-            "--weight-only and --activation-only exclude each other: nothing would be quantized"
-        )
-    if recipe.activations == "lsq-plus" and recipe.power_of_two:
-        raise RecipeError("--power-of-two has no offsets; use --activations lsq")
-    if recipe.init == "gptq" and recipe.activation_only:
-        raise RecipeError(
-            "--init gptq repairs weights; with --activation-only there are none to repair"
-        )
-    if isinstance(recipe, QtdogRecipe) and recipe.init in ("gptq", "bias-correction"):
-        raise RecipeError(
-            f"--init {recipe.init} repairs a net before training; qtdog quantizes it in the middle of it"
-        )
-
-
-def _check_sharpness(recipe: SagmRecipe) -> None:
-    if recipe.mixed_precision == "fp16":
+def _check_sharpness(recipe: Recipe) -> None:
+    sharpness, optimization = recipe.sharpness, recipe.optimization
+    if sharpness is None:
+        return
+    if optimization.mixed_precision == "fp16":
         raise RecipeError(
             "--mixed-precision fp16 scales the loss, and with it the perturbation; use bf16 or no"
         )
-    if recipe.perturb == "quantized" and not isinstance(recipe, LsqRecipe):
+    if sharpness.perturb == "quantized" and recipe.quantization is None:
         raise RecipeError(
             "--perturb quantized needs a quantized method, such as sagm-lsq"
         )
-    if recipe.perturb == "quantized" and "weights" not in recipe.perturb_kinds:
+    if sharpness.per_domain and optimization.domain_loss != "erm":
         raise RecipeError(
-            "--perturb quantized perturbs weights after their quantizers: add weights to --perturb-kinds"
+            f"--per-domain takes every domain's loss by itself, so --domain-loss {optimization.domain_loss} has nothing "
+            "to compare; leave one of them out"
         )
-    if recipe.per_domain and recipe.domain_loss != "erm":
+
+
+def _check_edges(recipe: Recipe) -> None:
+    if recipe.quantization is None or recipe.quantization.edge_bits <= 8:
+        return
+    bits = recipe.quantization.edge_bits
+    if recipe.binarization is None:
+        raise RecipeError(f"--edge-bits must be at least 2 and at most 8, got {bits}")
+    if bits != 32:
         raise RecipeError(
-            f"--per-domain takes every domain's loss by itself, so --domain-loss {recipe.domain_loss} has nothing to "
-            "compare; leave one of them out"
+            f"--edge-bits must be 2 to 8, or 32 for floating point, got {bits}"
         )
-    if recipe.per_domain and recipe.flatness == "gsam":
+
+
+def _check_weights(recipe: Recipe) -> None:
+    """Latent weights of one bit have no grid that they could be pulled to or swing on."""
+    if recipe.binarization is None or recipe.oscillation is None:
+        return
+    default = Oscillation()
+    for name in ("damping", "freeze_oscillating"):
+        if getattr(recipe.oscillation, name) != getattr(default, name):
+            raise RecipeError(
+                f"{flag(name)}: 1-bit layers do not have it; leave it out, or use the method lsq"
+            )
+
+
+def _check_repairs(recipe: Recipe) -> None:
+    """Of --init: a repair of the net before training needs weights on grids, and a net quantized from the beginning."""
+    if recipe.quantization is None:
+        return
+    init = recipe.quantization.init
+    if recipe.binarization is not None and init not in ("lsq", "mse"):
         raise RecipeError(
-            "--per-domain mixes fixed shares of two branches, which gsam does not have; use sagm, sam or asam"
+            f"--init {init} repairs layers of 2 bits and more; use lsq or mse, or the method lsq"
+        )
+    if recipe.grids is not None and recipe.grids.activation_only and init == "gptq":
+        raise RecipeError(
+            "--init gptq repairs weights; with --activation-only there are none to repair"
+        )
+    if recipe.delay is not None and init in ("gptq", "bias-correction"):
+        raise RecipeError(
+            f"--init {init} repairs a net before training; qtdog quantizes it in the middle of it"
+        )
+
+
+def _check_beginning(recipe: Recipe) -> None:
+    """Of the step or the stage at which quantization begins."""
+    steps = recipe.optimization.steps
+    if recipe.delay is not None and recipe.delay.quant_start_step >= steps:
+        raise RecipeError(
+            f"--quant-start-step {recipe.delay.quant_start_step}: must lie within --steps ({steps})"
+        )
+    binarization = recipe.binarization
+    if binarization is None or binarization.stage == 1:
+        return
+    if binarization.binarizer == "biper" and recipe.init_from is None:
+        raise RecipeError(
+            "--stage 2 begins from a stage-1 run: name its folder with --init-from"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from edgeqat.files import read_json
-from qat.runs.recipe import RecipeError
+from qat.runs.parts import RecipeError
 from qat.runs.run_folder import RunFolder
 
 TEXT, WHOLE, NUMBER, FLAG = "text", "a whole number", "a number", "true or false"

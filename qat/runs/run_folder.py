@@ -8,7 +8,7 @@ model.onnx, certificate.json, report.html            written by `qat export`, `q
 
 import shutil
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from edgeqat.files import (
 )
 from qat.runs import earlier
 from qat.runs.log import read_log
+from qat.runs.parts import RecipeError
 from qat.runs.ranges import flag
-from qat.runs.recipe import LsqRecipe, Recipe, RecipeError, from_json, to_json
+from qat.runs.recipe import Recipe, from_json, to_json
 
 ARRAYS_OF_A_DOMAIN = ("predicted", "label")
 SAVED = ("last.pt", "checkpoint.pt", "results.json")  # what makes a folder a run's
@@ -68,15 +69,20 @@ class Samples:
 class RunFolder:
     """Paths and files of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        """writes: False for the processes of a run that leave writing to another; then nothing is saved."""
+        self.path, self.writes = path, writes
         self.is_new = False  # whether `create` made it
 
     @classmethod
     def create(cls, recipe: Recipe) -> "RunFolder":
         """A new folder for `recipe`: its `out`, or a free default. Raises RecipeError when `out` holds a run or is a file."""
         check_out(recipe)
-        path = default_folder(recipe) if recipe.out is None else recipe.out
+        path = (
+            default_folder(recipe)
+            if recipe.tracking.out is None
+            else recipe.tracking.out
+        )
         is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -86,11 +92,11 @@ class RunFolder:
             ) from error
         folder = cls(path)
         folder.is_new = is_new
-        if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
+        if recipe.grids is not None and recipe.grids.rules is not None:
             # The folder is complete without the file it was made from
-            kept = path / f"rules{recipe.rules.suffix}"
-            if not recipe.resume:
-                write_text(kept, read_text(recipe.rules))
+            kept = path / f"rules{recipe.grids.rules.suffix}"
+            if not recipe.tracking.resume:
+                write_text(kept, read_text(recipe.grids.rules))
         write_json(path / "recipe.json", to_json(recipe))
         return folder
 
@@ -127,8 +133,8 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """The recipe that the run recorded, its rules read from the folder's own copy."""
         recipe = from_json(read_json(self.require("recipe.json")), self / "recipe.json")
-        if isinstance(recipe, LsqRecipe) and recipe.rules is not None:
-            return replace(recipe, rules=self / f"rules{recipe.rules.suffix}")
+        if recipe.grids is not None and recipe.grids.rules is not None:
+            return recipe.changed(rules=self / f"rules{recipe.grids.rules.suffix}")
         return recipe
 
     def results(self) -> dict[str, Any]:
@@ -143,6 +149,8 @@ class RunFolder:
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a checkpoint `name` atomically."""
+        if not self.writes:
+            return
         write_atomically(self / name, lambda p: torch.save(state, p))
 
     def load(self, name: str) -> dict[str, Any]:
@@ -175,6 +183,8 @@ class RunFolder:
         self, predictions: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
     ) -> None:
         """Per domain: predicted classes and labels of the images its accuracy was measured on, in a fixed order."""
+        if not self.writes:
+            return
         arrays = {
             f"{domain}/{kind}": a
             for domain, both in predictions.items()
@@ -248,7 +258,7 @@ class RunFolder:
             raise RecipeError(
                 f"{path}: its images are not finite float32 numbers of shape (images, 3, height, width)"
             )
-        size = self.recipe().image_size
+        size = self.recipe().model.image_size
         if images.shape[2:] != (size, size):
             raise RecipeError(
                 f"{path}: its images have {images.shape[2:]} pixels, the run was trained with {size} × {size}"
@@ -267,26 +277,26 @@ class RunFolder:
 def check_out(recipe: Recipe) -> None:
     """Raises RecipeError when --out and --resume do not fit what is there. A run that stopped before anything was saved does
     not block its folder."""
-    if recipe.out is None:
-        if recipe.resume:
+    if recipe.tracking.out is None:
+        if recipe.tracking.resume:
             raise RecipeError("--resume needs --out, the folder of the interrupted run")
         return
-    if recipe.out.exists() and not recipe.out.is_dir():
-        raise RecipeError(f"--out {recipe.out}: is a file; name a folder")
-    folder = RunFolder(recipe.out)
-    if recipe.resume and not (folder / "last.pt").exists():
+    if recipe.tracking.out.exists() and not recipe.tracking.out.is_dir():
+        raise RecipeError(f"--out {recipe.tracking.out}: is a file; name a folder")
+    folder = RunFolder(recipe.tracking.out)
+    if recipe.tracking.resume and not (folder / "last.pt").exists():
         raise RecipeError(
-            f"--resume: {recipe.out} holds no interrupted run (no last.pt); leave --resume out to begin it"
+            f"--resume: {recipe.tracking.out} holds no interrupted run (no last.pt); leave --resume out to begin it"
         )
-    if folder.has_run and not recipe.resume:
+    if folder.has_run and not recipe.tracking.resume:
         raise RecipeError(
-            f"--out {recipe.out}: holds a run already; choose another folder, or --resume it"
+            f"--out {recipe.tracking.out}: holds a run already; choose another folder, or --resume it"
         )
-    if recipe.resume:
+    if recipe.tracking.resume:
         different = different_entries(to_json(folder.recipe()), to_json(recipe))
         if different:
             raise RecipeError(
-                f"--resume: {recipe.out} was begun with {different}; repeat the command that began it"
+                f"--resume: {recipe.tracking.out} was begun with {different}; repeat the command that began it"
             )
 
 
@@ -311,19 +321,9 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def _default_name(recipe: Recipe) -> str:
-    bits = (
-        f"-w{recipe.weight_bits or recipe.bits}"
-        if isinstance(recipe, LsqRecipe)
-        else ""
-    )
-    bits += (
-        f"a{recipe.bits}"
-        if isinstance(recipe, LsqRecipe) and not recipe.weight_only
-        else ""
-    )
-    return (
-        f"{recipe.method}{bits}-{recipe.test_domain}-{recipe.backbone}-s{recipe.seed}"
-    )
+    named = [recipe.method, recipe.precision.lower(), recipe.images.test_domain]
+    named += [recipe.model.backbone, f"s{recipe.optimization.seed}"]
+    return "-".join(name for name in named if name)
 
 
 def _free(path: Path) -> Path:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeqat.files import read_json, require_readable, write_json
 from qat.objectives.scale_freeze import Seen
-from qat.runs.recipe import RecipeError
+from qat.runs.parts import RecipeError
 from qat.runs.records import TEXT, WHOLE, require
 
 COLUMNS = ("disorder", "conflict", "cosine", "frozen")

@@ -36,20 +36,13 @@ def create_backbone(
     pretrained: timm's own weights for the name, downloaded by timm.
     Raises ValueError for an unknown name (with the nearest ones), a file that does not fit, or both sources at once.
     """
-    import difflib
-
     import timm
 
-    register_binary_nets()
     if weights is not None and pretrained:
         raise ValueError(
             "--weights and --pretrained exclude each other: one file or timm's own weights"
         )
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(
-            f"--backbone {name}: timm has no such model; nearest: {', '.join(near) or 'none'}"
-        )
+    _require_model(name)
     model = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, **model_kwargs
     )
@@ -59,6 +52,33 @@ def create_backbone(
     return model, DataConfig(
         config["input_size"][-1], tuple(config["mean"]), tuple(config["std"])
     )
+
+
+def own_image_size(name: str) -> int:
+    """Side in pixels of the images that timm's record of a model names. Raises ValueError for an unknown name."""
+    import timm
+
+    _require_model(name)
+    if name in ARCHITECTURES:
+        record = ARCHITECTURES[name]().pretrained_cfg
+        return int(record["input_size"][-1])  # type: ignore[index]
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    return int(config.input_size[-1])
+
+
+def _require_model(name: str) -> None:
+    """Raises ValueError for a name that timm does not know, with the nearest ones."""
+    import difflib
+
+    import timm
+
+    register_binary_nets()
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(
+            f"--backbone {name}: timm has no such model; nearest: {', '.join(near) or 'none'}"
+        )
 
 
 def register_binary_nets() -> None:

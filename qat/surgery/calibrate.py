@@ -80,7 +80,7 @@ def calibrate(
             model(*args, **kwargs)
             seen += 1
     samples = _of_all_processes(samples)
-    if not seen:
+    if not any(samples.values()) and not seen:
         raise ValueError("calibrate: the loader gave no batch")
     values = {name: _values(name, samples[name]) for name in found}
     starts = {
@@ -93,7 +93,10 @@ def calibrate(
 
 
 def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The values that all processes of a distributed run saw, alike in each: so all get the same signs and scales."""
+    """The values that all processes of a distributed run saw, alike in each: so all get the same signs and scales.
+
+    Batches are put together in turns, one of each process: where these took every n-th batch of one loader, its order.
+    """
     if (
         not (dist.is_available() and dist.is_initialized())
         or dist.get_world_size() == 1
@@ -107,9 +110,18 @@ def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor
     ]
     dist.all_gather_object(everybodys, mine)
     return {
-        name: [tensor for theirs in everybodys for tensor in theirs[name]]
-        for name in samples
+        name: _by_turns([theirs[name] for theirs in everybodys]) for name in samples
     }
+
+
+def _by_turns(of_processes: list[list[Tensor]]) -> list[Tensor]:
+    longest = max(len(tensors) for tensors in of_processes)
+    return [
+        tensors[turn]
+        for turn in range(longest)
+        for tensors in of_processes
+        if turn < len(tensors)
+    ]
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
 from qat.quantizers.biper import periodic_regulariser
 from qat.quantizers.contract import Quantizer
-from qat.runs.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, SagmRecipe
+from qat.runs.parts import Binarization, Freezing, Sharpness
+from qat.runs.parts import Oscillation as OscillationPart
+from qat.runs.recipe import Recipe
 from qat.surgery.backbones import first_and_last
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.calibrate import paused
@@ -55,55 +57,56 @@ def training_step(
         own,
         optimizer,
         precision,
-        objective=objective_of(recipe, own, parameters),
-        loss=LOSSES[recipe.domain_loss](domains),
+        objective=objective_of(recipe.sharpness, own, parameters),
+        loss=LOSSES[recipe.optimization.domain_loss](domains),
         domains=domains,
-        accumulate=recipe.accumulate,
+        accumulate=recipe.optimization.accumulate,
         memory_format=torch.channels_last
-        if recipe.channels_last
+        if recipe.model.channels_last
         else torch.contiguous_format,
-        clip=recipe.clip,
-        clip_mode=recipe.clip_mode,
+        clip=recipe.optimization.clip,
+        clip_mode=recipe.optimization.clip_mode,
         schedule=schedule,
     )
     head = own.get_submodule(first_and_last(own)[-1])
-    if recipe.domain_loss != "erm":
+    if recipe.optimization.domain_loss != "erm":
         step.features, _ = head_features(own, head)
-    if recipe.clip_mode == "agc":
+    if recipe.optimization.clip_mode == "agc":
         step.leave_unclipped(list(head.parameters()))
-    if isinstance(recipe, SagmRecipe):
-        step.per_domain = recipe.per_domain
-        step.freezer = freezer_of(recipe, own)
-    if isinstance(recipe, GaqatRecipe) and step.freezer is not None:
-        step.combine = _combination(recipe, own, step.freezer)
-    if isinstance(recipe, LsqRecipe):
-        _add_quantization(step, recipe, teacher)
-    if (
-        isinstance(recipe, BiperRecipe)
-        and recipe.frequency_start is not None
-        and recipe.stage == 1
-    ):
-        step.before = _frequency_mover(recipe, own, recipe.frequency_start)
+    if recipe.sharpness is not None:
+        step.per_domain = recipe.sharpness.per_domain
+        step.freezer = freezer_of(recipe.freezing, own, recipe.optimization.seed)
+    if recipe.freezing is not None and step.freezer is not None:
+        step.combine = _combination(recipe.freezing, own, step.freezer)
+    if recipe.distillation is not None and teacher is not None:
+        step.distillation = Distillation(
+            teacher.to(step.device), recipe.distillation.distill_weight
+        )
+    if recipe.oscillation is not None:
+        step.oscillation = _oscillation(recipe.oscillation, own)
+    step.penalties = _penalties(recipe, own)
+    binarization = recipe.binarization
+    if binarization is not None and binarization.stage == 1:
+        step.before = _frequency_mover(binarization, own, recipe.optimization.steps)
     return step
 
 
-def _add_quantization(
-    step: TrainingStep, recipe: LsqRecipe, teacher: nn.Module | None
-) -> None:
-    """Distillation, penalties and the record of oscillating weights, as far as the recipe has them."""
+def _oscillation(part: OscillationPart, model: nn.Module) -> Oscillation | None:
+    """The record of oscillating weights, where it is asked for or freezes them."""
+    if not part.oscillation and part.freeze_oscillating is None:
+        return None
+    weights, grids = zip(*quantized_weights(model), strict=True)
+    return Oscillation(weights, grids, freeze_above=part.freeze_oscillating)
+
+
+def _penalties(recipe: Recipe, model: nn.Module) -> list[Callable[[], Tensor]]:
+    """What is added to the loss, computed from the weights alone."""
     penalties: list[Callable[[], Tensor]] = []
-    if teacher is not None:
-        step.distillation = Distillation(teacher.to(step.device), recipe.distill_weight)
-    if recipe.damping:
-        penalties.append(partial(_damping, step.own, recipe.damping))
-    if isinstance(recipe, BiperRecipe) and recipe.reg_tau:
-        penalties.append(partial(_regulariser, step.own, recipe.reg_tau))
-    step.penalties = penalties
-    if recipe.oscillation or recipe.freeze_oscillating is not None:
-        weights, grids = zip(*quantized_weights(step.own), strict=True)
-        step.oscillation = Oscillation(
-            weights, grids, freeze_above=recipe.freeze_oscillating
-        )
+    if recipe.oscillation is not None and recipe.oscillation.damping:
+        penalties.append(partial(_damping, model, recipe.oscillation.damping))
+    if recipe.binarization is not None and recipe.binarization.reg_tau:
+        penalties.append(partial(_regulariser, model, recipe.binarization.reg_tau))
+    return penalties
 
 
 def _damping(model: nn.Module, weight: float) -> Tensor:
@@ -118,23 +121,26 @@ def _regulariser(model: nn.Module, weight: float) -> Tensor:
 
 
 def _frequency_mover(
-    recipe: BiperRecipe, model: nn.Module, start: float
-) -> Callable[[int], None]:
-    """Moves the frequency of every periodic weight evenly from `start` to the recipe's own over the run."""
+    binarization: Binarization, model: nn.Module, steps: int
+) -> Callable[[int], None] | None:
+    """Moves the frequency of every periodic weight evenly from its start to its end over `steps`; None where it stays."""
+    if binarization.frequency_start is None:
+        return None
+    start, end = binarization.frequency_start, binarization.frequency
 
     def move(taken: int) -> None:
-        reached = min((taken + 1) / recipe.steps, 1.0)
+        reached = min((taken + 1) / steps, 1.0)
         for quantizer, _ in periodic_weights(model):
-            quantizer.set_frequency(start + reached * (recipe.frequency - start))
+            quantizer.set_frequency(start + reached * (end - start))
 
     return move
 
 
 def _combination(
-    recipe: GaqatRecipe, model: nn.Module, freezer: ScaleFreezer
+    freezing: Freezing, model: nn.Module, freezer: ScaleFreezer
 ) -> Callable[[Gradients, list[Parameter], int], None] | None:
     """What a control does that freezes nothing: it makes the two branches one (`qat/objectives/controls.py`)."""
-    how = CONTROLS[recipe.control].combined
+    how = CONTROLS[freezing.control].combined
 
     def alternate(
         gradients: Gradients, parameters: list[Parameter], taken: int
@@ -145,7 +151,8 @@ def _combination(
     def by_groups(
         gradients: Gradients, parameters: list[Parameter], taken: int
     ) -> None:
-        combine(gradients, parameters, scale_groups(model, recipe.per_channel), how)
+        groups = scale_groups(model, freezing.per_channel)
+        combine(gradients, parameters, groups, how)
 
     if how == "alternate":
         return alternate
@@ -153,51 +160,54 @@ def _combination(
 
 
 def objective_of(
-    recipe: Recipe, model: nn.Module, parameters: list[Parameter]
+    sharpness: Sharpness | None, model: nn.Module, parameters: list[Parameter]
 ) -> Objective:
-    """The objective a recipe names, its options filled in."""
-    if not isinstance(recipe, SagmRecipe):
+    """The objective of two passes that `sharpness` names, its options filled in; without it, empirical risk."""
+    if sharpness is None:
         return erm
     kinds = parameter_kinds(model)
-    after_quantizer = (
-        [(q, w) for w, q in quantized_weights(model)]
-        if recipe.perturb == "quantized"
-        else []
-    )
-    where = Perturbation(
-        [kinds[id(p)] in recipe.perturb_kinds for p in parameters], after_quantizer
-    )
-    options = {"alpha": recipe.alpha} if recipe.flatness in WITH_ALPHA else {}
-    return partial(FLATNESS[recipe.flatness], rho=recipe.rho, where=where, **options)
+    is_perturbed = [kinds[id(p)] in sharpness.perturb_kinds for p in parameters]
+    after_quantizer = []
+    if sharpness.perturb == "quantized":
+        after_quantizer = [(q, w) for w, q in quantized_weights(model)]
+    where = Perturbation(is_perturbed, after_quantizer)
+    objective = partial(FLATNESS[sharpness.flatness], rho=sharpness.rho, where=where)
+    if sharpness.flatness in WITH_ALPHA:
+        return partial(objective, alpha=sharpness.alpha)
+    return objective
 
 
-def freezer_of(recipe: SagmRecipe, model: nn.Module) -> ScaleFreezer | None:
-    """Follows every quantizer's scale; freezes by the recipe's rule, or nothing where it has none. None where none are."""
+def freezer_of(
+    freezing: Freezing | None, model: nn.Module, seed: int
+) -> ScaleFreezer | None:
+    """Follows every quantizer's scale; freezes by the rule of `freezing`, or nothing without it. None where none are."""
     found = quantizers(model)
     if not found:
         return None
-    rule = FreezeRule(policy="never")
-    if isinstance(recipe, GaqatRecipe):
-        control = CONTROLS[recipe.control]
-        rule = FreezeRule(
-            window=recipe.window,
-            threshold=recipe.threshold,
-            weight_threshold=recipe.weight_threshold,
-            z=recipe.z,
-            when="above" if control.above else recipe.freeze_when,
-            branch=control.branch,
-            policy=control.policy,
-            per_channel=recipe.per_channel,
-            targets=recipe.freeze_scales,
-            start=recipe.start_step,
-            rescale=recipe.rescale,
-        )
     return ScaleFreezer(
         list(found),
         [q.raw_scale for q in found.values()],
         [q.is_weight for q in found.values()],
-        rule,
-        recipe.seed,
+        FreezeRule(policy="never") if freezing is None else rule_of(freezing),
+        seed,
+    )
+
+
+def rule_of(freezing: Freezing) -> FreezeRule:
+    """When a scale freezes, as flags and the control's row say."""
+    control = CONTROLS[freezing.control]
+    return FreezeRule(
+        window=freezing.window,
+        threshold=freezing.threshold,
+        weight_threshold=freezing.weight_threshold,
+        z=freezing.z,
+        when="above" if control.above else freezing.freeze_when,
+        branch=control.branch,
+        policy=control.policy,
+        per_channel=freezing.per_channel,
+        targets=freezing.freeze_scales,
+        start=freezing.start_step,
+        rescale=freezing.rescale,
     )
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from edgeqat.interrupts import leave_signals_to_the_parent
-from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
+from qat.domains.batches import (
+    EqualDomainBatches,
+    EvalImages,
+    ShareOfBatches,
+    TrainImages,
+)
 from qat.domains.cifar import EpochBatches, crop_flip
 from qat.domains.splits import Split, Subset
 from qat.domains.transforms import eval_transform, train_transform
@@ -25,29 +29,38 @@ SAMPLES = 128
 
 
 def train_loader(
-    split: Split, recipe: Recipe, built: Built, start_step: int = 0
+    split: Split,
+    recipe: Recipe,
+    built: Built,
+    start_step: int = 0,
+    *,
+    rank: int = 0,
+    processes: int = 1,
 ) -> DataLoader[Any]:
     """Batches start_step .. steps-1 of (images, labels, domains): as many images from every source domain, or epochs. A batch
-    is all that one optimizer step sees, however many microbatches it is cut into."""
-    steps: dict[str, Any] = {"start_step": start_step, "steps": recipe.steps}
+    is all that one optimizer step sees, however many microbatches it is cut into. Each of several processes has its share."""
+    steps: dict[str, Any] = {
+        "start_step": start_step,
+        "steps": recipe.optimization.steps,
+    }
     sizes, images_a_step = (
         [len(s) for s in split.train],
-        recipe.batch_size * recipe.accumulate,
+        recipe.optimization.batch_size * recipe.optimization.accumulate,
     )
     sampler = (
-        EqualDomainBatches(sizes, images_a_step, recipe.seed, **steps)
-        if recipe.epochs is None
-        else EpochBatches(sum(sizes), images_a_step, recipe.seed, **steps)
+        EqualDomainBatches(sizes, images_a_step, recipe.optimization.seed, **steps)
+        if recipe.optimization.epochs is None
+        else EpochBatches(sum(sizes), images_a_step, recipe.optimization.seed, **steps)
     )
-    augmented = AUGMENTATIONS[recipe.augmentation](
-        recipe.image_size, built.mean, built.std
+    augmented = AUGMENTATIONS[recipe.images.augmentation](
+        recipe.model.image_size, built.mean, built.std
     )
     images = TrainImages(split.train, augmented)
     return DataLoader(
         images,
-        batch_sampler=sampler,
-        num_workers=recipe.workers,
-        persistent_workers=recipe.workers > 0,
+        batch_sampler=ShareOfBatches(sampler, rank, processes),
+        num_workers=recipe.images.workers,
+        persistent_workers=recipe.images.workers > 0,
         worker_init_fn=leave_signals_to_the_parent,
         # Else every pass over a loader draws from the generator that training uses
         generator=torch.Generator(),
@@ -60,7 +73,9 @@ def some_images(
     """Images N_3_H_W of the first training batches, for calibration and batch norm statistics."""
     loader = train_loader(
         split,
-        replace(recipe, workers=0, accumulate=1, steps=max(recipe.steps, batches)),
+        recipe.changed(
+            workers=0, accumulate=1, steps=max(recipe.optimization.steps, batches)
+        ),
         built,
     )
     return (batch[0] for batch in itertools.islice(loader, batches))
@@ -68,7 +83,7 @@ def some_images(
 
 def eval_batches(subset: Subset, recipe: Recipe, built: Built) -> DataLoader[Any]:
     """Batches of (images, labels) of `subset` in order, as the recipe's model sees them."""
-    return seen_batches(subset, recipe.image_size, built.mean, built.std)
+    return seen_batches(subset, recipe.model.image_size, built.mean, built.std)
 
 
 def seen_batches(
@@ -99,7 +114,7 @@ def _samples(
     images, labels, domains = [], [], []
     for subset in subsets:
         data = EvalImages(
-            subset, eval_transform(recipe.image_size, built.mean, built.std)
+            subset, eval_transform(recipe.model.image_size, built.mean, built.std)
         )
         for index in np.linspace(0, len(data) - 1, min(each, len(data))).astype(int):
             image, label = data[int(index)]

@@ -27,7 +27,8 @@ from qat.domains.folders import Domain
 from qat.domains.splits import Split, Subset, leave_one_domain_out
 from qat.objectives.averaging import Average, LossValley
 from qat.runs.build import Built, build, load_state
-from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, to_json
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, to_json
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder, check_out
 from qat.runs.scale_log import ScaleLog
@@ -37,12 +38,16 @@ from qat.surgery.batchnorm import restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import begin, pause
 from qat.surgery.swap import parameter_groups, sizes_of_scales
 from qat.train.data import in_steps
-from qat.train.evaluate import accuracy, mean_loss, predictions, predictor
+from qat.train.evaluate import mean_loss, predictions, predictor
 from qat.train.from_recipe import training_step
 from qat.train.loaders import collect_samples, eval_batches, some_images, train_loader
+from qat.train.processes import (
+    Processes,
+    restore_randomness,
+    states_of_randomness,
+)
 from qat.train.scale_scalars import mean_scales, scale_scalars
 from qat.train.start import (
-    as_saved,
     calibrated,
     schedule_of,
     start_state,
@@ -70,39 +75,44 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
         if isinstance(data, Split)
         else leave_one_domain_out(
             data,
-            recipe.test_domain,
-            holdout_fraction=recipe.holdout,
-            trial_seed=recipe.trial_seed,
+            recipe.images.test_domain,
+            holdout_fraction=recipe.images.holdout,
+            trial_seed=recipe.images.trial_seed,
         )
     )
     written, recipe = recipe, in_steps(recipe, split)
-    set_seed(recipe.seed)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    set_seed(recipe.optimization.seed)
+    accelerator = Accelerator(mixed_precision=recipe.optimization.mixed_precision)
+    processes = Processes(accelerator)
+    processes.require_even(recipe.optimization)
     start = start_state(recipe, split)
     # Loaded before the model is quantized
     before = None if takes_over(recipe) else start
     built = build(
         recipe,
         len(split.classes),
-        load_weights=start is None and not recipe.resume,
+        load_weights=start is None and not recipe.tracking.resume,
         start=before,
     )
     teacher = teacher_of(recipe, split, built)
     rows = None
     if start is not None and before is None:
-        assert isinstance(recipe, LsqRecipe)
         source = Path(str(recipe.init_from)) / "checkpoint.pt"
         load_state(built.model, {"model": start}, source)
-    elif isinstance(recipe, LsqRecipe) and not recipe.resume:
-        rows = calibrated(recipe, built, split)
-    folder = RunFolder.create(written)
+    elif recipe.quantization is not None and not recipe.tracking.resume:
+        rows = calibrated(recipe, built, split, processes)
+    processes.wait()  # all have looked at --out, which process 0 is about to fill
+    folder = RunFolder.create(written) if processes.writes else None
+    path = processes.from_first(Path() if folder is None else folder.path)
+    if folder is None:
+        folder = RunFolder(path, writes=False)
     try:
-        if rows is not None:
+        if rows is not None and processes.writes:
             write_json(
                 folder / "calibration.json",
                 [vars(row) | {"spec": str(row.spec)} for row in rows],
             )
-        trainer = _Trainer(recipe, split, built, accelerator, folder, teacher)
+        trainer = _Trainer(recipe, split, built, processes, folder, teacher)
     except BaseException:
         folder.discard()
         raise
@@ -117,6 +127,7 @@ class _Progress:
     step: int = 0
     best_step: int = 0
     best_accuracy: float = -1.0
+    seconds: float = 0.0
 
 
 class _Trainer:
@@ -125,52 +136,63 @@ class _Trainer:
         recipe: Recipe,
         split: Split,
         built: Built,
-        accelerator: Accelerator,
+        processes: Processes,
         folder: RunFolder,
         teacher: nn.Module | None,
     ) -> None:
         self.recipe, self.split, self.built, self.folder = recipe, split, built, folder
-        self.accelerator, self.progress = accelerator, _Progress()
+        self.processes, self.progress = processes, _Progress()
+        self.accelerator = processes.accelerator
         self.described = to_json(folder.recipe())
+        self.clock = time.perf_counter()
         self.cross_entropies: list[float] = []  # of the steps since the last evaluation
-        if recipe.channels_last:
+        if recipe.model.channels_last:
             built.model.to(memory_format=torch.channels_last)
-        set_norm_mode(built.model, recipe.norms)
-        resumed = folder.load("last.pt") if recipe.resume else None
+        set_norm_mode(built.model, recipe.model.norms)
+        resumed = folder.load("last.pt") if recipe.tracking.resume else None
         self.scale_sizes = (
             sizes_of_scales(built.model) if resumed is None else resumed["scale_sizes"]
         )
         groups = groups_of(recipe, built.model, self.scale_sizes)
-        optimizer = create_optimizer(recipe.optimizer, groups, recipe.lr)
+        optimizer = create_optimizer(
+            recipe.optimization.optimizer, groups, recipe.optimization.lr
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, schedule_of(recipe)
+            optimizer, schedule_of(recipe.optimization)
         )
         if resumed is not None:
             load_state(built.model, resumed, folder / "last.pt")
             optimizer.load_state_dict(resumed["optimizer"])
             self.schedule.load_state_dict(resumed["schedule"])
             self.progress = _Progress(**resumed["progress"])
-        self.quant_start = (
-            recipe.quant_start_step if isinstance(recipe, QtdogRecipe) else 0
-        )
+        self.quant_start = 0 if recipe.delay is None else recipe.delay.quant_start_step
         if self.progress.step < self.quant_start:
             pause(built.model)
-        loader = train_loader(split, recipe, built, start_step=self.progress.step)
-        self.model, self.optimizer, self.loader = accelerator.prepare(
-            built.model, optimizer, loader
+        self.loader = train_loader(
+            split,
+            recipe,
+            built,
+            self.progress.step,
+            rank=processes.rank,
+            processes=processes.count,
         )
+        self.model, self.optimizer = self.accelerator.prepare(built.model, optimizer)
         self.step = training_step(
             recipe,
             self.model,
             built.model,
             self.optimizer,
-            accelerator,
+            self.accelerator,
             domains=len(split.train),
             teacher=teacher,
             schedule=self.schedule,
         )
         self.average, self.valley = (
-            Average(recipe.ema_decay if recipe.averaging == "ema" else None),
+            Average(
+                recipe.averaging.ema_decay
+                if recipe.averaging.averaging == "ema"
+                else None
+            ),
             LossValley(),
         )
         if resumed is not None:
@@ -178,48 +200,57 @@ class _Trainer:
             self.average.load_state_dict(resumed["average"])
             self.valley.load_state_dict(resumed["valley"])
             self.cross_entropies = list(resumed.get("cross_entropies", []))
-            torch.set_rng_state(resumed["rng"])
+            restore_randomness(resumed, processes)
+            if self.accelerator.scaler is not None and resumed.get("scaler"):
+                self.accelerator.scaler.load_state_dict(resumed["scaler"])
+        elif processes.rank:
+            # Dropout is drawn apart in each process
+            torch.manual_seed(recipe.optimization.seed + processes.rank)
 
     def fit(self) -> None:
-        recipe, started = self.recipe, time.perf_counter()
+        recipe, freezer = self.recipe, self.step.freezer
         tracker = Tracker(
             self.folder.path,
-            steps=recipe.steps,
-            tensorboard=recipe.tensorboard,
+            steps=recipe.optimization.steps,
+            tensorboard=recipe.tracking.tensorboard,
             resume_at=self.progress.step,
+            writes=self.processes.writes,
         )
-        freezer = self.step.freezer
-        window = freezer.rule.window if freezer is not None else 0
-        scales = (
-            ScaleLog(self.folder.path, freezer.names, window, self.progress.step)
-            if freezer is not None
-            else None
-        )
-        # Several processes would note a signal at different steps, and wait for each other for ever.
-        stop = StopRequest(wanted=self.accelerator.num_processes == 1)
-        with tracker, nullcontext() if scales is None else closing(scales), stop:
-            # Delayed quantizers have no scales yet
-            if self.progress.step == 0 and not self.quant_start:
-                tracker.log(0, {"scales": mean_scales(self.built.model)})
-            self.model.train()
-            for images, labels, domains in self.loader:
-                self._train(images, labels, domains, tracker, scales)
-                if (
-                    self.progress.step % recipe.evaluate_every == 0
-                    or self.progress.step == recipe.steps
-                ):
-                    if scales is not None:
-                        scales.flush()
-                    self._evaluate(tracker)
-                elif stop.number is not None:
-                    if scales is not None:
-                        scales.flush()
-                    self._save_progress()
-                if stop.number is not None:
-                    raise Interrupted(stop.number, self._how_to_go_on())
-            if not recipe.steps:
+        scales = None
+        if freezer is not None and self.processes.writes:
+            path, window = self.folder.path, freezer.rule.window
+            scales = ScaleLog(path, freezer.names, window, self.progress.step)
+        with tracker, nullcontext() if scales is None else closing(scales):
+            with StopRequest() as stop:
+                self._take_steps(tracker, scales, stop)
+            if not recipe.optimization.steps:
                 self._evaluate(tracker)
-        self._finish(time.perf_counter() - started)
+        self._finish()
+
+    def _take_steps(
+        self, tracker: Tracker, scales: ScaleLog | None, stop: StopRequest
+    ) -> None:
+        recipe = self.recipe
+        # Delayed quantizers have no scales yet
+        if self.progress.step == 0 and not self.quant_start:
+            tracker.log(0, {"scales": mean_scales(self.built.model)})
+        self.model.train()
+        self.clock = time.perf_counter()
+        for batch in self.loader:
+            images, labels, domains = (t.to(self.accelerator.device) for t in batch)
+            self._train(images, labels, domains, tracker, scales)
+            is_measured = self.progress.step % recipe.tracking.evaluate_every == 0
+            is_last = self.progress.step == recipe.optimization.steps
+            # A signal reaches the processes at different steps, and all must end at the same one
+            signal = max(self.processes.all(stop.number or 0))
+            if scales is not None and (is_measured or is_last or signal):
+                scales.flush()
+            if is_measured or is_last:
+                self._evaluate(tracker)
+            elif signal:
+                self._save_progress()
+            if signal:
+                raise Interrupted(signal, self._how_to_go_on())
 
     def _train(
         self,
@@ -230,17 +261,23 @@ class _Trainer:
         scales: ScaleLog | None,
     ) -> None:
         if self.quant_start and self.progress.step == self.quant_start:
-            assert isinstance(self.recipe, QtdogRecipe)
+            assert self.recipe.quantization is not None
             calibration = some_images(
-                self.split, self.recipe, self.built, self.recipe.calibration_batches
+                self.split,
+                self.recipe,
+                self.built,
+                self.recipe.quantization.calibration_batches,
             )
-            begin(self.built.model, calibration, self.recipe.scale_init)
+            begin(self.built.model, calibration, self.recipe.quantization.scale_init)
             if self.step.oscillation is not None:
                 self.step.oscillation.restart()
         began = time.perf_counter()
         outcome = self.step(images, labels, domains)
         self.progress.step += 1
-        if self.recipe.averaging != "none" and self.progress.step > self.quant_start:
+        if (
+            self.recipe.averaging.averaging != "none"
+            and self.progress.step > self.quant_start
+        ):
             self.average.update(self.built.model)
         if scales is not None and outcome.seen is not None:
             scales.write(outcome.seen)
@@ -256,18 +293,27 @@ class _Trainer:
             )
         norm = float(outcome.norm)
         # Whose scaler leaves such steps out
-        if not math.isfinite(norm) and self.recipe.mixed_precision != "fp16":
+        if (
+            not math.isfinite(norm)
+            and self.recipe.optimization.mixed_precision != "fp16"
+        ):
             raise RecipeError(
                 f"step {self.progress.step}: the loss is finite, and the norm of its gradient is {norm}; "
                 f"{self._what_to_change()}"
             )
-        self.cross_entropies.append(
-            float(cross_entropy(outcome.logits.float(), labels))
-        )
+        shown = [
+            loss,
+            float(cross_entropy(outcome.logits.float(), labels)),
+            float((outcome.logits.argmax(1) == labels).float().mean()),
+        ]
+        loss, entropy, accuracy_of_step = self.processes.mean(shown)
+        self.cross_entropies.append(entropy)
         values: dict[str, float | Mapping[str, float]] = {
             "loss": loss,
-            "accuracy": float((outcome.logits.argmax(1) == labels).float().mean()),
-            "images_per_second": len(labels) / max(seconds, 1e-9),
+            "accuracy": accuracy_of_step,
+            "images_per_second": len(labels)
+            * self.processes.count
+            / max(seconds, 1e-9),
         }
         tracker.show(self.progress.step, **values)  # type: ignore[arg-type]
         values |= {"gradient_norm": norm, "gradient_l1_norm": float(outcome.l1_norm)}
@@ -279,14 +325,14 @@ class _Trainer:
         tracker.log(self.progress.step, values)
 
     def _what_to_change(self) -> str:
-        advice = f"lower --lr (now {self.recipe.lr:g}) or clip gradients with --clip"
+        advice = f"lower --lr (now {self.recipe.optimization.lr:g}) or clip gradients with --clip"
         kept = self.folder / "last.pt"
         return f"{advice}. The last good state is {kept}" if kept.exists() else advice
 
     def _how_to_go_on(self) -> str:
         return (
-            f"stopped after step {self.progress.step} of {self.recipe.steps}, all saved; to go on, repeat the command with "
-            f"--resume --out {self.folder.path}"
+            f"stopped after step {self.progress.step} of {self.recipe.optimization.steps}, all saved; to go on, repeat the "
+            f"command with --resume --out {self.folder.path}"
         )
 
     def _require_convergence(self) -> None:
@@ -322,10 +368,14 @@ class _Trainer:
     def _evaluate(self, tracker: Tracker) -> None:
         self._require_convergence()
         self._require_finite_parameters()
+        self.processes.agree_on_buffers(self.built.model)
         with self._averaged():
             found = {s.name: self._accuracy(s) for s in self.split.validation}
             mean = float(np.mean(list(found.values())))
-            better = mean > self.progress.best_accuracy or self.recipe.select == "last"
+            better = (
+                mean > self.progress.best_accuracy
+                or self.recipe.tracking.select == "last"
+            )
             if better and (
                 self.progress.step > self.quant_start or not self.quant_start
             ):
@@ -338,7 +388,7 @@ class _Trainer:
             "source_validation": found,
             "source_mean": mean,
         }
-        if self.recipe.averaging == "swad" and self.average.count:
+        if self.recipe.averaging.averaging == "swad" and self.average.count:
             loss = float(np.mean([self._loss(s) for s in self.split.validation]))
             self.valley.push(loss, self.average)
             self.average = Average()
@@ -352,16 +402,22 @@ class _Trainer:
 
     def _save_progress(self) -> None:
         """Write last.pt, from which the run can go on bit for bit."""
-        full = self._state() | as_saved(self.optimizer, self.schedule) | {
-            "progress": vars(self.progress), "step": self.step.state_dict(), "average": self.average.state_dict(),
-            "valley": self.valley.state_dict(), "scale_sizes": self.scale_sizes, "cross_entropies": self.cross_entropies,
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+        scaler = self.accelerator.scaler
+        full = self._state() | states_of_randomness(self.processes) | {
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(), "progress": vars(self.progress),
+            "step": self.step.state_dict(), "average": self.average.state_dict(), "valley": self.valley.state_dict(),
+            "scale_sizes": self.scale_sizes, "cross_entropies": self.cross_entropies,
         }  # fmt: skip
         self.folder.save("last.pt", full)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The exponential average in the model's place, where there is one."""
-        if self.recipe.averaging != "ema" or not self.average.count:
+        if self.recipe.averaging.averaging != "ema" or not self.average.count:
             yield
             return
         kept = {
@@ -393,32 +449,30 @@ class _Trainer:
         self.folder.save("checkpoint.pt", self._state())
         return f"SWAD: mean of {chosen.count} steps in the valley of the source validation loss"
 
-    def _finish(self, seconds: float) -> None:
+    def _finish(self) -> None:
+        seconds = self.progress.seconds
         selection = (
             "last step"
-            if self.recipe.select == "last"
+            if self.recipe.tracking.select == "last"
             else "training-domain validation: best mean held-out accuracy over the source domains"
         )
-        if self.recipe.averaging == "swad":
+        if self.recipe.averaging.averaging == "swad":
             selection = self._select_valley()
-        load_state(
-            self.built.model,
-            self.folder.load("checkpoint.pt"),
-            self.folder / "checkpoint.pt",
-        )
-        if self.recipe.norm_batches:
+        self.processes.wait()
+        self._load_checkpoint()
+        if self.recipe.averaging.norm_batches:
             batches = some_images(
-                self.split, self.recipe, self.built, self.recipe.norm_batches
+                self.split, self.recipe, self.built, self.recipe.averaging.norm_batches
             )
             restore_norm_statistics(self.built.model, batches)
             self.folder.save("checkpoint.pt", self._state())
-            selection += f"; batch norm statistics then taken again from {self.recipe.norm_batches} batches"
+            selection += f"; batch norm statistics then taken again from {self.recipe.averaging.norm_batches} batches"
         settled = self._settle()
         images = (
-            self.recipe.batch_size
-            * self.recipe.accumulate
+            self.recipe.optimization.batch_size
+            * self.recipe.optimization.accumulate
             * len(self.split.train)
-            * self.recipe.steps
+            * self.recipe.optimization.steps
         )
         measured = {
             s.name: self._predictions(s)
@@ -430,23 +484,25 @@ class _Trainer:
             for name, (predicted, labels) in measured.items()
         }
         target = right.pop(self.split.target_in.name)
+        target_out = self.split.target_out
+        target_holdout = None if target_out is None else self._accuracy(target_out)
+        if not self.processes.writes:
+            return
         results = {
             "method": self.recipe.method,
-            "test_domain": self.recipe.test_domain,
+            "test_domain": self.recipe.images.test_domain,
             "selection": selection,
             "settled": settled,
             "selected_step": self.progress.best_step,
             "source_validation": right,
             "target": target,
-            "target_holdout": None
-            if self.split.target_out is None
-            else self._accuracy(self.split.target_out),
+            "target_holdout": target_holdout,
             "train_seconds": seconds,
             "images_per_second": images / seconds,
             "classes": list(self.split.classes),
             "split": {
-                "trial_seed": self.recipe.trial_seed,
-                "holdout": self.recipe.holdout,
+                "trial_seed": self.recipe.images.trial_seed,
+                "holdout": self.recipe.images.holdout,
             },
         }
         self.folder.write_samples(collect_samples(self.split, self.recipe, self.built))
@@ -458,13 +514,25 @@ class _Trainer:
         if self.built.table is None:
             return None
         before = {s.name: self._accuracy(s) for s in self.split.validation}
-        example = torch.zeros(1, 3, self.recipe.image_size, self.recipe.image_size)
-        try:
-            settlement = settle_(self.built.model, example)
-        except ValueError as error:  # ExportError is one
-            return {"source_validation_before": before, "reason": str(error)}
-        self.folder.save("checkpoint.pt", self._state())
-        return {"source_validation_before": before} | settlement.to_json()
+        example = torch.zeros(
+            1, 3, self.recipe.model.image_size, self.recipe.model.image_size
+        )
+        found: dict[str, object] = {}
+        if self.processes.writes:
+            try:
+                found = settle_(self.built.model, example).to_json()
+                self.folder.save("checkpoint.pt", self._state())
+            except ValueError as error:  # ExportError is one
+                found = {"reason": str(error)}
+        found = self.processes.from_first(found)
+        if not self.processes.writes:
+            self._load_checkpoint()
+        return {"source_validation_before": before} | found
+
+    def _load_checkpoint(self) -> None:
+        """The model as process 0 saved it last."""
+        path = self.folder / "checkpoint.pt"
+        load_state(self.built.model, self.folder.load("checkpoint.pt"), path)
 
     def _state(self) -> dict[str, Any]:
         points = list(self.built.table.points) if self.built.table else []
@@ -474,39 +542,50 @@ class _Trainer:
         }  # fmt: skip
 
     def _accuracy(self, subset: Subset) -> float:
-        batches = eval_batches(subset, self.recipe, self.built)
-        return accuracy(
-            predictor(self.built.model, self.accelerator.device),
-            batches,
-            len(self.split.classes),
-        )
+        predicted, labels = self._predictions(subset)
+        return float((predicted == labels).mean())
 
     def _loss(self, subset: Subset) -> float:
-        batches = eval_batches(subset, self.recipe, self.built)
-        return mean_loss(predictor(self.built.model, self.accelerator.device), batches)
+        """Mean cross entropy, each process measuring its share."""
+        share = self.processes.share_of(subset)
+        total = 0.0
+        if len(share):
+            predict = predictor(self.built.model, self.accelerator.device)
+            batches = eval_batches(share, self.recipe, self.built)
+            total = mean_loss(predict, batches) * len(share)
+        return sum(self.processes.all(total)) / len(subset)
 
     def _predictions(
         self, subset: Subset
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        predict = predictor(self.built.model, self.accelerator.device)
-        predicted, labels = predictions(
-            predict, eval_batches(subset, self.recipe, self.built)
-        )
-        return predicted.numpy(), labels.numpy()
+        """(predicted classes, labels) of all images of `subset` in order, each process measuring its share."""
+        share = self.processes.share_of(subset)
+        mine = np.empty(0, np.int64)
+        if len(share):
+            predict = predictor(self.built.model, self.accelerator.device)
+            batches = eval_batches(share, self.recipe, self.built)
+            mine = predictions(predict, batches)[0].numpy()
+        predicted = self.processes.joined(mine, len(subset))
+        return predicted, subset.domain.labels[subset.indices]
 
 
 def groups_of(
     recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]
 ) -> list[dict[str, Any]]:
     """The optimizer's parameter groups. scale_sizes: as they were when the run began."""
-    if not isinstance(recipe, LsqRecipe):
+    if recipe.quantization is None:
         return parameter_groups(
-            model, recipe.weight_decay, recipe.lr, decay_norms=recipe.decay_norms
+            model,
+            recipe.optimization.weight_decay,
+            recipe.optimization.lr,
+            decay_norms=recipe.optimization.decay_norms,
         )
     return parameter_groups(
         model,
-        recipe.weight_decay,
-        recipe.lr * recipe.scale_lr_ratio,
-        decay_norms=recipe.decay_norms,
-        scale_sizes=scale_sizes if recipe.scale_lr_unit == "scale" else None,
+        recipe.optimization.weight_decay,
+        recipe.optimization.lr * recipe.quantization.scale_lr_ratio,
+        decay_norms=recipe.optimization.decay_norms,
+        scale_sizes=scale_sizes
+        if recipe.quantization.scale_lr_unit == "scale"
+        else None,
     )

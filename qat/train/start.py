@@ -4,28 +4,22 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.domains.splits import Split
 from qat.runs.build import Built, load_run
-from qat.runs.recipe import BiperRecipe, LsqRecipe, Recipe, RecipeError
+from qat.runs.given import SHARED
+from qat.runs.parts import Optimization, RecipeError
+from qat.runs.ranges import flag
+from qat.runs.recipe import Recipe
 from qat.runs.records import classes_of
 from qat.runs.run_folder import RunFolder
 from qat.surgery.batchnorm import restore_norm_statistics
 from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
 from qat.train.loaders import some_images
+from qat.train.processes import Processes
 
-SAME = (
-    "backbone",
-    "image_size",
-    "test_domain",
-    "pad_type",
-    "normalization",
-    "trial_seed",
-    "holdout",
-)
 # Width of the median filter over recorded gradient norms, as a share of them
 SMOOTH = 0.1
 
@@ -33,29 +27,24 @@ SMOOTH = 0.1
 def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
     """State dict of the run named by --init-from, checked to be of the same model and split: a full-precision run, or for
     BiPer's stage 2 its stage 1."""
-    if not isinstance(recipe, LsqRecipe) or recipe.init_from is None:
+    if recipe.init_from is None:
         return None
     source = RunFolder.open(recipe.init_from)
     given = source.recipe()
     if takes_over(recipe):
         if (
-            not isinstance(given, BiperRecipe)
-            or given.stage != 1
-            or given.binarizer != "biper"
+            given.binarization is None
+            or given.binarization.stage != 1
+            or given.binarization.binarizer != "biper"
         ):
             raise RecipeError(
                 f"--init-from {recipe.init_from}: is not a stage-1 run of biper; stage 2 starts from one"
             )
-    elif isinstance(given, LsqRecipe):
+    elif given.quantization is not None:
         raise RecipeError(
             f"--init-from {recipe.init_from}: is a {given.method} run; start from a full-precision one"
         )
-    for name in SAME:
-        if getattr(given, name) != getattr(recipe, name):
-            raise RecipeError(
-                f"--init-from {recipe.init_from}: was run with --{name.replace('_', '-')} {getattr(given, name)}, this run "
-                f"has {getattr(recipe, name)}; use the same"
-            )
+    _require_same(f"--init-from {recipe.init_from}", given, recipe, SHARED)
     state = source.load("checkpoint.pt")
     if tuple(state["classes"]) != tuple(split.classes):
         raise RecipeError(
@@ -64,72 +53,88 @@ def start_state(recipe: Recipe, split: Split) -> dict[str, Tensor] | None:
     return state["model"]
 
 
+def _require_same(
+    source: str, given: Recipe, recipe: Recipe, names: tuple[str, ...]
+) -> None:
+    """Raises RecipeError where the run of `source` had another value of one of `names` than `recipe`."""
+    theirs, ours = given.entries(), recipe.entries()
+    for name in names:
+        if theirs[name] != ours[name]:
+            raise RecipeError(
+                f"{source}: was run with {flag(name)} {theirs[name]}, this run has {ours[name]}; use the same"
+            )
+
+
 def takes_over(recipe: Recipe) -> bool:
     """Whether the run begins from a quantized one, all its parameters taken over as they are: BiPer's stage 2."""
     return (
-        isinstance(recipe, BiperRecipe)
-        and recipe.stage == 2
+        recipe.binarization is not None
+        and recipe.binarization.stage == 2
         and recipe.init_from is not None
     )
 
 
 def teacher_of(recipe: Recipe, split: Split, built: Built) -> nn.Module | None:
     """The full-precision model of the run named by --teacher. Raises RecipeError when it cannot teach `built`."""
-    if not isinstance(recipe, LsqRecipe) or recipe.teacher is None:
+    path = None if recipe.distillation is None else recipe.distillation.teacher
+    if path is None:
         return None
-    folder, given, teacher = load_run(recipe.teacher)
-    if isinstance(given, LsqRecipe):
+    folder, given, teacher = load_run(path)
+    if given.quantization is not None:
         raise RecipeError(
-            f"--teacher {recipe.teacher}: is a {given.method} run; distil from a full-precision one"
+            f"--teacher {path}: is a {given.method} run; distil from a full-precision one"
         )
-    for name in ("image_size", "test_domain", "trial_seed", "holdout"):
-        if getattr(given, name) != getattr(recipe, name):
-            raise RecipeError(
-                f"--teacher {recipe.teacher}: was run with --{name.replace('_', '-')} {getattr(given, name)}, this run has "
-                f"{getattr(recipe, name)}; use the same"
-            )
+    same = ("image_size", "test_domain", "trial_seed", "holdout")
+    _require_same(f"--teacher {path}", given, recipe, same)
     if (teacher.mean, teacher.std) != (built.mean, built.std):
         raise RecipeError(
-            f"--teacher {recipe.teacher}: its images are normalised by other means and deviations; use the same "
+            f"--teacher {path}: its images are normalised by other means and deviations; use the same "
             "--normalization"
         )
     if classes_of(folder) != tuple(split.classes):
-        raise RecipeError(f"--teacher {recipe.teacher}: was trained on other classes")
+        raise RecipeError(f"--teacher {path}: was trained on other classes")
     return teacher.model
 
 
-def calibrated(recipe: LsqRecipe, built: Built, split: Split) -> list[CalibrationRow]:
+def calibrated(
+    recipe: Recipe, built: Built, split: Split, processes: Processes
+) -> list[CalibrationRow]:
     """Set the activation quantizers from the first training batches, then repair the net as --init asks; for a binary net
     after its batch norms, which a float net's statistics do not fit."""
-    batches = list(some_images(split, recipe, built, recipe.calibration_batches))
-    if isinstance(recipe, BiperRecipe):
+    quantization = recipe.quantization
+    assert quantization is not None
+    batches = list(some_images(split, recipe, built, quantization.calibration_batches))
+    if recipe.binarization is not None:
         with in_full_precision(built.model):
             restore_norm_statistics(built.model, batches)
-    rows = calibrate(built.model, batches, recipe.scale_init, batches=None)
-    if recipe.init in ("gptq", "bias-correction"):
+    share = batches[processes.rank :: processes.count]
+    rows = calibrate(built.model, share, quantization.scale_init, batches=None)
+    if quantization.init in ("gptq", "bias-correction"):
         from qat.surgery import brevitas_bridge
 
         repair = (
             brevitas_bridge.gptq_
-            if recipe.init == "gptq"
+            if quantization.init == "gptq"
             else brevitas_bridge.correct_biases_
         )
         repair(built.model, batches)
     return rows
 
 
-def schedule_of(recipe: Recipe) -> Callable[[int], float]:
+def schedule_of(optimization: Optimization) -> Callable[[int], float]:
     """Learning-rate factor by step: a linear rise over the warm-up, then the schedule over the rest."""
-    after = _after_warmup(recipe, max(recipe.steps - recipe.warmup, 1))
+    after = _after_warmup(
+        optimization, max(optimization.steps - optimization.warmup, 1)
+    )
     return lambda step: (
-        (step + 1) / recipe.warmup
-        if step < recipe.warmup
-        else after(step - recipe.warmup)
+        (step + 1) / optimization.warmup
+        if step < optimization.warmup
+        else after(step - optimization.warmup)
     )
 
 
-def _after_warmup(recipe: Recipe, steps: int) -> Callable[[int], float]:
-    match recipe.schedule:
+def _after_warmup(optimization: Optimization, steps: int) -> Callable[[int], float]:
+    match optimization.schedule:
         case "cosine":
             return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
         case "linear":
@@ -137,9 +142,9 @@ def _after_warmup(recipe: Recipe, steps: int) -> Callable[[int], float]:
         case "constant":
             return lambda step: 1.0
         case "refined":
-            assert recipe.refine_from is not None
-            power = 2 if is_sgd(recipe.optimizer) else 1
-            factors = refined(_gradient_norms(recipe), steps, power)
+            assert optimization.refine_from is not None
+            power = 2 if is_sgd(optimization.optimizer) else 1
+            factors = refined(_gradient_norms(optimization), steps, power)
             return lambda step: float(factors[min(step, len(factors) - 1)])
 
 
@@ -167,26 +172,18 @@ def refined(norms: NDArray[np.float64], steps: int, power: int) -> NDArray[np.fl
     return rates / rates.max()
 
 
-def _gradient_norms(recipe: Recipe) -> NDArray[np.float64]:
-    assert recipe.refine_from is not None
-    entry = "gradient_norm" if is_sgd(recipe.optimizer) else "gradient_l1_norm"
+def _gradient_norms(optimization: Optimization) -> NDArray[np.float64]:
+    assert optimization.refine_from is not None
+    entry = "gradient_norm" if is_sgd(optimization.optimizer) else "gradient_l1_norm"
     found = [
-        e[entry] for e in RunFolder.open(recipe.refine_from).metrics() if entry in e
+        e[entry]
+        for e in RunFolder.open(optimization.refine_from).metrics()
+        if entry in e
     ]
     norms = np.array(found, np.float64)
     if len(norms) < 2 or not ((norms > 0) & np.isfinite(norms)).all():
         raise RecipeError(
-            f"--refine-from {recipe.refine_from}: its metrics.jsonl holds no usable {entry} (one positive number a step)"
+            f"--refine-from {optimization.refine_from}: its metrics.jsonl holds no usable {entry}, "
+            "one positive number a step"
         )
     return norms
-
-
-def as_saved(
-    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
-) -> dict[str, object]:
-    """What a checkpoint keeps besides the model: optimizer, schedule, state of the random numbers."""
-    return {
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "rng": torch.get_rng_state(),
-    }

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +27,17 @@ class Tracker:
     """Appends one JSON object per `log` to metrics.jsonl (flushed, so that a killed run keeps its history)."""
 
     def __init__(
-        self, folder: Path, *, steps: int, tensorboard: bool = False, resume_at: int = 0
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        tensorboard: bool = False,
+        resume_at: int = 0,
+        writes: bool = True,
     ) -> None:
-        self.path = folder / "metrics.jsonl"
+        """writes: False for the processes of a run that leave it to another; then nothing is written or shown."""
+        self.path = folder / "metrics.jsonl" if writes else Path(os.devnull)
+        tensorboard, resume_at = tensorboard and writes, resume_at if writes else 0
         if resume_at:
             self._forget_after(resume_at)
         self.file = self.path.open("a" if resume_at else "w")
@@ -40,6 +49,7 @@ class Tracker:
             TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            disable=not writes,
         )
         self.task = self.progress.add_task(
             "training", total=steps, completed=resume_at, status=""

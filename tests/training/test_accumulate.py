@@ -1,7 +1,6 @@
 """Gradient accumulation: N microbatches are one batch, and the weights are quantized once for all of them."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq import LSQ, FakeQuantizeLSQ
 from qat.quantizers.weight_cache import weight_cache
-from qat.runs.recipe import BiperRecipe, GaqatRecipe, LsqRecipe, Recipe, RecipeError, SagmLsqRecipe
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, recipe_of
 from qat.runs.recipe_checks import check
 from qat.surgery.batchnorm import set_norm_mode
 from qat.surgery.calibrate import calibrate
@@ -69,24 +69,26 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 OBJECTIVES = [
-    LsqRecipe(),
-    SagmLsqRecipe(flatness="sam"),
-    SagmLsqRecipe(flatness="gsam", perturb="quantized", rho=0.5),
-    GaqatRecipe(per_domain=True),
-    LsqRecipe(damping=0.3),
+    recipe_of("lsq"),
+    recipe_of("sagm-lsq", flatness="sam"),
+    recipe_of("sagm-lsq", flatness="gsam", perturb="quantized", rho=0.5),
+    recipe_of("gaqat", per_domain=True),
+    recipe_of("lsq", damping=0.3),
 ]
 
 
-@pytest.mark.parametrize("recipe", OBJECTIVES, ids=lambda r: f"{r.method}-{getattr(r, 'flatness', '')}{r.damping}")
-def test_microbatches_are_one_batch(recipe: LsqRecipe) -> None:
+@pytest.mark.parametrize(
+    "recipe", OBJECTIVES, ids=lambda r: f"{r.method}-{r.entries().get('flatness', '')}{r.oscillation.damping}"
+)
+def test_microbatches_are_one_batch(recipe: Recipe) -> None:
     model = quantized()
-    whole, parts = (gradients(dataclasses.replace(recipe, accumulate=n), model) for n in (1, 3))
+    whole, parts = (gradients(recipe.changed(accumulate=n), model) for n in (1, 3))
     assert_close(parts, whole)
 
 
-@pytest.mark.parametrize("recipe", [LsqRecipe(), SagmLsqRecipe()], ids=lambda r: r.method)
-def test_the_weight_cache_changes_no_gradient(recipe: LsqRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = dataclasses.replace(recipe, accumulate=4)
+@pytest.mark.parametrize("recipe", [recipe_of("lsq"), recipe_of("sagm-lsq")], ids=lambda r: r.method)
+def test_the_weight_cache_changes_no_gradient(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe.changed(accumulate=4)
     once = gradients(recipe, quantized(), "normal")
     monkeypatch.setattr(step_module, "weight_cache", lambda model: nullcontext())
     every_time = gradients(recipe, quantized(), "normal")
@@ -94,14 +96,16 @@ def test_the_weight_cache_changes_no_gradient(recipe: LsqRecipe, monkeypatch: py
 
 
 def test_binary_weights_are_quantized_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = BiperRecipe(accumulate=3, epochs=None)
+    recipe = recipe_of("biper", accumulate=3, epochs=None)
     once = gradients(recipe, quantized(lambda m: binary_rules(m, ("stem", "head"), input_bits=4)))
     monkeypatch.setattr(step_module, "weight_cache", lambda model: nullcontext())
     assert_close(once, gradients(recipe, quantized(lambda m: binary_rules(m, ("stem", "head"), input_bits=4))))
 
 
-@pytest.mark.parametrize(("recipe", "passes"), [(LsqRecipe(accumulate=5), 1), (SagmLsqRecipe(accumulate=5), 2)])
-def test_weight_quantizers_run_once_a_pass(recipe: LsqRecipe, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "passes"), [(recipe_of("lsq", accumulate=5), 1), (recipe_of("sagm-lsq", accumulate=5), 2)]
+)
+def test_weight_quantizers_run_once_a_pass(recipe: Recipe, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = quantized(), {"forward": 0, "backward": 0}
     whole, back = LSQ.forward, FakeQuantizeLSQ.backward
     shapes = {weight.shape for weight, _ in quantized_weights(model)}
@@ -172,19 +176,19 @@ def test_every_image_is_in_one_microbatch_and_domains_are_shared_out() -> None:
 @pytest.mark.slow
 def test_a_run_in_microbatches_is_the_run_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = TINY | {"batch_size": 2, "steps": 3, "evaluate_every": 1, "norms": "frozen-statistics"}
-    parts = LsqRecipe(**small, accumulate=2, out=tmp_path / "parts")
-    whole = run(dataclasses.replace(parts, batch_size=4, accumulate=1, out=tmp_path / "whole"), DOMAINS)
+    parts = recipe_of("lsq", **small, accumulate=2, out=tmp_path / "parts")
+    whole = run(parts.changed(batch_size=4, accumulate=1, out=tmp_path / "whole"), DOMAINS)
     folder = run(parts, DOMAINS)
     first, second = ([e["loss"] for e in f.metrics() if "loss" in e] for f in (folder, whole))
     assert len(first) == 3
     # The first step sees the same weights; an activation at a rounding edge may fall either way in another batch size.
     assert first[0] == pytest.approx(second[0], rel=1e-3)
-    resumed = killed_and_resumed(dataclasses.replace(parts, out=tmp_path / "cut"), 1, monkeypatch)
+    resumed = killed_and_resumed(parts.changed(out=tmp_path / "cut"), 1, monkeypatch)
     assert same_model(folder, resumed)
 
 
 def test_impossible_values_are_named() -> None:
     with pytest.raises(RecipeError, match="--accumulate must be at least 1, got 0"):
-        check(Recipe(accumulate=0))
+        check(recipe_of("fp", accumulate=0))
     with pytest.raises(RecipeError, match="--accumulate: groupdro"):
-        check(Recipe(accumulate=2, domain_loss="groupdro"))
+        check(recipe_of("fp", accumulate=2, domain_loss="groupdro"))

@@ -32,7 +32,8 @@ from qat.deploy import (
 )
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.build import load_run
-from qat.runs.recipe import LsqRecipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import recipe_of
 from qat.runs.run_folder import RunFolder
 from qat.surgery.calibrate import in_full_precision
 from qat.train.loop import run
@@ -49,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     domains = synthetic_domains(per_class=6, image_size=32, seed=0)
     folder = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate(("first", "second")):
-        run(LsqRecipe(**TINY, seed=seed, out=folder / name), domains)
+        run(recipe_of("lsq", **TINY, seed=seed, out=folder / name), domains)
     return folder / "first", folder / "second"
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from qat import cli
 from qat.domains.folders import DataError
-from qat.runs.recipe import METHODS, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import METHODS
 from qat.runs.run_folder import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "recipes/domainnet.py"
@@ -35,40 +36,45 @@ def choose(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     def chosen(*words: str) -> Any:
         monkeypatch.setattr("sys.argv", ["domainnet.py", *words])
-        return cli.choose(script.PRESETS, script.__doc__, wrap=script.DomainNet)
+        return cli.choose(script.PRESETS, script.__doc__, extra=script.DomainNet())
 
     return chosen
 
 
 @pytest.mark.parametrize("word", METHODS)
 def test_every_method_starts_from_sagms_published_values(word: str, choose: Any) -> None:
-    recipe = choose(word).recipe
-    assert recipe.method == word and type(recipe) is type(METHODS[word])
-    assert (recipe.steps, recipe.lr, recipe.weight_decay, recipe.dropout) == (15_001, 3e-5, 1e-6, 0.5)
-    assert (recipe.batch_size, recipe.schedule, recipe.holdout) == (32, "constant", 0.2)
-    assert getattr(recipe, "alpha", 5e-4) == 5e-4 and getattr(recipe, "rho", 0.05) == 0.05
+    recipe, _ = choose(word)
+    assert recipe.method == word and recipe.parts.keys() == METHODS[word].parts.keys()
+    published = {
+        "steps": 15_001, "lr": 3e-5, "weight_decay": 1e-6, "dropout": 0.5, "batch_size": 32, "schedule": "constant",
+        "holdout": 0.2,
+    }  # fmt: skip
+    if recipe.sharpness is not None:
+        published |= {"alpha": 5e-4, "rho": 0.05}
+    assert {name: recipe.entries()[name] for name in published} == published
 
 
 def test_smoke_changes_what_the_command_line_left_alone(script: ModuleType, choose: Any) -> None:
-    flags = choose("gaqat", "--smoke", "--steps", "4", "--bits", "3", "--lr", "0.01")
-    recipe = script.smoke_test(flags.recipe)
-    assert (recipe.steps, recipe.bits, recipe.lr, recipe.backbone) == (4, 3, 0.01, "test_resnet")
-    assert recipe.data_root == Path("runs/domainnet-miniature") and recipe.dropout == 0.5
+    given, _ = choose("gaqat", "--smoke", "--steps", "4", "--bits", "3", "--lr", "0.01")
+    recipe = script.smoke_test(given)
+    assert (recipe.optimization.steps, recipe.grids.bits, recipe.optimization.lr) == (4, 3, 0.01)
+    assert recipe.model.backbone == "test_resnet" and recipe.model.dropout == 0.5
+    assert recipe.images.data_root == Path("runs/domainnet-miniature")
 
 
 def test_faults_of_the_command_line(script: ModuleType, choose: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--data-root: give the DomainNet folder"):
-        script.train(choose("fp"))
+        script.train_domainnet(*choose("fp"))
     with pytest.raises(RecipeError, match="leave --data-root out"):
-        script.train(choose("fp", "--smoke", "--data-root", "somewhere"))
+        script.train_domainnet(*choose("fp", "--smoke", "--data-root", "somewhere"))
     with pytest.raises(DataError, match=r"--data-root .*: holds no DomainNet domain"):
-        script.train(choose("fp", "--data-root", str(tmp_path)))
+        script.train_domainnet(*choose("fp", "--data-root", str(tmp_path)))
 
 
 def test_fp_then_gaqat(script: ModuleType, choose: Any, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--smoke", "--steps", "2", "--test-domain", "quickdraw")
-    assert script.train(choose("fp", *small, "--out", "runs/fp")) == 0
-    assert script.train(choose("gaqat", *small, "--init-from", "runs/fp", "--out", "runs/gaqat")) == 0
+    assert script.train_domainnet(*choose("fp", *small, "--out", "runs/fp")) == 0
+    assert script.train_domainnet(*choose("gaqat", *small, "--init-from", "runs/fp", "--out", "runs/gaqat")) == 0
     printed = capsys.readouterr().out
     assert printed.count("complete, 144 of 144 images") == 2 and "quickdraw (target)" in printed
     results = RunFolder.open(Path("runs/gaqat")).results()
@@ -79,5 +85,5 @@ def test_fp_then_gaqat(script: ModuleType, choose: Any, capsys: pytest.CaptureFi
 @pytest.mark.slow
 @pytest.mark.parametrize("word", METHODS)
 def test_every_method_runs(word: str, script: ModuleType, choose: Any) -> None:
-    assert script.train(choose(word, "--smoke", "--out", f"runs/{word}")) == 0
+    assert script.train_domainnet(*choose(word, "--smoke", "--out", f"runs/{word}")) == 0
     assert RunFolder.open(Path(f"runs/{word}")).results()["method"] == word

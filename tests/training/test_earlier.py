@@ -1,6 +1,5 @@
 """Run folders written before a quantizer's scale was called so: they load, resume, compare, and show what they showed."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from qat.deploy import certify_run, export_run, write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.spec import QuantSpec
-from qat.runs.recipe import GaqatRecipe, Recipe
+from qat.runs.recipe import Recipe, recipe_of
 from qat.runs.run_folder import RunFolder
 from qat.train.loop import run
 
@@ -59,13 +58,14 @@ def everywhere(value: Any, rename: Callable[[str], str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> GaqatRecipe:
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run that stopped after two of its steps, in files of before."""
     root = tmp_path_factory.mktemp("earlier")
     start = run(
-        Recipe(backbone="test_resnet", image_size=32, steps=1, batch_size=4, workers=0, out=root / "fp"), DOMAINS
+        recipe_of("fp", backbone="test_resnet", image_size=32, steps=1, batch_size=4, workers=0, out=root / "fp"),
+        DOMAINS,
     )
-    recipe = GaqatRecipe(**TINY, init_from=start.path, out=root / "run")
+    recipe = recipe_of("gaqat", **TINY, init_from=start.path, out=root / "run")
     from qat.train import loop
 
     whole = loop._Trainer._train
@@ -79,14 +79,14 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> GaqatRecipe:
         patch.setattr(loop._Trainer, "_train", dies)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, DOMAINS)
-    assert recipe.out is not None
-    as_before(recipe.out)
+    assert recipe.tracking.out is not None
+    as_before(recipe.tracking.out)
     return recipe
 
 
-def test_a_run_of_before_resumes_and_ends_as_one_that_never_stopped(stopped: GaqatRecipe, tmp_path: Path) -> None:
-    whole = run(dataclasses.replace(stopped, out=tmp_path / "whole"), DOMAINS)
-    resumed = run(dataclasses.replace(stopped, resume=True), DOMAINS)
+def test_a_run_of_before_resumes_and_ends_as_one_that_never_stopped(stopped: Recipe, tmp_path: Path) -> None:
+    whole = run(stopped.changed(out=tmp_path / "whole"), DOMAINS)
+    resumed = run(stopped.changed(resume=True), DOMAINS)
     expected, found = (folder.load("checkpoint.pt")["model"] for folder in (whole, resumed))
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items() if isinstance(value, torch.Tensor))

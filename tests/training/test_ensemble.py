@@ -13,7 +13,8 @@ from qat.analysis.compare import mcnemar
 from qat.analysis.ensemble import Answers, compare_ensemble, evaluate_ensemble
 from qat.deploy import export_ensemble
 from qat.domains.synthetic import synthetic_domains
-from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import recipe_of
 from qat.runs.run_folder import RunFolder
 from qat.train.loop import run
 
@@ -61,9 +62,9 @@ def test_accuracies_and_tests_against_a_loop_over_images(average: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("ensemble")
-    run(LsqRecipe(**TINY, out=root / "w4"), DOMAINS)
-    run(LsqRecipe(**TINY, seed=0, bits=3, out=root / "w3"), DOMAINS)
-    run(QtdogRecipe(**TINY, quant_start_step=1, out=root / "dog"), DOMAINS)
+    run(recipe_of("lsq", **TINY, out=root / "w4"), DOMAINS)
+    run(recipe_of("lsq", **TINY, seed=0, bits=3, out=root / "w3"), DOMAINS)
+    run(recipe_of("qtdog", **TINY, quant_start_step=1, out=root / "dog"), DOMAINS)
     return [root / name for name in ("w4", "w3", "dog")]
 
 
@@ -107,6 +108,6 @@ def test_what_cannot_answer_together_raises(runs: list[Path], tmp_path: Path) ->
         evaluate_ensemble(runs[:1])
     with pytest.raises(RecipeError, match="--target fp32 has no codes"):
         export_ensemble(runs, "fp32", tmp_path / "e.onnx")
-    other = run(Recipe(**TINY | {"steps": 1}, test_domain="photo", out=tmp_path / "photo"), DOMAINS).path
+    other = run(recipe_of("fp", **TINY | {"steps": 1}, test_domain="photo", out=tmp_path / "photo"), DOMAINS).path
     with pytest.raises(RecipeError, match="differ in --test-domain"):
         evaluate_ensemble([runs[0], other])

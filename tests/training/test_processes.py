@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.runs.recipe import GaqatRecipe
+from qat.runs.recipe import recipe_of
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import parameter_groups, quantize_, uniform_rules
 from qat.train.from_recipe import training_step
@@ -30,7 +30,7 @@ class Plain:
 
 def train(rank: int, model: nn.Module, wrapped: nn.Module, accumulate: int = 1) -> dict[str, Tensor]:
     """A few GAQAT steps on this rank's own images -> masks of every step, and the weights in the end."""
-    recipe = GaqatRecipe(window=4, threshold=0.45, per_channel=True, channels_last=False, accumulate=accumulate)
+    recipe = recipe_of("gaqat", window=4, threshold=0.45, per_channel=True, channels_last=False, accumulate=accumulate)
     optimizer = torch.optim.Adam(parameter_groups(model, 0.0, 1e-4), lr=1e-3)
     step = training_step(recipe, wrapped, model, optimizer, Plain(), domains=1)
     draw = torch.Generator().manual_seed(rank)

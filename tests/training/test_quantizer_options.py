@@ -1,6 +1,5 @@
 """Options of the quantizers and repairs, from the recipe through training to a certified file."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from qat.deploy import certify_run, export_run
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq_plus import LSQPlus
 from qat.runs.build import load_run, rules_of
-from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, from_json, to_json
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, from_json, recipe_of, to_json
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder
 from qat.surgery.swap import quantizers
@@ -30,7 +30,7 @@ RULES = '[[rules]]\nlayers = "layer*conv1"\nweight_bits = 3\ninput_bits = 5\noff
 
 
 def trained(path: Path, **options: Any) -> Path:
-    run(LsqRecipe(**(TINY | options), out=path), DOMAINS)
+    run(recipe_of("lsq", **(TINY | options), out=path), DOMAINS)
     return path
 
 
@@ -98,24 +98,24 @@ def test_activations_alone_train_and_go_to_qonnx(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_options_that_do_not_go_together_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        check(LsqRecipe(**options))
+        check(recipe_of("lsq", **options))
 
 
 def test_repairs_come_before_training_and_options_survive_the_recipe_file() -> None:
     with pytest.raises(RecipeError, match="--init gptq"):
-        check(QtdogRecipe(init="gptq"))  # type: ignore[arg-type]
-    recipe = LsqRecipe(init="cle", rules=Path("a.toml"), norms="frozen", activations="lsq-plus")
+        check(recipe_of("qtdog", init="gptq"))
+    recipe = recipe_of("lsq", init="cle", rules=Path("a.toml"), norms="frozen", activations="lsq-plus")
     assert from_json(to_json(recipe), Path("recipe.json")) == recipe
-    assert dataclasses.replace(recipe, init="lsq").scale_init == "lsq" and recipe.scale_init == "mse"
+    assert recipe.changed(init="lsq").quantization.scale_init == "lsq"
+    assert recipe.quantization.scale_init == "mse"
 
 
 def test_eight_bit_weights_are_symmetric_but_in_runs_of_before() -> None:
-    recipe = LsqRecipe(bits=4, edge_bits=8)
+    recipe = recipe_of("lsq", bits=4, edge_bits=8)
     older = {key: value for key, value in to_json(recipe).items() if key != "symmetric_weights"}
     model = timm.create_model("resnet18", num_classes=2)
 
     def lowest_codes(given: Recipe) -> set[int]:
-        assert isinstance(given, LsqRecipe)
         return {spec.weight.qmin for _, spec in rules_of(given, model) if spec.weight is not None}
 
     assert lowest_codes(recipe) == {-127, -8}

@@ -21,7 +21,8 @@ from qat.cli import Report, execute, guarded
 from qat.deploy import write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.build import load_run
-from qat.runs.recipe import GaqatRecipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import recipe_of
 from qat.runs.records import CERTIFICATE, LATENCIES, classes_of, metrics_of, optional, results_of
 from qat.runs.run_folder import RunFolder
 from qat.train.loop import run
@@ -79,7 +80,7 @@ class Elements(HTMLParser):
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "gaqat"
     tiny = {"backbone": "test_resnet", "image_size": 32, "steps": 4, "batch_size": 4, "evaluate_every": 2, "workers": 0}
-    run(GaqatRecipe(**tiny, window=2, out=out), synthetic_domains(per_class=6, image_size=32, seed=0))  # type: ignore[arg-type]
+    run(recipe_of("gaqat", **tiny, window=2, out=out), synthetic_domains(per_class=6, image_size=32, seed=0))
     return out
 
 

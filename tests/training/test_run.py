@@ -1,6 +1,5 @@
 """One tiny run end to end, from training to report, and every way to misuse its folder."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from qat.analysis.compare import compare_runs, mcnemar, write_baseline
 from qat.deploy import certify_run, export_run, measure_run, write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.build import load_run
-from qat.runs.recipe import GaqatRecipe, LsqRecipe, Recipe, RecipeError, from_json, to_json
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, from_json, recipe_of, to_json
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder
 from qat.train.evaluate import accuracy
@@ -37,8 +37,8 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("runs")
-    run(Recipe(**TINY, out=root / "fp"), DOMAINS)
-    run(LsqRecipe(**TINY, out=root / "lsq", init_from=root / "fp"), DOMAINS)
+    run(recipe_of("fp", **TINY, out=root / "fp"), DOMAINS)
+    run(recipe_of("lsq", **TINY, out=root / "lsq", init_from=root / "fp"), DOMAINS)
     return root / "fp", root / "lsq"
 
 
@@ -69,7 +69,7 @@ def test_reloaded_model_is_the_selected_one(runs: tuple[Path, Path]) -> None:
     predicted = built.model(torch.from_numpy(samples.images[chosen])).argmax(1).numpy()
     # photo's samples are its whole held-out part here
     assert (predicted == samples.labels[chosen]).mean() == pytest.approx(folder.results()["source_validation"]["photo"])
-    assert isinstance(recipe, LsqRecipe) and recipe.bits == 4
+    assert isinstance(recipe, Recipe) and recipe.grids.bits == 4
 
 
 def test_export_certify_compare_report(runs: tuple[Path, Path]) -> None:
@@ -95,7 +95,7 @@ def test_export_certify_compare_report(runs: tuple[Path, Path]) -> None:
 
 
 def test_same_seed_same_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    again = run(Recipe(**TINY, out=tmp_path / "again"), DOMAINS)
+    again = run(recipe_of("fp", **TINY, out=tmp_path / "again"), DOMAINS)
     first = torch.load(runs[0] / "checkpoint.pt", weights_only=True)["model"]
     second = again.load("checkpoint.pt")["model"]
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -116,7 +116,7 @@ def killed_and_resumed(recipe: Recipe, at: int, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, DOMAINS)
     monkeypatch.undo()
-    return run(dataclasses.replace(recipe, resume=True), DOMAINS)
+    return run(recipe.changed(resume=True), DOMAINS)
 
 
 def same_model(first: RunFolder, second: RunFolder) -> bool:
@@ -127,7 +127,7 @@ def same_model(first: RunFolder, second: RunFolder) -> bool:
 def test_an_interrupted_run_resumes_to_the_same_result(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = LsqRecipe(**TINY, out=tmp_path / "cut", init_from=runs[0])
+    recipe = recipe_of("lsq", **TINY, out=tmp_path / "cut", init_from=runs[0])
     resumed = killed_and_resumed(recipe, 3, monkeypatch)
     assert same_model(RunFolder.open(runs[1]), resumed)
     assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4]
@@ -137,9 +137,9 @@ def test_masks_survive_kill_and_resume(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of a window, one step after the last save."""
-    recipe = GaqatRecipe(**TINY | {"steps": 8}, window=3, threshold=0.7, per_channel=True, init_from=runs[0])
-    whole = run(dataclasses.replace(recipe, out=tmp_path / "whole"), DOMAINS)
-    resumed = killed_and_resumed(dataclasses.replace(recipe, out=tmp_path / "cut"), 5, monkeypatch)
+    recipe = recipe_of("gaqat", **TINY | {"steps": 8}, window=3, threshold=0.7, per_channel=True, init_from=runs[0])
+    whole = run(recipe.changed(out=tmp_path / "whole"), DOMAINS)
+    resumed = killed_and_resumed(recipe.changed(out=tmp_path / "cut"), 5, monkeypatch)
     assert same_model(whole, resumed)
     first, second = (folder.load("last.pt")["step"]["freezer"] for folder in (whole, resumed))
     assert torch.equal(first["frozen"], second["frozen"]) and 0 < int(first["frozen"].sum()) < first["frozen"].numel()
@@ -149,15 +149,15 @@ def test_masks_survive_kill_and_resume(
 
 def test_folder_faults_are_named(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"holds a run already"):
-        run(Recipe(**TINY, out=runs[0]), DOMAINS)
+        run(recipe_of("fp", **TINY, out=runs[0]), DOMAINS)
     with pytest.raises(RecipeError, match=r"nowhere: no such run folder"):
         export_run(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match=r"full-precision run; --target ort-int8 needs a quantized one"):
         export_run(runs[0])
     with pytest.raises(RecipeError, match=r"--init-from .* --image-size 32, this run has 40"):
-        run(LsqRecipe(**(TINY | {"image_size": 40}), init_from=runs[0], out=tmp_path / "x"), DOMAINS)
+        run(recipe_of("lsq", **(TINY | {"image_size": 40}), init_from=runs[0], out=tmp_path / "x"), DOMAINS)
     with pytest.raises(RecipeError, match=r"is a lsq run"):
-        run(LsqRecipe(**TINY, init_from=runs[1], out=tmp_path / "x"), DOMAINS)
+        run(recipe_of("lsq", **TINY, init_from=runs[1], out=tmp_path / "x"), DOMAINS)
     assert not (tmp_path / "x").exists()
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -193,11 +193,13 @@ def test_an_export_that_fails_leaves_the_old_file(
 )
 def test_impossible_values_name_their_flag(flags: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        check(LsqRecipe(**flags))  # type: ignore[arg-type]
+        check(recipe_of("lsq", **flags))
 
 
 def test_recipes_round_trip_through_json() -> None:
-    recipe = LsqRecipe(data_root=Path("data"), bits=3, weight_bits=2, init_from=Path("runs/fp"), tensorboard=True)
+    recipe = recipe_of(
+        "lsq", data_root=Path("data"), bits=3, weight_bits=2, init_from=Path("runs/fp"), tensorboard=True
+    )
     assert from_json(json.loads(json.dumps(to_json(recipe))), Path("recipe.json")) == recipe
     with pytest.raises(RecipeError, match=r"recipe\.json: unknown entries colour"):
         from_json(to_json(recipe) | {"colour": "red"}, Path("recipe.json"))
@@ -207,7 +209,7 @@ def test_recipes_round_trip_through_json() -> None:
     ("kind", "factors"), [("cosine", [1.0, 0.5, 0.0]), ("linear", [1.0, 0.5, 0.0]), ("constant", [1, 1, 1])]
 )
 def test_schedules(kind: str, factors: list[float]) -> None:
-    factor = schedule_of(Recipe(schedule=kind, steps=10))  # type: ignore[arg-type]
+    factor = schedule_of(recipe_of("fp", schedule=kind, steps=10).optimization)
     assert [factor(0), factor(5), factor(10)] == pytest.approx(factors, abs=1e-12)
 
 

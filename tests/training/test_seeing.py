@@ -24,7 +24,8 @@ from qat.deploy import write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.objectives.contract import Gradients
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer, Seen
-from qat.runs.recipe import GaqatRecipe, Recipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import recipe_of
 from qat.runs.run_folder import RunFolder
 from qat.runs.scale_log import ScaleHistory, ScaleLog, read_scales
 from qat.train.loop import run
@@ -224,8 +225,8 @@ def test_curves_are_smoothed_to_the_end_and_thinned_with_their_ends() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("runs")
-    run(Recipe(**TINY, out=root / "fp"), DOMAINS)
-    run(GaqatRecipe(**TINY, window=2, tensorboard=True, init_from=root / "fp", out=root / "gaqat"), DOMAINS)
+    run(recipe_of("fp", **TINY, out=root / "fp"), DOMAINS)
+    run(recipe_of("gaqat", **TINY, window=2, tensorboard=True, init_from=root / "fp", out=root / "gaqat"), DOMAINS)
     return root / "fp", root / "gaqat"
 
 

@@ -12,7 +12,8 @@ import torch
 from qat.domains.splits import leave_one_domain_out
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.build import build
-from qat.runs.recipe import LsqRecipe, QtdogRecipe, Recipe, RecipeError, SagmLsqRecipe, SagmRecipe
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, recipe_of
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder
 from qat.surgery.backbones import clip_gradients
@@ -34,7 +35,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(Recipe(**TINY, out=tmp_path_factory.mktemp("start") / "fp"), DOMAINS).path
+    return run(recipe_of("fp", **TINY, out=tmp_path_factory.mktemp("start") / "fp"), DOMAINS).path
 
 
 def by_the_book(norms: list[float], power: int) -> list[float]:
@@ -74,7 +75,10 @@ def test_which_optimizers_step_along_the_gradient(optimizer: str, expected: bool
 
 
 def test_schedules_at_their_ends() -> None:
-    at = {name: schedule_of(Recipe(schedule=name, steps=10)) for name in ("cosine", "linear", "constant")}
+    at = {
+        name: schedule_of(recipe_of("fp", schedule=name, steps=10).optimization)
+        for name in ("cosine", "linear", "constant")
+    }
     assert [at["linear"](t) for t in (0, 5, 9, 10)] == [1, 0.5, pytest.approx(0.1), 0]
     assert [at["cosine"](t) for t in (0, 5, 10)] == [1, pytest.approx(0.5), pytest.approx(0)]
     assert at["constant"](10) == 1
@@ -82,14 +86,14 @@ def test_schedules_at_their_ends() -> None:
 
 def test_a_run_can_refine_the_schedule_of_the_last_one(teacher: Path, tmp_path: Path) -> None:
     for optimizer, entry, power in (("adam", "gradient_l1_norm", 1), ("sgd", "gradient_norm", 2)):
-        recipe = Recipe(**TINY, schedule="refined", refine_from=teacher, optimizer=optimizer)
+        recipe = recipe_of("fp", **TINY, schedule="refined", refine_from=teacher, optimizer=optimizer)
         norms = [e[entry] for e in RunFolder.open(teacher).metrics() if entry in e]
         assert len(norms) == 6
-        found = [schedule_of(recipe)(t) for t in range(6)]
+        found = [schedule_of(recipe.optimization)(t) for t in range(6)]
         assert np.allclose(found, by_the_book(norms, power), atol=1e-9)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
     with pytest.raises(RecipeError, match=r"--refine-from .*gradient_l1_norm"):
-        schedule_of(Recipe(schedule="refined", refine_from=tmp_path))
+        schedule_of(recipe_of("fp", schedule="refined", refine_from=tmp_path).optimization)
 
 
 def test_the_recorded_norms_are_those_of_the_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,7 +105,7 @@ def test_the_recorded_norms_are_those_of_the_gradient(monkeypatch: pytest.Monkey
         return clip_gradients(parameters, clipped, limit, mode)
 
     monkeypatch.setattr(training_step, "clip_gradients", watch)
-    folder = run(Recipe(**TINY | {"steps": 2}, clip=1e-3, out=tmp_path / "run"), DOMAINS)
+    folder = run(recipe_of("fp", **TINY | {"steps": 2}, clip=1e-3, out=tmp_path / "run"), DOMAINS)
     found = [(e["gradient_l1_norm"], e["gradient_norm"]) for e in folder.metrics() if "gradient_norm" in e]
     assert np.allclose(found, seen, rtol=1e-4)
 
@@ -126,12 +130,12 @@ def test_agc_clips_by_units_and_leaves_the_classifier_alone(monkeypatch: pytest.
         return norm
 
     monkeypatch.setattr(training_step, "clip_gradients", watch)
-    run(Recipe(**TINY | {"steps": 2}, clip=0.01, clip_mode="agc", out=tmp_path / "run"), DOMAINS)
+    run(recipe_of("fp", **TINY | {"steps": 2}, clip=0.01, clip_mode="agc", out=tmp_path / "run"), DOMAINS)
     assert {len(shape) for shape in checked} == {1, 2}  # the head's weight and bias, every step
 
 
-def qtdog(out: Path, **changes: object) -> QtdogRecipe:
-    return QtdogRecipe(**TINY | {"steps": 8} | changes, quant_start_step=4, out=out)
+def qtdog(out: Path, **changes: object) -> Recipe:
+    return recipe_of("qtdog", **TINY | {"steps": 8} | changes, quant_start_step=4, out=out)
 
 
 def test_delayed_quantization_is_full_precision_before_and_its_scales_move_after(
@@ -156,7 +160,7 @@ def test_delayed_quantization_is_full_precision_before_and_its_scales_move_after
         assert torch.equal(history[0][name], history[3][name])
         assert not torch.equal(history[4][name], history[7][name]), f"{name} never moved"
     monkeypatch.undo()
-    plain = run(Recipe(**TINY | {"steps": 8}, lr=5e-4, out=tmp_path / "fp"), DOMAINS)
+    plain = run(recipe_of("fp", **TINY | {"steps": 8}, lr=5e-4, out=tmp_path / "fp"), DOMAINS)
     losses = [[e["loss"] for e in f.metrics() if "loss" in e] for f in (folder, plain)]
     assert losses[0][:4] == losses[1][:4] and losses[0][4] != losses[1][4]
     assert folder.results()["selected_step"] > 4  # what is selected is quantized
@@ -166,7 +170,7 @@ def test_begin_sets_weight_scales_from_the_weights_of_now() -> None:
     split = leave_one_domain_out(DOMAINS, "sketch", holdout_fraction=0.2, trial_seed=0)
     built = build(qtdog(Path("unused")), len(split.classes))
     model, x = built.model.eval(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    reference = build(Recipe(**TINY), len(split.classes)).model.eval()
+    reference = build(recipe_of("fp", **TINY), len(split.classes)).model.eval()
     floats = {k: v for k, v in model.state_dict().items() if "quantizer" not in k}
     reference.load_state_dict(floats)
     pause(model)
@@ -222,31 +226,31 @@ def test_an_averaged_and_delayed_run_resumes_to_the_same_result(
 
 def test_distillation_from_a_run_changes_the_loss_and_refuses_what_cannot_teach(teacher: Path, tmp_path: Path) -> None:
     base = {"init_from": teacher} | TINY | {"steps": 2}
-    plain = run(LsqRecipe(**base, out=tmp_path / "plain"), DOMAINS)
-    taught = run(LsqRecipe(**base, teacher=teacher, out=tmp_path / "taught"), DOMAINS)
+    plain = run(recipe_of("lsq", **base, out=tmp_path / "plain"), DOMAINS)
+    taught = run(recipe_of("lsq", **base, teacher=teacher, out=tmp_path / "taught"), DOMAINS)
     losses = [next(e["loss"] for e in f.metrics() if "loss" in e) for f in (plain, taught)]
     assert losses[0] != losses[1]
     split = leave_one_domain_out(DOMAINS, "sketch", holdout_fraction=0.2, trial_seed=0)
-    recipe = LsqRecipe(**TINY, teacher=teacher)
+    recipe = recipe_of("lsq", **TINY, teacher=teacher)
     built = build(recipe, len(split.classes))
     with pytest.raises(RecipeError, match="--test-domain"):
-        teacher_of(dataclasses.replace(recipe, test_domain="photo"), split, built)
+        teacher_of(recipe.changed(test_domain="photo"), split, built)
     with pytest.raises(RecipeError, match="normalised by other means"):
         teacher_of(recipe, split, dataclasses.replace(built, mean=(0.1, 0.2, 0.3)))
     with pytest.raises(RecipeError, match="distil from a full-precision one"):
-        teacher_of(dataclasses.replace(recipe, teacher=plain.path), split, built)
+        teacher_of(recipe.changed(teacher=plain.path), split, built)
 
 
 @pytest.mark.parametrize(
     ("recipe", "flag"),
     [
-        (LsqRecipe(distill_weight=1.5), "--distill-weight"),
-        (LsqRecipe(damping=-1), "--damping"),
-        (LsqRecipe(freeze_oscillating=1.0), "--freeze-oscillating"),
-        (Recipe(ema_decay=1.0), "--ema-decay"),
-        (Recipe(dropout=1.0), "--dropout"),
-        (Recipe(clip=0.0), "--clip"),
-        (SagmRecipe(per_domain=True, domain_loss="coral"), "--per-domain"),
+        (recipe_of("lsq", distill_weight=1.5), "--distill-weight"),
+        (recipe_of("lsq", damping=-1), "--damping"),
+        (recipe_of("lsq", freeze_oscillating=1.0), "--freeze-oscillating"),
+        (recipe_of("fp", ema_decay=1.0), "--ema-decay"),
+        (recipe_of("fp", dropout=1.0), "--dropout"),
+        (recipe_of("fp", clip=0.0), "--clip"),
+        (recipe_of("sagm", per_domain=True, domain_loss="coral"), "--per-domain"),
     ],
 )
 def test_impossible_options_name_their_flag(recipe: Recipe, flag: str) -> None:
@@ -255,7 +259,7 @@ def test_impossible_options_name_their_flag(recipe: Recipe, flag: str) -> None:
 
 
 def test_scale_groups_by_layer_or_each_by_itself() -> None:
-    model = build(LsqRecipe(**TINY), 7).model
+    model = build(recipe_of("lsq", **TINY), 7).model
     found = quantizers(model)
     by_layer, each = scale_groups(model), scale_groups(model, each=True)
     assert len(each) == len(found) and all(len(g) == 1 for g in each)
@@ -264,7 +268,7 @@ def test_scale_groups_by_layer_or_each_by_itself() -> None:
 
 @pytest.mark.parametrize("loss", slow_but(["coral"], ["groupdro", "coral", "hessian"]))
 def test_domain_losses_train_with_two_passes(loss: str, tmp_path: Path) -> None:
-    folder = run(SagmLsqRecipe(**TINY | {"steps": 2}, domain_loss=loss, out=tmp_path / loss), DOMAINS)  # type: ignore[arg-type]
+    folder = run(recipe_of("sagm-lsq", **TINY | {"steps": 2}, domain_loss=loss, out=tmp_path / loss), DOMAINS)
     assert all(np.isfinite(e["loss"]) for e in folder.metrics() if "loss" in e)
     if loss == "groupdro":
         weights = folder.load("last.pt")["step"]["domain_weights"]

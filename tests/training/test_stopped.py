@@ -1,6 +1,5 @@
 """Signals and full disks: what a stopped run keeps, says and returns."""
 
-import dataclasses
 import errno
 import json
 import logging
@@ -25,7 +24,8 @@ from edgeqat.interrupts import SIGNALS, Interrupted, StopRequest
 from qat import cli
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.log import read_log
-from qat.runs.recipe import LsqRecipe, Recipe, RecipeError
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import Recipe, recipe_of
 from qat.runs.run_folder import RunFolder
 from qat.surgery.backbones import clip_gradients
 from qat.train import loop
@@ -89,13 +89,13 @@ STOPS = [(at, number) for at in (1, 2, 3, 5) for number in (signal.SIGINT, signa
 @pytest.mark.parametrize(("at", "number"), slow_but(QUICK, STOPS))
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(at: int, number: int, tmp_path: Path) -> None:
     """Steps 1, 2 and 5 lie between evaluations, 3 is followed by one."""
-    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     ending = signalled(recipe, at, number)
     assert re.search(rf"after step {at} of 7, all saved; .* --resume --out .*cut", ending.words)
     assert ending.number == number and ending.handlers_are_back
     assert RunFolder.open(tmp_path / "cut").load("last.pt")["progress"]["step"] == at
-    resumed = run(dataclasses.replace(recipe, resume=True), DOMAINS)
-    straight = run(dataclasses.replace(recipe, out=tmp_path / "straight"), DOMAINS)
+    resumed = run(recipe.changed(resume=True), DOMAINS)
+    straight = run(recipe.changed(out=tmp_path / "straight"), DOMAINS)
     assert same_model(straight, resumed)
     assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4, 5, 6, 7]
     evaluated = [[e for e in folder.metrics() if "source_mean" in e] for folder in (straight, resumed)]
@@ -103,7 +103,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(at: int, n
 
 
 def test_the_second_signal_acts_at_once(tmp_path: Path) -> None:
-    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     assert signalled(recipe, 2, signal.SIGINT, times=2).error == "KeyboardInterrupt"
     assert not RunFolder(tmp_path / "cut").has_run
     run(recipe, DOMAINS)  # nothing was saved, so the same command begins anew
@@ -224,22 +224,22 @@ def test_a_half_written_last_line_is_left_out_with_a_note(tmp_path: Path, caplog
 
 
 def test_a_killed_run_whose_last_line_is_half_written_resumes(tmp_path: Path) -> None:
-    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     assert signalled(recipe, 4, signal.SIGINT).error == "Interrupted"
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    resumed = run(dataclasses.replace(recipe, resume=True), DOMAINS)
+    resumed = run(recipe.changed(resume=True), DOMAINS)
     assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_flipped_bit_in_last_pt_is_found(tmp_path: Path) -> None:
-    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     assert signalled(recipe, 4, signal.SIGINT).error == "Interrupted"
     content = bytearray((tmp_path / "cut/last.pt").read_bytes())
     content[len(content) // 2] ^= 16
     (tmp_path / "cut/last.pt").write_bytes(content)
     with pytest.raises(RecipeError, match=r"last\.pt: is damaged|last\.pt: is not a readable"):
-        run(dataclasses.replace(recipe, resume=True), DOMAINS)
+        run(recipe.changed(resume=True), DOMAINS)
 
 
 @pytest.mark.parametrize("what", ["gradient", "parameter"])
@@ -265,7 +265,7 @@ def test_nan_at_a_finite_loss_ends_the_run_and_leaves_the_last_good_state(
         rf"step {at}: the loss is finite, and the norm of its gradient is nan" if what == "gradient" else r"step \d: "
     )
     with pytest.raises(RecipeError, match=words + r".*The last good state is .*last\.pt"):
-        run(Recipe(**LONGER, out=tmp_path / "run"), DOMAINS)
+        run(recipe_of("fp", **LONGER, out=tmp_path / "run"), DOMAINS)
     saved = RunFolder.open(tmp_path / "run").load("last.pt")
     assert saved["progress"]["step"] == (at - 1) // 3 * 3
     assert all(bool(value.isfinite().all()) for value in saved["model"].values() if value.is_floating_point())
@@ -273,21 +273,21 @@ def test_nan_at_a_finite_loss_ends_the_run_and_leaves_the_last_good_state(
 
 def test_training_that_diverged_is_no_finished_run(tmp_path: Path) -> None:
     """Plain descent far above the stable rate: the loss grows to 1e9 and more without ever being nan."""
-    recipe = Recipe(**LONGER, out=tmp_path / "wild", optimizer="sgd", lr=3e3)
+    recipe = recipe_of("fp", **LONGER, out=tmp_path / "wild", optimizer="sgd", lr=3e3)
     with pytest.raises(RecipeError, match=r"step \d+: (training has diverged|the loss is)"):
         run(recipe, DOMAINS)
     assert not (tmp_path / "wild/results.json").exists()
 
 
 def test_a_resumed_run_must_be_the_one_that_was_begun(tmp_path: Path) -> None:
-    recipe = LsqRecipe(**LONGER, out=tmp_path / "cut", calibration_batches=2)
+    recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     assert signalled(recipe, 2, signal.SIGINT).error == "Interrupted"
     written = (tmp_path / "cut/recipe.json").read_text()
     for change, words in (({"lr": 0.5}, r"--lr 0\.0005 \(now 0\.5\)"), ({"steps": 9}, r"--steps 7 \(now 9\)")):
         with pytest.raises(RecipeError, match=words):
-            run(dataclasses.replace(recipe, resume=True, **change), DOMAINS)
+            run(recipe.changed(resume=True, **change), DOMAINS)
     assert json.loads((tmp_path / "cut/recipe.json").read_text()) == json.loads(written)
-    run(dataclasses.replace(recipe, resume=True, workers=1), DOMAINS)
+    run(recipe.changed(resume=True, workers=1), DOMAINS)
 
 
 @pytest.mark.parametrize("damage", ["rules", "optimizer", "schedule"])
@@ -299,5 +299,5 @@ def test_a_run_that_could_not_begin_leaves_no_folder(damage: str, tmp_path: Path
         "schedule": {"schedule": "refined", "refine_from": tmp_path},
     }
     with pytest.raises(ValueError, match=r"absent|adamant|metrics"):
-        run(LsqRecipe(**LONGER, out=out, calibration_batches=2, **changes[damage]), DOMAINS)
+        run(recipe_of("lsq", **LONGER, out=out, calibration_batches=2, **changes[damage]), DOMAINS)
     assert not out.exists()

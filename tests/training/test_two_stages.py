@@ -1,6 +1,5 @@
 """BiPer's two stages: what passes between them, what a schedule does, and what is refused."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ from qat.domains.cifar import cifar10_split
 from qat.domains.folders import ArrayImages, Domain
 from qat.domains.splits import Split
 from qat.runs.build import load_run
-from qat.runs.recipe import BiperRecipe, Recipe, RecipeError, from_json, to_json
+from qat.runs.parts import Binarization, RecipeError
+from qat.runs.recipe import from_json, recipe_of, to_json
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder
 from qat.surgery.binarize import periodic_weights
@@ -21,14 +21,14 @@ from qat.train.data import in_steps
 from qat.train.start import schedule_of
 from qat.train.two_stages import run_stages
 
-TINY = BiperRecipe(
+TINY = recipe_of("biper",
     data="cifar10", test_domain="test", backbone="test_resnet", image_size=32, batch_size=8, augmentation="crop-flip",
     normalization="imagenet", epochs=1, stage2_epochs=1, warmup=0, workers=0, lr=0.01, stage2_lr=1e-9, frequency=15.0,
     calibration_batches=1, holdout=0.25,
 )  # fmt: skip
-ALONE = dataclasses.replace(  # stage 2 by itself takes the flags of every run
-    TINY, stage2_epochs=BiperRecipe().stage2_epochs, stage2_lr=BiperRecipe().stage2_lr
-)
+DEFAULT = Binarization()
+# Stage 2 by itself takes the flags of every run
+ALONE = TINY.changed(stage2_epochs=DEFAULT.stage2_epochs, stage2_lr=DEFAULT.stage2_lr)
 
 
 def split() -> Split:
@@ -43,7 +43,7 @@ def split() -> Split:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("biper") / "run"
-    return run_stages(dataclasses.replace(TINY, frequency_start=5.0, out=out), split()).path
+    return run_stages(TINY.changed(frequency_start=5.0, out=out), split()).path
 
 
 def test_stage_two_begins_with_stage_ones_parameters_bit_for_bit(
@@ -59,7 +59,7 @@ def test_stage_two_begins_with_stage_ones_parameters_bit_for_bit(
         raise Stopped
 
     monkeypatch.setattr(loop._Trainer, "fit", stop)
-    second = dataclasses.replace(ALONE, stage=2, init_from=finished / "stage1", out=tmp_path / "second")
+    second = ALONE.changed(stage=2, init_from=finished / "stage1", out=tmp_path / "second")
     with pytest.raises(Stopped):
         run_stages(second, split())
     stored = RunFolder.open(finished / "stage1").load("checkpoint.pt")["model"]
@@ -70,11 +70,11 @@ def test_stage_two_begins_with_stage_ones_parameters_bit_for_bit(
 def test_both_stages_are_whole_run_folders_and_know_their_stage(finished: Path) -> None:
     for path, stage in ((finished / "stage1", 1), (finished, 2)):
         _, recipe, built = load_run(path)
-        assert isinstance(recipe, BiperRecipe) and recipe.stage == stage
+        assert recipe.binarization.stage == stage
         pairs = periodic_weights(built.model)
         assert pairs and {q.stage for q, _ in pairs} == {stage}
         assert {round(float(q.frequency), 4) for q, _ in pairs} == {15.0}  # the schedule's end, taken over by stage 2
-    assert RunFolder.open(finished).recipe().lr == TINY.stage2_lr
+    assert RunFolder.open(finished).recipe().optimization.lr == TINY.binarization.stage2_lr
     assert RunFolder.open(finished).results()["target_holdout"] is None
 
 
@@ -92,34 +92,36 @@ def test_the_run_is_exported_certified_and_reported(finished: Path) -> None:
 def test_a_finished_first_stage_is_not_run_again(finished: Path) -> None:
     before = (finished / "stage1" / "checkpoint.pt").stat().st_mtime_ns
     with pytest.raises(RecipeError, match="holds a run already"):
-        run_stages(dataclasses.replace(TINY, out=finished), split())
-    run_stages(dataclasses.replace(TINY, out=finished, frequency_start=5.0, resume=True), split())
+        run_stages(TINY.changed(out=finished), split())
+    run_stages(TINY.changed(out=finished, frequency_start=5.0, resume=True), split())
     assert (finished / "stage1" / "checkpoint.pt").stat().st_mtime_ns == before
 
 
 def test_recipes_are_recorded_and_checked(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(TINY, binarizer="recu", init_from=tmp_path)
+    recipe = TINY.changed(binarizer="recu", init_from=tmp_path)
     assert from_json(to_json(recipe), tmp_path) == recipe
     for change, message in (
-        ({"bits": 2}, "--bits 2: biper has one bit"),
         ({"edge_bits": 9}, "--edge-bits"),
-        ({"stage": 2}, "name its folder with --init-from"),
         ({"frequency": 0.0}, "--frequency must be more than 0"),
         ({"frequency_start": 3.0, "learn_frequency": True}, "has no schedule"),
         ({"data": "domains"}, "give --steps"),
     ):
         with pytest.raises(RecipeError, match=message):
-            check(dataclasses.replace(TINY, **change))
+            check(TINY.changed(**change))
+    with pytest.raises(RecipeError, match="name its folder with --init-from"):
+        check(ALONE.changed(stage=2))
 
 
 def test_stage_two_refuses_another_kind_of_run(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not a stage-1 run of biper"):
-        run_stages(dataclasses.replace(ALONE, stage=2, init_from=finished, out=tmp_path / "x"), split())
+        run_stages(ALONE.changed(stage=2, init_from=finished, out=tmp_path / "x"), split())
 
 
 def test_epochs_and_warm_up_are_counted_in_steps() -> None:
-    recipe = in_steps(Recipe(data="cifar10", batch_size=10, epochs=4, warmup=2), split())
-    assert (recipe.steps, recipe.warmup, recipe.evaluate_every) == (12, 6, 3)  # 24 images left: 3 steps an epoch
-    factor = schedule_of(recipe)
+    recipe = in_steps(recipe_of("fp", data="cifar10", batch_size=10, epochs=4, warmup=2), split())
+    # 24 images left: 3 steps an epoch
+    assert (recipe.optimization.steps, recipe.optimization.warmup) == (12, 6)
+    assert recipe.tracking.evaluate_every == 3
+    factor = schedule_of(recipe.optimization)
     expected = [(s + 1) / 6 for s in range(6)] + [0.5 * (1 + np.cos(np.pi * s / 6)) for s in range(6)]
     assert np.allclose([factor(s) for s in range(12)], expected, rtol=0, atol=1e-12)

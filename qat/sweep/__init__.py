@@ -1,0 +1,1 @@
+"""Grids of runs: methods × bits × targets × seeds × presets, resumable, with one table at the end."""

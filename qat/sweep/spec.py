@@ -1,0 +1,204 @@
+"""What a sweep runs: a TOML file, or flags, as cells that are run folders.
+
+out = "runs/grid"
+methods = ["fp", "lsq", "gaqat"]     # quantized ones start from the cell of `start`
+bits = [4, 3]                        # of the quantized methods
+targets = ["sketch", "photo"]
+seeds = [0, 1, 2]
+presets = ["default", "long"]
+start = "fp"
+
+[values]                             # flags of every cell that has them
+data-root = "PACS"
+steps = 2000
+
+[method.fp]                          # flags of one method's cells
+lr = 1e-3
+
+[preset.long]                        # flags of one preset's cells
+steps = 4000
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qat.runs.given import read_config
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import KNOWN, TRAINED, Recipe, with_entries
+from qat.runs.recipe_checks import check
+
+DEFAULT = "default"
+TABLES = ("values", "method", "preset", "slurm")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    name:   its folder's name within the sweep's.
+    method, bits, target, seed, preset: its place in the grid; bits is None in full precision.
+    recipe: what is trained, its folders filled in.
+    after:  name of the cell that it starts from, "" for none.
+    """
+
+    name: str
+    method: str
+    bits: int | None
+    target: str
+    seed: int
+    preset: str
+    recipe: Recipe
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid, as a file or flags describe it; every combination is a cell."""
+
+    source: Path
+    out: Path
+    methods: tuple[str, ...] = ("fp", "lsq")
+    bits: tuple[int, ...] = (4,)
+    targets: tuple[str, ...] = ("sketch",)
+    seeds: tuple[int, ...] = (0,)
+    presets: tuple[str, ...] = (DEFAULT,)
+    start: str = "fp"
+    values: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, dict[str, Any]] = field(default_factory=dict)
+    preset: dict[str, dict[str, Any]] = field(default_factory=dict)
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """Every cell, those that others start from first. Raises RecipeError naming the file and the entry at fault."""
+        starts = [self.start] if self._is_started() else []
+        starts = [method for method in starts if method not in self.methods]
+        found: list[Cell] = []
+        for preset in self.presets:
+            for seed in self.seeds:
+                for target in self.targets:
+                    for method in (*starts, *_ordered(self.methods, self.start)):
+                        found += self._of(method, target, seed, preset)
+        return found
+
+    def _is_started(self) -> bool:
+        return any(KNOWN[method].quantization is not None for method in self.methods)
+
+    def _of(self, method: str, target: str, seed: int, preset: str) -> list[Cell]:
+        """The cells of one method at one place of the grid, one for each number of bits."""
+        has_bits = KNOWN[method].grids is not None
+        cells = []
+        for bits in self.bits if has_bits else (None,):
+            name = cell_name(method, bits, target, seed, preset)
+            starts = KNOWN[method].quantization is not None
+            after = cell_name(self.start, None, target, seed, preset) if starts else ""
+            placed: dict[str, Any] = {"test_domain": target, "seed": seed}
+            if bits is not None:
+                placed["bits"] = bits
+            recipe = self._recipe(method, preset, placed)
+            recipe = recipe.changed(out=self.out / name)
+            if after:
+                recipe = recipe.changed(init_from=self.out / after)
+            cells.append(Cell(name, method, bits, target, seed, preset, recipe, after))
+        return cells
+
+    def _recipe(self, method: str, preset: str, placed: dict[str, Any]) -> Recipe:
+        recipe = TRAINED[method]
+        known = recipe.entries()
+        given: dict[str, Any] = {}
+        # Of what all cells share, each takes what it has; what names a method or a preset must fit
+        given |= {key: v for key, v in self.values.items() if key in known}
+        given |= {
+            key: v for key, v in self.preset.get(preset, {}).items() if key in known
+        }
+        given |= self.method.get(method, {})
+        recipe = with_entries(recipe, given | placed, self.source)
+        try:
+            check(recipe.changed(image_size=recipe.model.image_size or 224))
+        except RecipeError as error:
+            raise RecipeError(f"{self.source}: {method}: {error}") from None
+        return recipe
+
+
+def cell_name(
+    method: str, bits: int | None, target: str, seed: int, preset: str
+) -> str:
+    """Name of a cell's folder."""
+    parts = [method, "" if bits is None else f"{bits}bit", target, f"s{seed}"]
+    parts.append("" if preset == DEFAULT else preset)
+    return "-".join(part for part in parts if part)
+
+
+def read_sweep(path: Path, **flags: Any) -> Sweep:
+    """The sweep of a TOML, YAML or JSON file; `flags` that are not None replace its entries.
+
+    Raises RecipeError naming the file and the entry at fault.
+    """
+    values = {key.replace("-", "_"): v for key, v in read_config(path).items()}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    known = {entry.name for entry in dataclasses.fields(Sweep)} - {"source"}
+    unknown = values.keys() - known
+    if unknown:
+        raise RecipeError(f"{path}: unknown entries {', '.join(sorted(unknown))}")
+    for name in TABLES:
+        values[name] = _table(
+            path, name, values.get(name, {}), nested=name in ("method", "preset")
+        )
+    lists = {"methods": str, "bits": int, "targets": str, "seeds": int, "presets": str}
+    for name, kind in lists.items():
+        if name in values:
+            values[name] = _list(path, name, values[name], kind)
+    out = Path(values.pop("out", path.with_suffix("")))
+    sweep = Sweep(path, out, **values)
+    _require_known(sweep)
+    return sweep
+
+
+def _ordered(methods: tuple[str, ...], first: str) -> list[str]:
+    return sorted(methods, key=lambda method: method != first)
+
+
+def _table(path: Path, name: str, value: Any, *, nested: bool) -> dict[str, Any]:
+    """A table of flags, or a table of such tables; flags under their names in Python."""
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: {name} must be a table, [{name}]")
+    if nested:
+        return {
+            key: _table(path, f"{name}.{key}", inner, nested=False)
+            for key, inner in value.items()
+        }
+    return {key.replace("-", "_"): inner for key, inner in value.items()}
+
+
+def _list(path: Path, name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    fits = isinstance(value, (list, tuple)) and len(value) > 0
+    if not fits or any(type(item) is not kind for item in value):
+        word = "words" if kind is str else "whole numbers"
+        raise RecipeError(f"{path}: {name} must be a list of {word}, got {value!r}")
+    if len(set(value)) < len(value):
+        raise RecipeError(f"{path}: {name} names something twice: {value!r}")
+    return tuple(value)
+
+
+def _require_known(sweep: Sweep) -> None:
+    """Raises RecipeError naming the first method, preset or flag that there is not."""
+    for method in (*sweep.methods, sweep.start, *sweep.method):
+        if method not in KNOWN:
+            raise RecipeError(
+                f"{sweep.source}: unknown method {method!r}; known: {', '.join(KNOWN)}"
+            )
+    if KNOWN[sweep.start].quantization is not None:
+        raise RecipeError(
+            f"{sweep.source}: start must be a method of full precision (fp, sagm), got {sweep.start!r}"
+        )
+    for preset in sweep.presets:
+        if preset != DEFAULT and preset not in sweep.preset:
+            raise RecipeError(f"{sweep.source}: has no table [preset.{preset}]")
+    known = set().union(*(KNOWN[m].entries() for m in (*sweep.methods, sweep.start)))
+    for name, table in (("values", sweep.values), *sweep.preset.items()):
+        unknown = table.keys() - known
+        if unknown:
+            raise RecipeError(
+                f"{sweep.source}: [{name}]: none of its methods has {', '.join(sorted(unknown))}"
+            )

@@ -1,0 +1,191 @@
+"""The table of a sweep: a row for each method, bits and preset; a column for each target; paired tests between rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qat.domains.selection import mean_and_standard_error
+from qat.runs.records import results_of
+from qat.runs.run_folder import RunFolder
+from qat.sweep.spec import DEFAULT, Cell, Sweep
+
+RowKey = tuple[str, int | None, str]
+Place = tuple[str, int]  # target and seed
+# Below so many pairs every assignment of signs is counted, above it this many are drawn
+EXACT_PAIRS, DRAWS = 14, 20_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """Accuracies of one method, bits and preset. accuracy: (target, seed) -> share of the target's images."""
+
+    key: RowKey
+    accuracy: dict[Place, float]
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        method, bits, preset = self.key
+        words = [method, "" if bits is None else f"{bits} bit"]
+        words.append("" if preset == DEFAULT else f"({preset})")
+        return " ".join(word for word in words if word)
+
+    def of_target(self, target: str) -> list[float]:
+        """Over the seeds, in percent."""
+        return [100 * v for (name, _), v in self.accuracy.items() if name == target]
+
+    def averages(self, targets: Sequence[str]) -> list[float]:
+        """The mean over all targets of each seed that has them all, in percent."""
+        seeds = sorted({seed for _, seed in self.accuracy})
+        whole = [s for s in seeds if all((t, s) in self.accuracy for t in targets)]
+        return [
+            100 * float(np.mean([self.accuracy[t, s] for t in targets])) for s in whole
+        ]
+
+
+@dataclass(frozen=True)
+class Test:
+    """A paired comparison. difference: mean of first − second over pairs, in points; p: two-sided, by random signs."""
+
+    first: str
+    second: str
+    pairs: int
+    difference: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in the order of the sweep; `missing`: cells without results."""
+
+    targets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    missing: tuple[str, ...]
+
+    def entries(self) -> list[list[str]]:
+        """The table as text, a header first."""
+        header = ["method", *self.targets, "average", "seeds"]
+        lines = [header]
+        for row in self.rows:
+            numbers = [_with_error(row.of_target(t)) for t in self.targets]
+            averages = row.averages(self.targets)
+            lines.append(
+                [row.name, *numbers, _with_error(averages), str(len(averages))]
+            )
+        return lines
+
+    def markdown(self) -> str:
+        """For a README: accuracies on the unseen domain in percent, ± standard error over seeds."""
+        header, *rows = self.entries()
+        lines = [_bars(header), _bars(["---"] * len(header))]
+        lines += [_bars(row) for row in rows]
+        tests = self.tests()
+        if tests:
+            lines += ["", _bars(TEST_HEADER), _bars(["---"] * len(TEST_HEADER))]
+            lines += [_bars(_test_entries(test)) for test in tests]
+        if self.missing:
+            lines += ["", f"Without results: {', '.join(self.missing)}."]
+        return "\n".join(lines) + "\n"
+
+    def latex(self) -> str:
+        """For a paper."""
+        header, *rows = self.entries()
+        columns = "l" + "c" * (len(header) - 1)
+        lines = [
+            f"\\begin{{tabular}}{{{columns}}}",
+            "\\hline",
+            _latex(header),
+            "\\hline",
+        ]
+        lines += [_latex(row) for row in rows]
+        return "\n".join([*lines, "\\hline", "\\end{tabular}"]) + "\n"
+
+    def csv(self) -> str:
+        """One line for each cell: method, bits, preset, target, seed, accuracy in [0, 1]."""
+        lines = ["method,bits,preset,target,seed,accuracy"]
+        for row in self.rows:
+            method, bits, preset = row.key
+            for (target, seed), value in sorted(row.accuracy.items()):
+                bits_text = "" if bits is None else bits
+                lines.append(f"{method},{bits_text},{preset},{target},{seed},{value!r}")
+        return "\n".join(lines) + "\n"
+
+    def tests(self) -> list[Test]:
+        """Every two rows, over the targets and seeds that both have."""
+        found = []
+        for index, first in enumerate(self.rows):
+            for second in self.rows[index + 1 :]:
+                shared = sorted(first.accuracy.keys() & second.accuracy.keys())
+                if len(shared) < 2:
+                    continue
+                pairs = [first.accuracy[k] - second.accuracy[k] for k in shared]
+                points = 100 * np.array(pairs)
+                mean, p = float(points.mean()), sign_test(points)
+                found.append(Test(first.name, second.name, len(points), mean, p))
+        return found
+
+
+TEST_HEADER = ["paired over targets and seeds", "difference, points", "n", "p"]
+
+
+def table_of(sweep: Sweep) -> Table:
+    """The table of the cells that are done. Raises RecipeError for a damaged run folder."""
+    rows: dict[RowKey, dict[Place, float]] = {}
+    missing = []
+    for cell in sweep.cells():
+        accuracies = rows.setdefault((cell.method, cell.bits, cell.preset), {})
+        accuracy = _accuracy(sweep.out, cell)
+        if accuracy is None:
+            missing.append(cell.name)
+        else:
+            accuracies[cell.target, cell.seed] = accuracy
+    named = tuple(Row(key, found) for key, found in rows.items())
+    return Table(sweep.targets, named, tuple(missing))
+
+
+def _accuracy(out: Path, cell: Cell) -> float | None:
+    if not (out / cell.name / "results.json").exists():
+        return None
+    return float(results_of(RunFolder.open(out / cell.name))["target"])
+
+
+def sign_test(differences: NDArray[np.float64]) -> float:
+    """Two-sided p of the mean of paired `differences` (pairs,) under random signs (Fisher's randomization test).
+
+    Every assignment of signs is counted for few pairs, else 20,000 are drawn from a fixed seed. Differences of one target or
+    one seed are taken as independent, which they are not quite.
+    """
+    observed = abs(float(differences.sum()))
+    count = len(differences)
+    if count <= EXACT_PAIRS:
+        numbers = np.arange(2**count)[:, None]
+        signs = 1 - 2 * (numbers >> np.arange(count) & 1)
+        sums = np.abs(signs @ differences)
+        return float((sums >= observed - 1e-12).mean())
+    signs = np.random.default_rng(0).choice((-1, 1), (DRAWS, count))
+    as_large = np.abs(signs @ differences) >= observed - 1e-12
+    return float((as_large.sum() + 1) / (DRAWS + 1))
+
+
+def _with_error(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, error = mean_and_standard_error(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {error:.1f}"
+
+
+def _test_entries(test: Test) -> list[str]:
+    names = f"{test.first} − {test.second}"
+    return [names, f"{test.difference:+.2f}", str(test.pairs), f"{test.p:.3f}"]
+
+
+def _bars(entries: Sequence[str]) -> str:
+    return "| " + " | ".join(entries) + " |"
+
+
+def _latex(entries: Sequence[str]) -> str:
+    escaped = (e.replace("_", "\\_").replace("±", "$\\pm$") for e in entries)
+    return " & ".join(escaped) + " \\\\"
