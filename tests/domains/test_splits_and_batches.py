@@ -1,4 +1,4 @@
-"""DomainBed's split re-derived by hand, batches that depend on seed and step alone, selection on made-up records."""
+"""DomainBed's split re-derived by hand, batches that depend on seed and step alone."""
 
 import hashlib
 
@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 
 from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
 from qat.domains.folders import ArrayImages, DataError, Domain
-from qat.domains.selection import Record, mean_and_standard_error, oracle, training_domain_validation
 from qat.domains.splits import leave_one_domain_out, seed_hash
 from qat.domains.synthetic import CLASSES, STYLES, synthetic_domains
 from qat.domains.transforms import eval_transform, train_transform
@@ -114,26 +113,3 @@ def test_styles_differ_where_they_should() -> None:
     assert colour["cartoon"] > 25
     with pytest.raises(ValueError, match="--image-size 8"):
         synthetic_domains(per_class=1, image_size=8)
-
-
-RECORDS = [
-    Record(100, {"a": 0.9, "b": 0.5}, target_in=0.2, target_out=0.3),
-    Record(200, {"a": 0.75, "b": 0.75}, target_in=0.4, target_out=0.9),
-    Record(300, {"a": 0.5, "b": 1.0}, target_in=0.9, target_out=0.1),
-]
-
-
-def test_training_domain_validation_takes_the_best_unweighted_mean_and_the_first_of_equals() -> None:
-    assert training_domain_validation(RECORDS).step == 200
-    assert training_domain_validation(list(reversed(RECORDS))).step == 200
-
-
-def test_oracle_looks_at_last_checkpoints_only() -> None:
-    other = [Record(300, {"a": 0.1, "b": 0.1}, target_in=0.5, target_out=0.2)]
-    assert oracle([RECORDS, other]) is other[0]
-
-
-def test_standard_error_is_the_population_one() -> None:
-    mean, error = mean_and_standard_error([80.0, 82.0, 87.0])
-    assert mean == pytest.approx(83.0)
-    assert error == pytest.approx(((9 + 1 + 16) / 3) ** 0.5 / 3**0.5)
