@@ -126,7 +126,7 @@ def published(losses: list[float], converge: int, tolerance: int, ratio: float) 
         if start < 0:
             if len(recent) == converge and np.argmin([losses[i] for i in recent]) == 0:
                 start = recent[0]
-                bound = np.mean([losses[i] for i in recent]) * ratio
+                bound = float(np.mean([losses[i] for i in recent])) * ratio
                 if tolerance < converge:
                     counted += list(recent)[1 : 1 + converge - tolerance]
                 if tolerance > converge:
@@ -156,7 +156,7 @@ def test_the_published_valley_averages_what_the_public_code_does(seed: int) -> N
     generator = np.random.default_rng(seed)
     converge, tolerance = int(generator.integers(2, 5)), int(generator.integers(1, 7))
     drift = np.abs(np.arange(24) - 9) ** 1.3 * generator.uniform(0.01, 0.12)
-    losses = (1 + drift + generator.normal(size=24) * 0.08).tolist()
+    losses = (1 + drift + generator.normal(size=24) * generator.choice([0.08, 0.5])).tolist()
     valley, values = PublishedValley(converge, tolerance, 1.2), generator.normal(size=24)
     for now, (loss, value) in enumerate(zip(losses, values, strict=True), 1):
         valley.push(loss, span(*[value] * int(generator.integers(1, 4))))
