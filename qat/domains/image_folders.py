@@ -153,7 +153,7 @@ def _split_flat(root: Path, holdout: float, trial_seed: int) -> tuple[Split, lis
     notes = [
         f"{len(validation):,} of {len(images):,} images, drawn at random from each class, select the checkpoint"
     ]
-    if root.name in PART_OF and len(_beside(root)) > 1:
+    if _is_part(root.name) and len(_beside(root)) > 1:
         notes.append(
             f"{printable(root)} lies beside {some(_beside(root))}; pass --data-root {printable(root.parent)} to use all"
         )

@@ -145,6 +145,8 @@ def test_a_missing_root_a_stray_flag_and_a_broken_image(tmp_path: Path) -> None:
 def test_a_part_given_as_root_is_flat_with_a_note(tmp_path: Path) -> None:
     found = read_image_folders(fill(tmp_path, SPLIT) / "train")
     assert found.layout == "flat"
+    alone = read_image_folders(fill(tmp_path / "alone", {"train/cat": 3, "train/dog": 3}) / "train")
+    assert not any("lies beside" in note for note in alone.notes)
     assert f"{tmp_path / 'train'} lies beside test, train, val; pass --data-root {tmp_path} to use all" in found.notes
 
 

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from qat.domains.balance import balanced_weights
 from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
 from qat.domains.folders import ArrayImages, DataError, Domain
 from qat.domains.splits import leave_one_domain_out, seed_hash
@@ -48,6 +49,37 @@ def test_an_unknown_test_domain_is_named_with_the_known_ones() -> None:
         leave_one_domain_out(DOMAINS, "clipart")
     with pytest.raises(DataError, match="leaves nothing to train on"):
         leave_one_domain_out(DOMAINS[:1], "art_painting")
+
+
+def test_a_second_domain_left_out_is_measured_and_does_not_train() -> None:
+    alone = leave_one_domain_out(DOMAINS, "cartoon", trial_seed=1)
+    pair = leave_one_domain_out(DOMAINS, "cartoon", also_left_out="photo", trial_seed=1)
+    assert [s.name for s in pair.train] == [s.name for s in pair.validation] == ["art_painting", "sketch"]
+    assert alone.also_left_out is None and pair.also_left_out is not None
+    assert pair.also_left_out.name == "photo"
+    assert pair.also_left_out.indices.tolist() == alone.train[1].indices.tolist()
+    assert pair.target_in.indices.tolist() == alone.target_in.indices.tolist()
+    for second in ("cartoon", "clipart"):
+        with pytest.raises(
+            DataError, match=f"'{second}' cannot be left out beside --test-domain cartoon; there are art_"
+        ):
+            leave_one_domain_out(DOMAINS, "cartoon", also_left_out=second)
+    with pytest.raises(
+        DataError, match="only 2 domains: leaving out cartoon and art_painting leaves nothing to train on"
+    ):
+        leave_one_domain_out(DOMAINS[:2], "cartoon", also_left_out="art_painting")
+
+
+def test_weighted_batches_draw_every_class_alike() -> None:
+    labels = np.asarray([0] * 90 + [1] * 10)
+    sampler = EqualDomainBatches([100, 3], 50, seed=1, steps=40, weights=[balanced_weights(labels), np.eye(3)[1]])
+    drawn = [draw for batch in sampler for draw in batch]
+    first = [labels[index] for domain, index, _ in drawn if domain == 0]
+    assert len(first) == 2000 and abs(np.mean(first) - 0.5) < 0.05  # four and a half standard deviations
+    assert {index for domain, index, _ in drawn if domain == 1} == {1}
+    assert drawn == [draw for batch in sampler for draw in batch]
+    with pytest.raises(ValueError, match=r"weights for \[3\] images, but the domains have \[4\]"):
+        EqualDomainBatches([4], 2, seed=0, steps=1, weights=[np.ones(3) / 3])
 
 
 def batches(workers: int, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
