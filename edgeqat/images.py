@@ -1,7 +1,8 @@
 """Opens image files: regular files of a few named formats, of a bounded size, as RGB.
 
 Pixels are those of `PIL.Image.open(path).convert("RGB")`, as torchvision's ImageFolder has them: the first frame,
-transparency dropped, the camera's orientation not applied.
+transparency dropped, the camera's orientation not applied. Greys of 16 bits are an exception. Pillow clips them at 255,
+which leaves white; here they are read by their high byte, as pillow reads colours of 16 bits.
 """
 
 import os
@@ -10,15 +11,18 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 178_956_970  # where pillow itself stops by default
 MAX_BYTES = 1 << 30
+UPRIGHT = 1  # orientation of pixels that are stored as they are shown
 
 
 class ImageError(ValueError):
@@ -28,7 +32,36 @@ class ImageError(ValueError):
 def open_image(path: Path) -> Image.Image:
     """The image in the file `path`, RGB, decoded. Raises ImageError."""
     with _opened(path) as image:
+        return _as_rgb(image)
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says of its image before it is decoded.
+
+    mode: pillow's name for its pixels ("RGB", "L", "P", "CMYK", "I;16"). transparent: whether pixels may be.
+    turned: whether the camera's orientation asks viewers to turn or mirror the stored pixels.
+    """
+
+    mode: str
+    transparent: bool
+    turned: bool
+
+
+def image_header(path: Path) -> ImageHeader:
+    """Mode, transparency and orientation of the image in the file `path`. Raises ImageError."""
+    with _opened(path) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+        return ImageHeader(
+            image.mode, image.has_transparency_data, orientation != UPRIGHT
+        )
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I;16"):
         return image.convert("RGB")
+    high_byte = (np.asarray(image) >> 8).astype(np.uint8)
+    return Image.fromarray(high_byte).convert("RGB")
 
 
 def check_image(path: Path) -> None:

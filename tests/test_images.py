@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeqat import images
-from edgeqat.images import ImageError, check_image, open_image
+from edgeqat.images import ImageError, ImageHeader, check_image, image_header, open_image
 from export.lowered import ExportError
 from export.predict import preprocess
 from qat.domains.batches import EvalImages
@@ -38,7 +38,7 @@ def picture(mode: str) -> Image.Image:
 
 
 ORDINARY = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("RGB", "png"), ("RGBA", "png"), ("LA", "png"), ("P", "png"),
-            ("1", "png"), ("I;16", "png"), ("RGB", "webp"), ("RGBA", "webp")]  # fmt: skip
+            ("1", "png"), ("RGB", "webp"), ("RGBA", "webp")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("mode", "suffix"), ORDINARY)
@@ -50,6 +50,34 @@ def test_pixels_are_those_of_pillow(tmp_path: Path, mode: str, suffix: str) -> N
     found = open_image(path)
     assert found.mode == "RGB" and np.array_equal(np.asarray(found), expected)
     check_image(path)
+
+
+def test_greys_of_16_bits_are_read_by_their_high_byte(tmp_path: Path) -> None:
+    picture("I;16").save(tmp_path / "deep.png")
+    found = np.asarray(open_image(tmp_path / "deep.png"))
+    for row in range(0, 48, 5):
+        for column in range(64):
+            grey = ((row * 64 + column) * 20) // 256
+            assert found[row, column].tolist() == [grey] * 3
+    assert found.max() == 239
+    check_image(tmp_path / "deep.png")
+
+
+def test_headers_say_what_will_be_converted(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    exif[0x0112] = 1
+    picture("CMYK").save(tmp_path / "print.jpg", exif=exif)
+    picture("P").save(tmp_path / "palette.png", transparency=3)
+    picture("I;16").save(tmp_path / "deep.png")
+    assert image_header(tmp_path / "turned.jpg") == ImageHeader("RGB", False, True)
+    assert image_header(tmp_path / "print.jpg") == ImageHeader("CMYK", False, False)
+    assert image_header(tmp_path / "palette.png") == ImageHeader("P", True, False)
+    assert image_header(tmp_path / "deep.png") == ImageHeader("I;16", False, False)
+    (tmp_path / "text.jpg").write_text("an image")
+    with pytest.raises(ImageError, match=r"text\.jpg: not a readable image"):
+        image_header(tmp_path / "text.jpg")
 
 
 def test_orientation_is_not_applied_and_the_first_frame_counts(tmp_path: Path) -> None:

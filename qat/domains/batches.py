@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -20,7 +21,11 @@ Draw = tuple[int, int, int]  # domain, index within it, seed of its augmentation
 
 
 class EqualDomainBatches(Sampler[list[Draw]]):
-    """Yields batches start_step .. steps-1, each `batch_size` draws from every domain of the given sizes."""
+    """Yields batches start_step .. steps-1, each `batch_size` draws from every domain of the given sizes.
+
+    weights: for every domain the probability of each image, float64 that sums to 1 (`qat.domains.balance`); None: all alike.
+    Raises ValueError where their lengths are not the sizes.
+    """
 
     def __init__(
         self,
@@ -30,9 +35,15 @@ class EqualDomainBatches(Sampler[list[Draw]]):
         *,
         start_step: int = 0,
         steps: int,
+        weights: Sequence[NDArray[np.float64]] | None = None,
     ) -> None:
+        if weights is not None and [len(w) for w in weights] != list(sizes):
+            raise ValueError(
+                f"weights for {[len(w) for w in weights]} images, but the domains have {list(sizes)}"
+            )
         self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
         self.start_step, self.steps = start_step, steps
+        self.weights = weights
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -44,11 +55,18 @@ class EqualDomainBatches(Sampler[list[Draw]]):
                 (domain, int(index), int(seed))
                 for domain, size in enumerate(self.sizes)
                 for index, seed in zip(
-                    generator.integers(size, size=self.batch_size),
+                    self._drawn(generator, domain, size),
                     generator.integers(2**62, size=self.batch_size),
                     strict=True,
                 )
             ]
+
+    def _drawn(
+        self, generator: np.random.Generator, domain: int, size: int
+    ) -> NDArray[np.int64]:
+        if self.weights is None:
+            return generator.integers(size, size=self.batch_size)
+        return generator.choice(size, self.batch_size, p=self.weights[domain])
 
 
 class ShareOfBatches(Sampler[list[Draw]]):

@@ -18,11 +18,12 @@ from qat.domains.folders import (
     DataError,
     Domain,
     check_readable,
+    class_files,
     folder_domain,
     folders_in,
-    images_in,
 )
 from qat.domains.inventory import PUBLISHED, Counts, Found, Inventory
+from qat.domains.roots import folder_of_domains
 
 FOLDER = "domain_net"  # DomainBed's name for the folder of domains
 LAYOUT = f"<root>/{{{','.join(DOMAINS)}}}/<class>/*.jpg"
@@ -44,7 +45,7 @@ def read_domainnet(
     lists = read_lists(folder, published.classes)
     duplicates = read_duplicates(folder)
     on_disk = {
-        name: _files(folder / name) for name in DOMAINS if (folder / name).is_dir()
+        name: class_files(folder / name) for name in DOMAINS if (folder / name).is_dir()
     }
     used: dict[str, Files] = {}
     found: dict[str, Found] = {}
@@ -89,14 +90,7 @@ def read_domainnet(
 
 def domainnet_folder(root: Path) -> Path:
     """`root`, or `root`/domain_net. Raises DataError where neither holds a domain of DomainNet."""
-    if not root.is_dir():
-        raise DataError(f"--data-root {root}: no such folder; expected {LAYOUT}")
-    for folder in (root, root / FOLDER):
-        if any((folder / name).is_dir() for name in DOMAINS):
-            return folder
-    raise DataError(
-        f"--data-root {root}: holds no DomainNet domain; expected {LAYOUT}, or {FOLDER} in place of <root>"
-    )
+    return folder_of_domains(root, "DomainNet", DOMAINS, FOLDER)
 
 
 def is_domainnet(root: Path) -> bool:
@@ -105,11 +99,6 @@ def is_domainnet(root: Path) -> bool:
         sum((f / name).is_dir() for name in DOMAINS) > len(DOMAINS) / 2
         for f in (root, root / FOLDER)
     )
-
-
-def _files(folder: Path) -> Files:
-    files = {c.name: images_in(c) for c in folders_in(folder)}
-    return {name: paths for name, paths in files.items() if paths}
 
 
 def _select(

@@ -120,6 +120,12 @@ def images_in(folder: Path) -> list[Path]:
     )
 
 
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """Class -> its images, for the class folders of one domain that hold some."""
+    files = {c.name: images_in(c) for c in folders_in(folder)}
+    return {name: paths for name, paths in files.items() if paths}
+
+
 def folder_domain(
     name: str, classes: Sequence[str], files: dict[str, list[Path]]
 ) -> Domain:

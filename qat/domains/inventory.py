@@ -1,7 +1,7 @@
-"""What a copy of DomainNet holds against the published counts (`docs/algorithms.md`, DomainBed protocol)."""
+"""What a copy of a benchmark holds against the published counts (`docs/algorithms.md`, DomainBed protocol)."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeqat.terminal import printable
@@ -11,11 +11,22 @@ from qat.domains.folders import some
 
 @dataclass(frozen=True)
 class Counts:
-    """Number of classes; images of every domain before and after the duplicates are dropped."""
+    """What was published of a data set.
+
+    classes: how many. before, after: images of every domain before and after duplicates are dropped, "after" those in use.
+    by_class: domain -> class -> images in use, where that is published. uncounted: domains without published counts.
+    """
 
     classes: int
     before: Mapping[str, int]
     after: Mapping[str, int]
+    by_class: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains' folders."""
+        return (*self.after, *self.uncounted)
 
 
 PUBLISHED = Counts(
@@ -42,22 +53,24 @@ PUBLISHED = Counts(
 @dataclass(frozen=True)
 class Found:
     """One domain's images on disk, how many of them are duplicates or used; names on disk but in no list, and listed
-    but not on disk ("domain/class/file.jpg")."""
+    but not on disk ("domain/class/file.jpg"); by_class: images used of each class."""
 
     on_disk: int = 0
     duplicates: int = 0
     used: int = 0
     unlisted: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    by_class: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Inventory:
     """Counts of a copy in `folder`; its text is the report.
 
+    name: of the data set. note: what its counts do not say, added to the report.
     found: by domain, for the domain folders there are. classes: by domain, those with images in use.
     duplicates: entries of the duplicates file by domain, None without one. listed: images in a domain's lists.
-    strangers: folders that are no domain of DomainNet.
+    strangers: folders that are no domain of the data set.
     """
 
     folder: Path
@@ -67,6 +80,8 @@ class Inventory:
     duplicates: Mapping[str, int] | None
     listed: Mapping[str, int]
     strangers: tuple[str, ...] = ()
+    name: str = "DomainNet"
+    note: str = ""
 
     @property
     def used(self) -> int:
@@ -81,10 +96,10 @@ class Inventory:
     def problems(self) -> Iterator[str]:
         """One line for everything that differs from the published counts, and what to do."""
         every = sorted({c for classes in self.classes.values() for c in classes})
-        gone = [d for d in self.published.after if d not in self.classes]
+        gone = [d for d in self.published.domains if d not in self.classes]
         if gone:
             yield (
-                f"domains missing: {', '.join(gone)}; DomainBed seeds a domain's split by its place among all six, so the "
+                f"domains missing: {', '.join(gone)}; DomainBed seeds a domain's split by its place among all, so the "
                 "splits here may differ from its own"
             )
         if len(every) != self.published.classes:
@@ -100,14 +115,31 @@ class Inventory:
         for domain in differing:
             yield from self._domain_problems(domain)
         if self.strangers and gone:
-            yield f"folders that are no DomainNet domain, left out: {some(self.strangers)}"
+            yield f"folders that are no domain of {self.name}, left out: {some(self.strangers)}"
 
     def _differs(self, domain: str) -> bool:
         found = self.found[domain]
-        return bool(found.absent) or found.used != self.published.after[domain]
+        if found.absent:
+            return True
+        return domain in self.published.after and (
+            found.used != self.published.after[domain]
+            or bool(list(self._class_differences(domain)))
+        )
+
+    def _class_differences(self, domain: str) -> Iterator[str]:
+        """Classes that have other numbers of images than published: "dog -2"."""
+        found = self.found[domain].by_class
+        for name, count in self.published.by_class.get(domain, {}).items():
+            difference = found.get(name, 0) - count
+            if difference:
+                yield f"{name} {difference:+,}"
 
     def _domain_problems(self, domain: str) -> Iterator[str]:
-        found, expected = self.found[domain], self.published.after[domain]
+        found = self.found[domain]
+        if domain not in self.published.after:
+            yield f"{domain}: {len(found.absent):,} listed image(s) are not on disk: {some(found.absent)}"
+            return
+        expected = self.published.after[domain]
         listed = self.listed.get(domain, expected)
         if listed != expected:
             yield f"{domain}: its lists name {listed:,} images, {expected:,} published; download them again"
@@ -117,6 +149,8 @@ class Inventory:
             yield f"{domain}: {expected - found.used:,} image(s) missing; unpack its archive again"
         if found.used > expected:
             yield f"{domain}: {found.used - expected:,} image(s) more than published{self._remedy(domain)}"
+        if differences := list(self._class_differences(domain)):
+            yield f"{domain}: images of a class, against the published: {some(differences)}"
         if found.unlisted:
             yield f"{domain}: {len(found.unlisted):,} image(s) are in no list and left out: {some(found.unlisted)}"
         dropped = self.published.before[domain] - expected
@@ -129,25 +163,36 @@ class Inventory:
         return f", duplicates among them; put DomainBed's {DUPLICATES[0]} into {self.folder}"
 
     def __str__(self) -> str:
-        every = {c for classes in self.classes.values() for c in classes}
-        dropped = sum(found.duplicates for found in self.found.values())
         problems = list(self.problems())
-        head = (
-            f"DomainNet in {printable(self.folder)}: {'incomplete' if problems else 'complete'}, {self.used:,} of "
-            f"{sum(self.published.after.values()):,} images, {len(every)} of {self.published.classes} classes, "
-            f"{dropped:,} duplicates dropped"
-        )
-        if not problems:
-            return head
-        return "\n".join(
-            [head, *self._table(), *(f"- {problem}" for problem in problems)]
-        )
+        head = f"{self.name} in {printable(self.folder)}: {'incomplete' if problems else 'complete'}, {self._sums()}"
+        lines = [head]
+        if problems:
+            lines += [*self._table(), *(f"- {problem}" for problem in problems)]
+        if self.note:
+            lines.append(f"- {self.note}")
+        return "\n".join(lines)
+
+    def _sums(self) -> str:
+        every = {c for classes in self.classes.values() for c in classes}
+        images = f"{self.used:,} images"
+        if not self.published.uncounted:
+            images = f"{self.used:,} of {sum(self.published.after.values()):,} images"
+        text = f"{images}, {len(every)} of {self.published.classes} classes"
+        if self.published.before == self.published.after:
+            return text
+        dropped = sum(found.duplicates for found in self.found.values())
+        return f"{text}, {dropped:,} duplicates dropped"
 
     def _table(self) -> Iterator[str]:
-        yield f"  {'domain':10} {'on disk':>9} {'published':>9}  {'duplicates':>10}  {'used':>9} {'published':>9}"
-        for domain, before in self.published.before.items():
+        yield f"  {'domain':12} {'on disk':>9} {'published':>9}  {'duplicates':>10}  {'used':>9} {'published':>9}"
+        for domain in self.published.domains:
             row = self.found.get(domain, Found())
-            numbers = (
-                f"{row.on_disk:9,} {before:9,}  {row.duplicates:10,}  {row.used:9,}"
+            before = _number(self.published.before.get(domain))
+            after = _number(self.published.after.get(domain))
+            yield (
+                f"  {domain:12} {row.on_disk:9,} {before:>9}  {row.duplicates:10,}  {row.used:9,} {after:>9}"
             )
-            yield f"  {domain:10} {numbers} {self.published.after[domain]:9,}"
+
+
+def _number(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}"

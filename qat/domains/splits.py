@@ -32,6 +32,7 @@ class Split:
 
     Leaving one domain out: sources' "in" parts train, their "out" parts validate; the target's "in" is tested, its "out"
     serves the oracle. A data set with a test set of its own has one source and no oracle (None).
+    also_left_out: the "in" part of a second domain that is left out, for cross-validation; it is measured as the target is.
     """
 
     train: tuple[Subset, ...]
@@ -39,6 +40,7 @@ class Split:
     target_in: Subset
     target_out: Subset | None
     classes: tuple[str, ...]
+    also_left_out: Subset | None = None
 
 
 def seed_hash(*values: object) -> int:
@@ -59,19 +61,17 @@ def leave_one_domain_out(
     domains: Sequence[Domain],
     test_domain: str,
     *,
+    also_left_out: str | None = None,
     holdout_fraction: float = 0.2,
     trial_seed: int = 0,
 ) -> Split:
-    """Split every domain, then set `test_domain` aside. Raises DataError for an unknown one or too few images."""
+    """Split every domain, then set `test_domain` aside, and `also_left_out` for a run of leave-one-domain-out
+    cross-validation.
+
+    Raises DataError for unknown domains, too few domains to train on, or too few images.
+    """
     names = [d.name for d in domains]
-    if test_domain not in names:
-        raise DataError(
-            f"--test-domain {test_domain}: no such domain; there are {', '.join(names)}"
-        )
-    if len(domains) < 2:
-        raise DataError(
-            f"only one domain ({names[0]}): leaving it out leaves nothing to train on"
-        )
+    left_out = _left_out(names, test_domain, also_left_out)
     parts: dict[str, tuple[Subset, Subset]] = {}
     for environment, domain in enumerate(domains):
         held, rest = split_indices(
@@ -84,7 +84,7 @@ def leave_one_domain_out(
                 f"domain {domain.name!r}: {len(domain)} images cannot be split with --holdout {holdout_fraction}"
             )
         parts[domain.name] = Subset(domain, held), Subset(domain, rest)
-    sources = [name for name in names if name != test_domain]
+    sources = [name for name in names if name not in left_out]
     target_out, target_in = parts[test_domain]
     return Split(
         tuple(parts[n][1] for n in sources),
@@ -92,4 +92,31 @@ def leave_one_domain_out(
         target_in,
         target_out,
         domains[0].classes,
+        None if also_left_out is None else parts[also_left_out][1],
     )
+
+
+def _left_out(
+    names: Sequence[str], test_domain: str, also_left_out: str | None
+) -> list[str]:
+    """The domains that do not train. Raises DataError where they are unknown, the same, or leave nothing to train on."""
+    if test_domain not in names:
+        raise DataError(
+            f"--test-domain {test_domain}: no such domain; there are {', '.join(names)}"
+        )
+    left_out = [test_domain]
+    if also_left_out is not None:
+        if also_left_out not in names or also_left_out == test_domain:
+            raise DataError(
+                f"{also_left_out!r} cannot be left out beside --test-domain {test_domain}; there are {', '.join(names)}"
+            )
+        left_out.append(also_left_out)
+    if len(names) == 1:
+        raise DataError(
+            f"only one domain ({names[0]}): leaving it out leaves nothing to train on"
+        )
+    if len(names) <= len(left_out):
+        raise DataError(
+            f"only {len(names)} domains: leaving out {' and '.join(left_out)} leaves nothing to train on"
+        )
+    return left_out

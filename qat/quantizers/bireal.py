@@ -3,8 +3,11 @@
     forward   code = +1 where a >= t, else -1                  backward   dL/da = dL/dcode · max(0, 2 - 2|ā|)
 
 ā = a - t, or with `standardize` (a - t) / sqrt(var(a - t) + 1e-5) per sample over channels and space, through which
-gradients flow. A positive factor changes no sign, so training and evaluation compute the same codes; the published code
-divides in training only, which comes to the same. t is 0, or learned per channel (ReActNet's RSign, arXiv 2003.03488).
+gradients flow. A positive factor changes no sign, so training and evaluation compute the same codes. t is 0, or learned per
+channel (ReActNet's RSign, arXiv 2003.03488).
+
+BiPer's published code (edmav4/BiPer) takes the unbiased variance, the sum of squares over n - 1 for n values per sample, and
+divides in training only, so that a gradient taken in evaluation is that of the values themselves: `published_deviation`.
 """
 
 from typing import Any
@@ -39,6 +42,7 @@ class BinaryActivation(Quantizer):
 
     channels:    length of axis 1 when thresholds are learned, else None.
     standardize: take the surrogate at values of unit variance per sample.
+    published_deviation: with `standardize`, the unbiased variance, and in training mode only, as in BiPer's code.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class BinaryActivation(Quantizer):
         name: str = "",
         *,
         standardize: bool = True,
+        published_deviation: bool = False,
         channels: int | None = None,
     ) -> None:
         if spec.bits != 1 or spec.axis is not None:
@@ -55,6 +60,7 @@ class BinaryActivation(Quantizer):
             )
         super().__init__(spec, name)
         self.standardize, self.initialized = standardize, True
+        self.published_deviation = published_deviation
         # BatchNorm scales what a binary layer reads
         self.raw_scale = nn.Parameter(torch.ones(()), requires_grad=False)
         self.threshold = (
@@ -66,11 +72,15 @@ class BinaryActivation(Quantizer):
         shifted = self._shifted(x)
         surrogate = shifted
         if self.standardize and shifted.requires_grad:
-            dims = tuple(range(1, x.dim()))
-            surrogate = shifted * torch.rsqrt(
-                shifted.var(dims, unbiased=False, keepdim=True) + EPSILON
-            )
+            surrogate = self._standardized(shifted)
         return _SignBiReal.apply(shifted.detach(), surrogate)
+
+    def _standardized(self, shifted: Tensor) -> Tensor:
+        if self.published_deviation and not self.training:
+            return shifted
+        dims = tuple(range(1, shifted.dim()))
+        variance = shifted.var(dims, unbiased=self.published_deviation, keepdim=True)
+        return shifted * torch.rsqrt(variance + EPSILON)
 
     def codes(self, x: Tensor) -> Tensor:
         """-1 or +1, int32."""

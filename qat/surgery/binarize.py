@@ -28,6 +28,7 @@ class Binarizer:
     alpha_init:       how the channels' scales start.
     tau:              ReCU's quantile.
     standardize:      take the activation surrogate at unit variance per sample.
+    published_deviation: the variance as BiPer's code has it, unbiased and in training only.
     learn_thresholds: learn a threshold for each input channel.
     """
 
@@ -38,6 +39,7 @@ class Binarizer:
     alpha_init: AlphaInit = "least-squares"
     tau: float = 0.99
     standardize: bool = True
+    published_deviation: bool = False
     learn_thresholds: bool = False
 
 
@@ -77,7 +79,11 @@ def input_quantizer(
         return activation_quantizer(spec, name)
     learned = channels if binarizer.learn_thresholds else None
     return BinaryActivation(
-        spec, name, standardize=binarizer.standardize, channels=learned
+        spec,
+        name,
+        standardize=binarizer.standardize,
+        published_deviation=binarizer.published_deviation,
+        channels=learned,
     )
 
 

@@ -216,9 +216,9 @@ REPORTS = [
         misnamed_domain,
         120,
         [
-            "domains missing: painting; DomainBed seeds a domain's split by its place among all six, so the splits here may "
+            "domains missing: painting; DomainBed seeds a domain's split by its place among all, so the splits here may "
             "differ from its own",
-            "folders that are no DomainNet domain, left out: paintings",
+            "folders that are no domain of DomainNet, left out: paintings",
         ],
     ),
     (
@@ -311,7 +311,7 @@ FAULTS = [
     ),
     (lambda root: (root / "real/star/real_003_000002.jpg").write_bytes(b""), r"1 unreadable image\(s\)"),
     (lambda root: remove(root, DOMAINS[1:]), r"only clipart holds images; expected <root>/{clipart,"),
-    (lambda root: remove(root, DOMAINS), r"holds no DomainNet domain"),
+    (lambda root: remove(root, DOMAINS), r"holds no domain of DomainNet"),
     (shutil.rmtree, r"--data-root .*copy: no such folder"),
 ]  # fmt: skip
 

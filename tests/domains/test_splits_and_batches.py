@@ -1,4 +1,4 @@
-"""DomainBed's split re-derived by hand, batches that depend on seed and step alone, selection on made-up records."""
+"""DomainBed's split re-derived by hand, batches that depend on seed and step alone."""
 
 import hashlib
 
@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from qat.domains.balance import balanced_weights
 from qat.domains.batches import EqualDomainBatches, EvalImages, TrainImages
 from qat.domains.folders import ArrayImages, DataError, Domain
-from qat.domains.selection import Record, mean_and_standard_error, oracle, training_domain_validation
 from qat.domains.splits import leave_one_domain_out, seed_hash
 from qat.domains.synthetic import CLASSES, STYLES, synthetic_domains
 from qat.domains.transforms import eval_transform, train_transform
@@ -49,6 +49,37 @@ def test_an_unknown_test_domain_is_named_with_the_known_ones() -> None:
         leave_one_domain_out(DOMAINS, "clipart")
     with pytest.raises(DataError, match="leaves nothing to train on"):
         leave_one_domain_out(DOMAINS[:1], "art_painting")
+
+
+def test_a_second_domain_left_out_is_measured_and_does_not_train() -> None:
+    alone = leave_one_domain_out(DOMAINS, "cartoon", trial_seed=1)
+    pair = leave_one_domain_out(DOMAINS, "cartoon", also_left_out="photo", trial_seed=1)
+    assert [s.name for s in pair.train] == [s.name for s in pair.validation] == ["art_painting", "sketch"]
+    assert alone.also_left_out is None and pair.also_left_out is not None
+    assert pair.also_left_out.name == "photo"
+    assert pair.also_left_out.indices.tolist() == alone.train[1].indices.tolist()
+    assert pair.target_in.indices.tolist() == alone.target_in.indices.tolist()
+    for second in ("cartoon", "clipart"):
+        with pytest.raises(
+            DataError, match=f"'{second}' cannot be left out beside --test-domain cartoon; there are art_"
+        ):
+            leave_one_domain_out(DOMAINS, "cartoon", also_left_out=second)
+    with pytest.raises(
+        DataError, match="only 2 domains: leaving out cartoon and art_painting leaves nothing to train on"
+    ):
+        leave_one_domain_out(DOMAINS[:2], "cartoon", also_left_out="art_painting")
+
+
+def test_weighted_batches_draw_every_class_alike() -> None:
+    labels = np.asarray([0] * 90 + [1] * 10)
+    sampler = EqualDomainBatches([100, 3], 50, seed=1, steps=40, weights=[balanced_weights(labels), np.eye(3)[1]])
+    drawn = [draw for batch in sampler for draw in batch]
+    first = [labels[index] for domain, index, _ in drawn if domain == 0]
+    assert len(first) == 2000 and abs(np.mean(first) - 0.5) < 0.05  # four and a half standard deviations
+    assert {index for domain, index, _ in drawn if domain == 1} == {1}
+    assert drawn == [draw for batch in sampler for draw in batch]
+    with pytest.raises(ValueError, match=r"weights for \[3\] images, but the domains have \[4\]"):
+        EqualDomainBatches([4], 2, seed=0, steps=1, weights=[np.ones(3) / 3])
 
 
 def batches(workers: int, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -114,26 +145,3 @@ def test_styles_differ_where_they_should() -> None:
     assert colour["cartoon"] > 25
     with pytest.raises(ValueError, match="--image-size 8"):
         synthetic_domains(per_class=1, image_size=8)
-
-
-RECORDS = [
-    Record(100, {"a": 0.9, "b": 0.5}, target_in=0.2, target_out=0.3),
-    Record(200, {"a": 0.75, "b": 0.75}, target_in=0.4, target_out=0.9),
-    Record(300, {"a": 0.5, "b": 1.0}, target_in=0.9, target_out=0.1),
-]
-
-
-def test_training_domain_validation_takes_the_best_unweighted_mean_and_the_first_of_equals() -> None:
-    assert training_domain_validation(RECORDS).step == 200
-    assert training_domain_validation(list(reversed(RECORDS))).step == 200
-
-
-def test_oracle_looks_at_last_checkpoints_only() -> None:
-    other = [Record(300, {"a": 0.1, "b": 0.1}, target_in=0.5, target_out=0.2)]
-    assert oracle([RECORDS, other]) is other[0]
-
-
-def test_standard_error_is_the_population_one() -> None:
-    mean, error = mean_and_standard_error([80.0, 82.0, 87.0])
-    assert mean == pytest.approx(83.0)
-    assert error == pytest.approx(((9 + 1 + 16) / 3) ** 0.5 / 3**0.5)

@@ -1,11 +1,13 @@
 """Averages against NumPy means over a hand-made trajectory, SWAD's valley against algorithm 1 run over the whole list."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from qat.objectives.averaging import Average, LossValley, merge
+from qat.objectives.averaging import VALLEYS, Average, LossValley, PublishedValley, merge
 from qat.surgery.batchnorm import restore_norm_statistics
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
@@ -111,6 +113,79 @@ def test_the_valley_is_that_of_the_published_algorithm(seed: int) -> None:
     assert found is not None
     chosen = values[expected[0] : expected[1] + 1]
     assert found.count == 2 * len(chosen) and value_of(found) == pytest.approx(chosen.mean() + 0.5, abs=1e-5)
+
+
+def published(losses: list[float], converge: int, tolerance: int, ratio: float) -> list[int]:
+    """The evaluations that the public code averages with equal weights, from 0; one that counts twice is there twice."""
+    counted: list[int] = []
+    recent, window = deque[int](maxlen=converge), deque[int](maxlen=tolerance)
+    start, bound = -1, 0.0
+    for now, _ in enumerate(losses):
+        recent.append(now)
+        window.append(now)
+        if start < 0:
+            if len(recent) == converge and np.argmin([losses[i] for i in recent]) == 0:
+                start = recent[0]
+                bound = float(np.mean([losses[i] for i in recent])) * ratio
+                if tolerance < converge:
+                    counted += list(recent)[1 : 1 + converge - tolerance]
+                if tolerance > converge:
+                    queue = list(window)[: tolerance - converge + 1]
+                    cut = 0
+                    for place in reversed(range(len(queue))):
+                        if losses[queue[place]] > bound:
+                            cut = place + 1
+                            break
+                    counted += queue[cut + 1 :]
+            continue
+        if window[0] < start:
+            continue
+        if min(losses[i] for i in window) > bound:
+            return counted or [start]
+        counted.append(window[0])
+    if start < 0:
+        return [len(losses) - 1]
+    window.popleft()
+    while window and min(losses[i] for i in window) <= bound:
+        counted.append(window.popleft())
+    return counted or [start]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_published_valley_averages_what_the_public_code_does(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    converge, tolerance = int(generator.integers(2, 5)), int(generator.integers(1, 7))
+    drift = np.abs(np.arange(24) - 9) ** 1.3 * generator.uniform(0.01, 0.12)
+    losses = (1 + drift + generator.normal(size=24) * generator.choice([0.08, 0.5])).tolist()
+    valley, values = PublishedValley(converge, tolerance, 1.2), generator.normal(size=24)
+    for now, (loss, value) in enumerate(zip(losses, values, strict=True), 1):
+        valley.push(loss, span(*[value] * int(generator.integers(1, 4))))
+        again = PublishedValley(converge, tolerance, 1.2)
+        again.load_state_dict(valley.state_dict())
+        valley = again
+        found, expected = valley.result(), published(losses[:now], converge, tolerance, 1.2)
+        assert found is not None and value_of(found) == pytest.approx(values[expected].mean(), abs=1e-5)
+
+
+def test_the_two_valleys_differ_as_documented() -> None:
+    losses = [1.1, 1.05, 1.02, 1.0, 1.1, 1.1, 1.1, 1.1, 1.1, 9.0]
+    found = {name: kind() for name, kind in VALLEYS.items()}
+    for value, loss in enumerate(losses):
+        for valley in found.values():
+            valley.push(loss, span(value))
+    paper, public = found["swad"].result(), found["swad-published"].result()
+    assert paper is not None and value_of(paper) == pytest.approx(np.mean([3, 4, 5, 6, 7, 8]))
+    # 1 and 2 lie before the beginning, which counts twice
+    assert public is not None and value_of(public) == pytest.approx(np.mean([1, 2, 3, 3, 4, 5, 6, 7, 8]))
+
+
+def test_a_published_valley_without_a_beginning_is_the_last_span() -> None:
+    valley = PublishedValley()
+    assert valley.result() is None
+    for loss, value in [(3.0, 1.0), (2.0, 5.0), (1.0, 7.0)]:
+        valley.push(loss, span(value, value + 1))
+    found = valley.result()
+    assert found is not None and value_of(found) == 7.5
 
 
 def test_evaluations_that_end_the_valley_are_not_averaged() -> None:

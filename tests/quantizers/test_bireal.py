@@ -45,6 +45,26 @@ def test_gradients_are_the_surrogates(standardize: bool, learned: bool) -> None:
         assert (quantizer.threshold.grad.double() - t.grad).abs().max() < 5e-4
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 2, 2, 1), (3, 5)])
+def test_the_published_deviation_is_unbiased_and_in_training_alone(training: bool, shape: tuple[int, ...]) -> None:
+    """Few values per sample: n - 1 is far from n."""
+    quantizer = BinaryActivation(BIT, published_deviation=True).train(training)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    quantizer(x).backward(upstream)
+    y = x.detach().double().requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample, weight in zip(y, upstream.double(), strict=True):
+        a = sample
+        if training:
+            mean = sample.sum() / sample.numel()
+            a = sample / (((sample - mean) ** 2).sum() / (sample.numel() - 1) + 1e-5).sqrt()
+        loss = loss + (surrogate(a) * weight).sum()
+    loss.backward()
+    assert (x.grad.double() - y.grad).abs().max() < 2e-5  # float32 against float64; gradients reach about 5
+
+
 def test_codes_are_signs_with_zero_up_and_the_same_in_training_and_evaluation() -> None:
     x = values()
     quantizer = BinaryActivation(BIT)
