@@ -125,6 +125,7 @@ def _binary_rules(
         binarization.learn_frequency,
         binarization.alpha_init,
         standardize=binarization.standardize,
+        published_deviation=binarization.published_deviation,
         learn_thresholds=binarization.learn_thresholds,
     )
     return binary_rules(model, first_and_last(model), edge=edge, binarizer=binarizer)

@@ -50,6 +50,10 @@ class Images(Part):
     """Seed of the DomainBed split."""
     per_class: int = 150
     """Images per class and domain of the synthetic domains."""
+    official_lists: Path | None = None
+    """Folder of PACS's own lists, which then split it instead of DomainBed's draw."""
+    balanced: bool = False
+    """Draw the images of rare classes as often as those of frequent ones."""
     augmentation: Literal["domainbed", "crop-flip"] = "domainbed"
     """Training augmentation: DomainBed's, or CIFAR's random crop and flip."""
     workers: int = 2
@@ -140,8 +144,9 @@ class Optimization(Part):
 class Averaging(Part):
     """Average of the weights, and batch norm statistics taken anew."""
 
-    averaging: Literal["none", "ema", "swad"] = "none"
-    """Average the weights; batch norm statistics are taken again for the average."""
+    averaging: Literal["none", "ema", "swad", "swad-published"] = "none"
+    """Average the weights: exponentially, by SWAD's algorithm, or as SWAD's public code does. Batch norm statistics are taken
+    again for the average."""
     ema_decay: float = 0.999
     """Decay of --averaging ema, per step."""
     norm_batches: int = 0
@@ -285,6 +290,8 @@ class Binarization(Part):
     """How the channels' scales start: least squared error, or uniform in [0, 1) as published."""
     standardize: bool = True
     """Take the activations' surrogate gradient at unit variance per sample; the codes are the same either way."""
+    published_deviation: bool = False
+    """Take that variance as BiPer's public code does, unbiased and in training alone."""
     learn_thresholds: bool = False
     """Learn a threshold for each binarized channel (ReActNet's RSign)."""
 

@@ -87,6 +87,17 @@ NEEDS = (
         "for CIFAR-10: it has its own",
     ),
     _Need("ema_decay", lambda v: v["averaging"] == "ema", "without --averaging ema"),
+    _Need("published_deviation", lambda v: v["standardize"], "with --no-standardize"),
+    _Need(
+        "balanced",
+        lambda v: v["epochs"] is None,
+        "with --epochs, in which every image counts once; give --steps",
+    ),
+    _Need(
+        "holdout",
+        lambda v: v["official_lists"] is None,
+        "with --official-lists, which hold out images",
+    ),
     _Need("clip_mode", lambda v: v["clip"] is not None, "without --clip"),
     _Need("distill_weight", lambda v: v["teacher"] is not None, "without --teacher"),
     _Need(

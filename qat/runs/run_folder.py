@@ -45,6 +45,7 @@ RESUMABLE: dict[str, Kind] = {
 # Entries of a recipe that decide nothing about the net: where files lie, how a run is shown and loaded.
 MAY_CHANGE = {
     "data_root",
+    "official_lists",
     "out",
     "resume",
     "workers",

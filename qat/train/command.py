@@ -30,7 +30,10 @@ def train(
     recipe = resolved(recipe)
     check(recipe)
     if data is None:
-        data = split_of(recipe, check_images=True)
+        notes: list[str] = []
+        data = split_of(recipe, check_images=True, notes=notes)
+        for note in notes:
+            say(note)
     binarization = recipe.binarization
     folder = run(recipe, data) if binarization is None else run_stages(recipe, data)
     say(table(folder))

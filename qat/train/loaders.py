@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from edgeqat.interrupts import leave_signals_to_the_parent
+from qat.domains.balance import balanced_weights
 from qat.domains.batches import (
     EqualDomainBatches,
     EvalImages,
@@ -48,7 +50,13 @@ def train_loader(
         recipe.optimization.batch_size * recipe.optimization.accumulate,
     )
     sampler = (
-        EqualDomainBatches(sizes, images_a_step, recipe.optimization.seed, **steps)
+        EqualDomainBatches(
+            sizes,
+            images_a_step,
+            recipe.optimization.seed,
+            weights=_weights(split) if recipe.images.balanced else None,
+            **steps,
+        )
         if recipe.optimization.epochs is None
         else EpochBatches(sum(sizes), images_a_step, recipe.optimization.seed, **steps)
     )
@@ -65,6 +73,11 @@ def train_loader(
         # Else every pass over a loader draws from the generator that training uses
         generator=torch.Generator(),
     )
+
+
+def _weights(split: Split) -> list[NDArray[np.float64]]:
+    """For every source domain the probability of each image that makes its classes equally likely."""
+    return [balanced_weights(s.domain.labels[s.indices]) for s in split.train]
 
 
 def some_images(

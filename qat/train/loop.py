@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy
 from edgeqat.files import write_json
 from edgeqat.interrupts import Interrupted, StopRequest
 from qat.domains.folders import Domain
-from qat.domains.splits import Split, Subset, leave_one_domain_out
-from qat.objectives.averaging import Average, LossValley
+from qat.domains.splits import Split, Subset
+from qat.objectives.averaging import VALLEYS, Average, LossValley
 from qat.runs.build import Built, build, load_state
 from qat.runs.parts import RecipeError
 from qat.runs.recipe import Recipe, to_json
@@ -37,7 +37,7 @@ from qat.surgery.backbones import create_optimizer
 from qat.surgery.batchnorm import restore_norm_statistics, set_norm_mode
 from qat.surgery.calibrate import begin, pause
 from qat.surgery.swap import parameter_groups, sizes_of_scales
-from qat.train.data import in_steps
+from qat.train.data import in_steps, split_domains
 from qat.train.evaluate import mean_loss, predictions, predictor
 from qat.train.from_recipe import training_step
 from qat.train.loaders import collect_samples, eval_batches, some_images, train_loader
@@ -70,16 +70,7 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     """
     check(recipe)
     check_out(recipe)
-    split = (
-        data
-        if isinstance(data, Split)
-        else leave_one_domain_out(
-            data,
-            recipe.images.test_domain,
-            holdout_fraction=recipe.images.holdout,
-            trial_seed=recipe.images.trial_seed,
-        )
-    )
+    split = data if isinstance(data, Split) else split_domains(recipe.images, data)
     written, recipe = recipe, in_steps(recipe, split)
     set_seed(recipe.optimization.seed)
     accelerator = Accelerator(mixed_precision=recipe.optimization.mixed_precision)
@@ -193,7 +184,7 @@ class _Trainer:
                 if recipe.averaging.averaging == "ema"
                 else None
             ),
-            LossValley(),
+            VALLEYS.get(recipe.averaging.averaging, LossValley)(),
         )
         if resumed is not None:
             self.step.load_state_dict(resumed["step"])
@@ -388,7 +379,7 @@ class _Trainer:
             "source_validation": found,
             "source_mean": mean,
         }
-        if self.recipe.averaging.averaging == "swad" and self.average.count:
+        if self.recipe.averaging.averaging in VALLEYS and self.average.count:
             loss = float(np.mean([self._loss(s) for s in self.split.validation]))
             self.valley.push(loss, self.average)
             self.average = Average()
@@ -447,7 +438,8 @@ class _Trainer:
             )
         self._put(chosen)
         self.folder.save("checkpoint.pt", self._state())
-        return f"SWAD: mean of {chosen.count} steps in the valley of the source validation loss"
+        what = "steps" if self.recipe.averaging.averaging == "swad" else "spans"
+        return f"SWAD: mean of {chosen.count} {what} in the valley of the source validation loss"
 
     def _finish(self) -> None:
         seconds = self.progress.seconds
@@ -456,7 +448,7 @@ class _Trainer:
             if self.recipe.tracking.select == "last"
             else "training-domain validation: best mean held-out accuracy over the source domains"
         )
-        if self.recipe.averaging.averaging == "swad":
+        if self.recipe.averaging.averaging in VALLEYS:
             selection = self._select_valley()
         self.processes.wait()
         self._load_checkpoint()
