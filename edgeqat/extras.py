@@ -7,6 +7,7 @@ EXTRAS = {
     "torch": "torch",
     "accelerate": "train", "rich": "train", "safetensors": "train", "tensorboard": "train", "timm": "train",
     "torchmetrics": "train", "torchvision": "train",
+    "submitit": "sweep",
     "jinja2": "report", "matplotlib": "report",
     "brevitas": "brevitas",
     "onnx": "export", "onnx_ir": "export", "onnxruntime": "export", "onnxscript": "export",

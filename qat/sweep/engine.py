@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeqat.files import write_json, write_text
+from qat.runs.given import OF_ONE_RUN
 from qat.runs.parts import RecipeError
 from qat.runs.recipe import to_json
 from qat.sweep.spec import Cell, Sweep
@@ -90,11 +91,9 @@ def _prepare(sweep: Sweep, cell: Cell) -> None:
     """Write the cell's recipe, where it has none. Raises RecipeError where the folder holds another one."""
     folder = sweep.out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    values = {
-        name: value
-        for name, value in to_json(cell.recipe).items()
-        if name not in ("out", "resume")
-    }
+    values = json.loads(json.dumps(to_json(cell.recipe)))  # as the file has them
+    for name in OF_ONE_RUN:
+        del values[name]
     file = folder / CELL
     if not file.exists():
         write_json(file, values)
