@@ -25,7 +25,8 @@ def imbalance_note(counts: NDArray[np.int64], classes: Sequence[str]) -> str | N
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     if counts[largest] < NOTEWORTHY * counts[smallest]:
         return None
-    sizes = [f"{name} {count:,}" for name, count in zip(classes, counts, strict=True)]
+    upward = np.argsort(counts, kind="stable")
+    sizes = [f"{classes[i]} {counts[i]:,}" for i in upward]
     if counts[smallest] == 0:
         times = "and others have none"
     else:
@@ -33,7 +34,7 @@ def imbalance_note(counts: NDArray[np.int64], classes: Sequence[str]) -> str | N
         times = f"{ratio:.1f} times as many as {classes[smallest]}"
     return (
         f"unbalanced classes: {classes[largest]} has {counts[largest]:,} training images, {times}; "
-        f"a class with few is seldom learned. Images of each class: {some(sizes)}"
+        f"a class with few is seldom learned. Fewest first: {some(sizes)}"
     )
 
 

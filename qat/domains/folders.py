@@ -142,7 +142,7 @@ def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
     for name, files in sorted(found.items()):
         if not any(files.values()):
             raise DataError(
-                f"domain {name!r} in {root}: has no images; expected {root / name}/<class>/*.jpg"
+                f"domain {name!r} in {root}: has no images; expected {root / name}/<class>/*.jpg{_one_folder_off(root, name)}"
             )
         missing = sorted(every - files.keys())
         if missing:
@@ -154,6 +154,17 @@ def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
             raise DataError(
                 f"domain {name!r} in {root}: no images in class {some(empty)}"
             )
+
+
+def _one_folder_off(root: Path, name: str) -> str:
+    """What to pass instead, where the images lie one folder higher or deeper than those of a domain."""
+    folder = root / name
+    if images_in(folder):
+        return f"; if {root} is one domain, pass --data-root {root.parent}"
+    for child in folders_in(folder):
+        if any(images_in(grandchild) for grandchild in folders_in(child)):
+            return f"; its images lie one folder deeper: pass --data-root {folder}"
+    return ""
 
 
 def check_readable(paths: Sequence[Path]) -> None:

@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeqat.terminal import printable
-from qat.domains.folders import DataError, Domain, FolderImages, some
+from qat.domains.folders import (
+    DataError,
+    Domain,
+    FolderImages,
+    folders_in,
+    images_in,
+    some,
+)
 from qat.domains.splits import Split, Subset
 
 PARTS = ("train", "crossval", "test")
@@ -78,12 +85,12 @@ def absent_images(folder: Path, domain: str) -> tuple[str, ...]:
     path = folder / f"{domain}_test_kfold.txt"
     if not path.is_file():
         return ()
-    absent = []
-    for image in _images(path, domain):
-        class_folder = folder / PurePosixPath(image).parent
-        if not any(class_folder.glob(f"{PurePosixPath(image).name}.*")):
-            absent.append(image)
-    return tuple(sorted(absent))
+    there = {
+        f"{domain}/{file.parent.name}/{file.stem}"
+        for class_folder in folders_in(folder / domain)
+        for file in images_in(class_folder)
+    }
+    return tuple(sorted(set(_images(path, domain)) - there))
 
 
 def _images(path: Path, domain: str) -> tuple[str, ...]:

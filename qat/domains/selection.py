@@ -215,17 +215,22 @@ class TargetTable:
     over_trials: Estimate
 
     @property
-    def average(self) -> float | None:
-        """Mean over the targets of their means over trials; None where a target has no trial."""
-        means = []
+    def average_percent(self) -> float | None:
+        """Mean over the targets of their means over trials, in percent; None where a target has no trial.
+
+        The means are averaged in percent, as DomainBed does: it decides the last printed digit of a tie.
+        """
+        percents = []
         for estimate in self.by_target.values():
             if not estimate.accuracies:
                 return None
-            means.append(mean_and_standard_error(estimate.accuracies)[0])
-        return sum(means) / len(means)
+            mean, _ = mean_and_standard_error(estimate.accuracies)
+            percents.append(100 * mean)
+        return sum(percents) / len(percents)
 
     def __str__(self) -> str:
-        average = "X" if self.average is None else f"{100 * self.average:.1f}"
+        percent = self.average_percent
+        average = "X" if percent is None else f"{percent:.1f}"
         rows = [(domain, str(value)) for domain, value in self.by_target.items()]
         rows += [("Avg", average), ("over trials", str(self.over_trials))]
         width = max(len(name) for name, _ in rows)

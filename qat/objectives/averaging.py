@@ -144,8 +144,8 @@ class PublishedValley:
       `tolerance` - `converge` + 1, and of these the ones that follow the last loss above l, less the first of them. Most
       lie before the beginning. (Where `tolerance` < `converge`: the `converge` - `tolerance` spans after the beginning.)
     * Each later evaluation counts the oldest of the last `tolerance` spans, from the beginning on, unless all their losses
-      exceed l, which ends the valley. So the span at the beginning counts a second time, and where fewer than `tolerance`
-      evaluations have been seen, the first span counts again at each.
+      exceed l, which ends the valley. So spans that counted at once count again, and a valley that begins with the first
+      evaluation counts its span at every evaluation until `tolerance` have been seen.
     * A training that stops in the valley counts the younger ones too, until all that are left exceed l.
     * Before a beginning is found, the result is the last span.
     """

@@ -68,6 +68,16 @@ def test_each_fault_gives_one_error_that_names_it(tmp_path: Path, harm: Callable
         read_domains(tmp_path)
 
 
+def test_a_root_one_folder_off_is_told(tmp_path: Path) -> None:
+    root = tree(tmp_path / "pets", GOOD)
+    with pytest.raises(
+        DataError, match=rf"domain 'cat' in .* has no images; .*; if {root}/b is one domain, .* {root}$"
+    ):
+        read_domains(root / "b")
+    with pytest.raises(DataError, match=rf"domain 'pets' .* one folder deeper: pass --data-root {root}$"):
+        read_domains(tmp_path)
+
+
 def test_missing_and_empty_roots(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--data-root .*nowhere: no such folder"):
         read_domains(tmp_path / "nowhere")

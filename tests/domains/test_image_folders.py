@@ -191,7 +191,7 @@ def test_a_stratified_split_has_every_class_of_two_or_more_in_both_parts(holdout
 def test_unbalanced_classes_are_noted_with_numbers(tmp_path: Path) -> None:
     note = imbalance_note(np.asarray([30, 12, 10]), ("cat", "dog", "emu"))
     assert note is not None and "cat has 30 training images, 3.0 times as many as emu" in note
-    assert note.endswith("cat 30, dog 12, emu 10")
+    assert note.endswith("Fewest first: emu 10, dog 12, cat 30")
     assert imbalance_note(np.asarray([29, 12, 10]), ("cat", "dog", "emu")) is None
     none = imbalance_note(np.asarray([1, 0]), ("cat", "dog"))
     assert none is not None and "others have none" in none

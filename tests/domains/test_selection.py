@@ -120,11 +120,11 @@ def test_tables_are_those_of_the_transcription(rule: str, seed: int) -> None:
                 by_trial.setdefault(trial, []).append(accuracy)
         assert table.by_target[name].accuracies == tuple(accuracies)
         assert str(table.by_target[name]) == printed(accuracies)
-        means.append(float(np.mean(accuracies)))
-    assert table.average == pytest.approx(sum(means) / 3, abs=1e-12)
+        means.append(100 * float(np.mean(accuracies)))
+    assert table.average_percent == sum(means) / 3
     averages = [sum(found) / len(found) for _, found in sorted(by_trial.items())]
     assert str(table.over_trials) == printed(averages)
-    assert str(table).splitlines()[-2].split() == ["Avg", f"{100 * sum(means) / 3:.1f}"]
+    assert str(table).splitlines()[-2].split() == ["Avg", f"{sum(means) / 3:.1f}"]
 
 
 def record(step: int, **values: Any) -> Record:
@@ -134,8 +134,19 @@ def record(step: int, **values: Any) -> Record:
 
 def test_a_target_without_a_finished_trial_is_an_x() -> None:
     table = tabulate([record(0)], TRAINING_DOMAIN, ("art", "photo"))
-    assert str(table.by_target["photo"]) == "X" and table.average is None
+    assert str(table.by_target["photo"]) == "X" and table.average_percent is None
     assert str(table.by_target["art"]) == "50.0 +/- 0.0" and "Avg" in str(table)
+
+
+def test_a_tie_of_the_last_digit_is_printed_as_domainbed_does() -> None:
+    """43.75 % as a mean of percents, 43.7499... as a mean of shares."""
+    domains = ("a", "b", "c", "d")
+    records = []
+    for domain, accuracy in zip(domains, (0.25, 2 / 3, 0.5, 1 / 3), strict=True):
+        records.append(record(0, targets=(domain,), accuracy_in={domain: accuracy}))
+    percents = [25.0, 100 * (2 / 3), 50.0, 100 * (1 / 3)]
+    average = tabulate(records, TRAINING_DOMAIN, domains).average_percent
+    assert average == sum(percents) / 4 and f"{average:.1f}" == "43.8"
 
 
 def test_the_last_of_equal_draws_and_the_first_of_equal_steps_win() -> None:
