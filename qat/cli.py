@@ -427,7 +427,7 @@ def _train(words: list[str]) -> int:
         args=words,
         prog="qat train",
     )
-    from qat.train.command import train
+    from qat.training import train
 
     if given.data is not None:
         # What was inherited described other images

@@ -16,8 +16,8 @@ from qat.cli import choose, guarded
 from qat.runs.parts import RecipeError
 from qat.runs.recipe import Recipe, recipe_of
 from qat.runs.recipe_checks import check
-from qat.train.command import train
 from qat.train.data import split_of
+from qat.training import train
 
 CIFAR = {
     "data": "cifar10", "test_domain": "test", "backbone": "cifar_resnet20", "image_size": 32, "batch_size": 128,

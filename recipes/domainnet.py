@@ -22,7 +22,7 @@ from qat.domains.miniature import MINIATURE, write_miniature
 from qat.runs.parts import RecipeError
 from qat.runs.recipe import METHODS, Recipe
 from qat.runs.recipe_checks import check
-from qat.train.command import train
+from qat.training import train
 
 DEFAULTS = {
     "backbone": "resnet50.tv_in1k", "steps": 15001, "batch_size": 32, "lr": 3e-5, "schedule": "constant",

@@ -14,7 +14,7 @@ import sys
 from qat.cli import choose, guarded
 from qat.runs.parts import RecipeError
 from qat.runs.recipe import METHODS, Recipe
-from qat.train.command import train
+from qat.training import train
 
 
 def train_pacs(recipe: Recipe) -> int:

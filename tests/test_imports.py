@@ -13,18 +13,19 @@ FILES = sorted(path for package in ("edgeqat", "qat", "export") for path in ROOT
 
 # Layer of qat -> the layers of qat it may import.
 LAYERS = {
-    "quantizers": {"quantizers"},
-    "surgery": {"quantizers", "surgery"},
-    "objectives": {"quantizers", "surgery", "objectives"},
-    "domains": {"quantizers", "surgery", "domains"},
-    "runs": {"quantizers", "surgery", "objectives", "runs"},
-    "train": {"quantizers", "surgery", "objectives", "domains", "runs", "train", "settle"},
-    "analysis": {"quantizers", "surgery", "objectives", "domains", "runs", "train", "analysis", "settle"},
+    "quantizers": {"quantizers", "words"},
+    "surgery": {"quantizers", "surgery", "words"},
+    "objectives": {"quantizers", "surgery", "objectives", "words"},
+    "domains": {"quantizers", "surgery", "domains", "words"},
+    "runs": {"quantizers", "surgery", "objectives", "runs", "words"},
+    "train": {"quantizers", "surgery", "objectives", "domains", "runs", "train", "settle", "words"},
+    "analysis": {"quantizers", "surgery", "objectives", "domains", "runs", "train", "analysis", "settle", "words"},
+    "sweep": {"domains", "runs", "analysis", "sweep", "words"},
 }
 DOORS = {
     "timm": {"qat/surgery/backbones.py"},
     "brevitas": {"qat/surgery/brevitas_bridge.py"},
-    "accelerate": {"qat/train/loop.py"},
+    "accelerate": {"qat/train/loop.py", "qat/train/processes.py"},
     "onnxruntime": {"export/session.py", "export/bundled/check.py"},  # the latter runs alone, on a device
     "openvino": {"export/openvino_session.py"},
     "torch.onnx": {"export/lower.py"},
