@@ -120,6 +120,9 @@ class Optimization(Part):
     """Clip the global norm, each value, or by the ratio of unit-wise norms (AGC)."""
     domain_loss: Literal["erm", "groupdro", "coral", "hessian"] = "erm"
     """What the closure minimises: mean cross entropy, or a loss that knows the domains."""
+    and_mask: float | None = None
+    """Move a parameter's element only where the signs of the source domains' gradients agree by this much, from 0 to 1
+    (arXiv 2009.00329); one pass a domain."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision, as accelerate names it."""
     seed: int = 0

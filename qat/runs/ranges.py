@@ -46,6 +46,7 @@ SEED = Range(0, 2**32 - 1)  # what NumPy's generators take
 RECIPE: dict[str, Range] = {
     "accumulate": COUNT,
     "alpha": NOT_NEGATIVE,
+    "and_mask": SHARE,
     "batch_size": Range(1, 2**20),
     "bits": BITS,
     "calibration_batches": COUNT,

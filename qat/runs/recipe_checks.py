@@ -26,6 +26,8 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(
             "--epochs: domains are drawn from without end, in equal shares; give --steps"
         )
+    if recipe.optimization.and_mask is not None:
+        _check_and_mask(recipe)
     _check_sharpness(recipe)
     _check_edges(recipe)
     _check_repairs(recipe)
@@ -140,6 +142,18 @@ def _check_effects(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{flag(need.field)} has no effect {need.without}; leave it out"
             )
+
+
+def _check_and_mask(recipe: Recipe) -> None:
+    if recipe.sharpness is not None:
+        raise RecipeError(
+            f"--and-mask: {recipe.method} has an objective of its own; use the method fp or lsq"
+        )
+    loss = recipe.optimization.domain_loss
+    if loss != "erm":
+        raise RecipeError(
+            f"--and-mask takes every domain's loss by itself, so --domain-loss {loss} has nothing to compare"
+        )
 
 
 def _check_sharpness(recipe: Recipe) -> None:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from qat.objectives.and_mask import and_mask
 from qat.objectives.conflict import combine
 from qat.objectives.contract import Gradients, Objective, erm
 from qat.objectives.controls import CONTROLS
 from qat.objectives.distillation import Distillation
-from qat.objectives.domain_aware import LOSSES, head_features
+from qat.objectives.domain_aware import LOSSES, head_features, per_domain
 from qat.objectives.oscillation import Oscillation, damping
+from qat.objectives.replay import replay_of
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer
 from qat.objectives.sharpness import Perturbation, asam, gsam, mixed, sagm, sam
 from qat.quantizers.biper import periodic_regulariser
@@ -73,8 +75,13 @@ def training_step(
         step.features, _ = head_features(own, head)
     if recipe.optimization.clip_mode == "agc":
         step.leave_unclipped(list(head.parameters()))
+    threshold = recipe.optimization.and_mask
+    if threshold is not None:
+        step.over_domains = partial(and_mask, threshold=threshold)
     if recipe.sharpness is not None:
-        step.per_domain = recipe.sharpness.per_domain
+        if recipe.sharpness.per_domain:
+            replays = partial(replay_of, own, step.device)
+            step.over_domains = per_domain(step.objective, replays)
         step.freezer = freezer_of(recipe.freezing, own, recipe.optimization.seed)
     if recipe.freezing is not None and step.freezer is not None:
         step.combine = _combination(recipe.freezing, own, step.freezer)

@@ -10,7 +10,6 @@ clip, optimizer, schedule, oscillation
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import Parameter
 
 from qat.objectives.contract import Closure, Gradients, Objective, erm
 from qat.objectives.distillation import Distillation
-from qat.objectives.domain_aware import DomainLoss, GroupDRO, erm_loss, per_domain
+from qat.objectives.domain_aware import DomainLoss, GroupDRO, erm_loss
 from qat.objectives.oscillation import Oscillation
 from qat.objectives.replay import replay_of, shared_norm_momentum
 from qat.objectives.scale_freeze import ScaleFreezer, Seen
@@ -72,7 +71,8 @@ class TrainingStep:
     objective:   fills `.grad` through a closure, in one pass or two.
     loss:        of logits, the head's features, labels and domains -> a scalar. features: holds what the head reads, where
                  the loss needs it; empty: the loss is given the logits.
-    domains:     number of source domains. per_domain: the objective runs on each one's images alone, and the mean counts.
+    domains:     number of source domains. over_domains: (a closure of each one's images, parameters) fills `.grad`, in the
+                 place of the objective; None: the objective runs on the whole batch.
     accumulate:  microbatches that a batch is cut into.
     distillation: (images, logits, loss) -> the loss mixed with a teacher's. penalties: () -> a scalar each, added to it.
     before:      called with the number of steps taken before a step begins, such as to set BiPer's frequency.
@@ -90,7 +90,9 @@ class TrainingStep:
     loss: DomainLoss = erm_loss
     features: Sequence[Tensor] = ()
     domains: int = 1
-    per_domain: bool = False
+    over_domains: Callable[[Sequence[Closure], list[Parameter]], Gradients] | None = (
+        None
+    )
     accumulate: int = 1
     memory_format: torch.memory_format = torch.contiguous_format
     distillation: Distillation | None = None
@@ -154,13 +156,14 @@ class TrainingStep:
         self, images: Tensor, labels: Tensor, domains: Tensor
     ) -> tuple[Gradients, Tensor]:
         """Fill `.grad`; returns what the objective saw and the logits N_K of its first pass."""
-        passes = self.accumulate * (self.domains if self.per_domain else 1)
+        over_domains = self.over_domains
+        passes = self.accumulate * (1 if over_domains is None else self.domains)
         shared_momentum = (
             shared_norm_momentum(self.own, passes) if passes > 1 else nullcontext()
         )
         seen_logits: list[Tensor] = []
         with shared_momentum:
-            if not self.per_domain:
+            if over_domains is None:
                 closure = self._closure(images, labels, domains, seen_logits)
                 gradients = self.objective(
                     closure, self.parameters, replay_of(self.own, self.device)
@@ -171,10 +174,10 @@ class TrainingStep:
                 self._closure(images[part], labels[part], domains[part], seen_logits)
                 for part in parts
             ]
-            replays = partial(replay_of, self.own, self.device)
-            gradients = per_domain(self.objective, replays)(closures, self.parameters)
+            gradients = over_domains(closures, self.parameters)
         order = torch.cat([part.nonzero().flatten() for part in parts]).argsort()
-        first_passes = seen_logits[::2]
+        passes_of_a_domain = len(seen_logits) // self.domains
+        first_passes = seen_logits[::passes_of_a_domain]
         return gradients, torch.cat(first_passes)[order]
 
     def _closure(
