@@ -253,7 +253,10 @@ def main() -> None:
 DESCRIPTION = (
     "From a trained run to a proven file: export, certify, bench, compare, report."
 )
-CONFIG_HELP = "--config FILE reads flags from TOML, YAML or JSON, such as another run's recipe.json; flags beside it win."
+CONFIG_HELP = (
+    "--config FILE reads flags from TOML, YAML or JSON, such as another run's recipe.json, and --preset NAME takes those of "
+    "domainbed, swad, sagm or authors; flags beside them win."
+)
 DEBUG_HELP = (
     f"{DEBUG}, anywhere on the line, shows where in the program an error came from."
 )

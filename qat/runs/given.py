@@ -1,6 +1,7 @@
-"""Defaults that a command line takes from files: of a configuration (--config) and of the run it starts from (--init-from).
+"""Defaults that a command line takes from elsewhere: a preset (--preset), a file (--config), and the run that it starts from
+(--init-from), in this order.
 
-Both are read before the flags, so that a flag that is given always wins, and `--help` shows what holds without it.
+All are read before the flags, so that a flag that is given always wins, and `--help` shows what holds without it.
 """
 
 import tomllib
@@ -10,6 +11,7 @@ from typing import Any
 
 from edgeqat.files import read_json, read_text, reason_of
 from qat.runs.parts import RecipeError
+from qat.runs.presets import preset
 from qat.runs.recipe import Recipe, from_json, with_entries
 
 # What a run must share with the one it starts from: images, their split, and how the backbone sees them
@@ -26,15 +28,19 @@ SHARED = (
 IMAGES = ("data", "data_root", "per_class", "augmentation")
 # Of a recipe.json, what belongs to that run alone
 OF_ONE_RUN = ("out", "resume")
-CONFIG, INIT_FROM = "--config", "--init-from"
+PRESET, CONFIG, INIT_FROM = "--preset", "--config", "--init-from"
 
 
 def with_files(recipe: Recipe, words: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """`recipe` with the values of the files that a command line names, and the words without --config.
+    """`recipe` with the values of the preset and the files that a command line names, and the words without the two flags.
 
     Raises RecipeError or FileError naming the file at fault.
     """
     rest = list(words)
+    named = _value_of(PRESET, rest)
+    if named is not None:
+        recipe = recipe.changed_where_known(preset(named))
+        rest = _without(PRESET, rest)
     config = _value_of(CONFIG, rest)
     if config is not None:
         recipe = _with_config(recipe, Path(config))

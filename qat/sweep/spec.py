@@ -26,10 +26,12 @@ from typing import Any
 
 from qat.runs.given import read_config
 from qat.runs.parts import RecipeError
+from qat.runs.presets import PRESETS
 from qat.runs.recipe import KNOWN, TRAINED, Recipe, with_entries
 from qat.runs.recipe_checks import check
 
 DEFAULT = "default"
+START = "start"  # as a teacher: the cell that this one starts from
 TABLES = ("values", "method", "preset", "slurm")
 
 
@@ -70,6 +72,10 @@ class Sweep:
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
     slurm: dict[str, Any] = field(default_factory=dict)
 
+    def values_of(self, preset: str) -> dict[str, Any]:
+        """Flags of a preset: the file's own table, or one of `qat/runs/presets.py`."""
+        return self.preset.get(preset, PRESETS.get(preset, {}))
+
     def cells(self) -> list[Cell]:
         """Every cell, those that others start from first. Raises RecipeError naming the file and the entry at fault."""
         starts = [self.start] if self._is_started() else []
@@ -100,6 +106,9 @@ class Sweep:
             recipe = recipe.changed(out=self.out / name)
             if after:
                 recipe = recipe.changed(init_from=self.out / after)
+            if recipe.distillation is not None:
+                if recipe.distillation.teacher == Path(START):
+                    recipe = recipe.changed(teacher=self.out / after)
             cells.append(Cell(name, method, bits, target, seed, preset, recipe, after))
         return cells
 
@@ -109,9 +118,7 @@ class Sweep:
         given: dict[str, Any] = {}
         # Of what all cells share, each takes what it has; what names a method or a preset must fit
         given |= {key: v for key, v in self.values.items() if key in known}
-        given |= {
-            key: v for key, v in self.preset.get(preset, {}).items() if key in known
-        }
+        given |= {k: v for k, v in self.values_of(preset).items() if k in known}
         given |= self.method.get(method, {})
         recipe = with_entries(recipe, given | placed, self.source)
         try:
@@ -193,7 +200,7 @@ def _require_known(sweep: Sweep) -> None:
             f"{sweep.source}: start must be a method of full precision (fp, sagm), got {sweep.start!r}"
         )
     for preset in sweep.presets:
-        if preset != DEFAULT and preset not in sweep.preset:
+        if preset not in (DEFAULT, *sweep.preset, *PRESETS):
             raise RecipeError(f"{sweep.source}: has no table [preset.{preset}]")
     known = set().union(*(KNOWN[m].entries() for m in (*sweep.methods, sweep.start)))
     for name, table in (("values", sweep.values), *sweep.preset.items()):
