@@ -7,6 +7,7 @@ targets = ["sketch", "photo"]
 seeds = [0, 1, 2]
 presets = ["default", "long"]
 start = "fp"
+start_preset = "default"             # of the cells that others start from; without it, each cell's own preset
 
 [values]                             # flags of every cell that has them
 data-root = "PACS"
@@ -67,6 +68,7 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     presets: tuple[str, ...] = (DEFAULT,)
     start: str = "fp"
+    start_preset: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     method: dict[str, dict[str, Any]] = field(default_factory=dict)
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,14 +81,21 @@ class Sweep:
     def cells(self) -> list[Cell]:
         """Every cell, those that others start from first. Raises RecipeError naming the file and the entry at fault."""
         starts = [self.start] if self._is_started() else []
-        starts = [method for method in starts if method not in self.methods]
-        found: list[Cell] = []
+        found: dict[str, Cell] = {}
         for preset in self.presets:
             for seed in self.seeds:
                 for target in self.targets:
-                    for method in (*starts, *_ordered(self.methods, self.start)):
-                        found += self._of(method, target, seed, preset)
-        return found
+                    cells: list[Cell] = []
+                    for method in starts:
+                        cells += self._of(
+                            method, target, seed, self.start_preset or preset
+                        )
+                    for method in self.methods:
+                        cells += self._of(method, target, seed, preset)
+                    found |= {
+                        cell.name: cell for cell in cells if cell.name not in found
+                    }
+        return list(found.values())
 
     def _is_started(self) -> bool:
         return any(KNOWN[method].quantization is not None for method in self.methods)
@@ -98,7 +107,10 @@ class Sweep:
         for bits in self.bits if has_bits else (None,):
             name = cell_name(method, bits, target, seed, preset)
             starts = KNOWN[method].quantization is not None
-            after = cell_name(self.start, None, target, seed, preset) if starts else ""
+            of_start = self.start_preset or preset
+            after = (
+                cell_name(self.start, None, target, seed, of_start) if starts else ""
+            )
             placed: dict[str, Any] = {"test_domain": target, "seed": seed}
             if bits is not None:
                 placed["bits"] = bits
@@ -106,9 +118,8 @@ class Sweep:
             recipe = recipe.changed(out=self.out / name)
             if after:
                 recipe = recipe.changed(init_from=self.out / after)
-            if recipe.distillation is not None:
-                if recipe.distillation.teacher == Path(START):
-                    recipe = recipe.changed(teacher=self.out / after)
+            if recipe.entries().get("teacher") == Path(START):
+                recipe = recipe.changed(teacher=self.out / after)
             cells.append(Cell(name, method, bits, target, seed, preset, recipe, after))
         return cells
 
@@ -162,10 +173,6 @@ def read_sweep(path: Path, **flags: Any) -> Sweep:
     return sweep
 
 
-def _ordered(methods: tuple[str, ...], first: str) -> list[str]:
-    return sorted(methods, key=lambda method: method != first)
-
-
 def _table(path: Path, name: str, value: Any, *, nested: bool) -> dict[str, Any]:
     """A table of flags, or a table of such tables; flags under their names in Python."""
     if not isinstance(value, dict):
@@ -199,7 +206,7 @@ def _require_known(sweep: Sweep) -> None:
         raise RecipeError(
             f"{sweep.source}: start must be a method of full precision (fp, sagm), got {sweep.start!r}"
         )
-    for preset in sweep.presets:
+    for preset in (*sweep.presets, sweep.start_preset or DEFAULT):
         if preset not in (DEFAULT, *sweep.preset, *PRESETS):
             raise RecipeError(f"{sweep.source}: has no table [preset.{preset}]")
     known = set().union(*(KNOWN[m].entries() for m in (*sweep.methods, sweep.start)))
