@@ -19,6 +19,7 @@ from qat.domains.synthetic import synthetic_domains
 from qat.runs.parts import RecipeError
 from qat.runs.ranges import COMMAND, out_of_range
 from qat.runs.recipe import recipe_of
+from qat.runs.recipe_checks import check
 from qat.train.loop import run
 
 
@@ -53,14 +54,16 @@ def quickstart(flags: Quickstart) -> int:
     number = 2
     while out.exists():
         out, number = flags.out.with_name(f"{flags.out.name}-{number}"), number + 1
-    domains = synthetic_domains(per_class=flags.per_class, image_size=flags.image_size, seed=flags.seed)
     shared = {
         f.name: getattr(flags, f.name)
         for f in dataclasses.fields(flags)
         if f.name in ("backbone", "image_size", "per_class", "steps", "batch_size", "test_domain", "seed")
     } | {"evaluate_every": max(flags.steps // 5, 1)}
+    in_full = recipe_of("fp", **shared, out=out / "fp", lr=5e-3)
+    check(in_full)  # before images are rendered
+    domains = synthetic_domains(per_class=flags.per_class, image_size=flags.image_size, seed=flags.seed)
     say("1/5  training in full precision")
-    baseline = run(recipe_of("fp", **shared, out=out / "fp", lr=5e-3), domains)
+    baseline = run(in_full, domains)
     say(f"2/5  training W{flags.bits}A{flags.bits} from it (LSQ)")
     quantized = run(recipe_of("lsq", **shared, out=out / "lsq", bits=flags.bits, init_from=out / "fp"), domains)
     say("3/5  exporting to ONNX")

@@ -67,7 +67,7 @@ def test_faults_of_the_command_line(script: ModuleType, choose: Any, tmp_path: P
         script.train_domainnet(*choose("fp"))
     with pytest.raises(RecipeError, match="leave --data-root out"):
         script.train_domainnet(*choose("fp", "--smoke", "--data-root", "somewhere"))
-    with pytest.raises(DataError, match=r"--data-root .*: holds no DomainNet domain"):
+    with pytest.raises(DataError, match=r"--data-root .*: holds no domain of DomainNet"):
         script.train_domainnet(*choose("fp", "--data-root", str(tmp_path)))
 
 
