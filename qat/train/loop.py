@@ -361,8 +361,12 @@ class _Trainer:
         self._require_finite_parameters()
         self.processes.agree_on_buffers(self.built.model)
         with self._averaged():
-            found = {s.name: self._accuracy(s) for s in self.split.validation}
+            found = {}
+            for subset in self.split.validation:
+                tracker.measuring(subset.name)
+                found[subset.name] = self._accuracy(subset)
             mean = float(np.mean(list(found.values())))
+            tracker.measured(self.progress.step, mean)
             better = (
                 mean > self.progress.best_accuracy
                 or self.recipe.tracking.select == "last"

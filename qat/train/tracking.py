@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,13 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    MofNCompleteColumn,
     Progress,
-    TaskProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from edgeqat.files import FileError, reason_of, write_text
+from edgeqat.terminal import printable
 from qat.runs.log import read_log
 
 log = logging.getLogger("edgeqat")
@@ -42,17 +45,24 @@ class Tracker:
             self._forget_after(resume_at)
         self.file = self.path.open("a" if resume_at else "w")
         self.writer = _summary_writer(folder) if tensorboard else None
+        self.steps, self.began = steps, time.monotonic()
+        self.status = self.validation = ""
+        self.console = Console(stderr=True)
+        # A file or a pipe gets plain lines instead of a bar
+        self.has_bar = writes and self.console.is_terminal
+        self.has_lines = writes and not self.console.is_terminal
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TaskProgressColumn(),
+            MofNCompleteColumn(),
             TextColumn("{task.fields[status]}", markup=False),
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not writes,
+            console=self.console,
+            disable=not self.has_bar,
         )
         self.task = self.progress.add_task(
-            "training", total=steps, completed=resume_at, status=""
+            "step", total=steps, completed=resume_at, status=""
         )
 
     def __enter__(self) -> "Tracker":
@@ -92,8 +102,25 @@ class Tracker:
         self, step: int, *, loss: float, accuracy: float, images_per_second: float
     ) -> None:
         """Show step, loss, accuracy (a share) and images per second in the progress bar."""
-        status = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {images_per_second:.0f} images/s"
+        self.status = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {images_per_second:.0f} images/s"
+        status = f"{self.status}{self.validation}"
         self.progress.update(self.task, completed=step, status=status)
+
+    def measuring(self, what: str) -> None:
+        """Say in the progress bar that images are being measured."""
+        self.progress.update(
+            self.task, status=f"{self.status}  measuring {printable(what)}"
+        )
+
+    def measured(self, step: int, accuracy: float) -> None:
+        """Show the mean held-out accuracy, a share: in the bar from now on, or as a line of a log."""
+        self.validation = f"  held out {accuracy:.1%}"
+        status = f"{self.status}{self.validation}"
+        self.progress.update(self.task, status=status)
+        if self.has_lines:
+            elapsed = time.monotonic() - self.began
+            line = f"step {step} of {self.steps}  {status}  {elapsed:.0f} s"
+            self.console.print(line, markup=False, highlight=False)
 
     def _forget_after(self, step: int) -> None:
         """Drop entries a resumed run will write again."""
