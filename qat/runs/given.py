@@ -1,5 +1,5 @@
-"""Defaults that a command line takes from elsewhere: a preset (--preset), a file (--config), and the run that it starts from
-(--init-from), in this order.
+"""Defaults that a command line takes from elsewhere: a preset (--preset), a file (--config), the run that it goes on with
+(--resume --out), and the one that it starts from (--init-from), in this order.
 
 All are read before the flags, so that a flag that is given always wins, and `--help` shows what holds without it.
 """
@@ -45,6 +45,9 @@ def with_files(recipe: Recipe, words: Sequence[str]) -> tuple[Recipe, list[str]]
     if config is not None:
         recipe = _with_config(recipe, Path(config))
         rest = _without(CONFIG, rest)
+    out = _value_of("--out", rest)
+    if "--resume" in rest and out is not None:
+        recipe = _with_begun(recipe, Path(out))
     start = _value_of(INIT_FROM, rest)
     if start is None and recipe.init_from is not None:
         start = str(recipe.init_from)
@@ -133,6 +136,16 @@ def _parsed(path: Path, parse: Any) -> Any:
         raise RecipeError(
             f"{CONFIG} {path}: cannot be read ({reason_of(error)})"
         ) from error
+
+
+def _with_begun(recipe: Recipe, run: Path) -> Recipe:
+    """What the run in `run` was begun with, where it is of the same method; else `recipe`, which will be refused."""
+    file = run / "recipe.json"
+    if not file.is_file():
+        return recipe
+    begun = from_json(read_json(file), file)
+    same = begun.parts.keys() == recipe.parts.keys()
+    return begun.changed(out=None, resume=False) if same else recipe
 
 
 def _with_start(recipe: Recipe, run: Path) -> Recipe:

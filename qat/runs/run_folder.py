@@ -42,8 +42,13 @@ RESUMABLE: dict[str, Kind] = {
     "optimizer": dict, "schedule": dict, "progress": dict, "step": dict, "average": dict, "valley": dict, "scale_sizes": dict,
     "rng": Tensor,
 }  # fmt: skip
-# Entries of a recipe that decide nothing about the net: where files lie, how a run is shown and loaded.
+# Of a run that is resumed, these may grow: it goes on for longer, on the schedule of the new length.
+MAY_GROW = ("steps", "epochs", "stage2_steps", "stage2_epochs")
+# Entries of a recipe that may differ from the ones a net was begun with: where files lie, how a run is measured, shown and
+# loaded, and its length.
 MAY_CHANGE = {
+    *MAY_GROW,
+    "evaluate_every",
     "data_root",
     "official_lists",
     "out",
@@ -294,10 +299,24 @@ def check_out(recipe: Recipe) -> None:
             f"--out {recipe.tracking.out}: holds a run already; choose another folder, or --resume it"
         )
     if recipe.tracking.resume:
-        different = different_entries(to_json(folder.recipe()), to_json(recipe))
+        begun = folder.recipe()
+        _require_no_shorter(begun, recipe)
+        different = different_entries(to_json(begun), to_json(recipe))
         if different:
             raise RecipeError(
                 f"--resume: {recipe.tracking.out} was begun with {different}; repeat the command that began it"
+            )
+
+
+def _require_no_shorter(begun: Recipe, recipe: Recipe) -> None:
+    """Raises RecipeError where a run would be resumed for fewer steps than it was begun with."""
+    before, now = begun.entries(), recipe.entries()
+    for name in MAY_GROW:
+        old, new = before.get(name), now.get(name)
+        counts_otherwise = (old is None) != (new is None)
+        if counts_otherwise or (old is not None and new < old):
+            raise RecipeError(
+                f"--resume: {recipe.tracking.out} was begun with {flag(name)} {old}, which may grow but not become {new}"
             )
 
 

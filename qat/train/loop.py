@@ -155,6 +155,7 @@ class _Trainer:
             load_state(built.model, resumed, folder / "last.pt")
             optimizer.load_state_dict(resumed["optimizer"])
             self.schedule.load_state_dict(resumed["schedule"])
+            follow(self.schedule)
             self.progress = _Progress(**resumed["progress"])
         self.quant_start = 0 if recipe.delay is None else recipe.delay.quant_start_step
         if self.progress.step < self.quant_start:
@@ -563,6 +564,15 @@ class _Trainer:
             mine = predictions(predict, batches)[0].numpy()
         predicted = self.processes.joined(mine, len(subset))
         return predicted, subset.domain.labels[subset.indices]
+
+
+def follow(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Set the learning rates that `schedule` has at its step: a run that goes on for longer has another schedule."""
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(
+        groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(schedule.last_epoch)
 
 
 def groups_of(

@@ -54,6 +54,14 @@ def test_a_preset_comes_first_then_the_file(tmp_path: Path) -> None:
     assert "alpha" not in given("fp", "--preset", "sagm")
 
 
+def test_a_resumed_run_needs_no_flag_twice(tmp_path: Path) -> None:
+    begun = recipe_of("lsq", steps=9, lr=0.3, out=tmp_path)
+    written(tmp_path / "recipe.json", json.dumps(to_json(begun)))
+    values = given("lsq", "--resume", "--out", str(tmp_path))
+    assert (values["steps"], values["lr"]) == (9, 0.3)
+    assert given("lsq", "--out", str(tmp_path))["lr"] == 5e-4
+
+
 @pytest.mark.parametrize("flags", [[], ["--image-size", "40"]])
 def test_a_run_inherits_what_it_must_share_and_flags_win(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

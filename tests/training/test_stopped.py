@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -23,6 +24,7 @@ from edgeqat.files import FileError, write_text
 from edgeqat.interrupts import SIGNALS, Interrupted, StopRequest
 from qat import cli
 from qat.domains.synthetic import synthetic_domains
+from qat.runs.build import load_run
 from qat.runs.log import read_log
 from qat.runs.parts import RecipeError
 from qat.runs.recipe import Recipe, recipe_of
@@ -283,11 +285,28 @@ def test_a_resumed_run_must_be_the_one_that_was_begun(tmp_path: Path) -> None:
     recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     assert signalled(recipe, 2, signal.SIGINT).error == "Interrupted"
     written = (tmp_path / "cut/recipe.json").read_text()
-    for change, words in (({"lr": 0.5}, r"--lr 0\.0005 \(now 0\.5\)"), ({"steps": 9}, r"--steps 7 \(now 9\)")):
+    refused = (
+        ({"lr": 0.5}, r"--lr 0\.0005 \(now 0\.5\)"),
+        ({"steps": 6}, "--steps 7, which may grow but not become 6"),
+    )
+    for change, words in refused:
         with pytest.raises(RecipeError, match=words):
             run(recipe.changed(resume=True, **change), DOMAINS)
     assert json.loads((tmp_path / "cut/recipe.json").read_text()) == json.loads(written)
     run(recipe.changed(resume=True, workers=1), DOMAINS)
+
+
+def test_a_resumed_run_may_go_on_for_longer(tmp_path: Path) -> None:
+    recipe = recipe_of("lsq", **LONGER, out=tmp_path / "run", calibration_batches=2)
+    before = run(recipe, DOMAINS).results()["train_seconds"]
+    longer = run(recipe.changed(resume=True, steps=9), DOMAINS)
+    rates = {e["step"]: e["learning_rate"] for e in longer.metrics() if "learning_rate" in e}
+    assert list(rates) == list(range(1, 10))
+    # The last two steps follow the cosine of nine steps
+    for step in (8, 9):
+        assert rates[step] == pytest.approx(5e-4 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 9)), rel=1e-6)
+    assert longer.recipe().optimization.steps == 9 and load_run(longer.path)[1].optimization.steps == 9
+    assert longer.results()["train_seconds"] > before
 
 
 @pytest.mark.parametrize("damage", ["rules", "optimizer", "schedule"])

@@ -28,7 +28,9 @@ def test_a_file_gets_one_plain_line_for_each_evaluation(tmp_path: Path, monkeypa
     assert line == "step 2 of 8  loss 0.500  accuracy 25.0%  12 images/s  held out 61.3%  0 s"
 
 
-def test_a_terminal_gets_a_bar_with_steps_times_and_the_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_bar_with_steps_times_and_the_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = output(True, tmp_path, monkeypatch)
     assert "3/8" in text and "held out 61.3%" in text and "0:00:00" in text
     assert "\x1b[31m" not in text.replace("photo", "")
