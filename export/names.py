@@ -45,9 +45,9 @@ def bias_of(layer: str) -> str:
     return f"{layer}{BIAS}"
 
 
-def module_of_bias(bias: str) -> str:
-    """Name of the module whose bias has this name."""
-    return bias.removesuffix(BIAS)
+def gamma_of(beta: str) -> str:
+    """Name of a norm's weight in the model, from that of its bias."""
+    return weight_of(beta.removesuffix(BIAS))
 
 
 def run_again(name: str, count: int) -> str:

@@ -35,12 +35,13 @@ def fold_batch_norms(model: LoweredModel) -> bool:
         a = gamma / np.sqrt(variance + epsilon)
         bias = layer.folded_bias - mean
         scale = (layer.scale.astype(np.float64) * a).astype(np.float32)
-        model.layers[f"{layer.name}.weight"] = replace(
+        folded = replace(
             layer,
             scale=scale,
             bias=bias * a + beta,
             bias_parameter=node.meta.get(BIAS_PARAMETER, ""),
         )
+        model.put_layer(folded)
         bypass(node)
         changed = True
     return changed

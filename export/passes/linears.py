@@ -124,9 +124,8 @@ def gemms_from_classifiers(model: LoweredModel) -> bool:
         restored = ir.node("Reshape", [gemm.outputs[0], shape], name=f"{name}/restore")
         flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
         flat.outputs[0].shape = ir.Shape([None, layer.codes.shape[1]])
-        model.layers[f"{layer.name}.weight"] = replace(
-            layer, kind="linear", codes=layer.codes[:, :, 0, 0]
-        )
+        linear = replace(layer, kind="linear", codes=layer.codes[:, :, 0, 0])
+        model.put_layer(linear)
         replace_node(node, [flat, gemm, restored])
         changed = True
     return changed
