@@ -4,6 +4,7 @@ Every machine runs the file's bundle (`export/bundle.py`). Where its codes are n
 computed again by the definition from the codes that the machine had before it, so that a difference names where it arises.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,50 +141,60 @@ def compared(
     expected: Expected,
 ) -> Elsewhere:
     """The codes that `machine` wrote into `folder` beside the expected ones."""
-    names = list(expected.codes)
     found = read_codes(folder, expected.codes)
-    differing = sum(
-        int((a != b).sum())
-        for n in names
-        for a, b in zip(expected.codes[n], found[n], strict=True)
-    )
-    logits = np.fromfile(folder / "logits.bin", np.float32).reshape(
-        expected.logits.shape
-    )
-    wrong = dict.fromkeys(names, 0)
-    largest = 0
+    logits = np.fromfile(folder / "logits.bin", np.float32)
+    answers = logits.reshape(expected.logits.shape).argmax(1)
     in_float = set(float_quantizers(model))
-    if differing:
-        reference = IntegerReference(model, session.FloatOperators())
-        for index, image in enumerate(images):
-            given = {name: found[name][index] for name in names}
-            computed, _ = reference.run(torch.from_numpy(image[None]), given=given)
-            for name in names:
-                distance = np.abs(computed[name].astype(np.int16) - given[name])
-                wrong[name] += int((distance > 0).sum())
-                if name in in_float:
-                    largest = max(largest, int(distance.max()))
+    codes = 0
+    float_codes = 0
+    differing = 0
+    for name, of_images in expected.codes.items():
+        size = sum(image.size for image in of_images)
+        codes += size
+        float_codes += size if name in in_float else 0
+        for ours, theirs in zip(of_images, found[name], strict=True):
+            differing += int((ours != theirs).sum())
+    wrong, largest = (
+        _from_their_own_codes(model, images, found) if differing else ({}, {})
+    )
+    mismatches: dict[str, int] = {}
+    float_differences: dict[str, int] = {}
+    for name, count in wrong.items():
+        if count:
+            by_origin = float_differences if name in in_float else mismatches
+            by_origin[name] = count
     return Elsewhere(
         machine=machine,
         runtime=runtime,
         images=len(images),
-        codes=sum(codes.size for name in names for codes in expected.codes[name]),
-        mismatches={
-            name: wrong[name] for name in names if wrong[name] and name not in in_float
-        },
-        float_differences={
-            name: wrong[name] for name in names if wrong[name] and name in in_float
-        },
-        float_codes=sum(
-            codes.size
-            for name in names
-            if name in in_float
-            for codes in expected.codes[name]
-        ),
-        largest=largest,
+        codes=codes,
+        mismatches=mismatches,
+        float_differences=float_differences,
+        float_codes=float_codes,
+        largest=max((largest[name] for name in float_differences), default=0),
         differing=differing,
-        answers_changed=int((logits.argmax(1) != expected.logits.argmax(1)).sum()),
+        answers_changed=int((answers != expected.logits.argmax(1)).sum()),
     )
+
+
+def _from_their_own_codes(
+    model: LoweredModel,
+    images: NDArray[np.float32],
+    found: Mapping[str, list[NDArray[np.uint8]]],
+) -> tuple[dict[str, int], dict[str, int]]:
+    """By quantizer, how many codes the definition computes otherwise from the machine's codes before them, and the largest
+    difference."""
+    wrong = dict.fromkeys(found, 0)
+    largest = dict.fromkeys(found, 0)
+    reference = IntegerReference(model, session.FloatOperators())
+    for index, image in enumerate(images):
+        given = {name: of_images[index] for name, of_images in found.items()}
+        computed, _ = reference.run(torch.from_numpy(image[None]), given=given)
+        for name in found:
+            distance = np.abs(computed[name].astype(np.int16) - given[name])
+            wrong[name] += int((distance > 0).sum())
+            largest[name] = max(largest[name], int(distance.max(initial=0)))
+    return wrong, largest
 
 
 def read_codes(
@@ -191,15 +202,15 @@ def read_codes(
 ) -> dict[str, list[NDArray[np.uint8]]]:
     """What check.py wrote into `folder`, for each quantizer and image in the shape it has in `like`."""
     found: dict[str, list[NDArray[np.uint8]]] = {}
-    for index, (name, shapes) in enumerate(like.items()):
+    for index, (name, of_images) in enumerate(like.items()):
         values = np.fromfile(folder / f"{index}.bin", np.uint8)
-        if values.size != sum(codes.size for codes in shapes):
+        ends = np.cumsum([codes.size for codes in of_images])
+        if values.size != ends[-1]:
             raise ExportError(
-                f"{name}: the machine computed {values.size} codes, not {sum(c.size for c in shapes)}"
+                f"{name}: the machine computed {values.size} codes, not {ends[-1]}"
             )
-        ends = np.cumsum([codes.size for codes in shapes])[:-1]
-        found[name] = [
-            part.reshape(codes.shape)
-            for part, codes in zip(np.split(values, ends), shapes, strict=True)
-        ]
+        parts = np.split(values, ends[:-1])
+        found[name] = []
+        for part, codes in zip(parts, of_images, strict=True):
+            found[name].append(part.reshape(codes.shape))
     return found

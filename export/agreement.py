@@ -8,6 +8,7 @@ difference names the operation it arose in. Nothing but equality is called exact
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,25 @@ from onnx import TensorProto, helper
 
 from edgeqat.terminal import in_lines
 from export import session
-from export.certificate import BATCH, FLOAT_LEVEL_LIMIT, accuracy_of, compare_stored
+from export.certificate import (
+    BATCH,
+    FLOAT_LEVEL_LIMIT,
+    accuracies,
+    compare_stored,
+    require_quantizers,
+)
 from export.feeds import Given
 from export.fidelity import Trained
-from export.lowered import ExportError, LoweredModel, LoweredQuantizer
+from export.lowered import LoweredModel, LoweredQuantizer
 from export.onnx_file import read
 from export.reference import IntegerReference
 
 StoredCodes = dict[str, NDArray[np.uint8]]
 Logits = NDArray[np.float32]
+ROUNDED_BIASES = (
+    "from BASIC on, ONNX Runtime rounds float biases to integers in units of input scale times weight scale "
+    "(WeightBiasQuantization); files of the ort targets hold finer integer biases, and ONNX Runtime computes them exactly"
+)
 ROUNDING_LEVELS = tuple(
     f"ONNX Runtime {level}" for level in ("BASIC", "EXTENDED", "ALL")
 )
@@ -55,6 +66,11 @@ class QuantizerResult:
     codes: int
     different: int
     largest: int
+
+    def __str__(self) -> str:
+        if not self.different:
+            return "exact"
+        return f"{self.different} (±{self.largest})"
 
 
 @dataclass(frozen=True)
@@ -145,58 +161,52 @@ class Agreement:
 
     def __str__(self) -> str:
         lines = [f"{self.file}: {self._verdict()}"]
-        stored = (
-            f"{len(self.stored)} layers differ" if self.stored else "all as trained"
-        )
+        stored = "all as trained"
+        if self.stored:
+            stored = f"{len(self.stored)} layers differ"
         lines.append(
             f"  stored     {self.weight_codes:,} weight codes in {self.layers} layers: {stored}"
         )
-        lines += [
-            f"             {layer}: {what}" for layer, what in self.stored.items()
-        ]
-        lines += [f"  computed   {result}" for result in self.results]
-        lines += [f"             {line}" for line in self.table()]
-        accuracies = ", ".join(
-            f"{name} {value:.2%}" for name, value in self.accuracy.items()
-        )
-        if accuracies:
-            lines.append(f"  accuracy   {accuracies} on {self.images} images")
-        return in_lines([*lines, *(f"  note       {note}" for note in self.notes)])
+        for layer, difference in self.stored.items():
+            lines.append(f"             {layer}: {difference}")
+        for result in self.results:
+            lines.append(f"  computed   {result}")
+        for line in self.table():
+            lines.append(f"             {line}")
+        if self.accuracy:
+            shares = [f"{name} {share:.2%}" for name, share in self.accuracy.items()]
+            lines.append(f"  accuracy   {', '.join(shares)} on {self.images} images")
+        for note in self.notes:
+            lines.append(f"  note       {note}")
+        return in_lines(lines)
 
     def _verdict(self) -> str:
         if self.passed:
             return "certified: stored codes as trained, computed codes exact in every runtime below"
         stored = "NOT the trained ones" if self.stored else "as trained"
         inexact = [result.runtime for result in self.results if not result.is_exact]
-        computed = (
-            f"not exact in {', '.join(inexact)}"
-            if inexact
-            else "exact in every runtime below"
-        )
+        computed = "exact in every runtime below"
+        if inexact:
+            computed = f"not exact in {', '.join(inexact)}"
         return f"NOT CERTIFIED (target {self.target}, plain QDQ): stored codes {stored}; computed codes {computed}"
 
     def table(self) -> list[str]:
         """Layer by layer: codes that differ in each runtime, and by how many codes at most."""
-        rows = list(zip(*(result.quantizers for result in self.results), strict=True))
+        of_runtimes = [result.quantizers for result in self.results]
+        rows = list(zip(*of_runtimes, strict=True))
         shown = [row for row in rows if any(cell.different for cell in row)]
         if not shown:
             return []
         width = max(len(row[0].quantizer) for row in shown)
-        lines = [
-            f"{'quantizer':<{width}}  {'codes':>12}  "
-            + "  ".join(result.runtime for result in self.results)
-        ]
+        names = [result.runtime for result in self.results]
+        lines = ["  ".join([f"{'quantizer':<{width}}  {'codes':>12}", *names])]
         for row in shown:
-            cells = [
-                (
-                    f"{cell.different} (±{cell.largest})" if cell.different else "exact"
-                ).rjust(len(result.runtime))
-                for cell, result in zip(row, self.results, strict=True)
-            ]
-            lines.append(
-                f"{row[0].quantizer:<{width}}  {row[0].codes:>12,}  " + "  ".join(cells)
-            )
-        if others := len(rows) - len(shown):
+            cells = [f"{row[0].quantizer:<{width}}  {row[0].codes:>12,}"]
+            for cell, name in zip(row, names, strict=True):
+                cells.append(str(cell).rjust(len(name)))
+            lines.append("  ".join(cells))
+        others = len(rows) - len(shown)
+        if others:
             lines.append(
                 f"and {others} quantizers whose codes are exact in all of them"
             )
@@ -219,69 +229,49 @@ def agree(
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
-    tensors = {o for node in proto.graph.node for o in node.output}
-    missing = [name for name in model.quantizers if name not in tensors]
-    if missing:
-        raise ExportError(
-            f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool"
-        )
+    require_quantizers(model, proto, file)
     reference = IntegerReference(model, session.FloatOperators())
     from_training = _in_batches(lambda batch: _first(trained(batch)[1]), images)
     defined = _in_batches(lambda batch: _first(reference.run(batch)[1]), images)
-    runtimes = [
-        *(onnx_runtime(proto, model, level) for level in session.LEVELS),
-        *further,
-    ]
-    logits = {runtime.name: _in_batches(runtime.logits, images) for runtime in runtimes}
+    runtimes = [onnx_runtime(proto, model, level) for level in session.LEVELS]
+    runtimes += further
+    predictions = {"trained net": from_training, "integer definition": defined}
+    for runtime in runtimes:
+        predictions[runtime.name] = _in_batches(runtime.logits, images)
     results = []
     for runtime in runtimes:
-        found = logits[runtime.name]
+        found = predictions[runtime.name]
+        difference = np.abs(found - defined).max() / np.abs(defined).max()
         results.append(
             RuntimeResult(
                 runtime=runtime.name,
                 version=runtime.version,
                 quantizers=compare_codes(reference, runtime, images),
                 top1=_same_answer(found, defined),
-                logit_difference=float(
-                    np.abs(found - defined).max() / np.abs(defined).max()
-                ),
+                logit_difference=float(difference),
                 top1_trained=_same_answer(found, from_training),
             )
         )
-    predictions = {
-        "trained net": from_training,
-        "integer definition": defined,
-        **logits,
-    }
     return Agreement(
         file=file.name,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         target=target,
         images=len(images),
         layers=len(model.layers),
-        weight_codes=sum(layer.codes.size for layer in model.layers.values()),
+        weight_codes=model.weight_codes,
         stored=compare_stored(model, proto),
         results=tuple(results),
-        accuracy={
-            name: accuracy
-            for name, p in predictions.items()
-            if (accuracy := accuracy_of(p, labels)) is not None
-        },
+        accuracy=accuracies(predictions, labels),
         notes=(*model.notes, *_causes(results)),
     )
 
 
 def _causes(results: Sequence[RuntimeResult]) -> list[str]:
     """What is known of why a runtime's codes differ."""
-    if not any(
-        result.runtime in ROUNDING_LEVELS and not result.is_at_ties
-        for result in results
-    ):
-        return []
-    return [
-        "from BASIC on, ONNX Runtime rounds float biases to integers in units of input scale times weight scale "
-        "(WeightBiasQuantization); files of the ort targets hold finer integer biases, and ONNX Runtime computes them exactly"
-    ]
+    for result in results:
+        if result.runtime in ROUNDING_LEVELS and not result.is_at_ties:
+            return [ROUNDED_BIASES]
+    return []
 
 
 def compare_codes(
@@ -289,18 +279,23 @@ def compare_codes(
 ) -> tuple[QuantizerResult, ...]:
     """The codes of every quantizer in `runtime` against the definition's, which starts from the runtime's own codes at
     every operation. In the order of the graph."""
-    totals: dict[str, list[int]] = {}
+    counts: Counter[str] = Counter()
+    different: Counter[str] = Counter()
+    largest: dict[str, int] = {}
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         found = runtime.codes(batch)
         expected, _ = reference.run(batch, given=found)
         for name, codes in expected.items():
             distance = np.abs(codes.astype(np.int16) - found[name])
-            total = totals.setdefault(name, [0, 0, 0])
-            total[0] += codes.size
-            total[1] += int(np.count_nonzero(distance))
-            total[2] = max(total[2], int(distance.max(initial=0)))
-    return tuple(QuantizerResult(name, *total) for name, total in totals.items())
+            counts[name] += codes.size
+            different[name] += int(np.count_nonzero(distance))
+            farthest = int(distance.max(initial=0))
+            largest[name] = max(largest.get(name, 0), farthest)
+    results = []
+    for name, count in counts.items():
+        results.append(QuantizerResult(name, count, different[name], largest[name]))
+    return tuple(results)
 
 
 def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Runtime:

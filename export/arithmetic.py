@@ -1,4 +1,18 @@
-"""How runtimes compute one operation on codes, in NumPy: every arithmetic that is known of any of them.
+"""How a runtime computes one operation on codes, in NumPy: the integer definition, and every other arithmetic that is known.
+
+The definition says how results become codes:
+
+    conv, linear   q = clip(rint(fp32(acc + bias) · m) + z, low, high),   m = fp32(fp32(s_x · s_w) / s_y)
+    add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - fma(r_a, z_a, r_b z_b)
+    product        q = clip(rint(fp32(a · b · r) + z), low, high),        r = fp32(fp32(s_a · s_b) / s_y), a and b centred
+    global pool    q = clip(rint(fp32(sum of centred codes) · fp32(s_x / (s_y · n))) + z, low, high)
+    average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y + z)), x = fp32((q_x - z_x) · s_x), row by row
+    one bit        q = 254 where acc + bias >= 0 (<= 0 where m < 0), or where a code reaches its threshold, else 0
+    requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
+
+acc is the exact integer sum; all multipliers are float32; rint rounds half to even. `terms_of_sum`, `ratio_of_product`,
+`multiplier_of_mean` and `requantized` are what all that compute or write it share: `export/reference.py` runs it on whole
+nets, `export/native_graph.py` writes it into files.
 
 The ONNX Runtime builds for x86, 64-bit ARM and WebAssembly give the same integer sums for a layer and requantize them
 alike, but they differ in sums, products, requantizations and pools of codes: in the order of additions, in whether a
@@ -13,6 +27,7 @@ for comparing, not for speed: `export/ties.py` moves scales until all of them ag
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,10 +62,9 @@ def fused(
     x: NDArray[np.generic] | int, y: np.float32 | Floats, z: np.float32 | Floats
 ) -> Floats:
     """x · y + z, rounded once. A product of an integer of few bits and a float32 is exact in float64."""
-    return (
-        np.asarray(x, np.float64) * np.asarray(y, np.float64)
-        + np.asarray(z, np.float64)
-    ).astype(one)
+    product = np.asarray(x, np.float64) * np.asarray(y, np.float64)
+    total = product + np.asarray(z, np.float64)
+    return total.astype(one)
 
 
 def rounded_inside(x: Floats, zero_point: int, rounding: Round = half_even) -> Integers:
@@ -65,6 +79,47 @@ def rounded_outside(
     return rounding(x).astype(np.int64) + zero_point
 
 
+class TermsOfSum(NamedTuple):
+    """What the definition of a sum computes with, float32: rint(fma(a, ratio_a, fma(b, ratio_b, constant)))."""
+
+    ratio_a: np.float32
+    ratio_b: np.float32
+    constant: np.float32
+
+
+def terms_of_sum(
+    first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer
+) -> TermsOfSum:
+    """Ratios of the scales, and z_y - fma(ratio_a, z_a, ratio_b · z_b) as the runtime's x86 build has it."""
+    ratio_a = one(first.scale / out.scale)
+    ratio_b = one(second.scale / out.scale)
+    product_b = one(ratio_b * one(second.zero_point))
+    shift = one(fused(first.zero_point, ratio_a, product_b))
+    return TermsOfSum(ratio_a, ratio_b, one(one(out.zero_point) - shift))
+
+
+def ratio_of_product(
+    first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer
+) -> np.float32:
+    """What the definition multiplies a product of centred codes with: fp32(fp32(s_a · s_b) / s_y)."""
+    return one(one(first.scale * second.scale) / out.scale)
+
+
+def multiplier_of_mean(
+    source: LoweredQuantizer, count: int, out: LoweredQuantizer
+) -> np.float32:
+    """What the definition multiplies a sum of `count` centred codes with: fp32(s_x / fp32(s_y · n))."""
+    return one(source.scale / one(out.scale * one(count)))
+
+
+def requantized(
+    centred: Integers, source: LoweredQuantizer, out: LoweredQuantizer
+) -> Integers:
+    """The definition's results for centred codes of `source` that are written on `out`, before the clip."""
+    real = centred.astype(one) * source.scale
+    return rounded_outside(real / out.scale, out.zero_point)
+
+
 def sums(
     a: Integers,
     b: Integers,
@@ -72,95 +127,112 @@ def sums(
     second: LoweredQuantizer,
     out: LoweredQuantizer,
 ) -> Results:
-    """(name, results) of a·s_a + b·s_b on the grid `out`. The first is the integer definition (export/reference.py)."""
-    ratio_a, ratio_b = one(first.scale / out.scale), one(second.scale / out.scale)
-    codes_a, codes_b = a + first.zero_point, b + second.zero_point
-    for kind, constant in _constants_of_sums(ratio_a, ratio_b, first, second, out):
-        # x86 with FMA, edgeqat's kernels: codes with their zero points, all that is constant added first.
+    """(name, results) of a·s_a + b·s_b on the grid `out`. The first is the integer definition."""
+    yield from _sums_of_stored_codes(a, b, first, second, out)
+    yield from _sums_in_fixed_point(a, b, first, second, out)
+    yield from _sums_of_reals(a, b, first, second, out)
+    yield from _sums_of_ratios(a, b, first, second, out)
+
+
+def _sums_of_stored_codes(
+    a: Integers,
+    b: Integers,
+    first: LoweredQuantizer,
+    second: LoweredQuantizer,
+    out: LoweredQuantizer,
+) -> Results:
+    """x86 and edgeqat's kernels: codes with their zero points, all that is constant added first."""
+    codes_a = a + first.zero_point
+    codes_b = b + second.zero_point
+    ratio_a, ratio_b, _ = terms_of_sum(first, second, out)
+    product_a = codes_a.astype(one) * ratio_a
+    product_b = codes_b.astype(one) * ratio_b
+    for kind, constant in _constants_of_sums(first, second, out):
+        # x86 with FMA: b first
         b_first = fused(codes_a, ratio_a, fused(codes_b, ratio_b, constant))
-        a_first = fused(codes_b, ratio_b, fused(codes_a, ratio_a, constant))
         yield f"fused, b first, {kind}", half_even(b_first).astype(np.int64)
+        a_first = fused(codes_b, ratio_b, fused(codes_a, ratio_a, constant))
         yield f"fused, a first, {kind}", half_even(a_first).astype(np.int64)
-        products = (codes_a.astype(one) * ratio_a, codes_b.astype(one) * ratio_b)
         # SSE2: a first
-        for name, (x, y) in {"a first": products, "b first": products[::-1]}.items():
-            yield (
-                f"unfused, {name}, {kind}",
-                half_even((constant + x) + y).astype(np.int64),
-            )
-    if (in_fixed_point := _fixed_point_sum(a, b, ratio_a, ratio_b, out)) is not None:
-        yield "fixed point", in_fixed_point
-    real_a, real_b = a.astype(one) * first.scale, b.astype(one) * second.scale
-    reals = {
-        "unfused": real_a + real_b,
-        "fused a": fused(a, first.scale, real_b),
-        "fused b": fused(b, second.scale, real_a),
-    }
-    for name, real in reals.items():
-        yield from _quotients(name, real, out)
-    for name, scaled in {
-        "ratios": a.astype(one) * ratio_a + b.astype(one) * ratio_b,
-        "ratios, fused a": fused(a, ratio_a, b.astype(one) * ratio_b),
-        "ratios, fused b": fused(b, ratio_b, a.astype(one) * ratio_a),
-    }.items():
-        yield from _roundings(name, scaled, out)
+        a_first = (constant + product_a) + product_b
+        yield f"unfused, a first, {kind}", half_even(a_first).astype(np.int64)
+        b_first = (constant + product_b) + product_a
+        yield f"unfused, b first, {kind}", half_even(b_first).astype(np.int64)
+
+
+def _sums_of_reals(
+    a: Integers,
+    b: Integers,
+    first: LoweredQuantizer,
+    second: LoweredQuantizer,
+    out: LoweredQuantizer,
+) -> Results:
+    """Both tensors dequantized, added, and divided by the output's scale."""
+    real_a = a.astype(one) * first.scale
+    real_b = b.astype(one) * second.scale
+    yield from _quotients("unfused", real_a + real_b, out)
+    yield from _quotients("fused a", fused(a, first.scale, real_b), out)
+    yield from _quotients("fused b", fused(b, second.scale, real_a), out)
+
+
+def _sums_of_ratios(
+    a: Integers,
+    b: Integers,
+    first: LoweredQuantizer,
+    second: LoweredQuantizer,
+    out: LoweredQuantizer,
+) -> Results:
+    """Centred codes times the ratios of the scales."""
+    ratio_a, ratio_b, _ = terms_of_sum(first, second, out)
+    scaled_a = a.astype(one) * ratio_a
+    scaled_b = b.astype(one) * ratio_b
+    yield from _roundings("ratios", scaled_a + scaled_b, out)
+    yield from _roundings("ratios, fused a", fused(a, ratio_a, scaled_b), out)
+    yield from _roundings("ratios, fused b", fused(b, ratio_b, scaled_a), out)
 
 
 def _constants_of_sums(
-    ratio_a: np.float32,
-    ratio_b: np.float32,
-    first: LoweredQuantizer,
-    second: LoweredQuantizer,
-    out: LoweredQuantizer,
+    first: LoweredQuantizer, second: LoweredQuantizer, out: LoweredQuantizer
 ) -> Iterator[tuple[str, np.float32]]:
     """z_y - (ratio_a · z_a + ratio_b · z_b), as compilers with and without contraction may compute it."""
-    z_a, z_b, z_y = one(first.zero_point), one(second.zero_point), one(out.zero_point)
-    yield "constant fused", constant_of_sum(ratio_a, ratio_b, first, second, out)
-    if not (first.zero_point or second.zero_point):
+    ratio_a, ratio_b, constant = terms_of_sum(first, second, out)
+    yield "constant fused", constant
+    if first.zero_point == 0 and second.zero_point == 0:
         return
-    yield "constant unfused", one(z_y - one(ratio_a * z_a + ratio_b * z_b))
-    yield (
-        "constant fused otherwise",
-        one(z_y - one(fused(second.zero_point, ratio_b, one(ratio_a * z_a)))),
-    )
+    zero_point = one(out.zero_point)
+    product_a = one(ratio_a * one(first.zero_point))
+    product_b = one(ratio_b * one(second.zero_point))
+    yield "constant unfused", one(zero_point - one(product_a + product_b))
+    fused_otherwise = one(fused(second.zero_point, ratio_b, product_a))
+    yield "constant fused otherwise", one(zero_point - fused_otherwise)
 
 
-def constant_of_sum(
-    ratio_a: np.float32,
-    ratio_b: np.float32,
+def _sums_in_fixed_point(
+    a: Integers,
+    b: Integers,
     first: LoweredQuantizer,
     second: LoweredQuantizer,
     out: LoweredQuantizer,
-) -> np.float32:
-    """The definition's: z_y - fma(ratio_a, z_a, ratio_b · z_b), as the runtime's x86 build has it."""
-    product = one(ratio_b * one(second.zero_point))
-    return one(one(out.zero_point) - one(fused(first.zero_point, ratio_a, product)))
-
-
-def _fixed_point_sum(
-    a: Integers,
-    b: Integers,
-    ratio_a: np.float32,
-    ratio_b: np.float32,
-    out: LoweredQuantizer,
-) -> Integers | None:
+) -> Results:
     """ARM: multipliers of 22 bits, the zero point added after a shift that rounds half away from zero.
 
-    None where ARM computes in float32 too.
+    Nothing where ARM computes in float32 too.
     """
+    ratio_a, ratio_b, _ = terms_of_sum(first, second, out)
+    smaller = min(ratio_a, ratio_b)
+    larger = max(ratio_a, ratio_b)
     smallest, largest = FIXED_POINT_RATIOS
-    exponent = int(np.frexp(max(ratio_a, ratio_b))[1]) - 1
+    if smaller < smallest or larger >= largest:
+        return
+    exponent = int(np.frexp(larger)[1]) - 1
     shift = FIXED_POINT_BITS - exponent
-    if (
-        min(ratio_a, ratio_b) < smallest
-        or max(ratio_a, ratio_b) >= largest
-        or shift not in FIXED_POINT_SHIFTS
-    ):
-        return None
-    multiplier_a, multiplier_b = (
-        int(np.rint(one(ratio) * one(2.0**shift))) for ratio in (ratio_a, ratio_b)
-    )
-    return _shifted(a * multiplier_a + b * multiplier_b, shift) + out.zero_point
+    if shift not in FIXED_POINT_SHIFTS:
+        return
+    power = one(2.0**shift)
+    multiplier_a = int(np.rint(one(ratio_a) * power))
+    multiplier_b = int(np.rint(one(ratio_b) * power))
+    total = a * multiplier_a + b * multiplier_b
+    yield "fixed point", _shifted(total, shift) + out.zero_point
 
 
 def _shifted(x: Integers, shift: int) -> Integers:
@@ -177,41 +249,43 @@ def products(
     out: LoweredQuantizer,
 ) -> Results:
     """(name, results) of (a·s_a) · (b·s_b) on the grid `out`. The first is the integer definition."""
-    ratio = one(one(first.scale * second.scale) / out.scale)
+    ratio = ratio_of_product(first, second, out)
     scaled = (a * b).astype(one) * ratio
     yield "unfused", rounded_inside(scaled, out.zero_point)
-    yield "fused", half_even(fused(a * b, ratio, one(out.zero_point))).astype(np.int64)
+    in_one_rounding = fused(a * b, ratio, one(out.zero_point))
+    yield "fused", half_even(in_one_rounding).astype(np.int64)
     yield from _roundings("ratio", scaled, out)
-    real = (a.astype(one) * first.scale) * (b.astype(one) * second.scale)
-    yield from _quotients("reals", real, out)
+    real_a = a.astype(one) * first.scale
+    real_b = b.astype(one) * second.scale
+    yield from _quotients("reals", real_a * real_b, out)
 
 
 def requantizations(
     a: Integers, first: LoweredQuantizer, out: LoweredQuantizer
 ) -> Results:
     """(name, results) of a·s_a on the grid `out`. The first is the integer definition."""
+    yield "quotient", requantized(a, first, out)
     real = a.astype(one) * first.scale
-    yield "quotient", rounded_outside(real / out.scale, out.zero_point)
     yield from _quotients("real", real, out)
-    yield from _roundings("ratio", a.astype(one) * one(first.scale / out.scale), out)
+    ratio = one(first.scale / out.scale)
+    yield from _roundings("ratio", a.astype(one) * ratio, out)
 
 
 def global_means(
     total: Integers, count: int, first: LoweredQuantizer, out: LoweredQuantizer
 ) -> Results:
     """(name, results) of total·s_a / count on the grid `out`, `total` a sum of centred codes. The first is the definition."""
-    multiplier = one(first.scale / one(out.scale * one(count)))
+    multiplier = multiplier_of_mean(first, count, out)
     scaled = total.astype(one) * multiplier
     yield "float32", rounded_outside(scaled, out.zero_point)
     yield from _roundings("multiplier", scaled, out)
+    # In ARM's sources, though no version that was tried computes so.
     mantissa, exponent = np.frexp(multiplier)
     shift = MANTISSA_BITS - int(exponent)
-    # In ARM's sources, though no version that was tried computes so.
-    yield (
-        "fixed point",
-        _shifted(total * int(mantissa * (1 << MANTISSA_BITS)), shift) + out.zero_point,
-    )
-    yield from _quotients("mean", (total.astype(one) * first.scale) / one(count), out)
+    product = total * int(mantissa * (1 << MANTISSA_BITS))
+    yield "fixed point", _shifted(product, shift) + out.zero_point
+    mean = (total.astype(one) * first.scale) / one(count)
+    yield from _quotients("mean", mean, out)
 
 
 def _quotients(name: str, real: Floats, out: LoweredQuantizer) -> Results:
@@ -221,14 +295,10 @@ def _quotients(name: str, real: Floats, out: LoweredQuantizer) -> Results:
 
 def _roundings(name: str, scaled: Floats, out: LoweredQuantizer) -> Results:
     for rounding in (half_even, half_away):
-        yield (
-            f"{name}, zero point inside, {rounding.__name__}",
-            rounded_inside(scaled, out.zero_point, rounding),
-        )
-        yield (
-            f"{name}, zero point outside, {rounding.__name__}",
-            rounded_outside(scaled, out.zero_point, rounding),
-        )
+        inside = rounded_inside(scaled, out.zero_point, rounding)
+        yield f"{name}, zero point inside, {rounding.__name__}", inside
+        outside = rounded_outside(scaled, out.zero_point, rounding)
+        yield f"{name}, zero point outside, {rounding.__name__}", outside
 
 
 def disagreements(results: Results, out: LoweredQuantizer) -> int:

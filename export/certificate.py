@@ -29,13 +29,14 @@ from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import PLATFORMS
 from export.feeds import Feeds, Given
 from export.fidelity import Fidelity, Outputs, Trained, fidelity
-from export.lowered import ExportError, LoweredModel, Tried
+from export.lowered import ExportError, LoweredLayer, LoweredModel, Tried
 from export.metadata import (
     codes_of,
     different_descriptions,
     missing_options,
     read_metadata,
 )
+from export.names import bias_of, weight_scale_of
 from export.native_file import quantizer_names
 from export.onnx_file import read
 from export.reference import IntegerReference
@@ -53,6 +54,9 @@ BATCH = 32
 SETTINGS_IMAGES = 8
 IMAGES_ELSEWHERE = 8  # emulated processors are slow
 
+WEIGHT_ONLY = (
+    "weight-only: the stored codes are proven, the layers compute in floating point"
+)
 NOT_COMPARED = "what the file says of classes and preprocessing was compared with nothing: a model without a run has neither"
 
 SCHEMA, VERSION = "edgeqat.certificate", 2
@@ -292,22 +296,17 @@ def certify(
     Raises ExportError when the file is not an edgeqat file of this run.
     """
     proto = read(file)
-    names = list(model.quantizers)
-    tensors = {o for node in proto.graph.node for o in node.output} | quantizer_names(
-        proto
-    )
-    missing = [n for n in names if n not in tensors]
-    if missing:
-        raise ExportError(
-            f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool"
-        )
+    require_quantizers(model, proto, file)
     reference = IntegerReference(model, session.FloatOperators())
     found = _outputs(session.load(proto, name=str(file)), images)
-    levels = tuple(
-        _level(reference, proto, names, images, level) for level in session.LEVELS
-    )
+    levels = [_level(reference, proto, images, level) for level in session.LEVELS]
     kernels = layer_kernels(model.layer_names, proto)
-    judged, expected = fidelity(reference, images, trained, found, BATCH)
+    on_integers, in_float = _layers_by_kernel(model, kernels)
+    judged, of_training = fidelity(reference, images, trained, found, BATCH)
+    predictions = {
+        "trained net": next(iter(of_training.values())),
+        "ONNX Runtime": next(iter(found.values())),
+    }
     return Certificate(
         file=file.name,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -315,32 +314,69 @@ def certify(
         machine=platform.machine(),
         images=len(images),
         layers=len(model.layers),
-        weight_codes=sum(layer.codes.size for layer in model.layers.values()),
+        weight_codes=model.weight_codes,
         stored=compare_stored(model, proto),
-        said={}
-        if described is None
-        else different_descriptions(read_metadata(proto, str(file)), described),
-        levels=levels,
-        integer_kernels=sum(kernel in INTEGER_KERNELS for kernel in kernels.values()),
-        float_layers=tuple(
-            name
-            for name, kernel in kernels.items()
-            if kernel not in INTEGER_KERNELS
-            and model.layers[f"{name}.weight"].input_quantizer
-        ),
+        said=_wrongly_said(proto, file, described),
+        levels=tuple(levels),
+        integer_kernels=on_integers,
+        float_layers=in_float,
         fidelity=judged,
         different_settings=settings_that_differ(proto, images[:SETTINGS_IMAGES]),
         adversarial=adversarial(model, proto),
-        accuracy=_accuracy({"trained net": expected, "ONNX Runtime": found}, labels),
-        notes=(
-            *model.notes,
-            *_weight_only_note(model),
-            *missing_options(proto),
-            *_input_note(described),
-        ),
+        accuracy=accuracies(predictions, labels),
+        notes=_notes(model, proto, described),
         tried=tuple(model.tried),
         elsewhere=_elsewhere(model, proto, file.name, images[:IMAGES_ELSEWHERE], on),
     )
+
+
+def require_quantizers(model: LoweredModel, proto: onnx.ModelProto, file: Path) -> None:
+    """Raises ExportError when the codes of a quantizer of `model` are no tensor of the file."""
+    tensors = quantizer_names(proto)
+    for node in proto.graph.node:
+        tensors |= set(node.output)
+    missing = [name for name in model.quantizers if name not in tensors]
+    if missing:
+        raise ExportError(
+            f"{file}: has no tensor {missing[0]!r}; it was exported from another run or by another tool"
+        )
+
+
+def _layers_by_kernel(
+    model: LoweredModel, kernels: Mapping[str, str]
+) -> tuple[int, tuple[str, ...]]:
+    """How many layers run an integer kernel, and the names of those that read codes and run none."""
+    on_integers = 0
+    in_float = []
+    for name, kernel in kernels.items():
+        if kernel in INTEGER_KERNELS:
+            on_integers += 1
+        elif model.layer(name).input_quantizer:
+            in_float.append(name)
+    return on_integers, tuple(in_float)
+
+
+def _wrongly_said(
+    proto: onnx.ModelProto, file: Path, described: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """What the file says of itself that the run would not say."""
+    if described is None:
+        return {}
+    return different_descriptions(read_metadata(proto, str(file)), described)
+
+
+def _notes(
+    model: LoweredModel,
+    proto: onnx.ModelProto,
+    described: Mapping[str, Any] | None,
+) -> tuple[str, ...]:
+    notes = list(model.notes)
+    if not model.quantizers:
+        notes.append(WEIGHT_ONLY)
+    notes += missing_options(proto)
+    if described is not None and not described["input"]:
+        notes.append(NOT_COMPARED)
+    return tuple(notes)
 
 
 def _elsewhere(
@@ -359,15 +395,16 @@ def _elsewhere(
     return certify_elsewhere(model, proto, name, images, on)
 
 
-def _accuracy(
-    outputs: Mapping[str, Outputs], labels: NDArray[np.int64]
+def accuracies(
+    predictions: Mapping[str, NDArray[np.floating]], labels: NDArray[np.int64]
 ) -> dict[str, float]:
-    """Share of images whose largest value of the first output is at their label."""
-    firsts = {name: next(iter(found.values())) for name, found in outputs.items()}
-    found = {
-        name: accuracy_of(predictions, labels) for name, predictions in firsts.items()
-    }
-    return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+    """Accuracies by what predicts, without those of predictions that have none (`accuracy_of`)."""
+    found: dict[str, float] = {}
+    for name, values in predictions.items():
+        accuracy = accuracy_of(values, labels)
+        if accuracy is not None:
+            found[name] = accuracy
+    return found
 
 
 def accuracy_of(
@@ -379,103 +416,102 @@ def accuracy_of(
     return float((predictions.argmax(1) == labels).mean())
 
 
-def _input_note(described: Mapping[str, Any] | None) -> tuple[str, ...]:
-    return () if described is None or described["input"] else (NOT_COMPARED,)
-
-
-def _weight_only_note(model: LoweredModel) -> tuple[str, ...]:
-    return (
-        ()
-        if model.quantizers
-        else (
-            "weight-only: the stored codes are proven, the layers compute in floating point",
-        )
-    )
-
-
 def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:
     """Layers whose codes, scales or biases in the file differ from the lowered ones, and how."""
-    found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     different: dict[str, str] = {}
     for layer in model.layers.values():
-        weight = f"{layer.name}.weight"
-        codes = codes_of(layer, found)
-        if codes is None:
-            different[layer.name] = "its weight is not in the file"
-            continue
-        wrong = (
-            int((codes != layer.codes).sum())
-            if codes.shape == layer.codes.shape
-            else layer.codes.size
-        )
-        bias = layer.float_bias if layer.bias_codes is None else layer.bias_codes
-        if wrong:
-            different[layer.name] = f"{wrong} of {layer.codes.size} weight codes differ"
-        elif not np.array_equal(found.get(f"{weight}/s", ABSENT), layer.stored_scale):
-            different[layer.name] = "its weight scale differs"
-        elif not np.array_equal(found.get(f"{layer.name}.bias", ABSENT), bias):
-            different[layer.name] = "its bias differs"
+        difference = _stored_difference(layer, tensors)
+        if difference:
+            different[layer.name] = difference
     return different
+
+
+def _stored_difference(
+    layer: LoweredLayer, tensors: Mapping[str, NDArray[np.generic]]
+) -> str:
+    """How a layer in the file differs from the lowered one; empty where it does not."""
+    codes = codes_of(layer, tensors)
+    if codes is None:
+        return "its weight is not in the file"
+    wrong = layer.codes.size
+    if codes.shape == layer.codes.shape:
+        wrong = int((codes != layer.codes).sum())
+    if wrong:
+        return f"{wrong} of {layer.codes.size} weight codes differ"
+    scale = tensors.get(weight_scale_of(layer.name), ABSENT)
+    if not np.array_equal(scale, layer.stored_scale):
+        return "its weight scale differs"
+    bias = tensors.get(bias_of(layer.name), ABSENT)
+    lowered = layer.float_bias if layer.bias_codes is None else layer.bias_codes
+    if not np.array_equal(bias, lowered):
+        return "its bias differs"
+    return ""
 
 
 def _level(
     reference: IntegerReference,
     proto: onnx.ModelProto,
-    names: list[str],
     images: Given,
     level: str,
 ) -> LevelResult:
+    names = list(reference.model.quantizers)
     instrumented = session.load(session.with_outputs(proto, names), level=level)
     plain = session.load(proto, level=level)
     wrong = dict.fromkeys(names, 0)
-    codes, equal, farthest = 0, True, 0.0
+    codes = 0
+    outputs_equal = True
+    farthest = 0.0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         found = instrumented.run(batch)
-        expected, outputs = reference.run(
-            batch, given={name: found[name] for name in names}
-        )
+        given = {name: found[name] for name in names}
+        expected, outputs = reference.run(batch, given=given)
         farthest = max(farthest, reference.farthest_from_tie)
         for name in names:
             wrong[name] += int((expected[name] != found[name]).sum())
             codes += expected[name].size
-        shipped = plain.run(batch)
-        for name, values in shipped.items():
-            equal &= np.array_equal(values, found[name]) and np.array_equal(
-                values, outputs[name]
-            )
-    mismatches = {n: wrong[n] for n in quantizers_in_order(reference.model) if wrong[n]}
-    responsible = (
-        _culprit(reference, proto, names, images[:BATCH], level)
-        if mismatches and level in EXACT_LEVELS
-        else ()
-    )
-    return LevelResult(level, codes, mismatches, equal, responsible, farthest)
+        for name, values in plain.run(batch).items():
+            outputs_equal &= np.array_equal(values, found[name])
+            outputs_equal &= np.array_equal(values, outputs[name])
+    in_order = quantizers_in_order(reference.model)
+    mismatches = {name: wrong[name] for name in in_order if wrong[name]}
+    responsible: tuple[str, ...] = ()
+    if mismatches and level in EXACT_LEVELS:
+        responsible = _culprit(reference, proto, images[:BATCH], level)
+    return LevelResult(level, codes, mismatches, outputs_equal, responsible, farthest)
 
 
 def _culprit(
     reference: IntegerReference,
     proto: onnx.ModelProto,
-    names: list[str],
     images: Given,
     level: str,
 ) -> tuple[str, ...]:
+    names = list(reference.model.quantizers)
     instrumented = session.with_outputs(proto, names)
 
     def differs(without: tuple[str, ...]) -> bool:
-        outputs = session.load(instrumented, level=level, without=without).run(images)
-        expected, _ = reference.run(
-            images, given={name: outputs[name] for name in names}
-        )
-        wrong = sum(int((expected[n] != outputs[n]).sum()) for n in names)
-        return wrong > FLOAT_LEVEL_LIMIT * sum(expected[n].size for n in names)
+        found = session.load(instrumented, level=level, without=without).run(images)
+        given = {name: found[name] for name in names}
+        expected, _ = reference.run(images, given=given)
+        wrong = 0
+        codes = 0
+        for name in names:
+            wrong += int((expected[name] != found[name]).sum())
+            codes += expected[name].size
+        return wrong > FLOAT_LEVEL_LIMIT * codes
 
     return culprit(differs)
 
 
 def _outputs(loaded: session.Session, images: Given) -> Outputs:
-    parts = [loaded.run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-    return {
-        name: np.concatenate([part[name] for part in parts]).astype(np.float32)
-        for name in loaded.output_names
-    }
+    """What the file computes for all images, float32, by name."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        parts.append(loaded.run(images[start : start + BATCH]))
+    outputs: dict[str, NDArray[np.float32]] = {}
+    for name in loaded.output_names:
+        whole = np.concatenate([part[name] for part in parts])
+        outputs[name] = whole.astype(np.float32)
+    return outputs

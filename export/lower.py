@@ -31,8 +31,11 @@ from export.lowered import (
     LoweredModel,
     LoweredQuantizer,
 )
+from export.names import bias_of, gamma_of, layer_of, run_again, weight_of
+from export.passes import to_integers
 from export.simplify import simplify
 from export.skeleton import constant, modules_of
+from export.targets import TARGETS, Target
 from qat.quantizers.biper import PeriodicWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.quantizers.contract import Quantizer
@@ -118,6 +121,20 @@ def lower(
     )
 
 
+def lower_to_integers(
+    model: nn.Module,
+    example: Example,
+    target: Target = TARGETS["ort-int8"],
+    *,
+    input_names: Sequence[str] = (),
+) -> LoweredModel:
+    """The canonical model of a trained, quantized `model` for `target`: `lower`, then all passes (`export/passes`).
+
+    Raises ExportError naming what cannot run on integers.
+    """
+    return to_integers(lower(model, example, input_names=input_names), target)
+
+
 def lowered_anew(
     lowered: LoweredModel, model: nn.Module, example: Example
 ) -> LoweredModel:
@@ -135,7 +152,7 @@ def lowered_anew(
     parameters = dict(model.named_parameters())
     for node in skeleton.graph:
         beta = node.meta.get(BIAS_PARAMETER, "")
-        gamma = parameters.get(f"{beta.removesuffix('.bias')}.weight")
+        gamma = parameters.get(gamma_of(beta))
         if beta and gamma is not None:
             _replace_gamma(node, gamma)
     multiply_adds, repeated = lowered.multiply_adds, lowered.repeated
@@ -159,10 +176,12 @@ def _grids(
     model: nn.Module, arguments: Arguments
 ) -> tuple[dict[str, LoweredLayer], dict[str, LoweredQuantizer]]:
     """Layers by the name of their weight's quantizer, and activation quantizers by their own."""
-    layers = {f"{layer.name}.weight": layer for layer in _layers(model, arguments)}
-    return layers, {
-        name: _activation(q) for name, q in quantizers(model).items() if not q.is_weight
-    }
+    layers = {weight_of(layer.name): layer for layer in _layers(model, arguments)}
+    activations: dict[str, LoweredQuantizer] = {}
+    for name, quantizer in quantizers(model).items():
+        if not quantizer.is_weight:
+            activations[name] = _activation(quantizer)
+    return layers, activations
 
 
 def _add_repeated(
@@ -173,9 +192,8 @@ def _add_repeated(
     """Give the marks of modules that run again what their first ones have."""
     for again, first in repeated.items():
         if first in layers:
-            layers[again] = dataclasses.replace(
-                layers[first], name=again.removesuffix(".weight")
-            )
+            name = layer_of(again)
+            layers[again] = dataclasses.replace(layers[first], name=name)
         else:
             activations[again] = dataclasses.replace(activations[first], name=again)
 
@@ -187,9 +205,9 @@ def _name_norm_biases(skeleton: ir.Model, model: nn.Module) -> None:
     for node in skeleton.graph:
         if node.op_type != "BatchNormalization":
             continue
-        modules = [path for path in modules_of(node) if f"{path}.bias" in parameters]
+        modules = [path for path in modules_of(node) if bias_of(path) in parameters]
         if modules:
-            node.meta[BIAS_PARAMETER] = f"{modules[-1]}.bias"
+            node.meta[BIAS_PARAMETER] = bias_of(modules[-1])
 
 
 class _Passes:
@@ -208,11 +226,7 @@ class _Passes:
         self.counts[first] += 1
         if not count:
             return first
-        again = (
-            f"{first.removesuffix('.weight')}@{count}.weight"
-            if quantizer.is_weight
-            else f"{first}@{count}"
-        )
+        again = run_again(first, count)
         self.repeated[again] = first
         return again
 
@@ -508,7 +522,7 @@ def _layer(
 ) -> LoweredLayer:
     """parameters: names of the model's parameters by identity."""
     return LoweredLayer(
-        name=quantizer.name.removesuffix(".weight"),
+        name=layer_of(quantizer.name),
         kind=kind,
         codes=quantizer.codes(weight).numpy().astype(np.int8),
         scale=quantizer.scale.float().expand(len(weight)).numpy().copy(),

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from export.names import weight_of
+
 DOMAIN, MARK = "edgeqat", "Mark"
 # Noted at a batch norm of the skeleton: name of the parameter that beta is
 BIAS_PARAMETER = "edgeqat.bias_parameter"
@@ -189,6 +191,19 @@ class LoweredModel:
     multiply_adds: int = 0
     trained_at: dict[str, ir.Value] = field(default_factory=dict)
     repeated: dict[str, str] = field(default_factory=dict)
+
+    def layer(self, name: str) -> LoweredLayer:
+        """The layer of this name."""
+        return self.layers[weight_of(name)]
+
+    def put_layer(self, layer: LoweredLayer) -> None:
+        """Put `layer` in the place of the one of its name."""
+        self.layers[weight_of(layer.name)] = layer
+
+    @property
+    def weight_codes(self) -> int:
+        """How many weight codes the layers have."""
+        return sum(layer.codes.size for layer in self.layers.values())
 
     @property
     def layer_names(self) -> list[str]:

@@ -23,6 +23,7 @@ from export.metadata_entries import (
     check_proof,
     parsed_entries,
 )
+from export.names import bias_of, int4_weight_of, plane_of, weight_of, weight_scale_of
 from export.packing import plane_widths, unpack
 from export.targets import RUNTIME_ON_AMX, TARGETS, Target
 
@@ -36,6 +37,7 @@ MOVED = "scales_moved_ppm"
 DIGESTS = ("sha256", "scale_sha256", "bias_sha256")
 SAID = ("target", "storage", "runtime", "session_options", MOVED)
 FLOAT_RUNTIME = "1.18"  # the oldest that reads opset 20
+MOST_PLANES = 3  # of packed codes: 7 = 4 + 2 + 1 bits
 PROOF_KEY = "edgeqat.proven"  # written by `qat certify`, after the file
 
 
@@ -325,31 +327,12 @@ def broken_signatures(
 ) -> dict[str, str]:
     """What in the file is not what was signed, by layer or part, and how; checked without the run. The graph as a whole is
     named where no layer is."""
-    found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     broken: dict[str, str] = {}
     for entry in metadata["layers"]:
-        codes = stored_codes(
-            found, entry["name"], entry["bits"], entry["carry"], tuple(entry["shape"])
-        )
-        scale, bias = (
-            found.get(f"{entry['name']}.weight/s"),
-            found.get(f"{entry['name']}.bias"),
-        )
-        if codes is None:
-            broken[entry["name"]] = "its weight is not in the file"
-        elif (
-            not np.array_equal(codes, np.rint(codes))
-            or digest(codes) != entry["sha256"]
-        ):
-            broken[entry["name"]] = "its codes do not match their SHA-256"
-        elif "scale_sha256" in entry and (
-            scale is None or _digest_of_bytes(scale) != entry["scale_sha256"]
-        ):
-            broken[entry["name"]] = "its scale does not match its SHA-256"
-        elif "bias_sha256" in entry and (
-            bias is None or _digest_of_bytes(bias) != entry["bias_sha256"]
-        ):
-            broken[entry["name"]] = "its bias does not match its SHA-256"
+        difference = _unlike_signed(entry, tensors)
+        if difference:
+            broken[entry["name"]] = difference
     if _digest_of_digests(metadata["layers"]) != metadata["sha256"]:
         broken["list of layers"] = (
             "an entry was changed: the SHA-256 over all of them does not match"
@@ -360,6 +343,29 @@ def broken_signatures(
             "something in it was changed since it was signed: its SHA-256 does not match"
         )
     return broken
+
+
+def _unlike_signed(
+    entry: Mapping[str, Any], tensors: Mapping[str, NDArray[np.generic]]
+) -> str:
+    """How a layer is not what was signed in its `entry`; empty where it is."""
+    name = entry["name"]
+    shape = tuple(entry["shape"])
+    codes = stored_codes(tensors, name, entry["bits"], entry["carry"], shape)
+    if codes is None:
+        return "its weight is not in the file"
+    are_integers = np.array_equal(codes, np.rint(codes))
+    if not are_integers or digest(codes) != entry["sha256"]:
+        return "its codes do not match their SHA-256"
+    signed_parts = {"scale": weight_scale_of(name), "bias": bias_of(name)}
+    for part, tensor_name in signed_parts.items():
+        key = f"{part}_sha256"
+        if key not in entry:
+            continue
+        tensor = tensors.get(tensor_name)
+        if tensor is None or _digest_of_bytes(tensor) != entry[key]:
+            return f"its {part} does not match its SHA-256"
+    return ""
 
 
 def codes_of(
@@ -380,20 +386,32 @@ def stored_codes(
 ) -> NDArray[np.generic] | None:
     """Codes of layer `name` in any storage (float64 where a byte is not a multiple of the weight multiplier); None where
     absent."""
-    weight = f"{name}.weight"
-    if weight in found:
-        offset = 128 if found[weight].dtype == np.uint8 else 0
-        return (found[weight].astype(np.float64) - offset) / weight_multiplier
-    if f"{weight}/int4" in found:
-        return found[f"{weight}/int4"].astype(np.int8)
-    planes = [found[f"{weight}/p{i}"] for i in range(3) if f"{weight}/p{i}" in found]
+    stored = found.get(weight_of(name))
+    if stored is not None:
+        offset = 128 if stored.dtype == np.uint8 else 0
+        return (stored.astype(np.float64) - offset) / weight_multiplier
+    nibbles = found.get(int4_weight_of(name))
+    if nibbles is not None:
+        return nibbles.astype(np.int8)
+    planes = _planes(found, name)
     widths = plane_widths(bits)
-    if len(planes) != len(widths) or any(p.dtype != np.uint8 for p in planes):
+    if len(planes) != len(widths):
         return None
     count = math.prod(shape)
-    if any(
-        plane.shape != (-(-count * width // 8),)
-        for plane, width in zip(planes, widths, strict=True)
-    ):
-        return None
-    return unpack([np.asarray(p, np.uint8) for p in planes], bits, shape)
+    for plane, width in zip(planes, widths, strict=True):
+        whole_bytes = -(-count * width // 8)
+        if plane.dtype != np.uint8 or plane.shape != (whole_bytes,):
+            return None
+    return unpack([np.asarray(plane, np.uint8) for plane in planes], bits, shape)
+
+
+def _planes(
+    found: Mapping[str, NDArray[np.generic]], layer: str
+) -> list[NDArray[np.generic]]:
+    """The planes of a layer's packed codes, as many as there are."""
+    planes = []
+    for index in range(MOST_PLANES):
+        plane = found.get(plane_of(layer, index))
+        if plane is not None:
+            planes.append(plane)
+    return planes

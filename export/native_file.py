@@ -6,6 +6,7 @@ import onnx
 from onnx import helper
 
 from export.lowered import DOMAIN
+from export.names import named_by_native_codes, native_codes_of
 
 # Operators that run a quantized layer
 KERNELS = ("QConv", "QGemm", "QConvFloat", "QGemmFloat")
@@ -20,48 +21,51 @@ def is_native(proto: onnx.ModelProto) -> bool:
 def code_outputs(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto, int]]:
     """(quantizer, node, which of its outputs) for the codes that native nodes compute, named in the file or not."""
     for node in proto.graph.node:
-        if node.domain == DOMAIN:
-            labels = next(
-                (list(a.strings) for a in node.attribute if a.name == "codes"), []
-            )
-            yield from (
-                (label.decode(), node, i) for i, label in enumerate(labels) if label
-            )
+        if node.domain != DOMAIN:
+            continue
+        for attribute in node.attribute:
+            if attribute.name != "codes":
+                continue
+            for index, label in enumerate(attribute.strings):
+                if label:
+                    yield label.decode(), node, index
 
 
 def reveal(proto: onnx.ModelProto, names: Sequence[str]) -> None:
     """Give `proto` (in place) a uint8 tensor N_C_H_W (or N_C) for each quantizer of `names` whose codes a native node
     computes. The node then also writes outputs that it otherwise leaves out; what it computes does not change."""
     wanted = set(names)
-    found = {
-        name: (node, index)
-        for name, node, index in code_outputs(proto)
-        if name in wanted
-    }
-    joined = {
-        node.output[0][1:]: node.output[0]
-        for node in proto.graph.node
-        if node.op_type == "Concat"
-    }
-    for name in wanted & set(joined):
-        if joined[name] == f"@{name}":
-            proto.graph.node.append(_in_nchw(joined[name], name, True))
-    for name, (node, index) in found.items():
-        node.output.extend([""] * (index + 1 - len(node.output)))
-        node.output[index] = node.output[index] or f"@{name}"
-        proto.graph.node.append(_in_nchw(node.output[index], name, _rank(node) == 4))
+    computed: dict[str, tuple[onnx.NodeProto, int]] = {}
+    for name, node, index in code_outputs(proto):
+        if name in wanted:
+            computed[name] = (node, index)
+    for name in wanted & _joined(proto):
+        in_nhwc = native_codes_of(name)
+        proto.graph.node.append(_in_nchw(in_nhwc, name, True))
+    for name, (node, index) in computed.items():
+        missing = index + 1 - len(node.output)
+        node.output.extend([""] * missing)
+        if not node.output[index]:
+            node.output[index] = native_codes_of(name)
+        is_image = _rank(node) == 4
+        proto.graph.node.append(_in_nchw(node.output[index], name, is_image))
 
 
 def quantizer_names(proto: onnx.ModelProto) -> set[str]:
     """Names of the quantizers whose codes native nodes compute, or that a Concat of theirs joins."""
-    joined = {
-        o[1:]
-        for node in proto.graph.node
-        if node.op_type == "Concat"
-        for o in node.output
-        if o.startswith("@")
-    }
-    return {name for name, _, _ in code_outputs(proto)} | joined
+    computed = {name for name, _, _ in code_outputs(proto)}
+    return computed | _joined(proto)
+
+
+def _joined(proto: onnx.ModelProto) -> set[str]:
+    """Names of the quantizers whose codes a Concat joins in the order of native operators."""
+    names = set()
+    for node in proto.graph.node:
+        if node.op_type == "Concat":
+            name = named_by_native_codes(node.output[0])
+            if name is not None:
+                names.add(name)
+    return names
 
 
 def layer_part(

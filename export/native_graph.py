@@ -10,6 +10,7 @@ Outputs that nobody reads have no name and are not written; the attribute `codes
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -17,565 +18,589 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper
 
-from export.arithmetic import constant_of_sum
-from export.graph import Emitter, emit_qdq, value_name
+from export.arithmetic import multiplier_of_mean, requantized, terms_of_sum
+from export.graph import Emitter, emit_qdq
 from export.lowered import DOMAIN, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.names import bias_of, native_codes_of, plane_of, weight_of, weight_scale_of
 from export.packing import pack
-from export.qdq import QdqEmitter
-from export.skeleton import grid_of, is_mark, mark_name, only_reader, weight_layer
+from export.qdq import emit_plain_qdq
+from export.skeleton import (
+    grid_of,
+    ints_of,
+    is_mark,
+    is_set,
+    mark_name,
+    only_reader,
+    weight_layer,
+)
 from export.targets import Target
 from export.thresholds import WRITE_ZERO_POINT, code_thresholds
+from export.writer import Writer, value_name
 
 MOST_TABLES = 4
+LAYER_INPUTS = 6  # of a layer's node before the other operand of a residual sum
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 Attribute = int | float | str | list[str]
+Attributes = dict[str, Attribute]
 
 
 def emit(model: LoweredModel, target: Target) -> onnx.ModelProto:
     """The file of a canonical `model` for any target. Raises ExportError naming a layer the target cannot run."""
     if target.native:
-        return NativeEmitter(model, target).emit()
+        return emit_native(model, target)
     if target.qdq:
-        return QdqEmitter(model, target).emit()
+        return emit_plain_qdq(model, target)
     return emit_qdq(model, target)
+
+
+def emit_native(model: LoweredModel, target: Target) -> onnx.ModelProto:
+    """The file of a canonical `model` for a target with edgeqat's operators."""
+    writer = Writer(model, target)
+    writer.opsets.append(helper.make_opsetid(DOMAIN, 1))
+    emitter = NativeEmitter(writer)
+    for node in model.skeleton.graph:
+        emitter.emit(node)
+    outputs = [emitter.float_output(value) for value in model.skeleton.graph.outputs]
+    return writer.proto(outputs)
 
 
 def requantizing_table(
     source: LoweredQuantizer, target: LoweredQuantizer
 ) -> NDArray[np.uint8]:
-    """uint8 (256,): the code on `target` of every code on `source`, as export/reference.py defines it."""
+    """uint8 (256,): the code on `target` of every code on `source`, as export/arithmetic.py defines it."""
     codes = np.arange(256)
     if target.is_binary:
-        return np.where(
-            codes >= int(code_thresholds(source, target)), target.high, target.low
-        ).astype(np.uint8)
-    real = (codes - source.zero_point).astype(np.float32) * source.scale
-    return np.clip(
-        np.rint(real / target.scale) + target.zero_point, target.low, target.high
-    ).astype(np.uint8)
+        is_one = codes >= int(code_thresholds(source, target))
+        return np.where(is_one, target.high, target.low).astype(np.uint8)
+    results = requantized(codes - source.zero_point, source, target)
+    return results.clip(target.low, target.high).astype(np.uint8)
 
 
-class NativeEmitter(Emitter):
+class NativeCodes(NamedTuple):
+    """uint8 codes as native operators order them (N_H_W_C or N_C), and their grid; no tensor where nobody reads them."""
+
+    tensor: str
+    grid: LoweredQuantizer
+
+
+class ResidualSum(NamedTuple):
+    """A sum of a layer's codes and other codes that are there already; `mark` quantizes it."""
+
+    add: ir.Node
+    other: ir.Value
+    other_codes: str
+    mark: ir.Node
+
+
+class NativeEmitter:
     """Emits nodes in the skeleton's order; what a native node computed ahead is in `done`."""
 
-    def __init__(self, model: LoweredModel, target: Target) -> None:
-        super().__init__(model, target)
-        # Skeleton value -> (codes N_H_W_C or N_C, grid)
-        self.native: dict[str, tuple[str, LoweredQuantizer]] = {}
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.model = writer.model
+        self.ordinary = Emitter(writer)
+        self.native: dict[str, NativeCodes] = {}  # by skeleton value
         self.done: set[ir.Node] = set()
-        self.opsets.append(helper.make_opsetid(DOMAIN, 1))
         self.handlers: dict[str, Callable[[ir.Node], bool]] = {
-            "Conv": self._layer, "Gemm": self._layer, "MaxPool": self._max_pool, "AveragePool": self._average_pool,
-            "GlobalAveragePool": self._global_pool, "Add": self._add_codes, "Concat": self._concat,
-            "Reshape": self._flat, "Flatten": self._flat,
-        }  # fmt: skip
+            "Conv": self._layer,
+            "Gemm": self._layer,
+            "MaxPool": self._max_pool,
+            "AveragePool": self._average_pool,
+            "GlobalAveragePool": self._global_pool,
+            "Add": self._add_codes,
+            "Concat": self._concat,
+            "Reshape": self._flat,
+            "Flatten": self._flat,
+        }
 
-    def _emit(self, node: ir.Node) -> None:
-        if node in self.done:
-            return
-        if is_mark(node):
-            if mark_name(node) not in self.model.quantizers or self._mark(node):
-                return
-        elif (
-            node.domain == ""
-            and node.op_type in self.handlers
-            and self.handlers[node.op_type](node)
-        ):
+    def emit(self, node: ir.Node) -> None:
+        """Append the nodes of one of the skeleton's, all before which are there already."""
+        if node in self.done or self._is_native(node):
             return
         for value in node.inputs:
             self._to_ordinary(value)
-        super()._emit(node)
+        self.ordinary.emit(node)
+
+    def float_output(self, value: ir.Value) -> onnx.ValueInfoProto:
+        """Write an output of the graph, in floating point."""
+        self._to_ordinary(value)
+        return self.writer.float_output(value)
+
+    def _is_native(self, node: ir.Node) -> bool:
+        """Whether native operators compute `node`; they are written then."""
+        if is_mark(node):
+            is_weight = mark_name(node) not in self.model.quantizers
+            return is_weight or self._mark(node)
+        if node.domain != "" or node.op_type not in self.handlers:
+            return False
+        return self.handlers[node.op_type](node)
 
     def _layer(self, node: ir.Node) -> bool:
         """Conv or Gemm on codes with everything that follows it."""
-        layer, reader = weight_layer(node, self.model), only_reader(node.outputs[0])
+        layer = weight_layer(node, self.model)
         source = self._codes(node.inputs[0])
-        if (
-            layer is None
-            or source is None
-            or len(_sizes(node.inputs[0])) != (2 if node.op_type == "Gemm" else 4)
-        ):
+        rank = 2 if node.op_type == "Gemm" else 4
+        if layer is None or source is None or len(_sizes(node.inputs[0])) != rank:
             return False
-        kind = "Q" + node.op_type
-        attributes = self._layer_attributes(node, layer, source[1])
-        inputs = [source[0], *self._parameters(layer)]
-        if reader is None or not is_mark(reader):
-            self._real_output(node, kind + "Float", inputs, attributes, layer.name)
-            return True
-        own = self.model.quantizers[mark_name(reader)]
-        other = self._summand(reader)
-        last, quantizers = reader, [own]
-        attributes |= _written(own) | _no_sum()
-        if other is not None:
-            add = only_reader(reader.outputs[0])
-            assert add is not None
-            last = next(iter(add.outputs[0].uses())).node
-            quantizers.append(self.model.quantizers[mark_name(last)])
-            attributes |= self._sum_attributes(add, quantizers[-1]) | {
-                "other_first": int(add.inputs[0] is other)
-            }
-            self.done.update((add, last))
-        self.done.add(reader)
-        codes_of_other = None if other is None else self._codes(other)
-        inputs += [""] * (6 - len(inputs))
-        inputs.append("" if codes_of_other is None else codes_of_other[0])
-        names = (
-            ["", self._name_if_read(last)]
-            if other is not None
-            else [self._name_if_read(last), ""]
-        )
-        self._native(kind, inputs, names, quantizers, last, attributes, layer.name)
+        attributes = self._layer_attributes(node, layer, source.grid)
+        inputs = [source.tensor, *self._parameters(layer)]
+        mark = only_reader(node.outputs[0])
+        if mark is None or not is_mark(mark):
+            self._layer_to_floats(node, inputs, attributes, layer.name)
+        else:
+            self._layer_to_codes(node, inputs, attributes, layer.name, mark)
         return True
 
-    def _summand(self, mark: ir.Node) -> ir.Value | None:
-        """The other operand of the residual sum that alone reads `mark`, if its codes are there already."""
-        add = only_reader(mark.outputs[0])
-        if (
-            add is None
-            or add.op_type != "Add"
-            or self.model.quantizers[mark_name(mark)].is_binary
-        ):
+    def _layer_to_codes(
+        self,
+        node: ir.Node,
+        inputs: Sequence[str],
+        attributes: Attributes,
+        name: str,
+        mark: ir.Node,
+    ) -> None:
+        """A layer whose results the quantizer `mark` alone reads, and the residual sum after that if there is one."""
+        own = self.model.quantizers[mark_name(mark)]
+        self.done.add(mark)
+        inputs = [*inputs, *[""] * (LAYER_INPUTS - len(inputs))]
+        attributes |= _written(own) | _no_sum()
+        kind = f"Q{node.op_type}"
+        residual = self._residual_sum(mark)
+        if residual is None:
+            codes = NativeCodes(self._name_if_read(mark), own)
+            self._native(
+                kind, [*inputs, ""], [codes, None], mark, attributes, name=name
+            )
+            return
+        grid = self.model.quantizers[mark_name(residual.mark)]
+        attributes |= self._sum_attributes(residual.add, grid)
+        attributes["other_first"] = int(residual.add.inputs[0] is residual.other)
+        self.done.update((residual.add, residual.mark))
+        codes = NativeCodes(self._name_if_read(residual.mark), grid)
+        self._native(
+            kind,
+            [*inputs, residual.other_codes],
+            [NativeCodes("", own), codes],
+            residual.mark,
+            attributes,
+            name=name,
+        )
+
+    def _layer_to_floats(
+        self,
+        node: ir.Node,
+        inputs: Sequence[str],
+        attributes: Attributes,
+        name: str,
+    ) -> None:
+        """A layer whose results no quantizer alone reads."""
+        output = value_name(node.outputs[0])
+        if node.op_type == "Gemm":
+            self._custom("QGemmFloat", inputs, [output], attributes, name)
+            return
+        in_nhwc = native_codes_of(output)
+        self._custom("QConvFloat", inputs, [in_nhwc], attributes, name)
+        self.writer.add("Transpose", [in_nhwc], output, perm=TO_NCHW)
+
+    def _residual_sum(self, mark: ir.Node) -> ResidualSum | None:
+        """The sum that alone reads `mark`, if it ends in codes and the codes of its other operand are there already."""
+        own = mark.outputs[0]
+        add = only_reader(own)
+        if add is None or add.op_type != "Add":
             return None
-        others = [v for v in add.inputs if v is not None and v is not mark.outputs[0]]
-        if (
-            len(others) != 1
-            or self._codes(others[0]) is None
-            or _sizes(others[0]) != _sizes(mark.outputs[0])
-        ):
+        if self.model.quantizers[mark_name(mark)].is_binary:
             return None
-        end = only_reader(add.outputs[0])
-        if (
-            end is None
-            or not is_mark(end)
-            or self.model.quantizers[mark_name(end)].is_binary
-        ):
+        others = [value for value in add.inputs if value not in (None, own)]
+        if len(others) != 1 or others[0] is None:
             return None
-        return others[0]
+        (other,) = others
+        codes = self._codes(other)
+        if codes is None or _sizes(other) != _sizes(own):
+            return None
+        end = self._quantizer_after(add)
+        if end is None:
+            return None
+        return ResidualSum(add, other, codes.tensor, end)
 
     def _native(
         self,
         kind: str,
         inputs: Sequence[str],
-        names: Sequence[str],
-        quantizers: Sequence[LoweredQuantizer],
+        results: Sequence[NativeCodes | None],
         last: ir.Node,
-        attributes: dict[str, Attribute],
+        attributes: Attributes,
+        *,
         name: str = "",
         label: bool = True,
     ) -> None:
         """A node whose codes `last` (a mark, or a max pool) ends, with tables for the quantizers that read them.
 
-        names: of its outputs before the tables; quantizers: theirs, the last one that of the tables' input. label: whether
-        those outputs are the quantizers' own codes (a max pool's are not).
+        results: its outputs before the tables, None for one that it does not write; the last one written is what the tables
+        read. label: whether those outputs are the quantizers' own codes (a max pool's are not).
         """
+        outputs: list[str] = []
+        labels: list[str] = []
+        for result in results:
+            outputs.append("" if result is None else result.tensor)
+            labels.append(result.grid.name if result is not None and label else "")
+        written = [result for result in results if result is not None][-1]
+        if written.tensor:
+            self.native[value_name(last.outputs[0])] = written
         readers = self._table_readers(last.outputs[0])
-        grids = [self.model.quantizers[mark_name(r)] for r in readers]
-        outputs = [*names, *(f"@{g.name}" for g in grids)]
-        labels = [q.name if label else "" for q in quantizers] + [""] * (
-            len(names) - len(quantizers)
-        )
-        labels += [g.name for g in grids]
-        inputs = [*inputs, *self._tables(quantizers[-1], grids)]
-        self._custom(kind, inputs, outputs, attributes | {"codes": labels}, name)
-        if tensor := names[len(quantizers) - 1]:
-            self.native[value_name(last.outputs[0])] = (tensor, quantizers[-1])
+        grids = [self.model.quantizers[mark_name(reader)] for reader in readers]
         for reader, grid in zip(readers, grids, strict=True):
-            self.native[value_name(reader.outputs[0])] = (f"@{grid.name}", grid)
+            codes = NativeCodes(native_codes_of(grid.name), grid)
+            self.native[value_name(reader.outputs[0])] = codes
+            outputs.append(codes.tensor)
+            labels.append(grid.name)
         self.done.update(readers)
+        inputs = [*inputs, *self._tables(written.grid, grids)]
+        self._custom(kind, inputs, outputs, attributes | {"codes": labels}, name)
 
     def _table_readers(self, value: ir.Value) -> list[ir.Node]:
-        marks = [use.node for use in value.uses() if is_mark(use.node)]
-        known = [
-            m
-            for m in marks
-            if (q := self.model.quantizers.get(mark_name(m))) and len(q.thresholds) <= 1
-        ]
-        return known[:MOST_TABLES]
+        """The marks that read `value` and whose codes a table gives."""
+        readers = []
+        for use in value.uses():
+            if not is_mark(use.node):
+                continue
+            quantizer = self.model.quantizers.get(mark_name(use.node))
+            if quantizer is not None and _fits_table(quantizer):
+                readers.append(use.node)
+        return readers[:MOST_TABLES]
 
     def _tables(
         self, source: LoweredQuantizer, grids: Sequence[LoweredQuantizer]
     ) -> list[str]:
+        """Name of the tensor (grids, 256) of requantizing tables, in a list; an empty one where there are none."""
         if not grids:
             return []
-        name = (
-            "tables/"
-            + self.scales[source.name]
-            + ">"
-            + "+".join(self.scales[g.name] for g in grids)
-        )
-        return [
-            self._constant(
-                name, np.stack([requantizing_table(source, g) for g in grids])
-            )
-        ]
+        source_name = self.writer.scales[source.name]
+        grid_names = "+".join(self.writer.scales[grid.name] for grid in grids)
+        tables = np.stack([requantizing_table(source, grid) for grid in grids])
+        return [self.writer.constant(f"tables/{source_name}>{grid_names}", tables)]
 
-    def _name_if_read(self, mark: ir.Node) -> str:
-        """A name for the codes of `mark`, or none where tables serve all that read them."""
-        value = mark.outputs[0]
+    def _name_if_read(self, node: ir.Node) -> str:
+        """A name for the codes that `node` gives, or none where tables serve all that read them."""
+        value = node.outputs[0]
         served = self._table_readers(value)
-        if (
-            all(use.node in served for use in value.uses())
-            and not value.is_graph_output()
-        ):
+        all_served = all(use.node in served for use in value.uses())
+        if all_served and not value.is_graph_output():
             return ""
-        return f"@{mark_name(mark)}" if is_mark(mark) else f"@{value_name(value)}"
+        return native_codes_of(mark_name(node) if is_mark(node) else value_name(value))
 
     def _parameters(self, layer: LoweredLayer) -> list[str]:
+        """Names of a layer's scale, bias and weight, the last in planes."""
         assert layer.bias_codes is not None
-        weight = f"{layer.name}.weight"
+        writer = self.writer
         inputs = [
-            self._constant(f"{weight}/s", layer.stored_scale),
-            self._constant(f"{layer.name}.bias", layer.bias_codes),
+            writer.constant(weight_scale_of(layer.name), layer.stored_scale),
+            writer.constant(bias_of(layer.name), layer.bias_codes),
         ]
         if layer.bits == 8:
-            return [*inputs, self._constant(weight, layer.codes)]
-        planes = pack(layer.codes, layer.bits)
-        return [
-            *inputs,
-            *(
-                self._constant(f"{weight}/p{i}", plane)
-                for i, plane in enumerate(planes)
-            ),
-        ]
+            return [*inputs, writer.constant(weight_of(layer.name), layer.codes)]
+        for index, plane in enumerate(pack(layer.codes, layer.bits)):
+            inputs.append(writer.constant(plane_of(layer.name, index), plane))
+        return inputs
 
     def _layer_attributes(
         self, node: ir.Node, layer: LoweredLayer, source: LoweredQuantizer
-    ) -> dict[str, Attribute]:
+    ) -> Attributes:
         groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-        window = (
-            _window(node, layer.codes.shape[2:]) | {"groups": groups}
-            if node.op_type == "Conv"
-            else {}
-        )
-        return window | {
-            "layer": layer.name, "bits": layer.bits, "carry": layer.weight_multiplier,
+        attributes: Attributes = {}
+        if node.op_type == "Conv":
+            height, width = layer.codes.shape[2:]
+            attributes = _window(node, [height, width]) | {"groups": groups}
+        on_one_bit = layer.bits == 1 and source.is_binary
+        return attributes | {
+            "layer": layer.name,
+            "bits": layer.bits,
+            "carry": layer.weight_multiplier,
             "channels_in": layer.codes.shape[1] * groups,
-            "channels_out": layer.codes.shape[0], "x_scale": float(source.scale), "x_zero": source.zero_point,
-            "x_high": source.high, "one_bit": int(layer.bits == 1 and source.is_binary and not _is_padded(node.inputs[0])),
-        }  # fmt: skip
+            "channels_out": layer.codes.shape[0],
+            "x_scale": float(source.scale),
+            "x_zero": source.zero_point,
+            "x_high": source.high,
+            "one_bit": int(on_one_bit and not _is_padded(node.inputs[0])),
+        }
 
-    def _sum_attributes(
-        self, add: ir.Node, grid: LoweredQuantizer
-    ) -> dict[str, Attribute]:
-        """See `_fused_sum` in export/reference.py; operands in the node's order."""
-        one = np.float32
-        a, b = (self.model.quantizers[grid_of(v) or ""] for v in add.inputs)
-        ratio_a, ratio_b = one(a.scale / grid.scale), one(b.scale / grid.scale)
-        offset = constant_of_sum(ratio_a, ratio_b, a, b, grid)
+    def _sum_attributes(self, add: ir.Node, grid: LoweredQuantizer) -> Attributes:
+        """What the definition of a sum computes with; operands in the node's order."""
+        first, second = (
+            self.model.quantizers[grid_of(value) or ""] for value in add.inputs
+        )
+        terms = terms_of_sum(first, second, grid)
         return {
-            "ratio_first": float(ratio_a), "ratio_second": float(ratio_b), "offset": float(offset),
-            "sum_low": grid.low, "sum_high": grid.high,
-        }  # fmt: skip
-
-    def _real_output(
-        self,
-        node: ir.Node,
-        kind: str,
-        inputs: Sequence[str],
-        attributes: dict[str, Attribute],
-        name: str,
-    ) -> None:
-        output = value_name(node.outputs[0])
-        if node.op_type == "Gemm":
-            self._custom(kind, inputs, [output], attributes, name)
-            return
-        self._custom(kind, inputs, [f"@{output}"], attributes, name)
-        self._add("Transpose", [f"@{output}"], output, perm=TO_NCHW)
+            "ratio_first": float(terms.ratio_a),
+            "ratio_second": float(terms.ratio_b),
+            "offset": float(terms.constant),
+            "sum_low": grid.low,
+            "sum_high": grid.high,
+        }
 
     def _mark(self, node: ir.Node) -> bool:
         """A quantizer of codes (a table), or of the images."""
         grid = self.model.quantizers[mark_name(node)]
-        source = self._codes(node.inputs[0])
-        if source is not None and len(grid.thresholds) <= 1:
-            rank = len(_sizes(node.inputs[0]))
-            name = f"@{grid.name}"
-            table = self._tables(source[1], [grid])
-            self._custom(
-                "QTables",
-                [source[0], *table],
-                [name],
-                {"codes": [grid.name], "rank": rank},
-            )
-            self.native[value_name(node.outputs[0])] = (name, grid)
-            return True
-        image = node.inputs[0]
-        if (
-            image is None
-            or not image.is_graph_input()
-            or len(_sizes(image)) != 4
-            or grid.is_binary
-        ):
+        value = node.inputs[0]
+        source = self._codes(value)
+        result = NativeCodes(native_codes_of(grid.name), grid)
+        if source is not None and _fits_table(grid):
+            rank = len(_sizes(value))
+            self._requantize(source, result, {"codes": [grid.name], "rank": rank})
+        elif _is_image(value) and not grid.is_binary:
+            assert value is not None
+            attributes = _written(grid) | {"codes": [grid.name]}
+            self._custom("QImage", [value_name(value)], [result.tensor], attributes)
+        else:
             return False
-        self._custom(
-            "QImage",
-            [value_name(image)],
-            [f"@{grid.name}"],
-            _written(grid) | {"codes": [grid.name]},
-        )
-        self.native[value_name(node.outputs[0])] = (f"@{grid.name}", grid)
+        self.native[value_name(node.outputs[0])] = result
         return True
 
+    def _requantize(
+        self, source: NativeCodes, result: NativeCodes, attributes: Attributes
+    ) -> None:
+        """A node that puts codes through a table."""
+        tables = self._tables(source.grid, [result.grid])
+        inputs = [source.tensor, *tables]
+        self._custom("QTables", inputs, [result.tensor], attributes)
+
     def _max_pool(self, node: ir.Node) -> bool:
-        source, size = self._codes(node.inputs[0]), _static_size(node.outputs[0])
+        source = self._codes(node.inputs[0])
+        size = _static_size(node.outputs[0])
         if source is None or size is None:
             return False
-        attributes = _window(node) | {"out_h": size[0], "out_w": size[1]}
+        attributes = _window(node) | _output_size(size)
+        result = NativeCodes(self._name_if_read(node), source.grid)
         self._native(
-            "QMaxPool",
-            [source[0]],
-            [self._name_if_read(node)],
-            [source[1]],
-            node,
-            attributes,
-            label=False,
+            "QMaxPool", [source.tensor], [result], node, attributes, label=False
         )
         return True
 
     def _average_pool(self, node: ir.Node) -> bool:
-        source, size, reader = (
-            self._codes(node.inputs[0]),
-            _static_size(node.outputs[0]),
-            only_reader(node.outputs[0]),
-        )
-        if (
-            source is None
-            or size is None
-            or not self._ends_in_codes(reader)
-            or reader is None
-        ):
+        source = self._codes(node.inputs[0])
+        size = _static_size(node.outputs[0])
+        mark = self._quantizer_after(node)
+        if source is None or size is None or mark is None:
             return False
-        grid = self.model.quantizers[mark_name(reader)]
-        counts = (
-            "count_include_pad" in node.attributes
-            and node.attributes["count_include_pad"].as_int() == 1
-        )
-        attributes = _window(node) | _written(grid) | {
-            "out_h": size[0], "out_w": size[1], "count_include_pad": int(counts),
-            "x_scale": float(source[1].scale), "x_zero": source[1].zero_point,
-        }  # fmt: skip
-        self._native(
-            "QAveragePool",
-            [source[0]],
-            [self._name_if_read(reader)],
-            [grid],
-            reader,
-            attributes,
-        )
-        self.done.add(reader)
+        grid = self.model.quantizers[mark_name(mark)]
+        attributes = _window(node) | _written(grid) | _output_size(size)
+        attributes |= {
+            "count_include_pad": int(is_set(node, "count_include_pad")),
+            "x_scale": float(source.grid.scale),
+            "x_zero": source.grid.zero_point,
+        }
+        self._to_codes("QAveragePool", [source.tensor], mark, attributes)
         return True
 
     def _global_pool(self, node: ir.Node) -> bool:
-        source, size, reader = (
-            self._codes(node.inputs[0]),
-            _static_size(node.inputs[0]),
-            only_reader(node.outputs[0]),
-        )
-        if (
-            source is None
-            or size is None
-            or not self._ends_in_codes(reader)
-            or reader is None
-        ):
+        source = self._codes(node.inputs[0])
+        size = _static_size(node.inputs[0])
+        mark = self._quantizer_after(node)
+        if source is None or size is None or mark is None:
             return False
-        grid = self.model.quantizers[mark_name(reader)]
-        # float32 throughout, as the definition has it
-        multiplier = source[1].scale / (grid.scale * np.float32(size[0] * size[1]))
+        grid = self.model.quantizers[mark_name(mark)]
+        height, width = size
+        multiplier = multiplier_of_mean(source.grid, height * width, grid)
         attributes = _written(grid) | {
-            "x_zero": source[1].zero_point,
+            "x_zero": source.grid.zero_point,
             "multiplier": float(multiplier),
         }
-        self._native(
-            "QGlobalPool",
-            [source[0]],
-            [self._name_if_read(reader)],
-            [grid],
-            reader,
-            attributes,
-        )
-        self.done.add(reader)
+        self._to_codes("QGlobalPool", [source.tensor], mark, attributes)
         return True
 
     def _add_codes(self, node: ir.Node) -> bool:
-        reader = only_reader(node.outputs[0])
-        operands = [self._codes(v) for v in node.inputs]
-        if None in operands or not self._ends_in_codes(reader) or reader is None:
+        mark = self._quantizer_after(node)
+        operands = [self._codes(value) for value in node.inputs]
+        known = [operand for operand in operands if operand is not None]
+        if mark is None or len(known) < len(operands):
             return False
-        if _sizes(node.inputs[0]) != _sizes(node.inputs[1]) or any(
-            grid.is_binary for _, grid in filter(None, operands)
-        ):
+        if any(operand.grid.is_binary for operand in known):
             return False
-        grid = self.model.quantizers[mark_name(reader)]
-        attributes = (
-            _written(grid)
-            | self._sum_attributes(node, grid)
-            | {"rank": len(_sizes(node.inputs[0]))}
-        )
-        tensors = [operand[0] for operand in operands if operand is not None]
-        self._native(
-            "QAdd", tensors, [self._name_if_read(reader)], [grid], reader, attributes
-        )
-        self.done.add(reader)
+        if _sizes(node.inputs[0]) != _sizes(node.inputs[1]):
+            return False
+        grid = self.model.quantizers[mark_name(mark)]
+        attributes = _written(grid) | self._sum_attributes(node, grid)
+        attributes["rank"] = len(_sizes(node.inputs[0]))
+        tensors = [operand.tensor for operand in known]
+        self._to_codes("QAdd", tensors, mark, attributes)
         return True
+
+    def _to_codes(
+        self, kind: str, inputs: Sequence[str], mark: ir.Node, attributes: Attributes
+    ) -> None:
+        """A node whose results the quantizer `mark` alone reads."""
+        grid = self.model.quantizers[mark_name(mark)]
+        result = NativeCodes(self._name_if_read(mark), grid)
+        self._native(kind, inputs, [result], mark, attributes)
+        self.done.add(mark)
 
     def _concat(self, node: ir.Node) -> bool:
         """Along the channels: every part goes through a table onto the result's grid."""
-        reader = only_reader(node.outputs[0])
-        parts = [self._codes(v) for v in node.inputs]
-        axis = node.attributes["axis"].as_int()
-        if (
-            None in parts
-            or not self._ends_in_codes(reader)
-            or reader is None
-            or len(_sizes(node.inputs[0])) != 4
-            or axis != 1
-        ):
+        mark = self._quantizer_after(node)
+        parts = [self._codes(value) for value in node.inputs]
+        known = [part for part in parts if part is not None]
+        if mark is None or len(known) < len(parts):
             return False
-        grid = self.model.quantizers[mark_name(reader)]
+        along_channels = node.attributes["axis"].as_int() == 1
+        if not along_channels or len(_sizes(node.inputs[0])) != 4:
+            return False
+        grid = self.model.quantizers[mark_name(mark)]
         joined = []
-        for tensor, source in filter(None, parts):
-            joined.append(self._fresh())
-            self._custom(
-                "QTables",
-                [tensor, *self._tables(source, [grid])],
-                joined[-1:],
-                {"codes": [""], "rank": 4},
-            )
-        name = f"@{grid.name}"
-        self.nodes.append(helper.make_node("Concat", joined, [name], axis=3))
-        self.native[value_name(reader.outputs[0])] = (name, grid)
-        self.done.add(reader)
+        for part in known:
+            result = NativeCodes(self.writer.fresh(), grid)
+            self._requantize(part, result, {"codes": [""], "rank": 4})
+            joined.append(result.tensor)
+        name = native_codes_of(grid.name)
+        self.writer.nodes.append(helper.make_node("Concat", joined, [name], axis=3))
+        self.native[value_name(mark.outputs[0])] = NativeCodes(name, grid)
+        self.done.add(mark)
         return True
 
     def _flat(self, node: ir.Node) -> bool:
         """Codes of one pixel are the same in both layouts, and so are their rows."""
-        source, sizes = self._codes(node.inputs[0]), _sizes(node.inputs[0])
-        if source is None or sizes[2:] != [1, 1] or len(_sizes(node.outputs[0])) != 2:
+        source = self._codes(node.inputs[0])
+        is_one_pixel = _sizes(node.inputs[0])[2:] == [1, 1]
+        gives_rows = len(_sizes(node.outputs[0])) == 2
+        if source is None or not is_one_pixel or not gives_rows:
             return False
-        output = f"@{value_name(node.outputs[0])}"
-        self._copy(
-            node, [source[0], *(self._float(v) for v in node.inputs[1:])], [output]
-        )
-        self.native[value_name(node.outputs[0])] = (output, source[1])
+        output = native_codes_of(value_name(node.outputs[0]))
+        inputs = [source.tensor]
+        for value in node.inputs[1:]:
+            inputs.append(self.writer.float_of(value))
+        self.writer.copy(node, inputs, [output])
+        self.native[value_name(node.outputs[0])] = NativeCodes(output, source.grid)
         return True
 
-    def _ends_in_codes(self, reader: ir.Node | None) -> bool:
-        """Whether `reader` is an activation quantizer of more than one bit."""
-        return (
-            reader is not None
-            and is_mark(reader)
-            and not self.model.quantizers[mark_name(reader)].is_binary
-        )
+    def _quantizer_after(self, node: ir.Node) -> ir.Node | None:
+        """The mark of a quantizer of more than one bit that alone reads the result of `node`, if one does."""
+        reader = only_reader(node.outputs[0])
+        if reader is None or not is_mark(reader):
+            return None
+        is_binary = self.model.quantizers[mark_name(reader)].is_binary
+        return None if is_binary else reader
 
-    def _codes(self, value: ir.Value | None) -> tuple[str, LoweredQuantizer] | None:
+    def _codes(self, value: ir.Value | None) -> NativeCodes | None:
         """The codes of `value` as native operators read them, with a Transpose if an ordinary one wrote them."""
         if value is None:
             return None
         name = value_name(value)
-        if name not in self.native and name in self.codes:
-            tensor, grid = self.codes[name]
+        ordinary = self.writer.codes_of(value)
+        if name not in self.native and ordinary is not None:
+            tensor, grid = ordinary
             if len(_sizes(value)) == 4:
-                tensor = self._add("Transpose", [tensor], f"@{name}", perm=TO_NHWC)
-            self.native[name] = (tensor, grid)
+                in_nhwc = native_codes_of(name)
+                tensor = self.writer.add("Transpose", [tensor], in_nhwc, perm=TO_NHWC)
+            self.native[name] = NativeCodes(tensor, grid)
         return self.native.get(name)
 
     def _to_ordinary(self, value: ir.Value | None) -> None:
         """Make codes that a native operator wrote readable for an ordinary one."""
-        if (
-            value is None
-            or value_name(value) in self.codes
-            or value_name(value) not in self.native
-        ):
+        if value is None or self.writer.codes_of(value) is not None:
             return
-        tensor, grid = self.native[value_name(value)]
+        name = value_name(value)
+        if name not in self.native:
+            return
+        tensor, grid = self.native[name]
         if len(_sizes(value)) == 4:
-            tensor = self._add("Transpose", [tensor], perm=TO_NCHW)
-        self.codes[value_name(value)] = (tensor, grid)
-
-    def _graph_output(self, value: ir.Value) -> onnx.ValueInfoProto:
-        self._to_ordinary(value)
-        return super()._graph_output(value)
+            tensor = self.writer.add("Transpose", [tensor], perm=TO_NCHW)
+        self.writer.codes[name] = (tensor, grid)
 
     def _custom(
         self,
         kind: str,
         inputs: Iterable[str],
         outputs: Sequence[str],
-        attributes: dict[str, Attribute],
+        attributes: Attributes,
         name: str = "",
     ) -> None:
         made = helper.make_node(
             kind, list(inputs), list(outputs), name=name, domain=DOMAIN
         )
-        made.attribute.extend(
-            helper.make_attribute(key, value) for key, value in attributes.items()
-        )
-        self.nodes.append(made)
+        for key, value in attributes.items():
+            made.attribute.append(helper.make_attribute(key, value))
+        self.writer.nodes.append(made)
 
 
-def _written(grid: LoweredQuantizer) -> dict[str, Attribute]:
+def _fits_table(quantizer: LoweredQuantizer) -> bool:
+    """Whether the quantizer gives one code for each code it reads, whatever the channel."""
+    return len(quantizer.thresholds) <= 1
+
+
+def _written(grid: LoweredQuantizer) -> Attributes:
+    """How a node writes codes on `grid`."""
+    range_of_codes: Attributes = {"y_low": grid.low, "y_high": grid.high}
     if grid.is_binary:  # the sign of a sum: export/kernels/op_layer.cpp
-        return {
+        in_one_bit: Attributes = {
             "threshold": 1,
             "y_scale": 1.0,
             "y_zero": WRITE_ZERO_POINT,
-            "y_low": grid.low,
-            "y_high": grid.high,
         }
-    scale, zero_point = float(grid.scale), grid.zero_point
-    return {
+        return in_one_bit | range_of_codes
+    rounded: Attributes = {
         "threshold": 0,
-        "y_scale": scale,
-        "y_zero": zero_point,
-        "y_low": grid.low,
-        "y_high": grid.high,
+        "y_scale": float(grid.scale),
+        "y_zero": grid.zero_point,
     }
+    return rounded | range_of_codes
 
 
-def _no_sum() -> dict[str, Attribute]:
+def _no_sum() -> Attributes:
+    """The attributes of a residual sum for a layer without one."""
     return {
-        "other_first": 0, "ratio_first": 0.0, "ratio_second": 0.0, "offset": 0.0, "sum_low": 0, "sum_high": 255,
-    }  # fmt: skip
+        "other_first": 0,
+        "ratio_first": 0.0,
+        "ratio_second": 0.0,
+        "offset": 0.0,
+        "sum_low": 0,
+        "sum_high": 255,
+    }
 
 
-def _window(
-    node: ir.Node, kernel: tuple[int, ...] | None = None
-) -> dict[str, Attribute]:
-    get = {
-        name: list(a.as_ints())
-        for name, a in node.attributes.items()
-        if a.type == ir.AttributeType.INTS
+def _window(node: ir.Node, kernel: list[int] | None = None) -> Attributes:
+    """Where a convolution or pool looks; kernel: height and width, the node's own where None."""
+    if kernel is None:
+        kernel = list(node.attributes["kernel_shape"].as_ints())
+    stride = ints_of(node, "strides", [1, 1])
+    dilation = ints_of(node, "dilations", [1, 1])
+    top, left, bottom, right = ints_of(node, "pads", [0, 0, 0, 0])
+    return {
+        "kernel_h": kernel[0],
+        "kernel_w": kernel[1],
+        "stride_h": stride[0],
+        "stride_w": stride[1],
+        "dilation_h": dilation[0],
+        "dilation_w": dilation[1],
+        "pad_top": top,
+        "pad_left": left,
+        "pad_bottom": bottom,
+        "pad_right": right,
     }
-    kernel = tuple(get["kernel_shape"]) if kernel is None else kernel
-    strides, dilations, pads = (
-        get.get("strides", [1, 1]),
-        get.get("dilations", [1, 1]),
-        get.get("pads", [0, 0, 0, 0]),
-    )
-    pairs = {"kernel": kernel, "stride": strides, "dilation": dilations}
-    found: dict[str, Attribute] = {
-        f"{k}_{axis}": v[i] for k, v in pairs.items() for i, axis in enumerate("hw")
-    }
-    return found | {
-        f"pad_{side}": pads[i]
-        for i, side in enumerate(("top", "left", "bottom", "right"))
-    }
+
+
+def _output_size(size: tuple[int, int]) -> Attributes:
+    height, width = size
+    return {"out_h": height, "out_w": width}
 
 
 def _sizes(value: ir.Value | None) -> list[object]:
     if value is None or value.shape is None:
         return []
-    return [d if isinstance(d, int) else str(d) for d in value.shape]
+    return [size if isinstance(size, int) else str(size) for size in value.shape]
 
 
 def _static_size(value: ir.Value | None) -> tuple[int, int] | None:
+    """Height and width of images, None where they are not fixed, or `value` is no images."""
     sizes = _sizes(value)
-    if (
-        len(sizes) != 4
-        or not isinstance(sizes[2], int)
-        or not isinstance(sizes[3], int)
-    ):
+    if len(sizes) != 4:
         return None
-    return sizes[2], sizes[3]
+    height, width = sizes[2:]
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return height, width
+
+
+def _is_image(value: ir.Value | None) -> bool:
+    """Whether `value` is an input N_C_H_W of the graph."""
+    return value is not None and value.is_graph_input() and len(_sizes(value)) == 4
 
 
 def _is_padded(value: ir.Value | None) -> bool:
@@ -584,9 +609,6 @@ def _is_padded(value: ir.Value | None) -> bool:
     while node is not None and not is_mark(node):
         if node.op_type == "Pad":
             return True
-        node = (
-            node.inputs[0].producer()
-            if node.inputs and node.inputs[0] is not None
-            else None
-        )
+        first = node.inputs[0] if node.inputs else None
+        node = first.producer() if first is not None else None
     return False

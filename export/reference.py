@@ -1,19 +1,12 @@
 """The integer definition of a canonical `LoweredModel`, in torch (`docs/lowering.md`).
 
-    conv, linear   q = clip(rint(fp32(acc + bias) · m) + z, low, high),   m = fp32(fp32(s_x · s_w) / s_y)
-    add            q = clip(rint(fma(a, r_a, fma(b, r_b, c))), low, high), r = s / s_y, c = z_y - fma(r_a, z_a, r_b z_b)
-    global pool    q = clip(rint(fp32(sum of codes) · fp32(s_x / (s_y · n))) + z, low, high)
-    average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y + z)), x = fp32((q_x - z_x) · s_x), row by row
-    one bit        q = 254 where acc + bias >= 0 (<= 0 where m < 0), or where a code reaches its threshold, else 0
-    requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
-
-acc is the exact integer sum; all multipliers are float32; rint rounds half to even. This is what ONNX Runtime's integer
-kernels compute on the CPU, found by experiment over all pairs of codes; the certificate proves it for each file. bias is an
+`export/arithmetic.py` states how results become codes; here it is run on whole nets. This is what ONNX Runtime's integer
+kernels compute on the CPU, found by experiment over all pairs of codes; the certificate proves it for each file. A bias is an
 integer; where a file holds a float instead (export/qdq.py), it is that float divided by s_x · s_w.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +16,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.arithmetic import constant_of_sum
+from export.arithmetic import multiplier_of_mean, ratio_of_product, terms_of_sum
 from export.feeds import Feeds, named
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.skeleton import (
     code_of_fill,
     constant,
+    ints_of,
     is_mark,
+    is_set,
     mark_name,
     moves_codes,
     weight_layer,
@@ -116,61 +111,102 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class WindowMean:
-    """Average pooling over windows: float32 sums in the kernel's order, as the runtime's kernel adds them.
+class Window:
+    """Where a pool looks: heights and widths; a sequence (N, C, L) is an image of one row.
 
-    Over one axis, as a sequence (N, C, L) is pooled, it is that of an image of one row.
+    pads: top, left, bottom, right.
     """
 
-    source: Codes
     kernel: tuple[int, int]
     stride: tuple[int, int]
     pads: tuple[int, int, int, int]
-    ceil: bool
+    dilation: tuple[int, int] = (1, 1)
+    ceil: bool = False
+
+    @classmethod
+    def of(cls, node: ir.Node) -> "Window":
+        """The window of a pool's node."""
+        kernel = list(node.attributes["kernel_shape"].as_ints())
+        stride = list(node.attributes["strides"].as_ints())
+        pads = ints_of(node, "pads", [0, 0] * len(kernel))
+        dilation = ints_of(node, "dilations", [1] * len(kernel))
+        if len(kernel) == 1:
+            kernel = [1, *kernel]
+            stride = [1, *stride]
+            pads = [0, pads[0], 0, pads[1]]
+            dilation = [1, *dilation]
+        top, left, bottom, right = pads
+        return cls(
+            (kernel[0], kernel[1]),
+            (stride[0], stride[1]),
+            (top, left, bottom, right),
+            (dilation[0], dilation[1]),
+            is_set(node, "ceil_mode"),
+        )
+
+    @property
+    def edges(self) -> tuple[int, int, int, int]:
+        """Padding in the order of `F.pad`."""
+        top, left, bottom, right = self.pads
+        return left, right, top, bottom
+
+
+@dataclass(frozen=True)
+class WindowMean:
+    """Average pooling over windows: float32 sums in the kernel's order, as the runtime's kernel adds them."""
+
+    source: Codes
+    window: Window
     counts_padding: bool
 
     def real(self) -> Tensor:
         """In floating point."""
         x = self.source.real()
-        if is_sequence := x.dim() == 3:
-            x = x.unsqueeze(2)
-        height, width = (self._outputs(x.shape[2 + axis], axis) for axis in (0, 1))
-        top, left, bottom, right = self.pads
-        edges = [left, right, top, bottom]
+        if x.dim() == 3:  # a sequence
+            return self._of_images(x.unsqueeze(2)).squeeze(2)
+        return self._of_images(x)
+
+    def _of_images(self, x: Tensor) -> Tensor:
+        edges = self.window.edges
+        height = self._outputs(x.shape[2], 0)
+        width = self._outputs(x.shape[3], 1)
         padded = self._extended(F.pad(x, edges), height, width)
-        counted = F.pad(
-            torch.ones_like(x[:1, :1]), edges, value=float(self.counts_padding)
-        )
+        inside = torch.ones_like(x[:1, :1])
+        counted = F.pad(inside, edges, value=float(self.counts_padding))
         counted = self._extended(counted, height, width)
-        total, count = torch.zeros(()), torch.zeros(())
-        for row in range(self.kernel[0]):
-            for column in range(self.kernel[1]):
+        total = torch.zeros(())
+        count = torch.zeros(())
+        for row in range(self.window.kernel[0]):
+            for column in range(self.window.kernel[1]):
                 total = total + self._tap(padded, row, column, height, width)
                 count = count + self._tap(counted, row, column, height, width)
-        return (total / count).squeeze(2) if is_sequence else total / count
+        return total / count
 
     def _outputs(self, size: int, axis: int) -> int:
-        free = size + self.pads[axis] + self.pads[axis + 2] - self.kernel[axis]
-        count = (
-            -(-free // self.stride[axis]) if self.ceil else free // self.stride[axis]
-        ) + 1
-        starts_inside = (count - 1) * self.stride[axis] < size + self.pads[axis]
-        return count if starts_inside else count - 1
+        before = self.window.pads[axis]
+        after = self.window.pads[axis + 2]
+        stride = self.window.stride[axis]
+        free = size + before + after - self.window.kernel[axis]
+        if not self.window.ceil:
+            return free // stride + 1
+        last = -(-free // stride)
+        starts_inside = last * stride < size + before
+        return last + 1 if starts_inside else last
 
     def _extended(self, x: Tensor, height: int, width: int) -> Tensor:
         """With zeros at the end as far as the last window reaches, which ceil mode lets hang over."""
-        rows = (height - 1) * self.stride[0] + self.kernel[0]
-        columns = (width - 1) * self.stride[1] + self.kernel[1]
-        return F.pad(x, [0, max(columns - x.shape[3], 0), 0, max(rows - x.shape[2], 0)])
+        rows = (height - 1) * self.window.stride[0] + self.window.kernel[0]
+        columns = (width - 1) * self.window.stride[1] + self.window.kernel[1]
+        missing_rows = max(rows - x.shape[2], 0)
+        missing_columns = max(columns - x.shape[3], 0)
+        return F.pad(x, [0, missing_columns, 0, missing_rows])
 
     def _tap(self, x: Tensor, row: int, column: int, height: int, width: int) -> Tensor:
-        rows = slice(row, row + (height - 1) * self.stride[0] + 1, self.stride[0])
-        return x[
-            :,
-            :,
-            rows,
-            column : column + (width - 1) * self.stride[1] + 1 : self.stride[1],
-        ]
+        """One element of every window, for all windows at once."""
+        down, across = self.window.stride
+        rows = slice(row, row + (height - 1) * down + 1, down)
+        columns = slice(column, column + (width - 1) * across + 1, across)
+        return x[:, :, rows, columns]
 
 
 Value = Tensor | Codes | Accumulator | Sum | Product | Joined | Mean | WindowMean
@@ -186,9 +222,7 @@ def _inputs(
     else:
         names = [str(value.name) for value in graph.inputs]
         given = [torch.from_numpy(array) for array in named(images, names).values()]
-    return [
-        tensor.float() if tensor.is_floating_point() else tensor for tensor in given
-    ]
+    return [x.float() if x.is_floating_point() else x for x in given]
 
 
 FloatOperator = Callable[
@@ -229,9 +263,8 @@ class IntegerReference:
         """
         graph = self.model.skeleton.graph
         self.farthest_from_tie = 0.0
-        values: dict[ir.Value, Value] = dict(
-            zip(graph.inputs, _inputs(images, graph), strict=False)
-        )
+        inputs = _inputs(images, graph)
+        values: dict[ir.Value, Value] = dict(zip(graph.inputs, inputs, strict=False))
         computed: dict[str, NDArray[np.uint8]] = {}
         readers = Counter(v for node in graph for v in node.inputs if v is not None)
         for node in graph:
@@ -239,21 +272,16 @@ class IntegerReference:
                 self._mark(node, values, computed, given)
             else:
                 results = self._apply(node, values)
-                values |= zip(
-                    node.outputs,
-                    results if isinstance(results, list) else [results],
-                    strict=True,
-                )
+                values |= zip(node.outputs, results, strict=True)
             if follow is not None:
                 follow(node, values)
             for value in filter(None, node.inputs):
                 readers[value] -= 1
                 if not readers[value] and not value.is_graph_output():
                     values.pop(value, None)
-        outputs = {
-            str(value.name): real_of(values[value]).float().numpy()
-            for value in graph.outputs
-        }
+        outputs: dict[str, NDArray[np.float32]] = {}
+        for value in graph.outputs:
+            outputs[str(value.name)] = real_of(values[value]).float().numpy()
         return computed, outputs
 
     def _mark(
@@ -271,73 +299,35 @@ class IntegerReference:
         stored = quantize(value, quantizer)
         computed[quantizer.name] = stored.to(torch.uint8).numpy()
         if given is not None:
-            known = given[quantizer.name]
-            if known.shape != tuple(stored.shape):
-                raise ExportError(
-                    f"quantizer {quantizer.name!r}: given codes of shape {known.shape}, it computes {tuple(stored.shape)}"
-                )
-            found = torch.from_numpy(np.ascontiguousarray(known)).float()
-            differing = found != stored
+            known = _given_codes(given, quantizer, stored)
+            differing = known != stored
             if differing.any():
                 distance = float(distance_from_tie(value, quantizer)[differing].max())
                 self.farthest_from_tie = max(self.farthest_from_tie, distance)
-            stored = found
+            stored = known
         values[node.outputs[0]] = Codes(stored, quantizer)
 
-    def _apply(
-        self, node: ir.Node, values: dict[ir.Value, Value]
-    ) -> Value | list[Value]:
+    def _apply(self, node: ir.Node, values: dict[ir.Value, Value]) -> Sequence[Value]:
+        """What `node` gives, one value per output."""
+        operands = [values.get(v) if v is not None else None for v in node.inputs]
         if not node.inputs or node.inputs[0] is None:
-            return self._in_float(node, values)
-        x = values.get(node.inputs[0])
+            return self._in_float(node, operands)
+        x = operands[0]
         layer = weight_layer(node, self.model)
         if layer is not None and not layer.input_quantizer:
-            return self._weight_only(node, layer, x)
+            return [self._weight_only(node, layer, x)]
         if layer is not None:
-            return accumulate(node, layer, _codes(x, node))
-        if node.op_type == "Reshape" and isinstance(x, Accumulator):
-            x = x.real()
-        match node.op_type:
-            case "Add" if self._reads_codes_only(node, values):
-                assert node.inputs[1] is not None
-                return Sum(_codes(x, node), _codes(values[node.inputs[1]], node))
-            case "Concat" if self._reads_codes_only(node, values) and not moves_codes(
-                node
-            ):
-                parts = tuple(
-                    _codes(values[v], node) for v in node.inputs if v is not None
-                )
-                return Joined(parts, node.attributes["axis"].as_int())
-            case "GlobalAveragePool" if isinstance(x, Codes):
-                return Mean(_codes(x, node))
-            case "AveragePool" if isinstance(x, Codes):
-                return _average_pool(node, _codes(x, node))
-            case "MaxPool" if isinstance(x, Codes):
-                return Codes(_max_pool(node, x.stored), x.grid)
-            case "Flatten" if isinstance(x, Codes):
-                return Codes(x.stored.flatten(1), x.grid)
-            case "Reshape" if constant(node.inputs[1]) is not None and x is not None:
-                shape = _resolved(node, x)
-                return (
-                    Codes(x.stored.reshape(shape), x.grid)
-                    if isinstance(x, Codes)
-                    else real_of(x).reshape(shape)
-                )
-            case "Transpose" if isinstance(x, Codes):
-                return Codes(
-                    x.stored.permute(
-                        tuple(node.attributes["perm"].as_ints())
-                    ).contiguous(),
-                    x.grid,
-                )
-            case "Mul" | "MatMul" if self._reads_codes_only(node, values):
-                second = _codes(values[node.inputs[1]], node)  # type: ignore[index]
-                return (
-                    Product(_codes(x, node), second)
-                    if node.op_type == "Mul"
-                    else _matmul(_codes(x, node), second)
-                )
-        return self._in_float(node, values)
+            return [accumulate(node, layer, _codes(x, node))]
+        if node.op_type == "Reshape" and x is not None:
+            shape = constant(node.inputs[1])
+            if shape is not None:
+                return [_reshaped(node, x, shape)]
+        codes = [operand for operand in operands if isinstance(operand, Codes)]
+        if len(codes) == len(operands):
+            result = _on_codes(node, codes)
+            if result is not None:
+                return [result]
+        return self._in_float(node, operands)
 
     def _weight_only(
         self, node: ir.Node, layer: LoweredLayer, x: Value | None
@@ -346,64 +336,106 @@ class IntegerReference:
         assert x is not None
         scale = layer.stored_scale.reshape(-1, *[1] * (layer.codes.ndim - 1))
         weight = layer.codes.astype(np.float32) * layer.weight_multiplier * scale
-        return self._evaluate(
-            node, [real_of(x).contiguous().numpy(), weight, layer.float_bias]
-        )[0]
+        operands = [real_of(x).contiguous().numpy(), weight, layer.float_bias]
+        return self._evaluate(node, operands)[0]
 
-    def _reads_codes_only(self, node: ir.Node, values: dict[ir.Value, Value]) -> bool:
-        return all(
-            v is not None and isinstance(values.get(v), Codes) for v in node.inputs
-        )
+    def _in_float(
+        self, node: ir.Node, operands: Sequence[Value | None]
+    ) -> Sequence[Value]:
+        if operands and isinstance(operands[0], Codes) and moves_codes(node):
+            return self._moved(node, operands[0], operands)
+        given = []
+        for value, operand in zip(node.inputs, operands, strict=True):
+            given.append(_operand(value, operand))
+        return self._evaluate(node, given)
 
-    def _in_float(self, node: ir.Node, values: dict[ir.Value, Value]) -> list[Value]:
-        given = [values.get(v) if v is not None else None for v in node.inputs]
-        source = given[0] if given else None
-        if isinstance(source, Codes) and moves_codes(node):  # as in the file
-            rest = [
-                x.stored.numpy() if isinstance(x, Codes) else self._operand(v, x)
-                for v, x in zip(node.inputs[1:], given[1:], strict=True)
-            ]
-            if node.op_type == "Pad":
-                rest[1:2] = [np.array(code_of_fill(node, source.grid), np.float32)]
-            outputs = self._evaluate(node, [source.stored.numpy(), *rest])
-            return [Codes(codes, source.grid) for codes in outputs]
-        return list(
-            self._evaluate(
-                node,
-                [self._operand(v, x) for v, x in zip(node.inputs, given, strict=True)],
-            )
-        )
-
-    def _operand(
-        self, name: ir.Value | None, value: Value | None
-    ) -> NDArray[np.generic] | None:
-        return constant(name) if value is None else real_of(value).contiguous().numpy()
+    def _moved(
+        self, node: ir.Node, source: Codes, operands: Sequence[Value | None]
+    ) -> list[Codes]:
+        """The codes of `source` where `node` puts them, as in the file."""
+        given: list[NDArray[np.generic] | None] = []
+        for value, operand in zip(node.inputs, operands, strict=True):
+            if isinstance(operand, Codes):
+                given.append(operand.stored.numpy())
+            else:
+                given.append(_operand(value, operand))
+        if node.op_type == "Pad":
+            given[2:3] = [np.array(code_of_fill(node, source.grid), np.float32)]
+        return [Codes(codes, source.grid) for codes in self._evaluate(node, given)]
 
     def _evaluate(
-        self, node: ir.Node, operands: list[NDArray[np.generic] | None]
+        self, node: ir.Node, operands: Sequence[NDArray[np.generic] | None]
     ) -> list[Tensor]:
         if self.float_operator is None:
             raise ExportError(
                 f"node {node.name!r}: {node.op_type} has no integer definition"
             )
-        return [
-            torch.from_numpy(np.array(result))
-            for result in self.float_operator(node, operands)
-        ]
+        results = self.float_operator(node, list(operands))
+        return [torch.from_numpy(np.array(result)) for result in results]
 
 
-def _resolved(node: ir.Node, x: Value) -> list[int]:
+def _given_codes(
+    given: Mapping[str, NDArray[np.generic]],
+    quantizer: LoweredQuantizer,
+    computed: Tensor,
+) -> Tensor:
+    """The given codes of `quantizer`, float32; raises ExportError where their shape is not that of the computed ones."""
+    known = given[quantizer.name]
+    if known.shape != tuple(computed.shape):
+        raise ExportError(
+            f"quantizer {quantizer.name!r}: given codes of shape {known.shape}, it computes {tuple(computed.shape)}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(known)).float()
+
+
+def _operand(
+    value: ir.Value | None, computed: Value | None
+) -> NDArray[np.generic] | None:
+    """What an operator in floating point reads: a computed value, or a constant of the graph."""
+    if computed is None:
+        return constant(value)
+    return real_of(computed).contiguous().numpy()
+
+
+def _on_codes(node: ir.Node, operands: Sequence[Codes]) -> Value | None:
+    """What `node` gives for codes alone, None where it has no definition on codes."""
+    x = operands[0]
+    match node.op_type:
+        case "Add":
+            return Sum(x, operands[1])
+        case "Mul":
+            return Product(x, operands[1])
+        case "MatMul":
+            return _matmul(x, operands[1])
+        case "Concat" if not moves_codes(node):
+            return Joined(tuple(operands), node.attributes["axis"].as_int())
+        case "GlobalAveragePool":
+            return Mean(x)
+        case "AveragePool":
+            return _average_pool(node, x)
+        case "MaxPool":
+            return Codes(_max_pool(node, x.stored), x.grid)
+        case "Flatten":
+            return Codes(x.stored.flatten(1), x.grid)
+        case "Transpose":
+            order = tuple(node.attributes["perm"].as_ints())
+            return Codes(x.stored.permute(order).contiguous(), x.grid)
+    return None
+
+
+def _reshaped(node: ir.Node, x: Value, shape: NDArray[np.generic]) -> Value:
+    if isinstance(x, Codes):
+        return Codes(x.stored.reshape(_resolved(node, shape, x.stored)), x.grid)
+    real = real_of(x)
+    return real.reshape(_resolved(node, shape, real))
+
+
+def _resolved(node: ir.Node, shape: NDArray[np.generic], x: Tensor) -> list[int]:
     """The shape a Reshape asks for; 0 copies the input's size unless allowzero is set."""
-    wanted = constant(node.inputs[1])
-    assert wanted is not None
-    sizes = (x.stored if isinstance(x, Codes) else real_of(x)).shape
-    keeps_zero = (
-        "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1
-    )
-    return [
-        sizes[i] if d == 0 and not keeps_zero else int(d)
-        for i, d in enumerate(wanted.ravel())
-    ]
+    wanted = [int(size) for size in shape.ravel()]
+    if is_set(node, "allowzero"):
+        return wanted
+    return [x.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
 
 
 def _matmul(a: Codes, b: Codes) -> Accumulator:
@@ -421,143 +453,130 @@ def distance_from_tie(value: Value, grid: LoweredQuantizer) -> Tensor:
 
 
 def quantize(value: Value, grid: LoweredQuantizer) -> Tensor:
-    """Storage codes (float32 integers) of `value` on `grid`."""
-    scale = torch.tensor(float(grid.scale))
+    """Storage codes (float32 integers) of `value` on `grid`, as `export/arithmetic.py` defines them."""
     if grid.is_binary:
         return _binarize(value, grid)
-    if isinstance(value, Accumulator):
-        code = torch.round(value.sums.float() * (value.unit / scale)) + grid.zero_point
-    elif isinstance(value, Sum):
-        code = torch.round(_fused_sum(value, grid))
-    elif isinstance(value, Product):
-        a, b = value.first, value.second
-        ratio = torch.tensor(
-            float(np.float32(a.grid.scale * b.grid.scale) / grid.scale)
-        )
-        code = torch.round(a.centred() * b.centred() * ratio + grid.zero_point)
-    elif isinstance(value, Joined):
-        return torch.cat([quantize(part, grid) for part in value.parts], value.axis)
-    elif isinstance(value, Mean):
-        x = value.source
-        count = x.stored.shape[2] * x.stored.shape[3]
-        sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
-        code = (
-            torch.round(sums * (torch.tensor(float(x.grid.scale)) / (scale * count)))
-            + grid.zero_point
-        )
-    elif isinstance(value, WindowMean):
-        # Added before rounding: it decides near ties
-        code = torch.round(value.real() / scale + grid.zero_point)
-    else:
-        code = torch.round(real_of(value) / scale) + grid.zero_point
-    return code.clamp_(grid.low, grid.high)
+    if isinstance(value, Joined):
+        parts = [quantize(part, grid) for part in value.parts]
+        return torch.cat(parts, value.axis)
+    return _unclipped(value, grid).clamp_(grid.low, grid.high)
+
+
+def _unclipped(value: Value, grid: LoweredQuantizer) -> Tensor:
+    scale = torch.tensor(float(grid.scale))
+    match value:
+        case Accumulator():
+            scaled = value.sums.float() * (value.unit / scale)
+            return torch.round(scaled) + grid.zero_point
+        case Sum():
+            return torch.round(_fused_sum(value, grid))
+        case Product():
+            a, b = value.first, value.second
+            ratio = torch.tensor(float(ratio_of_product(a.grid, b.grid, grid)))
+            return torch.round(a.centred() * b.centred() * ratio + grid.zero_point)
+        case Mean():
+            x = value.source
+            count = x.stored.shape[2] * x.stored.shape[3]
+            multiplier = torch.tensor(float(multiplier_of_mean(x.grid, count, grid)))
+            sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
+            return torch.round(sums * multiplier) + grid.zero_point
+        case WindowMean():
+            # Added before rounding: it decides near ties
+            return torch.round(value.real() / scale + grid.zero_point)
+        case _:
+            return torch.round(real_of(value) / scale) + grid.zero_point
 
 
 def _binarize(value: Value, grid: LoweredQuantizer) -> Tensor:
     """Storage code 0 or 254, decided in integers: a layer's biased sum in the direction of its scale, or a code's
     threshold."""
     if isinstance(value, Accumulator):
-        return grid.high * (value.sums * value.unit.sign() >= 0).float()
-    if isinstance(value, Codes):
-        first = torch.from_numpy(code_thresholds(value.grid, grid).astype(np.float32))
-        return (
-            grid.high
-            * (value.stored >= first.view(-1, *[1] * (value.stored.dim() - 2))).float()
+        is_one = value.sums * value.unit.sign() >= 0
+    elif isinstance(value, Codes):
+        thresholds = code_thresholds(value.grid, grid).astype(np.float32)
+        spatial_axes = value.stored.dim() - 2
+        first = torch.from_numpy(thresholds).view(-1, *[1] * spatial_axes)
+        is_one = value.stored >= first
+    else:
+        raise ExportError(
+            f"quantizer {grid.name!r}: one bit is decided from a layer's sums or from codes, not from floats"
         )
-    raise ExportError(
-        f"quantizer {grid.name!r}: one bit is decided from a layer's sums or from codes, not from floats"
-    )
+    return grid.high * is_one.float()
 
 
 def _fused_sum(value: Sum, grid: LoweredQuantizer) -> Tensor:
-    a, b, one = value.first, value.second, np.float32
-    ratio_a, ratio_b = one(a.grid.scale / grid.scale), one(b.grid.scale / grid.scale)
-    offset = constant_of_sum(ratio_a, ratio_b, a.grid, b.grid, grid)
+    a, b = value.first, value.second
+    terms = terms_of_sum(a.grid, b.grid, grid)
     # float64 holds a product of a code and a float32 exactly, so rounding after the sum is a fused multiply-add.
-    inner = (b.stored.double() * float(ratio_b) + float(offset)).float()
-    return (a.stored.double() * float(ratio_a) + inner.double()).float()
+    product_b = b.stored.double() * float(terms.ratio_b)
+    inner = (product_b + float(terms.constant)).float()
+    product_a = a.stored.double() * float(terms.ratio_a)
+    return (product_a + inner.double()).float()
 
 
 def accumulate(node: ir.Node, layer: LoweredLayer, x: Codes) -> Accumulator:
     """Exact integer sums of a Conv or Gemm node on codes, bias included."""
     weight = torch.from_numpy(layer.codes.astype(np.float32) * layer.weight_multiplier)
-    largest = max(x.grid.high - x.grid.zero_point, x.grid.zero_point - x.grid.low)
-    bound = largest * float(weight.abs().flatten(1).sum(1).max())
-    dtype = torch.float32 if bound < FLOAT32_EXACT else torch.float64
-    codes, weight = x.centred().to(dtype), weight.to(dtype)
+    dtype = _exact_dtype(weight, x.grid)
+    weight = weight.to(dtype)
+    codes = x.centred().to(dtype)
     unit = torch.from_numpy(np.float32(x.grid.scale) * layer.stored_scale)
-    if layer.bias_codes is None:  # a float bias, in units of the sum
-        bias = torch.from_numpy(layer.float_bias).double() / unit.double()
-    else:
-        bias = torch.from_numpy(layer.bias_codes).double()
+    bias = _bias_in_units(layer, unit)
     if node.op_type == "Gemm":
         return Accumulator(F.linear(codes, weight).double() + bias, unit)
-    get = node.attributes
-    axes = weight.dim() - 2
-    pads = get["pads"].as_ints() if "pads" in get else [0] * (2 * axes)
-    # F.pad's order
-    both_ends = [
-        p for axis in reversed(range(axes)) for p in (pads[axis], pads[axis + axes])
-    ]
-    convolve = F.conv1d if axes == 1 else F.conv2d
-    sums = convolve(
-        F.pad(codes, both_ends),
-        weight,
-        stride=tuple(get["strides"].as_ints()),
-        dilation=tuple(get["dilations"].as_ints()),
-        groups=get["group"].as_int(),
-    )
-    channels = (-1, *[1] * axes)
+    sums = _convolved(node, codes, weight)
+    channels = (-1, *[1] * (weight.dim() - 2))
     return Accumulator(sums.double() + bias.view(channels), unit.view(channels))
 
 
-def _average_pool(node: ir.Node, source: Codes) -> WindowMean:
-    get = node.attributes
-    ceil, counts_padding = (
-        name in get and get[name].as_int() == 1
-        for name in ("ceil_mode", "count_include_pad")
+def _exact_dtype(weight: Tensor, grid: LoweredQuantizer) -> torch.dtype:
+    """A type in which no sum of products of `weight` (O_...) and codes on `grid` is rounded."""
+    largest_code = max(grid.high - grid.zero_point, grid.zero_point - grid.low)
+    largest_sum = largest_code * float(weight.abs().flatten(1).sum(1).max())
+    return torch.float32 if largest_sum < FLOAT32_EXACT else torch.float64
+
+
+def _bias_in_units(layer: LoweredLayer, unit: Tensor) -> Tensor:
+    """float64 (O,): the bias in units of the layer's sums; a float bias is divided by them."""
+    if layer.bias_codes is None:
+        return torch.from_numpy(layer.float_bias).double() / unit.double()
+    return torch.from_numpy(layer.bias_codes).double()
+
+
+def _convolved(node: ir.Node, codes: Tensor, weight: Tensor) -> Tensor:
+    axes = weight.dim() - 2
+    pads = ints_of(node, "pads", [0] * (2 * axes))
+    edges = []  # F.pad's order
+    for axis in reversed(range(axes)):
+        edges += [pads[axis], pads[axis + axes]]
+    convolve = F.conv1d if axes == 1 else F.conv2d
+    return convolve(
+        F.pad(codes, edges),
+        weight,
+        stride=tuple(node.attributes["strides"].as_ints()),
+        dilation=tuple(node.attributes["dilations"].as_ints()),
+        groups=node.attributes["group"].as_int(),
     )
-    if "dilations" in get and set(get["dilations"].as_ints()) != {1}:
+
+
+def _average_pool(node: ir.Node, source: Codes) -> WindowMean:
+    window = Window.of(node)
+    if window.dilation != (1, 1):
         raise ExportError(
             f"node {node.name!r}: a dilated AveragePool has no integer definition"
         )
-    kernel, stride = list(get["kernel_shape"].as_ints()), list(get["strides"].as_ints())
-    pads = list(get["pads"].as_ints()) if "pads" in get else [0] * (2 * len(kernel))
-    if len(kernel) == 1:
-        kernel, stride, pads = [1, *kernel], [1, *stride], [0, pads[0], 0, pads[1]]
-    top, left, bottom, right = pads
-    return WindowMean(
-        source,
-        (kernel[0], kernel[1]),
-        (stride[0], stride[1]),
-        (top, left, bottom, right),
-        ceil,
-        counts_padding,
-    )
+    return WindowMean(source, window, is_set(node, "count_include_pad"))
 
 
 def _max_pool(node: ir.Node, stored: Tensor) -> Tensor:
-    """Of an image, or of a sequence (N, C, L) as an image of one row."""
-    get = node.attributes
-    kernel, stride = list(get["kernel_shape"].as_ints()), list(get["strides"].as_ints())
-    pads = list(get["pads"].as_ints()) if "pads" in get else [0] * (2 * len(kernel))
-    dilation = (
-        list(get["dilations"].as_ints()) if "dilations" in get else [1] * len(kernel)
-    )
-    ceil = "ceil_mode" in get and get["ceil_mode"].as_int() == 1
-    if is_sequence := len(kernel) == 1:
-        kernel, stride, dilation, pads = (
-            [1, *kernel],
-            [1, *stride],
-            [1, *dilation],
-            [0, pads[0], 0, pads[1]],
-        )
+    window = Window.of(node)
+    is_sequence = stored.dim() == 3
+    if is_sequence:
         stored = stored.unsqueeze(2)
-    top, left, bottom, right = pads
     # 0 is the smallest storage code
-    padded = F.pad(stored, (left, right, top, bottom), value=0.0)
+    padded = F.pad(stored, window.edges, value=0.0)
     pooled = F.max_pool2d(
-        padded, tuple(kernel), tuple(stride), 0, tuple(dilation), ceil
+        padded, window.kernel, window.stride, 0, window.dilation, window.ceil
     )
     return pooled.squeeze(2) if is_sequence else pooled
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from export import session
 from export.feeds import Given
+from export.names import plane_of, weight_of, weight_scale_of
 from export.native_file import KERNELS, code_outputs
 
 INTEGER_KERNELS = {
@@ -37,7 +38,7 @@ def layer_kernels(
     }
     kernels: dict[str, str] = {}
     for layer in layers:
-        tensors = (f"{layer}.weight", f"{layer}.weight/p0", f"{layer}.weight/s")
+        tensors = (weight_of(layer), plane_of(layer, 0), weight_scale_of(layer))
         kernels[layer] = next(
             (readers[tensor] for tensor in tensors if tensor in readers), "none"
         )

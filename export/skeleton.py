@@ -54,46 +54,47 @@ def only_reader(value: ir.Value) -> ir.Node | None:
 
 def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
     """The value of an initializer or folded constant, None for anything else."""
-    return (
-        None
-        if value is None or value.const_value is None
-        else value.const_value.numpy()
-    )
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def ints_of(node: ir.Node, attribute: str, default: list[int]) -> list[int]:
+    """A node's attribute that is a list of integers, or `default` where the node has none of this name."""
+    if attribute not in node.attributes:
+        return default
+    return list(node.attributes[attribute].as_ints())
+
+
+def is_set(node: ir.Node, attribute: str) -> bool:
+    """Whether an attribute that may be 0 or 1 is 1; without it a node does as if it were 0."""
+    return attribute in node.attributes and node.attributes[attribute].as_int() == 1
 
 
 def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
     """The lowered layer whose marked weight `node` reads, if it is a quantized Conv or Gemm."""
-    if (
-        node.op_type not in WEIGHTED_OPS
-        or len(node.inputs) < 2
-        or node.inputs[1] is None
-    ):
+    if node.op_type not in WEIGHTED_OPS or len(node.inputs) < 2:
         return None
-    producer = node.inputs[1].producer()
-    return (
-        model.layers.get(mark_name(producer))
-        if producer is not None and is_mark(producer)
-        else None
-    )
+    weight = node.inputs[1]
+    mark = weight.producer() if weight is not None else None
+    if mark is None or not is_mark(mark):
+        return None
+    return model.layers.get(mark_name(mark))
 
 
 def written_by(node: ir.Node, model: LoweredModel) -> LoweredQuantizer | None:
     """The activation quantizer that alone reads the result of `node`, if one does."""
     reader = only_reader(node.outputs[0])
-    return (
-        model.quantizers.get(mark_name(reader))
-        if reader is not None and is_mark(reader)
-        else None
-    )
+    if reader is None or not is_mark(reader):
+        return None
+    return model.quantizers.get(mark_name(reader))
 
 
 def quantizers_in_order(model: LoweredModel) -> list[str]:
     """Names of the activation quantizers, in graph order."""
-    return [
-        mark_name(n)
-        for n in model.skeleton.graph
-        if is_mark(n) and mark_name(n) in model.quantizers
-    ]
+    marks = [node for node in model.skeleton.graph if is_mark(node)]
+    names = [mark_name(mark) for mark in marks]
+    return [name for name in names if name in model.quantizers]
 
 
 def grid_of(value: ir.Value | None) -> str | None:
@@ -123,17 +124,20 @@ def moves_codes(node: ir.Node) -> bool:
     two slices put together again) and no quantizer follows it."""
     if node.domain != "" or not node.inputs:
         return False
-    if node.op_type == "Pad":
-        return fill_of(node) in (0.0, -np.inf)
-    if node.op_type == "Resize":
-        return (
-            "mode" not in node.attributes
-            or node.attributes["mode"].as_string() == "nearest"
-        )
-    if node.op_type == "Concat":
-        reader = only_reader(node.outputs[0])
-        return (
-            not (reader is not None and is_mark(reader))
-            and len({grid_of(v) for v in node.inputs}) == 1
-        )
-    return node.op_type in CODE_OPS
+    match node.op_type:
+        case "Pad":
+            return fill_of(node) in (0.0, -np.inf)
+        case "Resize":
+            return _picks_nearest(node)
+        case "Concat":
+            if is_mark(only_reader(node.outputs[0])):
+                return False
+            grids = {grid_of(part) for part in node.inputs}
+            return len(grids) == 1
+        case _:
+            return node.op_type in CODE_OPS
+
+
+def _picks_nearest(resize: ir.Node) -> bool:
+    mode = resize.attributes.get("mode")
+    return mode is None or mode.as_string() == "nearest"

@@ -96,7 +96,7 @@ def adversarial(
     fed with extreme codes; layers and patterns without a wrong code are left out."""
     wrong: dict[str, dict[str, int]] = {}
     for node, name, target in _layers_with_targets(model):
-        layer = model.layers[f"{name}.weight"]
+        layer = model.layer(name)
         source = model.quantizers[layer.input_quantizer]
         assert node.inputs[0] is not None and node.inputs[0].shape is not None
         shape = tuple(d if isinstance(d, int) else 2 for d in node.inputs[0].shape)

@@ -18,6 +18,7 @@ even. But a trained net computes them in floating point, so that a settled one g
 `float_quantizers`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,9 @@ from export.skeleton import (
     constant,
     fill_of,
     grid_of,
+    ints_of,
     is_mark,
+    is_set,
     mark_name,
     weight_layer,
 )
@@ -147,23 +150,25 @@ def operation_before(mark: ir.Node, model: LoweredModel) -> Operation | None:
     source = grid_of(value)
     if source is not None:
         return requantization(model.quantizers[source])
-    grids = [model.quantizers.get(grid_of(v) or "") for v in node.inputs]
+    grids = [model.quantizers.get(grid_of(operand) or "") for operand in node.inputs]
     known = [grid for grid in grids if grid is not None]
-    if len(known) == len(grids):
-        match node.op_type:
-            case "Add":
-                return pair("sum", known[0], known[1], arithmetic.sums, np.add)
-            case "Mul":
-                return pair(
-                    "product", known[0], known[1], arithmetic.products, np.multiply
-                )
-            case "Concat":
-                return concatenation(known)
-            case "GlobalAveragePool":
-                return global_pool(known[0], _pixels(node))
-            case "AveragePool":
-                return average_pool(known[0], _window_sizes(node))
-    return function(node, model)
+    if len(known) < len(grids):
+        return function(node, model)
+    match node.op_type:
+        case "Add":
+            first, second = known
+            return pair("sum", first, second, arithmetic.sums, np.add)
+        case "Mul":
+            first, second = known
+            return pair("product", first, second, arithmetic.products, np.multiply)
+        case "Concat":
+            return concatenation(known)
+        case "GlobalAveragePool":
+            return global_pool(known[0], _pixels(node))
+        case "AveragePool":
+            return average_pool(known[0], _window_sizes(node))
+        case _:
+            return function(node, model)
 
 
 def float_quantizers(model: LoweredModel) -> list[str]:
@@ -174,13 +179,10 @@ def float_quantizers(model: LoweredModel) -> list[str]:
     """
     found = []
     for node in model.skeleton.graph:
-        if (
-            not is_mark(node)
-            or mark_name(node) not in model.quantizers
-            or node.inputs[0] is None
-        ):
+        if not is_mark(node) or mark_name(node) not in model.quantizers:
             continue
-        producer = node.inputs[0].producer()
+        value = node.inputs[0]
+        producer = value.producer() if value is not None else None
         if producer is None or operation_before(node, model) is not None:
             continue
         if weight_layer(producer, model) is None and _mixes_floats(producer, model):
@@ -191,15 +193,15 @@ def float_quantizers(model: LoweredModel) -> list[str]:
 def _mixes_floats(node: ir.Node, model: LoweredModel) -> bool:
     if is_mark(node):
         return False
-    if weight_layer(
-        node, model
-    ) is None and node.op_type not in ARITHMETIC | CODE_OPS | {"Concat"}:
+    is_elementwise = node.op_type in ARITHMETIC | CODE_OPS | {"Concat"}
+    if not is_elementwise and weight_layer(node, model) is None:
         return True
     operands = node.inputs[:1] if node.op_type in CODE_OPS else node.inputs
-    producers = [v.producer() for v in operands if v is not None]
-    return any(
-        _mixes_floats(producer, model) for producer in producers if producer is not None
-    )
+    for value in operands:
+        producer = value.producer() if value is not None else None
+        if producer is not None and _mixes_floats(producer, model):
+            return True
+    return False
 
 
 def pair(
@@ -210,17 +212,16 @@ def pair(
     combine: Callable[..., NDArray[np.float64]],
 ) -> Operation:
     """All pairs of codes of two grids. Only those near a tie are computed in every arithmetic."""
-    a, b = (
-        array.ravel()
-        for array in np.meshgrid(_codes(first), _codes(second), indexing="ij")
-    )
+    grid_a, grid_b = np.meshgrid(_codes(first), _codes(second), indexing="ij")
+    a = grid_a.ravel()
+    b = grid_b.ravel()
     exact = combine(a * float(first.scale), b * float(second.scale))
 
     def ties(out: LoweredQuantizer) -> int:
-        largest = 255 * (
-            1 + (float(first.scale) + float(second.scale)) / float(out.scale)
-        )
-        near = _near_ties(exact / float(out.scale), out, LARGEST_ERROR * largest)
+        scale = float(out.scale)
+        ratios = (float(first.scale) + float(second.scale)) / scale
+        largest = 255 * (1 + ratios)
+        near = _near_ties(exact / scale, out, LARGEST_ERROR * largest)
         return disagreements(arithmetics(a[near], b[near], first, second, out), out)
 
     return Operation(kind, len(a), ties)
@@ -229,20 +230,21 @@ def pair(
 def requantization(source: LoweredQuantizer) -> Operation:
     """Codes of one grid written as codes of another."""
     codes = _codes(source)
-    return Operation(
-        "requantization",
-        len(codes),
-        lambda out: disagreements(arithmetic.requantizations(codes, source, out), out),
-    )
+
+    def ties(out: LoweredQuantizer) -> int:
+        return disagreements(arithmetic.requantizations(codes, source, out), out)
+
+    return Operation("requantization", len(codes), ties)
 
 
 def concatenation(sources: list[LoweredQuantizer]) -> Operation:
     """Requantization of each part."""
     parts = [requantization(source) for source in sources]
-    inputs = sum(part.inputs for part in parts)
-    return Operation(
-        "concatenation", inputs, lambda out: sum(part.ties(out) for part in parts)
-    )
+
+    def ties(out: LoweredQuantizer) -> int:
+        return sum(part.ties(out) for part in parts)
+
+    return Operation("concatenation", sum(part.inputs for part in parts), ties)
 
 
 def global_pool(source: LoweredQuantizer, pixels: int) -> Operation:
@@ -267,10 +269,11 @@ def average_pool(source: LoweredQuantizer, window_sizes: list[int]) -> Operation
     All runtimes add the elements' real values in the same order; the error is that of the quotients and the zero point.
     """
     codes = _codes(source)
-    totals = [np.arange(codes[0] * n, codes[-1] * n + 1) for n in window_sizes]
-    means = np.concatenate(
-        [total / n for total, n in zip(totals, window_sizes, strict=True)]
-    )
+    of_sizes = []
+    for size in window_sizes:
+        totals = np.arange(codes[0] * size, codes[-1] * size + 1)
+        of_sizes.append(totals / size)
+    means = np.concatenate(of_sizes)
 
     def ties(out: LoweredQuantizer) -> int:
         scaled = means * float(source.scale) / float(out.scale)
@@ -349,73 +352,80 @@ def _evaluate(nodes: list[ir.Node], codes: NDArray[np.float64]) -> NDArray[np.fl
 
     The nodes are elementwise and `codes` has one axis, so that layout operations are left out.
     """
-    names: dict[ir.Value, str] = {}
-    constants: list[onnx.TensorProto] = []
-    made: list[onnx.NodeProto] = []
-
-    def name_of(value: ir.Value | None) -> str:
-        if value is None:
-            return ""
-        if value not in names:
-            fixed = constant(value)
-            names[value] = "codes" if fixed is None else f"constant{len(constants)}"
-            if fixed is not None:
-                scalar = np.asarray(fixed, np.float64).reshape(())
-                constants.append(onnx.numpy_helper.from_array(scalar, names[value]))
-        return names[value]
-
-    for index, node in enumerate(nodes):
-        if node.op_type in CODE_OPS:
-            names[node.outputs[0]] = name_of(node.inputs[0])
-            continue
-        inputs = [name_of(value) for value in node.inputs]
-        names[node.outputs[0]] = f"value{index}"
-        copied = onnx.helper.make_node(node.op_type, inputs, [f"value{index}"])
-        copied.attribute.extend(
-            ir.to_proto(attribute) for attribute in node.attributes.values()
-        )
-        made.append(copied)
-    result = names[nodes[-1].outputs[0]]
-    graph = onnx.helper.make_graph(
-        made,
-        "function",
-        [
-            onnx.helper.make_tensor_value_info(
-                "codes", onnx.TensorProto.DOUBLE, [len(codes)]
-            )
-        ],
-        [
-            onnx.helper.make_tensor_value_info(
-                result, onnx.TensorProto.DOUBLE, [len(codes)]
-            )
-        ],
-        constants,
-    )
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)]
-    )
-    (values,) = ReferenceEvaluator(onnx.shape_inference.infer_shapes(model)).run(
-        None, {"codes": codes}
-    )
+    graph = _ScalarGraph()
+    for node in nodes:
+        graph.append(node)
+    result = graph.name_of(nodes[-1].outputs[0])
+    model = graph.model(result, len(codes))
+    (values,) = ReferenceEvaluator(model).run(None, {"codes": codes})
     return np.asarray(values, np.float64)
 
 
+class _ScalarGraph:
+    """Elementwise nodes in float64 on one input `codes` of one axis."""
+
+    def __init__(self) -> None:
+        self.names: dict[ir.Value, str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def append(self, node: ir.Node) -> None:
+        """Add a node; a layout operation is left out."""
+        result = node.outputs[0]
+        if node.op_type in CODE_OPS:
+            self.names[result] = self.name_of(node.inputs[0])
+            return
+        inputs = [self.name_of(value) for value in node.inputs]
+        self.names[result] = f"value{len(self.nodes)}"
+        copied = onnx.helper.make_node(node.op_type, inputs, [self.names[result]])
+        for attribute in node.attributes.values():
+            copied.attribute.append(ir.to_proto(attribute))
+        self.nodes.append(copied)
+
+    def name_of(self, value: ir.Value | None) -> str:
+        """Name of a value here: a node's result, a constant, or the input where it is neither."""
+        if value is None:
+            return ""
+        if value not in self.names:
+            fixed = constant(value)
+            self.names[value] = "codes" if fixed is None else self._constant(fixed)
+        return self.names[value]
+
+    def _constant(self, value: NDArray[np.generic]) -> str:
+        name = f"constant{len(self.constants)}"
+        scalar = np.asarray(value, np.float64).reshape(())
+        self.constants.append(onnx.numpy_helper.from_array(scalar, name))
+        return name
+
+    def model(self, result: str, size: int) -> onnx.ModelProto:
+        """The model from `size` codes to the value `result`."""
+        double = onnx.TensorProto.DOUBLE
+        graph = onnx.helper.make_graph(
+            self.nodes,
+            "function",
+            [onnx.helper.make_tensor_value_info("codes", double, [size])],
+            [onnx.helper.make_tensor_value_info(result, double, [size])],
+            self.constants,
+        )
+        opset = onnx.helper.make_opsetid("", OPSET)
+        model = onnx.helper.make_model(graph, opset_imports=[opset])
+        return onnx.shape_inference.infer_shapes(model)
+
+
 def _pixels(pool: ir.Node) -> int:
+    """Height times width of the images that a global pool reads."""
     shape = pool.inputs[0].shape if pool.inputs[0] is not None else None
     assert shape is not None
-    return int(np.prod([int(d) for d in list(shape)[2:]]))  # type: ignore[arg-type]
+    sizes = [int(size) for size in list(shape)[2:]]  # type: ignore[arg-type]
+    return math.prod(sizes)
 
 
 def _window_sizes(pool: ir.Node) -> list[int]:
     """How many elements a window of an average pool may have: fewer than the kernel's at a border."""
     kernel = pool.attributes["kernel_shape"].as_ints()
-    whole = int(np.prod(kernel))
-    has_padding = "pads" in pool.attributes and any(pool.attributes["pads"].as_ints())
-    hangs_over = (
-        "ceil_mode" in pool.attributes and pool.attributes["ceil_mode"].as_int() == 1
-    )
-    if not (has_padding or hangs_over):
-        return [whole]
+    is_padded = any(ints_of(pool, "pads", []))
+    if not is_padded and not is_set(pool, "ceil_mode"):
+        return [math.prod(kernel)]
     sizes = {1}
     for extent in kernel:
         sizes = {size * part for size in sizes for part in range(1, extent + 1)}

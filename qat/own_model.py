@@ -101,11 +101,10 @@ def onnx_of(
     `export.lower.lower`.
     """
     from export import session
-    from export.lower import lower, lower_float
+    from export.lower import lower, lower_float, lower_to_integers
     from export.metadata import sign, sign_float
     from export.metadata_entries import FLOAT_TARGETS
     from export.native_graph import emit
-    from export.passes import to_integers
     from export.qonnx import emit_qonnx
     from export.targets import target_named
 
@@ -120,7 +119,7 @@ def onnx_of(
             file = session.fp16(file)
         return sign_float(file, target, source, PRODUCER)
     chosen = target_named(target)
-    lowered = to_integers(lower(model, given, input_names=input_names), chosen)
+    lowered = lower_to_integers(model, given, chosen, input_names=input_names)
     return sign(emit(lowered, chosen), lowered, chosen, source, PRODUCER)
 
 
@@ -151,12 +150,11 @@ def certify(
     from export.agreement import agree
     from export.certificate import certify as certify_lowered
     from export.elsewhere import machines_of
-    from export.lower import input_names_of, lower
+    from export.lower import input_names_of, lower_to_integers
     from export.lowered import ExportError
     from export.metadata import describe, read_metadata
     from export.metadata_entries import FLOAT_TARGETS
     from export.onnx_file import read
-    from export.passes import to_integers
     from export.targets import target_named
 
     model = unwrapped(model)
@@ -173,7 +171,7 @@ def certify(
     names = input_names_of(model, given)
     feeds = _feeds(model, images, given, names)
     answers = _answers(labels, len(feeds))
-    lowered = to_integers(lower(model, given, input_names=names), target)
+    lowered = lower_to_integers(model, given, target, input_names=names)
     on_cpu = copied(model).cpu().eval()  # where the file runs
 
     def trained(

@@ -112,6 +112,7 @@ def _settle_scales(
 
 def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
     """Move weight scales off ties, in γ or in the weights and their scales; returns the number of layers."""
+    from export.names import bias_of, gamma_of
     from export.skeleton import weight_layer, written_by
     from export.ties import factors_off_ties
 
@@ -141,8 +142,8 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
         ):
             continue
         by_channel = torch.from_numpy(factors)
-        gamma = parameters.get(f"{layer.bias_parameter.removesuffix('.bias')}.weight")
-        if layer.bias_parameter not in ("", f"{layer.name}.bias") and gamma is not None:
+        gamma = parameters.get(gamma_of(layer.bias_parameter))
+        if layer.bias_parameter not in ("", bias_of(layer.name)) and gamma is not None:
             gamma.copy_(_scaled(gamma, by_channel))
             scaled += 1
             continue
@@ -189,7 +190,7 @@ def _settle_biases(
     rounded: dict[str, Tensor] = {}
     shifts: dict[str, float] = {}
     for name, rounding in bias_roundings(lowered).items():
-        owner = lowered.layers[f"{name}.weight"].bias_parameter
+        owner = lowered.layer(name).bias_parameter
         if not owner and not rounding.change.any():
             continue
         if owner not in parameters:

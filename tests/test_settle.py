@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from export import session
-from export.lower import lower, lowered_anew, trained_codes
+from export.lower import lower, lower_to_integers, lowered_anew, trained_codes
 from export.native_graph import emit
 from export.passes import to_integers
 from export.targets import TARGETS
@@ -36,7 +36,7 @@ def tiny(bits: int, rules: list[tuple[str, LayerSpec]] | None = None) -> nn.Modu
 
 def differing(model: nn.Module, target: str) -> int:
     """Codes that differ between the net and its file, both run freely from the image on."""
-    lowered = to_integers(lower(model, IMAGES[:1]), TARGETS[target])
+    lowered = lower_to_integers(model, IMAGES[:1], TARGETS[target])
     names = list(lowered.quantizers)
     found = session.load(session.with_outputs(emit(lowered, TARGETS[target]), names)).run(IMAGES.numpy())
     trained, _ = trained_codes(model, IMAGES.numpy())

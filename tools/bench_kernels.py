@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from edgeqat import cpp
 from export import latency, session
-from export.lower import lower, lower_float
+from export.lower import lower_float, lower_to_integers
 from export.native_graph import emit
-from export.passes import to_integers
 from export.targets import target_named
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.calibrate import calibrate
@@ -133,7 +132,7 @@ def variants(model: nn.Module, images: Tensor, bits: int, binary: bool) -> dict[
         quantize_(model, uniform_rules(bits, bits, ends), images[:1], weight_init="mse")
     calibrate(model, [images])
     target = target_named("ort-native")
-    return {"fp32": fp32, "int8": int8, "native": emit(to_integers(lower(model, images), target), target)}
+    return {"fp32": fp32, "int8": int8, "native": emit(lower_to_integers(model, images, target), target)}
 
 
 def report(name: str, files: dict[str, onnx.ModelProto], images: Tensor, macs: int, peak: float, flags: Flags) -> None:

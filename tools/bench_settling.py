@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from export import session
-from export.lower import lower
+from export.lower import lower_to_integers
 from export.native_graph import emit
-from export.passes import to_integers
 from export.targets import target_named
 from qat.runs.build import Built, load_run, load_state
 from qat.runs.recipe import Recipe
@@ -38,7 +37,7 @@ def answers_of_net(built: Built, images: NDArray[np.float32]) -> NDArray[np.int6
 def answers_of_file(built: Built, recipe: Recipe, target: str, images: NDArray[np.float32]) -> NDArray[np.int64]:
     chosen = target_named(target)
     example = torch.zeros(1, 3, recipe.model.image_size, recipe.model.image_size)
-    loaded = session.load(emit(to_integers(lower(built.model, example), chosen), chosen), threads=2)
+    loaded = session.load(emit(lower_to_integers(built.model, example, chosen), chosen), threads=2)
     parts = [loaded.run(images[i : i + BATCH])["logits"].argmax(1) for i in range(0, len(images), BATCH)]
     return np.concatenate(parts)
 

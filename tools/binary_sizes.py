@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from export.graph import emit_qdq
-from export.lower import lower, lower_float
-from export.passes import to_integers
+from export.lower import lower_float, lower_to_integers
 from export.targets import TARGETS
 from qat.runs.build import load_run
 from qat.surgery.backbones import create_backbone, first_and_last
@@ -35,7 +34,7 @@ def random_net(name: str, classes: int) -> tuple[nn.Module, int]:
 def sizes(model: nn.Module, image_size: int) -> dict[str, float]:
     """Bytes: of the one-bit layers and of the others in the file and in FP32, of both files as a whole."""
     example = torch.zeros(1, 3, image_size, image_size)
-    lowered = to_integers(lower(model, example), TARGET)
+    lowered = lower_to_integers(model, example, TARGET)
     proto = emit_qdq(lowered, TARGET)
     stored: dict[str, int] = {}
     for tensor in proto.graph.initializer:

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 
 from export import session
 from export.agreement import QuantizerResult, agree, from_reals, with_real_outputs
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredModel
 from export.metadata import read_metadata
 from export.onnx_file import read
 from export.openvino_session import FLOAT32, OpenvinoSession, openvino_runtime, version
-from export.passes import to_integers
 from export.reference import IntegerReference
 from export.targets import TARGETS, target_named
 from qat.deploy import exported
@@ -72,7 +71,7 @@ def check_quantized(file: Path, built: Built, side: int, images: Images, labels:
     """One plain QDQ file against the run it was exported from."""
     proto = read(file)
     target = target_named(read_metadata(proto, str(file))["target"])
-    model = to_integers(lower(built.model, torch.zeros(1, 3, side, side)), target)
+    model = lower_to_integers(built.model, torch.zeros(1, 3, side, side), target)
     runtimes = [openvino_runtime(proto, model.quantizers, name, options) for name, options in SETTINGS.items()]
     result = agree(model, file, target.name, images, labels, lambda x: trained_codes(built.model, x), runtimes)
     print(result)

@@ -37,10 +37,9 @@ from edgeqat import cpp
 from edgeqat.cpp import machine
 from export.kernels.build import LIBRARY_FLAGS, compile_all, sources
 from export.kernels.library import library
-from export.lower import lower
+from export.lower import lower_to_integers
 from export.metadata import KEY, Preprocessing, sign
 from export.native_graph import emit
-from export.passes import to_integers
 from export.predict import predict
 from export.targets import TARGETS
 from export.verify import verify_file
@@ -99,7 +98,7 @@ def write_base_files(folder: Path, targets: tuple[str, ...]) -> None:
     preprocessing = Preprocessing(SIDE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), CLASSES)
     for name in targets:
         target = TARGETS[name]
-        lowered = to_integers(lower(model, images), target)
+        lowered = lower_to_integers(model, images, target)
         signed = sign(emit(lowered, target), lowered, target, preprocessing, "edgeqat")
         (folder / f"{name}.onnx").write_bytes(signed.SerializeToString())
 

@@ -20,9 +20,8 @@ from torch import nn
 
 from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import machines_of
-from export.lower import lower
+from export.lower import lower_to_integers
 from export.native_graph import emit
-from export.passes import to_integers
 from export.targets import TARGETS
 from qat.surgery.backbones import first_and_last
 from qat.surgery.calibrate import calibrate
@@ -107,7 +106,7 @@ def main(flags: Flags) -> int:
                 chosen = TARGETS[target]
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    lowered = to_integers(lower(model, noise[:1]), chosen)
+                    lowered = lower_to_integers(model, noise[:1], chosen)
                 proto = emit(lowered, chosen)
                 where = tuple(m for m in machines if not chosen.native or m in machines_of("arm64"))
                 for found in certify_elsewhere(lowered, proto, name, np.asarray(images), where):

@@ -222,14 +222,13 @@ def _export_and_certify(row: Row, model: object, images: object, path: Path) -> 
 
     from export.certificate import EXACT_LEVELS, certify
     from export.graph import emit_qdq
-    from export.lower import lower, trained_codes
+    from export.lower import lower_to_integers, trained_codes
     from export.metadata import Preprocessing, sign
-    from export.passes import to_integers
     from export.targets import TARGETS
 
     assert isinstance(model, nn.Module) and isinstance(images, Tensor)
     target = TARGETS["ort-int8"]
-    lowered = to_integers(lower(model, images[:1]), target)
+    lowered = lower_to_integers(model, images[:1], target)
     seen = Preprocessing(row.image_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), tuple(map(str, range(CLASSES))))
     onnx.save(sign(emit_qdq(lowered, target), lowered, target, seen, "timm_coverage"), str(path))
     row.stage = "certify"

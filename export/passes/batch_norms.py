@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 
-from export.lowered import BIAS_PARAMETER, LoweredModel
+from export.lowered import BIAS_PARAMETER, LoweredLayer, LoweredModel
 from export.passes.edit import bypass
 from export.skeleton import constant, only_reader, weight_layer
 
@@ -16,31 +17,31 @@ def fold_batch_norms(model: LoweredModel) -> bool:
     """
     changed = False
     for node in list(model.skeleton.graph):
-        source = (
-            node.inputs[0].producer()
-            if node.op_type == "BatchNormalization" and node.inputs[0]
-            else None
-        )
-        layer = weight_layer(source, model) if source is not None else None
-        if (
-            source is None
-            or layer is None
-            or only_reader(source.outputs[0]) is not node
-        ):
+        layer = _layer_before(node, model)
+        if layer is None:
             continue
         gamma, beta, mean, variance = (
-            np.asarray(constant(v), np.float64) for v in node.inputs[1:5]
+            np.asarray(constant(value), np.float64) for value in node.inputs[1:5]
         )
         epsilon = node.attributes["epsilon"].as_float()
         a = gamma / np.sqrt(variance + epsilon)
-        bias = layer.folded_bias - mean
-        scale = (layer.scale.astype(np.float64) * a).astype(np.float32)
-        model.layers[f"{layer.name}.weight"] = replace(
+        folded = replace(
             layer,
-            scale=scale,
-            bias=bias * a + beta,
+            scale=(layer.scale.astype(np.float64) * a).astype(np.float32),
+            bias=(layer.folded_bias - mean) * a + beta,
             bias_parameter=node.meta.get(BIAS_PARAMETER, ""),
         )
+        model.put_layer(folded)
         bypass(node)
         changed = True
     return changed
+
+
+def _layer_before(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
+    """The layer whose results the batch norm `node` alone reads."""
+    if node.op_type != "BatchNormalization" or node.inputs[0] is None:
+        return None
+    source = node.inputs[0].producer()
+    if source is None or only_reader(source.outputs[0]) is not node:
+        return None
+    return weight_layer(source, model)

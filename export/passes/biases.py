@@ -7,6 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.names import layer_of, weight_of
 from export.rounding import NEGLIGIBLE_CODES, largest_results, largest_sums
 from export.skeleton import (
     CODE_OPS,
@@ -31,7 +32,7 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
         layer = weight_layer(node, model)
         if layer is None:
             continue
-        reached.add(f"{layer.name}.weight")
+        reached.add(weight_of(layer.name))
         if not model.quantizers:
             continue
         grid = grid_of(node.inputs[0])
@@ -56,12 +57,12 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
                 model.notes.append(
                     f"layer {layer.name!r}: in channels {silent} only the bias decides; only it is kept"
                 )
-        model.layers[f"{layer.name}.weight"] = layer
+        model.put_layer(layer)
         check_sums(layer, source)
     missing = [name for name in model.layers if name not in reached]
     if missing:
         raise ExportError(
-            f"layer {missing[0].removesuffix('.weight')!r}: its weight reaches no Conv or Gemm in the export"
+            f"layer {layer_of(missing[0])!r}: its weight reaches no Conv or Gemm in the export"
         )
     return True
 

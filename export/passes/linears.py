@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from export.lowered import ExportError, LoweredModel
+from export.lowered import ExportError, LoweredLayer, LoweredModel
 from export.passes.edit import new_constant, replace_node
 from export.skeleton import (
     LAYOUT_OPS,
@@ -47,36 +47,30 @@ def _turned_weight(node: ir.Node) -> ir.Node | None:
 
 
 def _make_gemm(model: LoweredModel, node: ir.Node, mark: ir.Node) -> None:
-    graph, layer = model.skeleton.graph, model.layers[mark_name(mark)]
-    width = layer.codes.shape[1]
+    graph = model.skeleton.graph
+    layer = model.layers[mark_name(mark)]
     add = _added_constant(node, len(layer.scale))
     last = node if add is None else add
     name = last.outputs[0].name
-    shape_in = new_constant(graph, f"{name}/shape_in", np.array([-1, width], np.int64))
-    shape_out = new_constant(
-        graph, f"{name}/shape_out", np.array(_open_shape(last, layer.name), np.int64)
-    )
-    flat = ir.node("Reshape", [node.inputs[0], shape_in], name=f"{name}/flatten")
-    flat.outputs[0].name, flat.outputs[0].shape = (
-        f"{name}/flat",
-        ir.Shape([None, width]),
-    )
+    width = layer.codes.shape[1]
+    open_shape = _open_shape(last, layer.name)
+    rows = new_constant(graph, f"{name}/shape_in", np.array([-1, width], np.int64))
+    result = new_constant(graph, f"{name}/shape_out", np.array(open_shape, np.int64))
+    flat = ir.node("Reshape", [node.inputs[0], rows], name=f"{name}/flatten")
+    flat.outputs[0].name = f"{name}/flat"
+    flat.outputs[0].shape = ir.Shape([None, width])
     operands = [flat.outputs[0], mark.outputs[0]]
     if add is not None:
-        bias = next(
-            value
-            for value in add.inputs
-            if value is not None and constant(value) is not None
-        )
+        bias = next(value for value in add.inputs if constant(value) is not None)
+        assert bias is not None
         operands.append(bias)
-        model.layers[mark_name(mark)] = replace(
-            layer, bias=np.asarray(constant(bias), np.float64)
-        )
+        layer = replace(layer, bias=np.asarray(constant(bias), np.float64))
     elif layer.bias is not None:  # the graph computes it, and adds it after the product
-        model.layers[mark_name(mark)] = replace(layer, bias=None, bias_parameter="")
+        layer = replace(layer, bias=None, bias_parameter="")
+    model.layers[mark_name(mark)] = layer
     gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
     gemm.outputs[0].name = f"{name}/gemm"
-    restored = ir.node("Reshape", [gemm.outputs[0], shape_out], name=f"{name}/restore")
+    restored = ir.node("Reshape", [gemm.outputs[0], result], name=f"{name}/restore")
     replace_node(last, [flat, gemm, restored])
     if add is not None:
         graph.remove(node, safe=True)
@@ -99,37 +93,45 @@ def gemms_from_classifiers(model: LoweredModel) -> bool:
     changed = False
     for node in list(model.skeleton.graph):
         layer = weight_layer(node, model) if node.op_type == "Conv" else None
-        source = node.inputs[0]
-        if (
-            layer is None
-            or source is None
-            or source.shape is None
-            or list(source.shape)[2:] != [1, 1]
-        ):
+        if layer is None or not _is_classifier(node, layer):
             continue
-        if layer.codes.shape[1:] != (source.shape[1], 1, 1) or not _is_returned(
-            node.outputs[0]
-        ):
-            continue
-        name, graph = node.outputs[0].name, model.skeleton.graph
-        mark = node.inputs[1]
-        assert mark is not None
-        shape = new_constant(
-            graph, f"{name}/shape_out", np.array([-1, len(layer.scale), 1, 1], np.int64)
-        )
-        flat = ir.node("Flatten", [source], name=f"{name}/flatten")
-        gemm = ir.node(
-            "Gemm", [flat.outputs[0], mark], attributes={"transB": 1}, name=layer.name
-        )
-        restored = ir.node("Reshape", [gemm.outputs[0], shape], name=f"{name}/restore")
-        flat.outputs[0].name, gemm.outputs[0].name = f"{name}/flat", f"{name}/gemm"
-        flat.outputs[0].shape = ir.Shape([None, layer.codes.shape[1]])
-        model.layers[f"{layer.name}.weight"] = replace(
-            layer, kind="linear", codes=layer.codes[:, :, 0, 0]
-        )
-        replace_node(node, [flat, gemm, restored])
+        _classifier_to_gemm(model, node, layer)
         changed = True
     return changed
+
+
+def _is_classifier(convolution: ir.Node, layer: LoweredLayer) -> bool:
+    """Whether a convolution reads one pixel of all channels and the graph returns its result."""
+    source = convolution.inputs[0]
+    if source is None or source.shape is None:
+        return False
+    if list(source.shape)[2:] != [1, 1]:
+        return False
+    reads_all_channels = layer.codes.shape[1:] == (source.shape[1], 1, 1)
+    return reads_all_channels and _is_returned(convolution.outputs[0])
+
+
+def _classifier_to_gemm(
+    model: LoweredModel, node: ir.Node, layer: LoweredLayer
+) -> None:
+    source, mark = node.inputs[:2]
+    name = node.outputs[0].name
+    classes, channels = layer.codes.shape[:2]
+    shape = new_constant(
+        model.skeleton.graph,
+        f"{name}/shape_out",
+        np.array([-1, classes, 1, 1], np.int64),
+    )
+    flat = ir.node("Flatten", [source], name=f"{name}/flatten")
+    flat.outputs[0].name = f"{name}/flat"
+    flat.outputs[0].shape = ir.Shape([None, channels])
+    operands = [flat.outputs[0], mark]
+    gemm = ir.node("Gemm", operands, attributes={"transB": 1}, name=layer.name)
+    gemm.outputs[0].name = f"{name}/gemm"
+    restored = ir.node("Reshape", [gemm.outputs[0], shape], name=f"{name}/restore")
+    linear = replace(layer, kind="linear", codes=layer.codes[:, :, 0, 0])
+    model.put_layer(linear)
+    replace_node(node, [flat, gemm, restored])
 
 
 def _is_returned(value: ir.Value) -> bool:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export.graph import emit_qdq
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import LoweredModel
-from export.passes import to_integers
 from qat.surgery.calibrate import calibrate
 from qat.surgery.swap import quantize_, uniform_rules
 from tests.surgery.nets import TinyNet, with_random_norms
@@ -45,7 +44,7 @@ def build_tiny(bits: int, images: torch.Tensor) -> nn.Module:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     images = torch.randn(6, 3, 33, 29, generator=torch.Generator().manual_seed(3))
     model = build_tiny(4, images)
-    lowered = to_integers(lower(model, images))
+    lowered = lower_to_integers(model, images)
     proto = emit_qdq(lowered)
     file = tmp_path_factory.mktemp("export") / "tiny.onnx"
     onnx.save(proto, str(file))

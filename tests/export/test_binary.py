@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from export import session
 from export.fidelity import fidelity
 from export.graph import emit_qdq
-from export.lower import lower, trained_codes
+from export.lower import lower, lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
-from export.passes import to_integers
 from export.reference import IntegerReference
 from export.targets import TARGETS
 from export.thresholds import code_thresholds, with_threshold_bias
@@ -80,7 +79,7 @@ def mismatches(lowered: LoweredModel, target: str, level: str) -> dict[str, int]
 )
 def test_every_code_matches(binarizer: Binarizer, target: str) -> None:
     model = binary_net(binarizer)
-    lowered = to_integers(lower(model, IMAGES), TARGETS[target])
+    lowered = lower_to_integers(model, IMAGES, TARGETS[target])
     assert {level: mismatches(lowered, target, level) for level in ("EXTENDED", "ALL")} == {"EXTENDED": {}, "ALL": {}}
     binary = [q for q in lowered.quantizers.values() if q.is_binary]
     assert {q.write_scale is None for q in binary} == {True, False}  # read from codes, and from sums
@@ -89,7 +88,7 @@ def test_every_code_matches(binarizer: Binarizer, target: str) -> None:
 
 def test_stored_weights_are_the_latent_ones_signs_in_one_bit_each() -> None:
     model = binary_net()
-    lowered = to_integers(lower(model, IMAGES), TARGETS["ort-packed"])
+    lowered = lower_to_integers(model, IMAGES, TARGETS["ort-packed"])
     sizes = {t.name: len(t.raw_data) for t in emit_qdq(lowered, TARGETS["ort-packed"]).graph.initializer}
     pairs = list(binary_weights(model))
     assert len(pairs) == 4
@@ -102,7 +101,7 @@ def test_stored_weights_are_the_latent_ones_signs_in_one_bit_each() -> None:
 def test_the_trained_net_has_the_files_codes() -> None:
     model = binary_net()
     codes, outputs = trained_codes(model, IMAGES.numpy())
-    reference = IntegerReference(to_integers(lower(model, IMAGES)), session.FloatOperators())
+    reference = IntegerReference(lower_to_integers(model, IMAGES), session.FloatOperators())
     judged, _ = fidelity(reference, IMAGES.numpy(), lambda images: (codes, outputs), outputs, len(IMAGES))
     # bias codes of the 8-bit layers round by up to 1/22 of an output code: what is near a tie goes the other way
     assert not judged.unexplained and judged.at_ties <= judged.codes / 22, judged

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from export import graph as qdq_graph
 from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import unavailable
-from export.lower import lower
+from export.lower import lower_to_integers
 from export.native_graph import emit
-from export.passes import biases, to_integers
+from export.passes import biases
 from export.targets import TARGETS, LayerPlan, Target
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import calibrate
@@ -57,7 +57,7 @@ def net(power_of_two: bool) -> nn.Module:
 
 
 def on_arm(model: nn.Module, target: Target) -> Elsewhere:
-    lowered = to_integers(lower(model, IMAGES[:1]), target)
+    lowered = lower_to_integers(model, IMAGES[:1], target)
     (found,) = certify_elsewhere(lowered, emit(lowered, target), "net.onnx", IMAGES.numpy(), (MACHINE,))
     assert not found.not_run
     return found

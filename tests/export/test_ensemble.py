@@ -15,10 +15,9 @@ from export import session
 from export.certificate import certify
 from export.ensemble import AVERAGES, check_joined, merge_members, split_members
 from export.graph import emit_qdq
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredModel
 from export.metadata import KEY, Preprocessing, sign
-from export.passes import to_integers
 from export.targets import TARGETS
 from export.verify import verify_file
 from qat.surgery.calibrate import calibrate
@@ -44,7 +43,7 @@ def trained(seed: int, bits: int, weight_only: bool = False) -> torch.nn.Module:
 
 
 def written(model: torch.nn.Module, target: str = "ort-packed") -> tuple[LoweredModel, onnx.ModelProto]:
-    lowered = to_integers(lower(model, IMAGES), TARGETS[target])
+    lowered = lower_to_integers(model, IMAGES, TARGETS[target])
     return lowered, sign(emit_qdq(lowered, TARGETS[target]), lowered, TARGETS[target], PREPROCESSING, "test")
 
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from export.certificate import Certificate, certify
 from export.fidelity import Fidelity, _einsum_products, within_share
-from export.lower import lower, trained_codes
+from export.lower import lower, lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredModel
 from export.native_graph import emit
-from export.passes import to_integers
 from export.targets import TARGETS
 from qat.settle import settle_
 from qat.surgery.calibrate import calibrate
@@ -76,7 +75,7 @@ def certificate(
 def test_the_right_lowering_is_certified(tmp_path: Path) -> None:
     model = trained()
     settle_(model, IMAGES[:1])
-    result = certificate(model, to_integers(lower(model, IMAGES[:1])), tmp_path)
+    result = certificate(model, lower_to_integers(model, IMAGES[:1]), tmp_path)
     assert result.passed, str(result)
     assert result.fidelity.at_ties <= 1e-5 * result.fidelity.codes and result.fidelity.same == len(IMAGES)
     by_hand = 144 * 8 * 27 + 144 * 8 * 8 + 144 * 8 * 72 + 16 * 12 * 144 + 12 * 5  # pixels · outputs · products of each
@@ -99,14 +98,14 @@ def test_a_mistake_that_file_and_reference_share_is_named(mistake: str, tmp_path
     attributes, where = MISTAKES[mistake]
     for name, value in attributes.items():
         setattr(model, name, value)  # what was trained; the twin is what was lowered
-    result = certificate(model, to_integers(lower(twin, IMAGES[:1])), tmp_path)
+    result = certificate(model, lower_to_integers(twin, IMAGES[:1]), tmp_path)
     assert all(level.passed for level in result.levels) and not result.stored  # file and reference agree
     assert not result.passed and "NOT CERTIFIED" in str(result)
     assert next(iter(result.fidelity.unexplained)) == where and where in str(result), str(result)
 
 
 def edited(model: nn.Module, name: str, **changes: Callable[[np.ndarray], np.ndarray]) -> LoweredModel:
-    lowered = to_integers(lower(model, IMAGES[:1]))
+    lowered = lower_to_integers(model, IMAGES[:1])
     layer = lowered.layers[f"{name}.weight"]
     values: dict[str, Any] = {field: change(getattr(layer, field).copy()) for field, change in changes.items()}
     lowered.layers[f"{name}.weight"] = dataclasses.replace(layer, **values)
@@ -156,11 +155,11 @@ def test_an_outlier_in_calibration_is_not_hidden(tmp_path: Path) -> None:
     outlier = IMAGES.clone()
     outlier[0, 0, 0, 0] = 1e6
     calibrate(model, [outlier])
-    result = certificate(model, to_integers(lower(model, IMAGES[:1])), tmp_path)
+    result = certificate(model, lower_to_integers(model, IMAGES[:1]), tmp_path)
     assert not result.passed and "rounding its bias moves results" in str(result), str(result)
     settlement = settle_(model, IMAGES[:1])
     assert max(settlement.shifts.values()) > 0.5
-    assert certificate(model, to_integers(lower(model, IMAGES[:1])), tmp_path).passed
+    assert certificate(model, lower_to_integers(model, IMAGES[:1]), tmp_path).passed
 
 
 class Scaled(nn.Module):
@@ -189,7 +188,7 @@ def test_results_far_beyond_a_grid_may_end_next_to_its_ties(tmp_path: Path) -> N
     )  # of the sums: every result is next to a tie of this grid
     found["last.input"].raw_scale.data.copy_(unit.max())
     model.first.bias.data.copy_(unit * (0.5 - 0.002))
-    result = certificate(model, to_integers(lower(model, images[:1])), tmp_path, images=images).fidelity
+    result = certificate(model, lower_to_integers(model, images[:1]), tmp_path, images=images).fidelity
     assert result.at_ties > 0 and result.unexplained == {}
 
 
@@ -214,7 +213,7 @@ def wide(bias_in_units: float) -> nn.Module:
     model.second.weight.data = 1 + 0.01 * model.second.weight.data  # codes next to 127: the largest sum is 2^26
     quantize_(model, uniform_rules(8, 8), IMAGES[:1], weight_init="mse")
     calibrate(model, [IMAGES])
-    lowered = to_integers(lower(model, IMAGES[:1]))
+    lowered = lower_to_integers(model, IMAGES[:1])
     layer = lowered.layers["second.weight"]
     bias = bias_in_units * float(lowered.quantizers[layer.input_quantizer].scale * layer.stored_scale[0])
     with torch.no_grad():
@@ -228,7 +227,7 @@ def wide(bias_in_units: float) -> nn.Module:
 @pytest.mark.parametrize("bias", [0.5 * 2**30, 1.2 * 2**30, 1.7 * 2**30])
 def test_a_large_bias_keeps_its_sums(bias: float, tmp_path: Path) -> None:
     model = wide(bias)
-    lowered = to_integers(lower(model, IMAGES[:1]))
+    lowered = lower_to_integers(model, IMAGES[:1])
     assert not lowered.layers["second.weight"].dead_channels
     result = certificate(model, lowered, tmp_path)
     assert not result.fidelity.unexplained, str(result)
@@ -238,7 +237,7 @@ def test_a_bias_that_no_integer_holds_beside_its_sums_is_refused_by_name() -> No
     with pytest.raises(
         ExportError, match=r"layer 'second': the bias of output channel 0 is .* 32 bits cannot hold both"
     ):
-        to_integers(lower(wide(2.1 * 2**30), IMAGES[:1]))
+        lower_to_integers(wide(2.1 * 2**30), IMAGES[:1])
 
 
 def test_a_channel_that_its_bias_alone_decides_keeps_only_that(tmp_path: Path) -> None:
@@ -247,7 +246,7 @@ def test_a_channel_that_its_bias_alone_decides_keeps_only_that(tmp_path: Path) -
     with torch.no_grad():
         for name in ("last_norm#batch_norm0", "#mul0", "#clip1"):
             quantizers(model)[name].raw_scale.mul_(1e-3)
-    lowered = to_integers(lower(model, IMAGES[:1]))
+    lowered = lower_to_integers(model, IMAGES[:1])
     assert lowered.layers["second.weight"].dead_channels == (0,) and "only the bias decides" in lowered.notes[0]
     assert not certificate(model, lowered, tmp_path).fidelity.unexplained
 
@@ -299,7 +298,7 @@ def test_every_output_is_certified_under_its_name(kind: str, names: list[str], t
     quantize_(model, uniform_rules(4, 4), IMAGES[:1])
     calibrate(model, [IMAGES])
     settle_(model, IMAGES[:1])
-    lowered = to_integers(lower(model, IMAGES[:1]))
+    lowered = lower_to_integers(model, IMAGES[:1])
     result = certificate(model, lowered, tmp_path)
     assert result.passed, str(result)
     assert [o.name for o in onnx.load(str(tmp_path / "model.onnx")).graph.output] == names

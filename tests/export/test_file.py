@@ -15,10 +15,9 @@ from PIL import Image
 from export import session
 from export.bench import bench, layer_bytes
 from export.graph import emit_qdq
-from export.lower import lower, lower_float
+from export.lower import lower_float, lower_to_integers
 from export.lowered import ExportError
 from export.metadata import Preprocessing, broken_signatures, read_metadata, sign
-from export.passes import to_integers
 from export.predict import predict, preprocess
 from export.runtime_checks import settings_that_differ
 from export.stress import OPTIMIZERS, adversarial, culprit
@@ -33,7 +32,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module", params=["ort-int8", "ort-packed"])
 def signed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = TARGETS[request.param]
-    lowered = to_integers(lower(build_tiny(4, IMAGES), IMAGES), target)
+    lowered = lower_to_integers(build_tiny(4, IMAGES), IMAGES, target)
     file = tmp_path_factory.mktemp("file") / "model.onnx"
     onnx.save(sign(emit_qdq(lowered, target), lowered, target, INPUT, "test"), str(file))
     return file

@@ -10,9 +10,8 @@ import torch
 
 from export.certificate import Certificate, certify
 from export.graph import emit_qdq
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredModel
-from export.passes import to_integers
 from export.targets import TARGETS, Target
 from qat.quantizers.lsq_plus import LSQPlus
 from qat.quantizers.spec import QuantSpec
@@ -31,7 +30,7 @@ def exported(
     model = with_random_norms(TinyNet()).eval()
     quantize_(model, [("*", layer)], IMAGES[:1], stream=stream, weight_init="mse")
     calibrate(model, [IMAGES])
-    lowered = to_integers(lower(model, IMAGES), target)
+    lowered = lower_to_integers(model, IMAGES, target)
     file = tmp_path / "tiny.onnx"
     onnx.save(emit_qdq(lowered), str(file))
     return model, lowered, file

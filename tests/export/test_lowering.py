@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from export.graph import emit_qdq
-from export.lower import lower
+from export.lower import lower, lower_to_integers
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
-from export.passes import to_integers
 from export.passes.batch_norms import fold_batch_norms
 from export.targets import saturates
 from qat.surgery.swap import quantize_, quantizers, uniform_rules
@@ -85,7 +84,7 @@ def test_a_silenced_channel_keeps_its_bias_alone() -> None:
     model = build_tiny(4, IMAGES)
     model.bn.weight.data[2] = 0.0
     model.bn.weight.data[3] = 1e-30
-    lowered = to_integers(lower(model, IMAGES))
+    lowered = lower_to_integers(model, IMAGES)
     layer = lowered.layers["stem.weight"]
     assert layer.dead_channels == (2, 3)
     assert not layer.codes[[2, 3]].any()
@@ -131,5 +130,5 @@ def test_an_infinite_bound_in_a_buffer_is_not_refused() -> None:
 
 def test_the_model_itself_is_untouched_by_export(tiny: Exported) -> None:
     before = tiny.model(IMAGES).detach()
-    emit_qdq(to_integers(lower(tiny.model, IMAGES)))
+    emit_qdq(lower_to_integers(tiny.model, IMAGES))
     assert torch.equal(tiny.model(IMAGES), before)

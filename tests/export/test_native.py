@@ -17,11 +17,10 @@ from export import session
 from export.certificate import certify, compare_stored
 from export.kernels import library as kernels_library
 from export.kernels.build import HERE
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredModel, LoweredQuantizer
 from export.native_file import is_native, quantizer_names
 from export.native_graph import emit, requantizing_table
-from export.passes import to_integers
 from export.reference import Codes, IntegerReference, quantize
 from export.runtime_checks import layer_kernels
 from export.targets import TARGETS
@@ -57,7 +56,7 @@ class Wide(nn.Module):
 
 
 def lowered(model: nn.Module, target: str) -> LoweredModel:
-    return to_integers(lower(model, IMAGES), TARGETS[target])
+    return lower_to_integers(model, IMAGES, TARGETS[target])
 
 
 def build_wide(bits: int) -> nn.Module:

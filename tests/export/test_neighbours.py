@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.certificate import Certificate, certify
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.native_graph import emit
-from export.passes import to_integers
 from export.targets import TARGETS
 from qat.settle import settle_
 from qat.surgery.calibrate import calibrate
@@ -113,7 +112,7 @@ def certificate(net: str, target: str, tmp_path: Path) -> Certificate:
     quantize_(model, rules + uniform_rules(4, 4), IMAGES[:1])
     calibrate(model, [IMAGES])
     settle_(model, IMAGES[:1])
-    lowered = to_integers(lower(model, IMAGES[:1]), TARGETS[target])
+    lowered = lower_to_integers(model, IMAGES[:1], TARGETS[target])
     file = tmp_path / "model.onnx"
     onnx.save(emit(lowered, TARGETS[target]), str(file))
     labels = np.zeros(len(IMAGES), np.int64)

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export import session
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import ExportError
 from export.native_graph import emit
-from export.passes import to_integers
 from export.reference import IntegerReference
 from export.targets import TARGETS
 from qat.surgery.calibrate import calibrate
@@ -52,7 +51,7 @@ def net(fill: float, pool: bool) -> nn.Module:
 def test_the_file_pads_with_what_was_trained(fill: float, pool: bool, target: str) -> None:
     model = net(fill, pool)
     logits = trained_codes(model, IMAGES.numpy())[1]["logits"]
-    lowered = to_integers(lower(model, IMAGES[:1]), TARGETS[target])
+    lowered = lower_to_integers(model, IMAGES[:1], TARGETS[target])
     runtime = session.load(session.with_outputs(emit(lowered, TARGETS[target]), list(lowered.quantizers)))
     found = runtime.run(IMAGES.numpy())
     expected, _ = IntegerReference(lowered, session.FloatOperators()).run(IMAGES, given=found)
@@ -64,4 +63,4 @@ def test_the_file_pads_with_what_was_trained(fill: float, pool: bool, target: st
 @pytest.mark.parametrize(("fill", "pool"), [(-2.0, False), (0.37, True), (-2.0, True)])
 def test_codes_padded_with_another_number_are_refused_by_layer_and_value(fill: float, pool: bool) -> None:
     with pytest.raises(ExportError, match=rf"layer 'third': its input is padded with {fill:g}, which is not a code"):
-        to_integers(lower(net(fill, pool), IMAGES[:1]))
+        lower_to_integers(net(fill, pool), IMAGES[:1])

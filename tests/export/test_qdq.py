@@ -14,11 +14,10 @@ from export import session
 from export.agreement import Agreement, agree, compare_codes, onnx_runtime, to_storage
 from export.certificate import FLOAT_LEVEL_LIMIT, compare_stored
 from export.fidelity import fidelity
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.metadata import Preprocessing, broken_signatures, read_metadata, sign
 from export.native_graph import emit
-from export.passes import to_integers
 from export.passes.scales import positive_scales
 from export.reference import IntegerReference
 from export.targets import TARGETS, check_quantizer, plan_layer, weight_multiplier_of
@@ -51,7 +50,7 @@ def tiny_net(target: str) -> nn.Module:
 
 
 def exported(model: nn.Module, target: str) -> tuple[LoweredModel, onnx.ModelProto]:
-    lowered = to_integers(lower(model, IMAGES), TARGETS[target])
+    lowered = lower_to_integers(model, IMAGES, TARGETS[target])
     proto = emit(lowered, TARGETS[target])
     onnx.checker.check_model(proto, full_check=True)
     return lowered, proto
@@ -195,7 +194,7 @@ def test_two_quantizers_in_a_row_both_survive_the_runtimes_optimiser() -> None:
     model.extra = LSQ(QuantSpec(8), name="extra")
     calibrate(model, [images])
     model.extra.raw_scale.data.mul_(2.7)
-    lowered = to_integers(lower(model, images), TARGETS["qdq"])
+    lowered = lower_to_integers(model, images, TARGETS["qdq"])
     proto = emit(lowered, TARGETS["qdq"])
     _, expected = IntegerReference(lowered, session.FloatOperators()).run(images)
     # All optimisers but the one that rounds float biases. The float mean at the end may round in another order; a dropped
@@ -259,7 +258,7 @@ def test_int8_codes_are_read_back_into_storage() -> None:
 
 def test_one_bit_activations_are_refused_by_name() -> None:
     with pytest.raises(ExportError, match=r"quantizer '.*': target qdq has no one-bit activations.*at least 2 bits"):
-        to_integers(lower(binary_net(), BINARY_IMAGES), TARGETS["qdq"])
+        lower_to_integers(binary_net(), BINARY_IMAGES, TARGETS["qdq"])
 
 
 def test_weight_only_nets_hold_their_codes_and_read_floats() -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from export import session
 from export.graph import emit_qdq
-from export.lower import lower
-from export.passes import to_integers
+from export.lower import lower_to_integers
 from export.reference import IntegerReference
 from export.targets import TARGETS
 from qat.surgery.calibrate import calibrate
@@ -80,7 +79,7 @@ def test_every_code_of_a_random_net_matches(stages: list[dict[str, Any]], bits: 
     images = torch.randn(2, 3, 17, 15)
     quantize_(model, uniform_rules(bits, bits, ("stem", "head")), images, weight_init="mse")
     calibrate(model, [images])
-    lowered = to_integers(lower(model, images), TARGETS[target])
+    lowered = lower_to_integers(model, images, TARGETS[target])
     names = list(lowered.quantizers)
     outputs = session.load(session.with_outputs(emit_qdq(lowered, TARGETS[target]), names)).run(images.numpy())
     expected, defined = IntegerReference(lowered, session.FloatOperators()).run(images, given=outputs)

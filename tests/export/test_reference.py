@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export import session
 from export.lowered import LoweredQuantizer
-from export.reference import Accumulator, Codes, IntegerReference, Mean, Sum, Value, WindowMean, quantize
+from export.reference import Accumulator, Codes, IntegerReference, Mean, Sum, Value, Window, WindowMean, quantize
 from tests.export.conftest import Exported
 
 
@@ -112,7 +112,7 @@ def test_pools_equal_the_runtime(seed: int, kind: str) -> None:
     else:
         pad, ceil, counts = {"window": (0, 0, 0), "padded": (1, 0, int(seed % 2)), "ceil": (0, 1, 0)}[kind]
         kernel = (3, 3) if kind == "padded" else (2, 2)
-        value = WindowMean(source, kernel, (2, 2), (pad,) * 4, bool(ceil), bool(counts))
+        value = WindowMean(source, Window(kernel, (2, 2), (pad,) * 4, ceil=bool(ceil)), bool(counts))
         node = helper.make_node(
             "AveragePool", ["xf"], ["c"], kernel_shape=kernel, strides=[2, 2], pads=[pad] * 4, ceil_mode=ceil,
             count_include_pad=counts,

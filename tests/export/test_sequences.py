@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from export import session
 from export.graph import emit_qdq
-from export.lower import lower
+from export.lower import lower_to_integers
 from export.lowered import LoweredModel
-from export.passes import to_integers
 from export.reference import IntegerReference
 from export.runtime_checks import settings_that_differ
 from qat.surgery.calibrate import calibrate
@@ -47,7 +46,7 @@ class BatchSecond(nn.Module):
 def exported(model: nn.Module, images: Tensor) -> tuple[LoweredModel, onnx.ModelProto]:
     quantize_(model, uniform_rules(4, 4, ("stem", "head")), images, weight_init="mse")
     calibrate(model, [images])
-    lowered = to_integers(lower(model, images[:1]))
+    lowered = lower_to_integers(model, images[:1])
     return lowered, emit_qdq(lowered)
 
 

@@ -13,11 +13,10 @@ from onnx import numpy_helper
 from export import session
 from export.certificate import certify, compare_stored
 from export.graph import emit_qdq
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
 from export.metadata import Preprocessing, missing_options, sign
 from export.native_graph import emit
-from export.passes import to_integers
 from export.passes.biases import check_sums
 from export.runtime_checks import INTEGER_KERNELS, layer_kernels
 from export.targets import TARGETS, plan_layer, saturates, target_named, weight_multiplier_of
@@ -36,7 +35,7 @@ PACKED = list(itertools.product([2, 3, 4, 5, 7], ["ort-packed", "ort-packed-int4
 )
 def test_packed_files_are_certified_and_fold_to_integer_kernels(bits: int, target: str, tmp_path: Path) -> None:
     model, chosen = build_tiny(bits, IMAGES), TARGETS[target]
-    lowered = to_integers(lower(model, IMAGES), chosen)
+    lowered = lower_to_integers(model, IMAGES, chosen)
     proto, file = emit_qdq(lowered, chosen), tmp_path / "packed.onnx"
     onnx.save(proto, str(file))
     result = certify(lowered, file, IMAGES.numpy(), np.zeros(3, np.int64), lambda x: trained_codes(model, x))
@@ -48,7 +47,7 @@ def test_packed_files_are_certified_and_fold_to_integer_kernels(bits: int, targe
 
 def test_packed_and_plain_files_compute_the_same_logits(tiny: Exported) -> None:
     chosen = TARGETS["ort-packed"]
-    packed = emit_qdq(to_integers(lower(tiny.model, IMAGES), chosen), chosen)
+    packed = emit_qdq(lower_to_integers(tiny.model, IMAGES, chosen), chosen)
     first, second = (session.load(p).run(tiny.images)["logits"] for p in (tiny.proto, packed))
     assert np.array_equal(first, second)
     sizes = {t.name: numpy_helper.to_array(t).nbytes for t in packed.graph.initializer}
@@ -57,7 +56,7 @@ def test_packed_and_plain_files_compute_the_same_logits(tiny: Exported) -> None:
 
 def test_a_flipped_bit_in_a_plane_is_found(tiny: Exported) -> None:
     chosen = TARGETS["ort-packed"]
-    lowered = to_integers(lower(tiny.model, IMAGES), chosen)
+    lowered = lower_to_integers(tiny.model, IMAGES, chosen)
     packed = emit_qdq(lowered, chosen)
     assert compare_stored(lowered, packed) == {}
     plane = next(t for t in packed.graph.initializer if t.name == "right.weight/p0")
@@ -107,7 +106,7 @@ def test_no_file_holds_the_byte_minus_128(bits: int, target: str) -> None:
         for module in model.modules():
             if isinstance(module, (QuantConv2d, QuantLinear)):
                 module.weight.fill_(-1000.0)
-    lowered = to_integers(lower(model, IMAGES), TARGETS[target])
+    lowered = lower_to_integers(model, IMAGES, TARGETS[target])
     assert {int(entry.codes.min()) for entry in lowered.layers.values()} <= {-(1 << (bits - 1)), -127}
     weights = bytes_the_runtime_reads(emit(lowered, TARGETS[target]))
     assert len(weights) == len(lowered.layers)
@@ -158,13 +157,13 @@ def test_kernels_are_named_per_layer(tiny: Exported) -> None:
 @pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if not target.qdq])
 def test_every_layer_runs_an_integer_kernel_whatever_the_target(target: str) -> None:
     chosen = TARGETS[target]
-    lowered = to_integers(lower(build_tiny(4, IMAGES), IMAGES), chosen)
+    lowered = lower_to_integers(build_tiny(4, IMAGES), IMAGES, chosen)
     assert set(layer_kernels(lowered.layer_names, emit_qdq(lowered, chosen)).values()) <= INTEGER_KERNELS
 
 
 def test_a_file_whose_metadata_lost_a_session_option_is_warned_about() -> None:
     chosen = TARGETS["ort-packed-vnni"]
-    lowered = to_integers(lower(build_tiny(4, IMAGES), IMAGES), chosen)
+    lowered = lower_to_integers(build_tiny(4, IMAGES), IMAGES, chosen)
     proto = emit_qdq(lowered, chosen)
     shown = Preprocessing(33, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ("a",))
     assert missing_options(sign(proto, lowered, chosen, shown, "test")) == ()

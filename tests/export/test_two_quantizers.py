@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from export import session
 from export.graph import emit_qdq
-from export.lower import lower
-from export.passes import to_integers
+from export.lower import lower_to_integers
 from export.reference import IntegerReference
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.spec import QuantSpec
@@ -33,7 +32,7 @@ def test_both_quantizers_keep_their_grid() -> None:
     model.extra = LSQ(QuantSpec(8), name="extra")
     calibrate(model, [images])
     model.extra.raw_scale.data.mul_(2.7)
-    lowered = to_integers(lower(model, images))
+    lowered = lower_to_integers(model, images)
     names = list(lowered.quantizers)
     (found,) = session.load(emit_qdq(lowered)).run(images.numpy()).values()
     _, defined = IntegerReference(lowered, session.FloatOperators()).run(images)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from export.certificate import Certificate, certify
 from export.graph import emit_qdq
-from export.lower import lower, trained_codes
+from export.lower import lower_to_integers, trained_codes
 from export.metadata import Preprocessing, sign
-from export.passes import to_integers
 from export.targets import TARGETS
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.calibrate import begin, calibrate, pause
@@ -59,7 +58,7 @@ def odd() -> tuple[Odd, list[str]]:
 
 def certified(model: nn.Module, file: Path) -> Certificate:
     target = TARGETS["ort-packed"]
-    lowered = to_integers(lower(model, X[:1]), target)
+    lowered = lower_to_integers(model, X[:1], target)
     seen = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), tuple("abcd"))
     onnx.save(sign(emit_qdq(lowered, target), lowered, target, seen, "test"), str(file))
     return certify(lowered, file, X.numpy(), torch.zeros(4).long().numpy(), lambda x: trained_codes(model, x))
@@ -109,7 +108,7 @@ def test_delayed_quantization_starts_from_the_weights_of_now() -> None:
 
 def test_the_file_holds_the_codes_of_the_computed_weights(tmp_path: Path) -> None:
     model, names = odd()
-    lowered = to_integers(lower(model, X[:1]), TARGETS["ort-packed"])
+    lowered = lower_to_integers(model, X[:1], TARGETS["ort-packed"])
     w = model.conv.weight.detach()
     w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
     scale = quantizers(model)["conv.weight"].scale
@@ -136,7 +135,7 @@ def test_a_weight_with_two_users_has_one_scale_and_one_set_of_codes(tmp_path: Pa
     assert [row.name for row in table.rows] == ["conv", "conv2d0"]
     found = quantizers(model)
     assert found["conv.weight"].raw_scale is found["conv2d0.weight"].raw_scale
-    lowered = to_integers(lower(model, X[:1]), TARGETS["ort-packed"])
+    lowered = lower_to_integers(model, X[:1], TARGETS["ort-packed"])
     assert (lowered.layers["conv.weight"].codes == lowered.layers["conv2d0.weight"].codes).all()
     certificate = certified(model, tmp_path / "tied.onnx")
     assert certificate.passed, str(certificate)
@@ -221,7 +220,7 @@ def test_a_layer_that_runs_twice_is_certified_in_both_places(tmp_path: Path) -> 
     assert certificate.passed, str(certificate)
     assert certificate.layers == 4
     # Only the integer biases are rounded: by at most half a unit, which for this net's second pass is a tenth of a code.
-    lowered = to_integers(lower(model, X[:1]), TARGETS["ort-packed"])
+    lowered = lower_to_integers(model, X[:1], TARGETS["ort-packed"])
     layer = lowered.layers["conv@1.weight"]
     unit = layer.stored_scale * lowered.quantizers["conv.input@1"].scale
     largest_shift = float((unit / 2 / lowered.quantizers["norm#batch_norm0"].scale).max())
