@@ -49,6 +49,9 @@ struct Depthwise {
   const int8_t* weights;
   const int32_t* bias;  // s32 [64]
   bool shares;          // group g of a pixel lies where group g - 1 of the next pixel does
+  int channels = 64;    // of the 64, as many as are wanted
+  int rows = 4;         // taps of a group that are not padding
+  bool narrow = false;  // codes are below 128, and Σ |w·x| of a channel's products fits 16 bits whatever they are
 };
 using DepthwiseFunction = void (*)(const Depthwise&, const uint8_t* const* pixels, int count, int32_t* sums);
 
@@ -114,6 +117,10 @@ struct Isa {
   WinogradOutput winograd_output;
   int prescales;        // whether `product` wants weights multiplied with their weight multiplier
   int quads_depthwise;  // `depthwise` wants quads of taps, channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
+  // Whether codes are multiplied as signed bytes. Where they reach 128, `product` subtracts 128 from each, and the bias
+  // makes up for it. `winograd_input` then adds no offset, and subtracts it at positions 1,1; `product` takes what it
+  // made for codes below 128.
+  int signed_codes = 0;
 };
 
 const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod

@@ -103,7 +103,7 @@ class Layer {
   const Isa& isa_;
   Kind kind_;
   int64_t runs_ = 0, length_ = 0, quads_ = 0, blocks_ = 0, block_bytes_ = 0;  // length in bytes of the packed image
-  int narrow_steps_ = 0;
+  int narrow_steps_ = 0;  // depthwise: 1 where all of a sum fits 16 bits
   std::vector<int32_t> bias_;      // [groups][blocks][64]
   std::vector<float> multiplier_;  // likewise
   bool in_32_bits_ = true;

@@ -79,6 +79,8 @@ void Layer::prepare_bias() {
   const auto& s = spec_;
   const int64_t depth = group_inputs() * s.window.kernel[0] * s.window.kernel[1], padded = blocks_ * kBlock;
   const int64_t channels = kind_ == Kind::kDepthwise ? rounded_up(s.outputs, kBlock) : s.groups * padded;
+  // Subtracted from codes (Isa::signed_codes). Such a bias wraps where only its sum with the products fits 32 bits.
+  const int64_t centre = kind_ == Kind::kProduct && isa_.signed_codes && s.input_high >= 128 ? 128 : 0;
   bias_.assign(channels, 0);
   multiplier_.assign(channels, 0.0f);
   for (int64_t o = 0; o < s.outputs; ++o) {
@@ -86,7 +88,7 @@ void Layer::prepare_bias() {
     int64_t total = 0;
     for (int64_t k = 0; k < depth; ++k) total += s.codes[o * depth + k];
     const int64_t shift = kind_ == Kind::kBinary ? -s.weight_multiplier * s.input_zero * depth
-                                                 : s.weight_multiplier * s.input_zero * total;
+                                                 : s.weight_multiplier * (s.input_zero - centre) * total;
     bias_[at] = int32_t(s.bias[o] - shift);
     multiplier_[at] = s.multiplier[o];
     in_32_bits_ &= std::abs(s.multiplier[o]) <= 0.5f;  // a sum has 31 bits and a sign
@@ -175,6 +177,9 @@ void Layer::pack_depthwise() {
   quads_ = int64_t(order.size()) / 4;
   block_bytes_ = quads_ * kBlock * 4;
   allot_weights(blocks_ * block_bytes_);
+  int64_t largest = 0;
+  for (const int8_t code : s.codes) largest = std::max<int64_t>(largest, std::abs(int(code)) * s.weight_multiplier);
+  narrow_steps_ = s.input_high < 128 && taps * largest * s.input_high <= kNarrow ? 1 : 0;
   for (int64_t o = 0; o < s.outputs; ++o)
     for (int64_t i = 0; i < int64_t(order.size()); ++i) {
       if (order[i] < 0) continue;
@@ -190,6 +195,7 @@ void Layer::pack_depthwise() {
 void Layer::prove_narrow_sums() {
   int64_t largest = 1;
   for (const int8_t code : spec_.codes) largest = std::max<int64_t>(largest, std::abs(int(code)));
+  if (isa_.prescales) largest *= spec_.weight_multiplier;
   narrow_steps_ = int(std::min<int64_t>(kNarrow / (2 * spec_.input_high * largest), 1 << 20));
 }
 

@@ -1,65 +1,137 @@
-// NEON as every 64-bit ARM has it: narrow codes stay in 16-bit sums, wide ones are widened before they are multiplied.
+// NEON as every 64-bit ARM has it: `smlal` adds eight products to 16-bit lanes, as many as fit, before they are widened.
 #include "isa.hpp"
 #if defined(__aarch64__)
 #include "neon.hpp"
+#include "neon_tile.hpp"
 
 namespace edgeqat {
 namespace {
 
-// Adds one stretch for 4 channels. vmlal_s8 adds one product x·w to a 16-bit lane; p.narrow_steps pairs of products fit
-// 16 bits (layer_pack.cpp), so as many single ones do. The codes are taken for signed bytes: only for codes below 128.
-int32x4_t narrow(const uint8_t* x, const int8_t* w, ptrdiff_t stride, int quads, int steps, int32x4_t sum) {
-  for (int q = 0; q < quads;) {
-    const int end = quads - q < steps ? quads : q + steps;
-    int16x8_t low = vdupq_n_s16(0), high = vdupq_n_s16(0);
-    for (; q < end; ++q, w += stride) {
-      const int8x8_t codes = vreinterpret_s8_u32(vdup_n_u32(four_bytes(x + 4 * ptrdiff_t(q))));
-      const int8x16_t weights = vld1q_s8(w);
-      low = vmlal_s8(low, codes, vget_low_s8(weights));
-      high = vmlal_s8(high, codes, vget_high_s8(weights));
-    }
-    // four lanes of 16 bits are one channel
-    sum = vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-  }
-  return sum;
+// Pixels of a tile: with 8 channels their 16-bit sums, two lanes of 4 a channel, take 16 registers.
+constexpr int kTilePixels = 4;
+// Differing bits in bytes: a step adds at most 8, so 31 steps stay within 255.
+constexpr int kBinarySteps = 31;
+
+// Four bytes of a pixel, four times.
+inline uint8x16_t load_quad(const uint8_t* x) {
+  uint32_t quad;
+  __builtin_memcpy(&quad, x, sizeof quad);
+  return vreinterpretq_u8_u32(vdupq_n_u32(quad));
 }
 
-int32x4_t wide(const uint8_t* x, const int8_t* w, ptrdiff_t stride, int quads, int32x4_t sum) {
-  int32x4_t parts[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
-  for (int q = 0; q < quads; ++q, w += stride) {
-    const uint16x8_t both = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four_bytes(x + 4 * ptrdiff_t(q)))));
-    const int16x4_t codes = vget_low_s16(vreinterpretq_s16_u16(both));
-    const int8x16_t weights = vld1q_s8(w);
-    const int16x8_t low = vmovl_s8(vget_low_s8(weights)), high = vmovl_s8(vget_high_s8(weights));
-    parts[0] = vmlal_s16(parts[0], codes, vget_low_s16(low));
-    parts[1] = vmlal_s16(parts[1], codes, vget_high_s16(low));
-    parts[2] = vmlal_s16(parts[2], codes, vget_low_s16(high));
-    parts[3] = vmlal_s16(parts[3], codes, vget_high_s16(high));
+// Quads whose products x·w a 16-bit lane holds. p.narrow_steps pairs of products of codes up to input_high do
+// (layer_pack.cpp), so do twice as many single ones; |x - 128| <= 128 where codes reach 128, and one always fits.
+int steps_of(const Product& p) {
+  const int steps = p.codes_below_128 ? 2 * p.narrow_steps : 3 * p.narrow_steps;
+  return steps > 1 ? steps : 1;
+}
+
+// Adds `quads` quads of every pixel in 16 bits; lanes 4·i to 4·i + 3 of a pair of vectors are channel i's.
+template <int kPixels, bool kCentred>
+void add_narrow(const uint8_t* const* x, ptrdiff_t at, int quads, const int8_t*& w, ptrdiff_t stride,
+                Sums<kPixels>& sums) {
+  int16x8_t narrow[kPixels][4] = {};
+  for (int q = 0; q < quads; ++q, at += 4, w += stride) {
+    const int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16);
+#pragma GCC unroll 4
+    for (int m = 0; m < kPixels; ++m) {
+      int8x16_t codes = vreinterpretq_s8_u8(load_quad(x[m] + at));
+      if (kCentred) codes = veorq_s8(codes, vdupq_n_s8(-128));
+      narrow[m][0] = vmlal_s8(narrow[m][0], vget_low_s8(codes), vget_low_s8(w0));
+      narrow[m][1] = vmlal_high_s8(narrow[m][1], codes, w0);
+      narrow[m][2] = vmlal_s8(narrow[m][2], vget_low_s8(codes), vget_low_s8(w1));
+      narrow[m][3] = vmlal_high_s8(narrow[m][3], codes, w1);
+    }
   }
-  return vaddq_s32(sum, vpaddq_s32(vpaddq_s32(parts[0], parts[1]), vpaddq_s32(parts[2], parts[3])));
+#pragma GCC unroll 4
+  for (int m = 0; m < kPixels; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int32x4_t low = vpaddlq_s16(narrow[m][2 * i]), high = vpaddlq_s16(narrow[m][2 * i + 1]);
+      sums.part[m][i] = vaddq_s32(sums.part[m][i], vpaddq_s32(low, high));
+    }
+}
+
+template <int kPixels, bool kCentred>
+void product_tile(const Product& p, const uint8_t* const* pixels, int channel, int32_t* to) {
+  Sums<kPixels> sums;
+  const ptrdiff_t stride = 64 * ptrdiff_t(p.units);
+  const int quads = p.stretches.quads, steps = steps_of(p);
+  const int8_t* w = p.weights + 4 * channel;
+  for (int r = 0; r < p.stretches.runs; ++r) {
+    const uint8_t* x[kPixels];
+#pragma GCC unroll 4
+    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + p.stretches.offsets[r];
+    for (int q = 0; q < quads; q += steps) {
+      const int some = quads - q < steps ? quads - q : steps;
+      add_narrow<kPixels, kCentred>(x, 4 * ptrdiff_t(q), some, w, stride, sums);
+    }
+  }
+  Sums<kPixels> scaled(p.bias + channel);
+#pragma GCC unroll 4
+  for (int m = 0; m < kPixels; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      scaled.part[m][i] = vmlaq_n_s32(scaled.part[m][i], sums.part[m][i], p.weight_multiplier);
+  scaled.store(to);
+}
+
+// All tiles of up to kTilePixels pixels.
+void in_fours(const Tile* tiles, const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
+  for (int m = 0; m < count; m += kTilePixels) {
+    const int some = count - m < kTilePixels ? count - m : kTilePixels;
+    each_tile(tiles, p, pixels + m, some, sums + m * kBlock);
+  }
 }
 
 void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
-  constexpr int kFewSteps = 8;
+  constexpr Tile kSigned[kTilePixels] = {product_tile<1, false>, product_tile<2, false>, product_tile<3, false>,
+                                         product_tile<4, false>};
+  constexpr Tile kCentred[kTilePixels] = {product_tile<1, true>, product_tile<2, true>, product_tile<3, true>,
+                                          product_tile<4, true>};
+  in_fours(p.codes_below_128 ? kSigned : kCentred, p, pixels, count, sums);
+}
+
+template <int kPixels>
+void binary_tile(const Product& p, const uint8_t* const* pixels, int channel, int32_t* to) {
+  uint32x4_t differing[kPixels][2] = {};
   const ptrdiff_t stride = 64 * ptrdiff_t(p.units);
-  for (int m = 0; m < count; ++m)
-    for (int c = 0; c < p.units * kLanes; c += kQuarter) {
-      int32x4_t sum = vdupq_n_s32(0);
-      for (int r = 0; r < p.stretches.runs; ++r) {
-        const uint8_t* x = pixels[m] + p.stretches.offsets[r];
-        const int8_t* w = p.weights + ptrdiff_t(r) * p.stretches.quads * stride + 4 * c;
-        sum = p.narrow_steps >= kFewSteps && p.codes_below_128
-                  ? narrow(x, w, stride, p.stretches.quads, p.narrow_steps, sum)
-                  : wide(x, w, stride, p.stretches.quads, sum);
+  const int quads = p.stretches.quads;
+  const uint8_t* w = reinterpret_cast<const uint8_t*>(p.weights) + 4 * channel;
+  for (int r = 0; r < p.stretches.runs; ++r) {
+    const uint8_t* x[kPixels];
+#pragma GCC unroll 8
+    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + p.stretches.offsets[r];
+    for (int q = 0; q < quads;) {
+      const int end = quads - q < kBinarySteps ? quads : q + kBinarySteps;
+      uint8x16_t bytes[kPixels][2] = {};
+      for (; q < end; ++q, w += stride) {
+        const uint8x16_t w0 = vld1q_u8(w), w1 = vld1q_u8(w + 16);
+#pragma GCC unroll 8
+        for (int m = 0; m < kPixels; ++m) {
+          const uint8x16_t bits = load_quad(x[m] + 4 * ptrdiff_t(q));
+          bytes[m][0] = vaddq_u8(bytes[m][0], vcntq_u8(veorq_u8(bits, w0)));
+          bytes[m][1] = vaddq_u8(bytes[m][1], vcntq_u8(veorq_u8(bits, w1)));
+        }
       }
-      store_sums(p, c, sum, sums + m * kBlock + c);
+#pragma GCC unroll 8
+      for (int m = 0; m < kPixels; ++m)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) differing[m][i] = vpadalq_u16(differing[m][i], vpaddlq_u8(bytes[m][i]));
     }
+  }
+  store_agreement(p, differing, channel, to);
+}
+
+void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
+  constexpr Tile kTiles[kTilePixels] = {binary_tile<1>, binary_tile<2>, binary_tile<3>, binary_tile<4>};
+  in_fours(kTiles, p, pixels, count, sums);
 }
 
 }  // namespace
 
 const Isa* neon_isa() {
-  static const Isa isa = neon_table("neon", product);
+  static const Isa isa = neon_table("neon", product, binary);
   return &isa;
 }
 

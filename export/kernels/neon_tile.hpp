@@ -1,0 +1,60 @@
+// Walking a product in tiles of up to 8 pixels × 8 channels, whose sums stay in registers; shared by the ARM products.
+#pragma once
+#include <arm_neon.h>
+
+#include "isa.hpp"
+
+namespace edgeqat {
+namespace {
+
+constexpr int kTileChannels = 8;
+
+// Sums of kPixels × 8 channels, each pixel's in two vectors.
+template <int kPixels>
+struct Sums {
+  int32x4_t part[kPixels][2];
+
+  Sums() : part{} {}
+
+  // Every pixel's begin with the bias.
+  explicit Sums(const int32_t* bias) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kPixels; ++m) {
+      part[m][0] = vld1q_s32(bias);
+      part[m][1] = vld1q_s32(bias + 4);
+    }
+  }
+
+  void store(int32_t* to) const {
+#pragma GCC unroll 8
+    for (int m = 0; m < kPixels; ++m) {
+      vst1q_s32(to + m * kBlock, part[m][0]);
+      vst1q_s32(to + m * kBlock + 4, part[m][1]);
+    }
+  }
+};
+
+// Sums of one-bit products, of which `differing` counts the bits in which codes and weights are not the same.
+template <int kPixels>
+void store_agreement(const Product& p, const uint32x4_t (&differing)[kPixels][2], int channel, int32_t* to) {
+  const int32x4_t gain = vdupq_n_s32(2 * p.binary_gain);
+  Sums<kPixels> sums(p.bias + channel);
+#pragma GCC unroll 8
+  for (int m = 0; m < kPixels; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      sums.part[m][i] = vmlsq_s32(sums.part[m][i], vreinterpretq_s32_u32(differing[m][i]), gain);
+  sums.store(to);
+}
+
+using Tile = void (*)(const Product& p, const uint8_t* const* pixels, int channel, int32_t* sums);
+
+// Every tile of `count` pixels, from a table of the tile for each number of them.
+inline void each_tile(const Tile* tiles, const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
+  const Tile tile = tiles[count - 1];
+  for (int channel = 0; channel < p.units * kLanes; channel += kTileChannels)
+    tile(p, pixels, channel, sums + channel);
+}
+
+}  // namespace
+}  // namespace edgeqat
