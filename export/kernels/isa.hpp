@@ -15,7 +15,7 @@ constexpr int kWinogradTiles = 24;  // whose sums are kept at a time
 constexpr int kMaxTables = 4;       // requantized copies of one output
 
 // A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel starts at `pixel + offsets[r]`.
-//   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded
+//   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded; see also Isa::tile_channels
 //   bias     s32 [16 · units]
 // The inner loop writes sums s32 [pixels][64] = bias + weight_multiplier · Σ w·x, exactly.
 struct Stretches {
@@ -121,6 +121,9 @@ struct Isa {
   // makes up for it. `winograd_input` then adds no offset, and subtracts it at positions 1,1; `product` takes what it
   // made for codes below 128.
   int signed_codes = 0;
+  // Channels that `product` and `binary` finish before they go on to the next: their weights stand together,
+  // [16 · units / tile_channels][runs][quads][tile_channels][4]. 0: all of a block.
+  int tile_channels = 0;
 };
 
 const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod

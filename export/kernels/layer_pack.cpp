@@ -95,6 +95,12 @@ void Layer::prepare_bias() {
   }
 }
 
+// Where in a block of `width` channels the four codes of a channel stand, of `quads` quads.
+int64_t Layer::weight_place(int64_t quad, int64_t quads, int64_t lane, int64_t width) const {
+  const int64_t together = isa_.tile_channels ? isa_.tile_channels : width;
+  return ((lane / together * quads + quad) * together + lane % together) * 4;
+}
+
 // A product's weights: for each block of 64 channels (the last one narrower, in units of 16) stretches, quads,
 // channels, four codes. One bit: 32 codes take the place of four, a byte eight.
 void Layer::pack_products() {
@@ -119,7 +125,7 @@ void Layer::pack_products() {
         const int8_t code = s.codes[(o * inputs + c) * rows * columns + tap];
         const int64_t element = tap % taps_per_run * inputs + c, byte = element / per_byte;
         const int64_t quad = tap / taps_per_run * quads_ + byte / 4;
-        int8_t& target = packed[(quad * width + lane) * 4 + byte % 4];
+        int8_t& target = packed[weight_place(quad, runs_ * quads_, lane, width) + byte % 4];
         if (!binary) {
           target = int8_t(code * scale);
           continue;

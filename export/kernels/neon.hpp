@@ -4,6 +4,7 @@
 #include "neon_codes.hpp"
 #include "neon_depthwise.hpp"
 #include "neon_epilogue.hpp"
+#include "neon_tile.hpp"
 #include "neon_winograd.hpp"
 
 namespace edgeqat {
@@ -25,6 +26,7 @@ inline Isa neon_table(const char* name, ProductFunction product, ProductFunction
   isa.winograd_input = winograd_input;
   isa.winograd_output = winograd_output;
   isa.signed_codes = 1;
+  isa.tile_channels = kTileChannels;
   return isa;
 }
 

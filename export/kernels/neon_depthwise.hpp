@@ -1,5 +1,5 @@
-// Depthwise layers on NEON, 16 channels at a time. Where all products of a channel fit 16 bits (layer_pack.cpp has shown it)
-// they are added there, widened once at the end; kernels of three rows keep their weights in registers.
+// Depthwise layers on NEON, 16 channels at a time. Where all products of a channel fit 16 bits (layer_pack.cpp has
+// shown it) they are added there, widened once at the end; kernels of three rows keep their weights in registers.
 #pragma once
 #include <arm_neon.h>
 
@@ -22,11 +22,20 @@ struct Narrow {
 
 inline int8x16_t load_signed(const uint8_t* codes) { return vreinterpretq_s8_u8(vld1q_u8(codes)); }
 
-inline void store_widened(const Narrow& sum, const int32_t* bias, int32_t* to) {
-  vst1q_s32(to, vaddw_s16(vld1q_s32(bias), vget_low_s16(sum.low)));
-  vst1q_s32(to + 4, vaddw_high_s16(vld1q_s32(bias + 4), sum.low));
-  vst1q_s32(to + 8, vaddw_s16(vld1q_s32(bias + 8), vget_low_s16(sum.high)));
-  vst1q_s32(to + 12, vaddw_high_s16(vld1q_s32(bias + 12), sum.high));
+struct Bias {
+  int32x4_t part[4];
+
+  explicit Bias(const int32_t* from) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) part[i] = vld1q_s32(from + 4 * i);
+  }
+};
+
+inline void store_widened(const Narrow& sum, const Bias& bias, int32_t* to) {
+  vst1q_s32(to, vaddw_s16(bias.part[0], vget_low_s16(sum.low)));
+  vst1q_s32(to + 4, vaddw_high_s16(bias.part[1], sum.low));
+  vst1q_s32(to + 8, vaddw_s16(bias.part[2], vget_low_s16(sum.high)));
+  vst1q_s32(to + 12, vaddw_high_s16(bias.part[3], sum.high));
 }
 
 // Weights of 16 channels of a 3×3 kernel, column by column.
@@ -43,7 +52,8 @@ struct Kernel {
 
 // Neighbouring pixels, each window one column right of the one before: a column is loaded once for up to three of them.
 template <int kPixels>
-void neighbours(const Depthwise& d, const Kernel& kernel, const uint8_t* const* pixels, int c, int32_t* sums) {
+void neighbours(const Depthwise& d, const Kernel& kernel, const Bias& bias, const uint8_t* const* pixels, int c,
+                int32_t* sums) {
   Narrow sum[kPixels] = {};
 #pragma GCC unroll 8
   for (int column = 0; column < kPixels + kColumns - 1; ++column) {
@@ -59,25 +69,27 @@ void neighbours(const Depthwise& d, const Kernel& kernel, const uint8_t* const* 
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < kPixels; ++m) store_widened(sum[m], d.bias + c, sums + m * kBlock + c);
+  for (int m = 0; m < kPixels; ++m) store_widened(sum[m], bias, sums + m * kBlock + c);
 }
 
-inline void one_pixel(const Depthwise& d, const Kernel& kernel, const uint8_t* pixel, int c, int32_t* sums) {
+inline void one_pixel(const Depthwise& d, const Kernel& kernel, const Bias& bias, const uint8_t* pixel, int c,
+                      int32_t* sums) {
   Narrow sum = {};
 #pragma GCC unroll 3
   for (int x = 0; x < kColumns; ++x)
 #pragma GCC unroll 3
     for (int y = 0; y < kRows; ++y) sum.add(load_signed(pixel + d.offsets[4 * x + y] + c), kernel.w[x][y]);
-  store_widened(sum, d.bias + c, sums + c);
+  store_widened(sum, bias, sums + c);
 }
 
 inline void three_by_three(const Depthwise& d, const uint8_t* const* pixels, int count, int32_t* sums) {
   for (int c = 0; c < d.channels; c += kLanes) {
     const Kernel kernel(d.weights + c);
+    const Bias bias(d.bias + c);
     int m = 0;
     if (d.shares)
-      for (; m + 4 <= count; m += 4) neighbours<4>(d, kernel, pixels + m, c, sums + m * kBlock);
-    for (; m < count; ++m) one_pixel(d, kernel, pixels[m], c, sums + m * kBlock);
+      for (; m + 4 <= count; m += 4) neighbours<4>(d, kernel, bias, pixels + m, c, sums + m * kBlock);
+    for (; m < count; ++m) one_pixel(d, kernel, bias, pixels[m], c, sums + m * kBlock);
   }
 }
 
@@ -87,7 +99,7 @@ inline void any_narrow(const Depthwise& d, const uint8_t* const* pixels, int cou
       Narrow sum = {};
       for (int t = 0; t < 4 * d.groups; ++t)
         sum.add(load_signed(pixels[m] + d.offsets[t] + c), vld1q_s8(d.weights + t * kBlock + c));
-      store_widened(sum, d.bias + c, sums + m * kBlock + c);
+      store_widened(sum, Bias(d.bias + c), sums + m * kBlock + c);
     }
 }
 

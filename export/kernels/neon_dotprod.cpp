@@ -4,7 +4,6 @@
 #include <sys/auxv.h>
 
 #include "neon.hpp"
-#include "neon_tile.hpp"
 
 namespace edgeqat {
 namespace {
@@ -16,29 +15,27 @@ template <int kQuads>
 int8x16_t load_quads(const uint8_t* x) {
   if (kQuads == 4) return vld1q_s8(reinterpret_cast<const int8_t*>(x));
   if (kQuads == 2) return vcombine_s8(vld1_s8(reinterpret_cast<const int8_t*>(x)), vdup_n_s8(0));
-  uint32_t quad;
-  __builtin_memcpy(&quad, x, sizeof quad);
-  return vreinterpretq_s8_u32(vdupq_n_u32(quad));
+  return vreinterpretq_s8_u8(repeat_quad(x));
 }
 
 // Adds kQuads quads of every pixel. A weight vector is loaded once for all pixels, a vector of codes once for all its
 // quads. kCentred: codes reach 128, so that they are multiplied as x - 128; the bias has the rest (layer_pack.cpp).
 template <int kQuads, int kPixels, bool kCentred>
-void add_quads(const uint8_t* const* x, ptrdiff_t at, const int8_t*& w, ptrdiff_t stride, Sums<kPixels>& sums) {
+void add_quads(const Rows<kPixels>& rows, ptrdiff_t at, const int8_t*& w, Sums<kPixels>& sums) {
   int8x16_t codes[kPixels];
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m) {
-    codes[m] = load_quads<kQuads>(x[m] + at);
+    codes[m] = load_quads<kQuads>(rows.x[m] + at);
     if (kCentred) codes[m] = veorq_s8(codes[m], vdupq_n_s8(-128));
   }
-#define ADD_QUAD(lane)                                                              \
-  if (lane < kQuads) {                                                              \
-    const int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16);                        \
-    w += stride;                                                                    \
-    _Pragma("GCC unroll 8") for (int m = 0; m < kPixels; ++m) {                     \
-      sums.part[m][0] = vdotq_laneq_s32(sums.part[m][0], w0, codes[m], lane);       \
-      sums.part[m][1] = vdotq_laneq_s32(sums.part[m][1], w1, codes[m], lane);       \
-    }                                                                               \
+#define ADD_QUAD(lane)                                                        \
+  if (lane < kQuads) {                                                        \
+    const int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16);                  \
+    w += 4 * kTileChannels;                                                   \
+    _Pragma("GCC unroll 8") for (int m = 0; m < kPixels; ++m) {               \
+      sums.part[m][0] = vdotq_laneq_s32(sums.part[m][0], w0, codes[m], lane); \
+      sums.part[m][1] = vdotq_laneq_s32(sums.part[m][1], w1, codes[m], lane); \
+    }                                                                         \
   }
   ADD_QUAD(0)
   ADD_QUAD(1)
@@ -48,64 +45,64 @@ void add_quads(const uint8_t* const* x, ptrdiff_t at, const int8_t*& w, ptrdiff_
 }
 
 template <int kPixels, bool kCentred>
-void product_tile(const Product& p, const uint8_t* const* pixels, int channel, int32_t* to) {
-  Sums<kPixels> sums(p.bias + channel);
-  const ptrdiff_t stride = 64 * ptrdiff_t(p.units), bytes = 4 * ptrdiff_t(p.stretches.quads);
-  const int8_t* w = p.weights + 4 * channel;
-  for (int r = 0; r < p.stretches.runs; ++r) {
-    const uint8_t* x[kPixels];
-#pragma GCC unroll 8
-    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + p.stretches.offsets[r];
-    ptrdiff_t at = 0;
-    for (; at + 16 <= bytes; at += 16) add_quads<4, kPixels, kCentred>(x, at, w, stride, sums);
-    if (bytes & 8) {
-      add_quads<2, kPixels, kCentred>(x, at, w, stride, sums);
-      at += 8;
+void product_tiles(const Product& p, const uint8_t* const* pixels, int32_t* to) {
+  const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads);
+  const int8_t* w = p.weights;
+  for (int channel = 0; channel < p.units * kLanes; channel += kTileChannels) {
+    Sums<kPixels> sums(p.bias + channel);
+    for (int r = 0; r < p.stretches.runs; ++r) {
+      const Rows<kPixels> rows(pixels, p.stretches.offsets[r]);
+      ptrdiff_t at = 0;
+      for (; at + 16 <= bytes; at += 16) add_quads<4, kPixels, kCentred>(rows, at, w, sums);
+      if (bytes & 8) {
+        add_quads<2, kPixels, kCentred>(rows, at, w, sums);
+        at += 8;
+      }
+      if (bytes & 4) add_quads<1, kPixels, kCentred>(rows, at, w, sums);
     }
-    if (bytes & 4) add_quads<1, kPixels, kCentred>(x, at, w, stride, sums);
+    sums.store(to + channel);
   }
-  sums.store(to);
 }
 
 void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
-#define TILES(centred)                                                                                       \
-  {product_tile<1, centred>, product_tile<2, centred>, product_tile<3, centred>, product_tile<4, centred>,   \
-   product_tile<5, centred>, product_tile<6, centred>, product_tile<7, centred>, product_tile<8, centred>}
-  constexpr Tile kSigned[kMaxPixels] = TILES(false), kCentred[kMaxPixels] = TILES(true);
+#define TILES(centred)                                                                                             \
+  {                                                                                                                \
+    product_tiles<1, centred>, product_tiles<2, centred>, product_tiles<3, centred>, product_tiles<4, centred>,    \
+        product_tiles<5, centred>, product_tiles<6, centred>, product_tiles<7, centred>, product_tiles<8, centred> \
+  }
+  constexpr Tiles kSigned[kMaxPixels] = TILES(false), kCentred[kMaxPixels] = TILES(true);
 #undef TILES
-  each_tile(p.codes_below_128 ? kSigned : kCentred, p, pixels, count, sums);
+  (p.codes_below_128 ? kSigned : kCentred)[count - 1](p, pixels, sums);
 }
 
 // Differing bits: counted in bytes, which `udot` with ones adds to 32 bits.
 template <int kPixels>
-void binary_tile(const Product& p, const uint8_t* const* pixels, int channel, int32_t* to) {
+void binary_tiles(const Product& p, const uint8_t* const* pixels, int32_t* to) {
   const uint8x16_t ones = vdupq_n_u8(1);
-  uint32x4_t differing[kPixels][2] = {};
-  const ptrdiff_t stride = 64 * ptrdiff_t(p.units), bytes = 4 * ptrdiff_t(p.stretches.quads);
-  const uint8_t* w = reinterpret_cast<const uint8_t*>(p.weights) + 4 * channel;
-  for (int r = 0; r < p.stretches.runs; ++r) {
-    const uint8_t* x[kPixels];
+  const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads);
+  const uint8_t* w = reinterpret_cast<const uint8_t*>(p.weights);
+  for (int channel = 0; channel < p.units * kLanes; channel += kTileChannels) {
+    uint32x4_t differing[kPixels][2] = {};
+    for (int r = 0; r < p.stretches.runs; ++r) {
+      const Rows<kPixels> rows(pixels, p.stretches.offsets[r]);
+      for (ptrdiff_t at = 0; at < bytes; at += 4, w += 4 * kTileChannels) {
+        const uint8x16_t w0 = vld1q_u8(w), w1 = vld1q_u8(w + 16);
 #pragma GCC unroll 8
-    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + p.stretches.offsets[r];
-    for (ptrdiff_t at = 0; at < bytes; at += 4, w += stride) {
-      const uint8x16_t w0 = vld1q_u8(w), w1 = vld1q_u8(w + 16);
-#pragma GCC unroll 8
-      for (int m = 0; m < kPixels; ++m) {
-        uint32_t quad;
-        __builtin_memcpy(&quad, x[m] + at, sizeof quad);
-        const uint8x16_t bits = vreinterpretq_u8_u32(vdupq_n_u32(quad));
-        differing[m][0] = vdotq_u32(differing[m][0], vcntq_u8(veorq_u8(bits, w0)), ones);
-        differing[m][1] = vdotq_u32(differing[m][1], vcntq_u8(veorq_u8(bits, w1)), ones);
+        for (int m = 0; m < kPixels; ++m) {
+          const uint8x16_t bits = repeat_quad(rows.x[m] + at);
+          differing[m][0] = vdotq_u32(differing[m][0], vcntq_u8(veorq_u8(bits, w0)), ones);
+          differing[m][1] = vdotq_u32(differing[m][1], vcntq_u8(veorq_u8(bits, w1)), ones);
+        }
       }
     }
+    store_agreement(p, differing, channel, to + channel);
   }
-  store_agreement(p, differing, channel, to);
 }
 
 void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
-  constexpr Tile kTiles[kMaxPixels] = {binary_tile<1>, binary_tile<2>, binary_tile<3>, binary_tile<4>,
-                                       binary_tile<5>, binary_tile<6>, binary_tile<7>, binary_tile<8>};
-  each_tile(kTiles, p, pixels, count, sums);
+  constexpr Tiles kTiles[kMaxPixels] = {binary_tiles<1>, binary_tiles<2>, binary_tiles<3>, binary_tiles<4>,
+                                        binary_tiles<5>, binary_tiles<6>, binary_tiles<7>, binary_tiles<8>};
+  kTiles[count - 1](p, pixels, sums);
 }
 
 }  // namespace

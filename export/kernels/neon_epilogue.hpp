@@ -1,7 +1,8 @@
 // The epilogue on NEON, 16 channels at a time: the portable one's floating-point operations in its order.
 //
-// The portable one clips, rounds and adds the zero point; here rounding comes first and every narrowing saturates. Bounds
-// are bytes, so what saturation to 32 bits, to 16 bits or to a byte changes lies beyond the bounds before and after it.
+// The portable one clips, rounds and adds the zero point; here rounding comes first and every narrowing saturates.
+// Bounds are bytes, so what saturation to 32 bits, to 16 bits or to a byte changes lies beyond the bounds before and
+// after it.
 #pragma once
 #include <arm_neon.h>
 
@@ -62,10 +63,17 @@ struct Constants {
   float ratio_own, ratio_other;
 };
 
+inline uint8x16_t own_codes(const int32_t* sums, const Sixteen& multiplier, const Constants& k) {
+  Sixteen values = to_floats(sums);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) values.part[i] = vmulq_f32(values.part[i], multiplier.part[i]);
+  return to_codes(values, k.zero, k.lowest, k.highest);
+}
+
 // The second summand is multiplied and added first.
 template <bool kOtherFirst>
-uint8x16_t add_other(const Constants& k, uint8x16_t own_codes, uint8x16_t other_codes) {
-  const Sixteen own = to_floats(own_codes), other = to_floats(other_codes);
+uint8x16_t add_other(const Constants& k, uint8x16_t own_bytes, uint8x16_t other_bytes) {
+  const Sixteen own = to_floats(own_bytes), other = to_floats(other_bytes);
   Sixteen sum;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -83,20 +91,17 @@ enum class Adds { kNothing, kOtherFirst, kOtherSecond };
 template <Adds kAdds, bool kFull>
 void finish_channels(const Epilogue& e, const Constants& k, const int32_t* sums, int count, int c, int channels) {
   const Sixteen multiplier = load_floats(e.multiplier + c);
-  const int tables = e.tables, largest_code = kAdds == Adds::kNothing ? e.high : e.sum_high;
+  const int largest_code = kAdds == Adds::kNothing ? e.high : e.sum_high;
   for (int m = 0; m < count; ++m) {
     const ptrdiff_t at = m * e.stride + c;
-    Sixteen values = to_floats(sums + m * kBlock + c);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) values.part[i] = vmulq_f32(values.part[i], multiplier.part[i]);
-    uint8x16_t codes = to_codes(values, k.zero, k.lowest, k.highest);
+    uint8x16_t codes = own_codes(sums + m * kBlock + c, multiplier, k);
     if (e.own) store_codes<kFull>(e.own + at, codes, channels);
     if (kAdds != Adds::kNothing) {
       const uint8x16_t other = load_codes<kFull>(e.other + at, channels);
       codes = add_other<kAdds == Adds::kOtherFirst>(k, codes, other);
       if (e.sum) store_codes<kFull>(e.sum + at, codes, channels);
     }
-    for (int t = 0; t < tables; ++t)
+    for (int t = 0; t < e.tables; ++t)
       if (e.copy[t]) store_codes<kFull>(e.copy[t] + at, look_up(e.table[t], largest_code, codes), channels);
   }
 }
@@ -107,6 +112,20 @@ void finish_codes(const Epilogue& e, const int32_t* sums, int count, int width) 
   int c = 0;
   for (; c + kLanes <= width; c += kLanes) finish_channels<kAdds, true>(e, k, sums, count, c, kLanes);
   if (c < width) finish_channels<kAdds, false>(e, k, sums, count, c, width - c);
+}
+
+// The commonest: only a layer's own codes are wanted.
+inline void finish_own(const Epilogue& e, const int32_t* sums, int count, int width) {
+  const Constants k(e);
+  const ptrdiff_t stride = e.stride;
+  int c = 0;
+  for (; c + kLanes <= width; c += kLanes) {
+    const Sixteen multiplier = load_floats(e.multiplier + c);
+    const int32_t* from = sums + c;
+    uint8_t* to = e.own + c;
+    for (int m = 0; m < count; ++m, from += kBlock, to += stride) vst1q_u8(to, own_codes(from, multiplier, k));
+  }
+  if (c < width) finish_channels<Adds::kNothing, false>(e, k, sums, count, c, width - c);
 }
 
 inline void finish_real(const Epilogue& e, const int32_t* sums, int count, int width) {
@@ -123,6 +142,8 @@ inline void finish_real(const Epilogue& e, const int32_t* sums, int count, int w
 inline void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
   if (e.real)
     finish_real(e, sums, count, width);
+  else if (!e.other && e.own && !e.tables)
+    finish_own(e, sums, count, width);
   else if (!e.other)
     finish_codes<Adds::kNothing>(e, sums, count, width);
   else if (e.other_first)

@@ -1,4 +1,5 @@
-// Walking a product in tiles of up to 8 pixels × 8 channels, whose sums stay in registers; shared by the ARM products.
+// Tiles of a product, up to 8 pixels × 8 channels, whose sums stay in registers; shared by the ARM products.
+// Weights stand tile by tile (Isa::tile_channels), so that one pointer runs over those of all tiles.
 #pragma once
 #include <arm_neon.h>
 
@@ -8,6 +9,12 @@ namespace edgeqat {
 namespace {
 
 constexpr int kTileChannels = 8;
+
+// Four bytes of a pixel, four times: the load repeats them, at no cost.
+inline uint8x16_t repeat_quad(const uint8_t* x) {
+  typedef uint32_t Quad __attribute__((aligned(1), may_alias));
+  return vreinterpretq_u8_u32(vdupq_n_u32(*reinterpret_cast<const Quad*>(x)));
+}
 
 // Sums of kPixels × 8 channels, each pixel's in two vectors.
 template <int kPixels>
@@ -47,14 +54,19 @@ void store_agreement(const Product& p, const uint32x4_t (&differing)[kPixels][2]
   sums.store(to);
 }
 
-using Tile = void (*)(const Product& p, const uint8_t* const* pixels, int channel, int32_t* sums);
+// Where a stretch of every pixel begins.
+template <int kPixels>
+struct Rows {
+  const uint8_t* x[kPixels];
 
-// Every tile of `count` pixels, from a table of the tile for each number of them.
-inline void each_tile(const Tile* tiles, const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
-  const Tile tile = tiles[count - 1];
-  for (int channel = 0; channel < p.units * kLanes; channel += kTileChannels)
-    tile(p, pixels, channel, sums + channel);
-}
+  Rows(const uint8_t* const* pixels, ptrdiff_t offset) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + offset;
+  }
+};
+
+// All channels of some pixels, 8 at a time.
+using Tiles = void (*)(const Product& p, const uint8_t* const* pixels, int32_t* sums);
 
 }  // namespace
 }  // namespace edgeqat

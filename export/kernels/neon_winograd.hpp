@@ -1,6 +1,7 @@
 // Winograd's transforms on NEON (winograd.cpp has the equations), for products that take signed codes.
 //
-// Codes 0 <= d <= h: the transforms lie within [-2h, 2h], and at position (1,1), less 2h, too: signed bytes for h <= 63.
+// Codes 0 <= d <= h: the transforms lie within [-2h, 2h], and at position (1,1), less 2h, too: signed bytes for h
+// <= 63.
 #pragma once
 #include <arm_neon.h>
 

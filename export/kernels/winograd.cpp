@@ -68,7 +68,7 @@ bool Layer::pack_winograd() {
       transform_kernel(s.codes.data() + (o * s.inputs + c) * 9, u);
       for (int p = 0; p < kPositions; ++p) {
         if (u[p] < -128 || u[p] > 127) return false;
-        packed[p * quads_ * width * 4 + (c / 4 * width + lane) * 4 + c % 4] = int8_t(u[p]);
+        packed[p * quads_ * width * 4 + weight_place(c / 4, quads_, lane, width) + c % 4] = int8_t(u[p]);
         int32_t& bias = winograd_bias_[(block * kPositions + p) * kBlock + lane];
         if (isa_.signed_codes && p == kMiddle) bias += int32_t(2 * s.input_high * u[p]);
         if (!isa_.signed_codes && p != kMiddle) bias -= int32_t(2 * s.input_high * u[p]);
@@ -149,8 +149,8 @@ void Layer::winograd_strip(const LayerTensors& t, const uint8_t* transformed, in
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
     const int64_t bytes = quads_ * units * kLanes * 4;
-    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes, bias, units, 1, narrow_steps_, 0, isa_.signed_codes != 0,
-                    weights + (p + 1) * bytes};
+    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes,      bias, units, 1, narrow_steps_, 0,
+                    isa_.signed_codes != 0,     weights + (p + 1) * bytes};
     for (int64_t tile = 0; tile < tiles; tile += step) {
       const int count = int(std::min<int64_t>(step, tiles - tile));
       const uint8_t* pixels[kMaxPixels];
