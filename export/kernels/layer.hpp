@@ -85,6 +85,7 @@ class Layer {
                       int64_t last) const;
   Image image_of(const LayerTensors& t) const;
   void copy_row(const LayerTensors& t, const Image& image, int64_t row) const;
+  bool centres(const Image& image) const;
   void fill(const LayerTensors& t, const Image& image, const Pool& pool) const;
   std::vector<ptrdiff_t> offsets(const Image& image) const;
   void run_depthwise(const LayerTensors& t, const Pool& pool) const;

@@ -9,8 +9,9 @@ namespace {
 
 // Pixels of a tile: with 8 channels their 16-bit sums, two lanes of 4 a channel, take 16 registers.
 constexpr int kTilePixels = 4;
-// Differing bits in bytes: a step adds at most 8, so 31 steps stay within 255.
-constexpr int kBinarySteps = 31;
+// Differing bits in bytes: a step adds at most 8, so that 31 steps stay within 255;
+// 28 are whole vectors of codes.
+constexpr int kBinarySteps = 28;
 
 // Quads whose products x·w a 16-bit lane holds. p.narrow_steps pairs of products of codes up to input_high do
 // (layer_pack.cpp), so do twice as many single ones; |x - 128| <= 128 where codes reach 128, and one always fits.
@@ -19,27 +20,56 @@ int steps_of(const Product& p) {
   return steps > 1 ? steps : 1;
 }
 
-// Adds `quads` quads of every pixel in 16 bits; lanes 4·i to 4·i + 3 of a pair of vectors are channel i's.
-template <int kPixels, bool kCentred>
-void add_narrow(const Rows<kPixels>& rows, ptrdiff_t at, int quads, const int8_t*& w, Sums<kPixels>& sums) {
-  int16x8_t narrow[kPixels][4] = {};
-  for (int q = 0; q < quads; ++q, at += 4, w += 4 * kTileChannels) {
-    const int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16);
+// 16-bit sums of every pixel; lanes 4·i to 4·i + 3 of a pair of vectors are channel i's.
+template <int kPixels>
+struct NarrowSums {
+  int16x8_t part[kPixels][4] = {};
+};
+
+// Adds kQuads quads of every pixel. A vector of codes is loaded once for all its quads.
+template <int kQuads, int kPixels, bool kCentred>
+void add_quads(const Rows<kPixels>& rows, ptrdiff_t at, const int8_t*& w, NarrowSums<kPixels>& sums) {
+  int32x4_t codes[kPixels];
 #pragma GCC unroll 4
-    for (int m = 0; m < kPixels; ++m) {
-      int8x16_t codes = vreinterpretq_s8_u8(repeat_quad(rows.x[m] + at));
-      if (kCentred) codes = veorq_s8(codes, vdupq_n_s8(-128));
-      narrow[m][0] = vmlal_s8(narrow[m][0], vget_low_s8(codes), vget_low_s8(w0));
-      narrow[m][1] = vmlal_high_s8(narrow[m][1], codes, w0);
-      narrow[m][2] = vmlal_s8(narrow[m][2], vget_low_s8(codes), vget_low_s8(w1));
-      narrow[m][3] = vmlal_high_s8(narrow[m][3], codes, w1);
-    }
+  for (int m = 0; m < kPixels; ++m) {
+    const int8x16_t loaded = load_quads<kQuads>(rows.x[m] + at);
+    codes[m] = vreinterpretq_s32_s8(kCentred ? veorq_s8(loaded, vdupq_n_s8(-128)) : loaded);
   }
+#define ADD_QUAD(lane)                                                              \
+  if (lane < kQuads) {                                                              \
+    const int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16);                        \
+    w += 4 * kTileChannels;                                                         \
+    _Pragma("GCC unroll 4") for (int m = 0; m < kPixels; ++m) {                     \
+      const int8x16_t quad = vreinterpretq_s8_s32(vdupq_laneq_s32(codes[m], lane)); \
+      int16x8_t* part = sums.part[m];                                               \
+      part[0] = vmlal_s8(part[0], vget_low_s8(quad), vget_low_s8(w0));              \
+      part[1] = vmlal_high_s8(part[1], quad, w0);                                   \
+      part[2] = vmlal_s8(part[2], vget_low_s8(quad), vget_low_s8(w1));              \
+      part[3] = vmlal_high_s8(part[3], quad, w1);                                   \
+    }                                                                               \
+  }
+  ADD_QUAD(0)
+  ADD_QUAD(1)
+  ADD_QUAD(2)
+  ADD_QUAD(3)
+#undef ADD_QUAD
+}
+
+// Adds `quads` quads of every pixel in 16 bits, then what they make in 32.
+template <int kPixels, bool kCentred>
+void add_stretch(const Rows<kPixels>& rows, ptrdiff_t at, int quads, const int8_t*& w, Sums<kPixels>& sums) {
+  NarrowSums<kPixels> narrow;
+  for (; quads >= 4; quads -= 4, at += 16) add_quads<4, kPixels, kCentred>(rows, at, w, narrow);
+  if (quads & 2) {
+    add_quads<2, kPixels, kCentred>(rows, at, w, narrow);
+    at += 8;
+  }
+  if (quads & 1) add_quads<1, kPixels, kCentred>(rows, at, w, narrow);
 #pragma GCC unroll 4
   for (int m = 0; m < kPixels; ++m)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      const int32x4_t low = vpaddlq_s16(narrow[m][2 * i]), high = vpaddlq_s16(narrow[m][2 * i + 1]);
+      const int32x4_t low = vpaddlq_s16(narrow.part[m][2 * i]), high = vpaddlq_s16(narrow.part[m][2 * i + 1]);
       sums.part[m][i] = vaddq_s32(sums.part[m][i], vpaddq_s32(low, high));
     }
 }
@@ -54,7 +84,7 @@ void product_tiles(const Product& p, const uint8_t* const* pixels, int32_t* to) 
       const Rows<kPixels> rows(pixels, p.stretches.offsets[r]);
       for (int q = 0; q < quads; q += steps) {
         const int some = quads - q < steps ? quads - q : steps;
-        add_narrow<kPixels, kCentred>(rows, 4 * ptrdiff_t(q), some, w, sums);
+        add_stretch<kPixels, kCentred>(rows, 4 * ptrdiff_t(q), some, w, sums);
       }
     }
     Sums<kPixels> scaled(p.bias + channel);
@@ -83,26 +113,42 @@ void product(const Product& p, const uint8_t* const* pixels, int count, int32_t*
   in_fours(p.codes_below_128 ? kSigned : kCentred, p, pixels, count, sums);
 }
 
+// Counts differing bits of kQuads quads of every pixel in bytes.
+template <int kQuads, int kPixels>
+void count_quads(const Rows<kPixels>& rows, ptrdiff_t at, const int8_t*& w, uint8x16_t (&differing)[kPixels][2]) {
+  uint32x4_t codes[kPixels];
+#pragma GCC unroll 4
+  for (int m = 0; m < kPixels; ++m) codes[m] = vreinterpretq_u32_s8(load_quads<kQuads>(rows.x[m] + at));
+#define COUNT_QUAD(lane)                                                                                \
+  if (lane < kQuads) {                                                                                  \
+    const uint8x16_t w0 = vreinterpretq_u8_s8(vld1q_s8(w)), w1 = vreinterpretq_u8_s8(vld1q_s8(w + 16)); \
+    w += 4 * kTileChannels;                                                                             \
+    _Pragma("GCC unroll 4") for (int m = 0; m < kPixels; ++m) {                                         \
+      const uint8x16_t bits = vreinterpretq_u8_u32(vdupq_laneq_u32(codes[m], lane));                    \
+      differing[m][0] = vaddq_u8(differing[m][0], vcntq_u8(veorq_u8(bits, w0)));                        \
+      differing[m][1] = vaddq_u8(differing[m][1], vcntq_u8(veorq_u8(bits, w1)));                        \
+    }                                                                                                   \
+  }
+  COUNT_QUAD(0)
+  COUNT_QUAD(1)
+  COUNT_QUAD(2)
+  COUNT_QUAD(3)
+#undef COUNT_QUAD
+}
+
 template <int kPixels>
 void binary_tiles(const Product& p, const uint8_t* const* pixels, int32_t* to) {
-  const int quads = p.stretches.quads;
-  const uint8_t* w = reinterpret_cast<const uint8_t*>(p.weights);
+  const int8_t* w = p.weights;
   for (int channel = 0; channel < p.units * kLanes; channel += kTileChannels) {
     uint32x4_t differing[kPixels][2] = {};
     for (int r = 0; r < p.stretches.runs; ++r) {
       const Rows<kPixels> rows(pixels, p.stretches.offsets[r]);
-      for (int q = 0; q < quads;) {
-        const int end = quads - q < kBinarySteps ? quads : q + kBinarySteps;
+      ptrdiff_t at = 0;
+      for (int left = p.stretches.quads; left > 0; left -= kBinarySteps) {
         uint8x16_t bytes[kPixels][2] = {};
-        for (; q < end; ++q, w += 4 * kTileChannels) {
-          const uint8x16_t w0 = vld1q_u8(w), w1 = vld1q_u8(w + 16);
-#pragma GCC unroll 4
-          for (int m = 0; m < kPixels; ++m) {
-            const uint8x16_t bits = repeat_quad(rows.x[m] + 4 * ptrdiff_t(q));
-            bytes[m][0] = vaddq_u8(bytes[m][0], vcntq_u8(veorq_u8(bits, w0)));
-            bytes[m][1] = vaddq_u8(bytes[m][1], vcntq_u8(veorq_u8(bits, w1)));
-          }
-        }
+        int quads = left < kBinarySteps ? left : kBinarySteps;
+        for (; quads >= 4; quads -= 4, at += 16) count_quads<4, kPixels>(rows, at, w, bytes);
+        for (; quads > 0; --quads, at += 4) count_quads<1, kPixels>(rows, at, w, bytes);
 #pragma GCC unroll 4
         for (int m = 0; m < kPixels; ++m)
 #pragma GCC unroll 2

@@ -10,14 +10,6 @@ namespace {
 
 constexpr unsigned long kHasDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
 
-// Codes of kQuads quads of a pixel, as signed bytes.
-template <int kQuads>
-int8x16_t load_quads(const uint8_t* x) {
-  if (kQuads == 4) return vld1q_s8(reinterpret_cast<const int8_t*>(x));
-  if (kQuads == 2) return vcombine_s8(vld1_s8(reinterpret_cast<const int8_t*>(x)), vdup_n_s8(0));
-  return vreinterpretq_s8_u8(repeat_quad(x));
-}
-
 // Adds kQuads quads of every pixel. A weight vector is loaded once for all pixels, a vector of codes once for all its
 // quads. kCentred: codes reach 128, so that they are multiplied as x - 128; the bias has the rest (layer_pack.cpp).
 template <int kQuads, int kPixels, bool kCentred>
@@ -75,25 +67,45 @@ void product(const Product& p, const uint8_t* const* pixels, int count, int32_t*
   (p.codes_below_128 ? kSigned : kCentred)[count - 1](p, pixels, sums);
 }
 
-// Differing bits: counted in bytes, which `udot` with ones adds to 32 bits.
+// Counts differing bits of kQuads quads of every pixel in bytes, which `udot` with ones adds to 32 bits.
+template <int kQuads, int kPixels>
+void count_quads(const Rows<kPixels>& rows, ptrdiff_t at, const int8_t*& w, uint32x4_t (&differing)[kPixels][2]) {
+  const uint8x16_t ones = vdupq_n_u8(1);
+  uint32x4_t codes[kPixels];
+#pragma GCC unroll 8
+  for (int m = 0; m < kPixels; ++m) codes[m] = vreinterpretq_u32_s8(load_quads<kQuads>(rows.x[m] + at));
+#define COUNT_QUAD(lane)                                                                                \
+  if (lane < kQuads) {                                                                                  \
+    const uint8x16_t w0 = vreinterpretq_u8_s8(vld1q_s8(w)), w1 = vreinterpretq_u8_s8(vld1q_s8(w + 16)); \
+    w += 4 * kTileChannels;                                                                             \
+    _Pragma("GCC unroll 8") for (int m = 0; m < kPixels; ++m) {                                         \
+      const uint8x16_t bits = vreinterpretq_u8_u32(vdupq_laneq_u32(codes[m], lane));                    \
+      differing[m][0] = vdotq_u32(differing[m][0], vcntq_u8(veorq_u8(bits, w0)), ones);                 \
+      differing[m][1] = vdotq_u32(differing[m][1], vcntq_u8(veorq_u8(bits, w1)), ones);                 \
+    }                                                                                                   \
+  }
+  COUNT_QUAD(0)
+  COUNT_QUAD(1)
+  COUNT_QUAD(2)
+  COUNT_QUAD(3)
+#undef COUNT_QUAD
+}
+
 template <int kPixels>
 void binary_tiles(const Product& p, const uint8_t* const* pixels, int32_t* to) {
-  const uint8x16_t ones = vdupq_n_u8(1);
   const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads);
-  const uint8_t* w = reinterpret_cast<const uint8_t*>(p.weights);
+  const int8_t* w = p.weights;
   for (int channel = 0; channel < p.units * kLanes; channel += kTileChannels) {
     uint32x4_t differing[kPixels][2] = {};
     for (int r = 0; r < p.stretches.runs; ++r) {
       const Rows<kPixels> rows(pixels, p.stretches.offsets[r]);
-      for (ptrdiff_t at = 0; at < bytes; at += 4, w += 4 * kTileChannels) {
-        const uint8x16_t w0 = vld1q_u8(w), w1 = vld1q_u8(w + 16);
-#pragma GCC unroll 8
-        for (int m = 0; m < kPixels; ++m) {
-          const uint8x16_t bits = repeat_quad(rows.x[m] + at);
-          differing[m][0] = vdotq_u32(differing[m][0], vcntq_u8(veorq_u8(bits, w0)), ones);
-          differing[m][1] = vdotq_u32(differing[m][1], vcntq_u8(veorq_u8(bits, w1)), ones);
-        }
+      ptrdiff_t at = 0;
+      for (; at + 16 <= bytes; at += 16) count_quads<4, kPixels>(rows, at, w, differing);
+      if (bytes & 8) {
+        count_quads<2, kPixels>(rows, at, w, differing);
+        at += 8;
       }
+      if (bytes & 4) count_quads<1, kPixels>(rows, at, w, differing);
     }
     store_agreement(p, differing, channel, to + channel);
   }

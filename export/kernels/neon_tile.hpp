@@ -10,10 +10,14 @@ namespace {
 
 constexpr int kTileChannels = 8;
 
-// Four bytes of a pixel, four times: the load repeats them, at no cost.
-inline uint8x16_t repeat_quad(const uint8_t* x) {
-  typedef uint32_t Quad __attribute__((aligned(1), may_alias));
-  return vreinterpretq_u8_u32(vdupq_n_u32(*reinterpret_cast<const Quad*>(x)));
+// Codes of kQuads quads of a pixel, as signed bytes.
+template <int kQuads>
+int8x16_t load_quads(const uint8_t* x) {
+  if (kQuads == 4) return vreinterpretq_s8_u8(vld1q_u8(x));
+  if (kQuads == 2) return vreinterpretq_s8_u8(vcombine_u8(vld1_u8(x), vdup_n_u8(0)));
+  uint32_t quad;
+  __builtin_memcpy(&quad, x, sizeof quad);
+  return vreinterpretq_s8_u32(vdupq_n_u32(quad));
 }
 
 // Sums of kPixels × 8 channels, each pixel's in two vectors.
