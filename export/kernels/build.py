@@ -34,6 +34,7 @@ ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {
         "neon.cpp": ("-fno-schedule-insns",),
         "neon_dotprod.cpp": ("-march=armv8.2-a+dotprod", "-fno-schedule-insns"),
+        "neon_i8mm.cpp": ("-march=armv8.2-a+dotprod+i8mm", "-fno-schedule-insns"),
     },
 }
 PARALLEL = 2

@@ -124,9 +124,11 @@ struct Isa {
   // Channels that `product` and `binary` finish before they go on to the next: their weights stand together,
   // [16 · units / tile_channels][runs][quads][tile_channels][4]. 0: all of a block.
   int tile_channels = 0;
+  // Whether a tile's weights stand in pairs of quads, [quads / 2][tile_channels][8], a stretch's odd quad after them.
+  int quad_pairs = 0;
 };
 
-const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod
+const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod, neon-i8mm
 const Isa* isa_named(const char* name);  // null: unknown, or the processor cannot run it
 
 const Isa* portable_isa();
@@ -134,5 +136,6 @@ const Isa* avx2_isa();
 const Isa* avx512_isa();
 const Isa* neon_isa();
 const Isa* neon_dotprod_isa();
+const Isa* neon_i8mm_isa();
 
 }  // namespace edgeqat

@@ -96,7 +96,7 @@ class Layer {
   Epilogue epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channel) const;
 
   int64_t packed_pixel() const;
-  int64_t weight_place(int64_t quad, int64_t quads, int64_t lane, int64_t width) const;
+  int64_t weight_place(int64_t run, int64_t quad, int64_t runs, int64_t lane, int64_t width) const;
   int64_t group_inputs() const { return spec_.inputs / spec_.groups; }
   int64_t group_outputs() const { return spec_.outputs / spec_.groups; }
   bool merges_columns() const { return spec_.groups == 1 && spec_.window.dilation[1] == 1; }

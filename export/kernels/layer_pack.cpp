@@ -95,10 +95,13 @@ void Layer::prepare_bias() {
   }
 }
 
-// Where in a block of `width` channels the four codes of a channel stand, of `quads` quads.
-int64_t Layer::weight_place(int64_t quad, int64_t quads, int64_t lane, int64_t width) const {
+// Where in a block of `width` channels the four codes of a channel stand, in quad `quad` of stretch `run` of `runs`.
+int64_t Layer::weight_place(int64_t run, int64_t quad, int64_t runs, int64_t lane, int64_t width) const {
   const int64_t together = isa_.tile_channels ? isa_.tile_channels : width;
-  return ((lane / together * quads + quad) * together + lane % together) * 4;
+  const int64_t first = (lane / together * runs + run) * quads_ * together, channel = lane % together;
+  const bool paired = isa_.quad_pairs && kind_ != Kind::kBinary && (quad | 1) < quads_;
+  const int64_t place = paired ? quad / 2 * 2 * together + channel * 2 + quad % 2 : quad * together + channel;
+  return 4 * (first + place);
 }
 
 // A product's weights: for each block of 64 channels (the last one narrower, in units of 16) stretches, quads,
@@ -124,8 +127,7 @@ void Layer::pack_products() {
       for (int64_t c = 0; c < inputs; ++c) {
         const int8_t code = s.codes[(o * inputs + c) * rows * columns + tap];
         const int64_t element = tap % taps_per_run * inputs + c, byte = element / per_byte;
-        const int64_t quad = tap / taps_per_run * quads_ + byte / 4;
-        int8_t& target = packed[weight_place(quad, runs_ * quads_, lane, width) + byte % 4];
+        int8_t& target = packed[weight_place(tap / taps_per_run, byte / 4, runs_, lane, width) + byte % 4];
         if (!binary) {
           target = int8_t(code * scale);
           continue;

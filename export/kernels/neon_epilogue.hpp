@@ -72,7 +72,8 @@ inline uint8x16_t own_codes(const int32_t* sums, const Sixteen& multiplier, cons
 
 // The second summand is multiplied and added first.
 template <bool kOtherFirst>
-uint8x16_t add_other(const Constants& k, uint8x16_t own_bytes, uint8x16_t other_bytes) {
+__attribute__((always_inline)) inline uint8x16_t add_other(const Constants& k, uint8x16_t own_bytes,
+                                                           uint8x16_t other_bytes) {
   const Sixteen own = to_floats(own_bytes), other = to_floats(other_bytes);
   Sixteen sum;
 #pragma GCC unroll 4

@@ -68,7 +68,7 @@ bool Layer::pack_winograd() {
       transform_kernel(s.codes.data() + (o * s.inputs + c) * 9, u);
       for (int p = 0; p < kPositions; ++p) {
         if (u[p] < -128 || u[p] > 127) return false;
-        packed[p * quads_ * width * 4 + weight_place(c / 4, quads_, lane, width) + c % 4] = int8_t(u[p]);
+        packed[p * quads_ * width * 4 + weight_place(0, c / 4, 1, lane, width) + c % 4] = int8_t(u[p]);
         int32_t& bias = winograd_bias_[(block * kPositions + p) * kBlock + lane];
         if (isa_.signed_codes && p == kMiddle) bias += int32_t(2 * s.input_high * u[p]);
         if (!isa_.signed_codes && p != kMiddle) bias -= int32_t(2 * s.input_high * u[p]);
