@@ -34,16 +34,26 @@ inline Sixteen to_floats(uint8x16_t codes) {
            vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_high_u16(high))}};
 }
 
-// clip(rint(values) + zero, lowest, highest); vcvtn rounds half to even.
-inline uint8x16_t to_codes(const Sixteen& values, int16x8_t zero, uint8x16_t lowest, uint8x16_t highest) {
+// clip(rint(values), 0, 255); vcvtn rounds half to even.
+inline uint8x16_t to_unsigned(const Sixteen& values) {
+  uint16x8_t half[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const uint16x4_t first = vqmovn_u32(vcvtnq_u32_f32(values.part[2 * i]));
+    half[i] = vqmovn_high_u32(first, vcvtnq_u32_f32(values.part[2 * i + 1]));
+  }
+  return vqmovn_high_u16(vqmovn_u16(half[0]), half[1]);
+}
+
+// clip(rint(values) + zero, 0, 255)
+inline uint8x16_t to_codes(const Sixteen& values, int16x8_t zero) {
   int16x8_t half[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const int16x4_t first = vqmovn_s32(vcvtnq_s32_f32(values.part[2 * i]));
     half[i] = vqaddq_s16(vqmovn_high_s32(first, vcvtnq_s32_f32(values.part[2 * i + 1])), zero);
   }
-  const uint8x16_t bytes = vqmovun_high_s16(vqmovun_s16(half[0]), half[1]);
-  return vminq_u8(vmaxq_u8(bytes, lowest), highest);
+  return vqmovun_high_s16(vqmovun_s16(half[0]), half[1]);
 }
 
 // An epilogue's scalars in vectors.
@@ -63,11 +73,15 @@ struct Constants {
   float ratio_own, ratio_other;
 };
 
-inline uint8x16_t own_codes(const int32_t* sums, const Sixteen& multiplier, const Constants& k) {
+// kFromZero: zero point and lowest code are 0, as behind a ReLU.
+template <bool kFromZero>
+__attribute__((always_inline)) inline uint8x16_t own_codes(const int32_t* sums, const Sixteen& multiplier,
+                                                           const Constants& k) {
   Sixteen values = to_floats(sums);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) values.part[i] = vmulq_f32(values.part[i], multiplier.part[i]);
-  return to_codes(values, k.zero, k.lowest, k.highest);
+  if (kFromZero) return vminq_u8(to_unsigned(values), k.highest);
+  return vminq_u8(vmaxq_u8(to_codes(values, k.zero), k.lowest), k.highest);
 }
 
 // The second summand is multiplied and added first.
@@ -83,7 +97,7 @@ __attribute__((always_inline)) inline uint8x16_t add_other(const Constants& k, u
     else
       sum.part[i] = vfmaq_n_f32(vfmaq_n_f32(k.offset, other.part[i], k.ratio_other), own.part[i], k.ratio_own);
   }
-  return to_codes(sum, vdupq_n_s16(0), k.sum_lowest, k.sum_highest);
+  return vminq_u8(vmaxq_u8(to_unsigned(sum), k.sum_lowest), k.sum_highest);
 }
 
 enum class Adds { kNothing, kOtherFirst, kOtherSecond };
@@ -95,7 +109,7 @@ void finish_channels(const Epilogue& e, const Constants& k, const int32_t* sums,
   const int largest_code = kAdds == Adds::kNothing ? e.high : e.sum_high;
   for (int m = 0; m < count; ++m) {
     const ptrdiff_t at = m * e.stride + c;
-    uint8x16_t codes = own_codes(sums + m * kBlock + c, multiplier, k);
+    uint8x16_t codes = own_codes<false>(sums + m * kBlock + c, multiplier, k);
     if (e.own) store_codes<kFull>(e.own + at, codes, channels);
     if (kAdds != Adds::kNothing) {
       const uint8x16_t other = load_codes<kFull>(e.other + at, channels);
@@ -116,7 +130,8 @@ void finish_codes(const Epilogue& e, const int32_t* sums, int count, int width) 
 }
 
 // The commonest: only a layer's own codes are wanted.
-inline void finish_own(const Epilogue& e, const int32_t* sums, int count, int width) {
+template <bool kFromZero>
+void finish_own(const Epilogue& e, const int32_t* sums, int count, int width) {
   const Constants k(e);
   const ptrdiff_t stride = e.stride;
   int c = 0;
@@ -124,7 +139,8 @@ inline void finish_own(const Epilogue& e, const int32_t* sums, int count, int wi
     const Sixteen multiplier = load_floats(e.multiplier + c);
     const int32_t* from = sums + c;
     uint8_t* to = e.own + c;
-    for (int m = 0; m < count; ++m, from += kBlock, to += stride) vst1q_u8(to, own_codes(from, multiplier, k));
+    for (int m = 0; m < count; ++m, from += kBlock, to += stride)
+      vst1q_u8(to, own_codes<kFromZero>(from, multiplier, k));
   }
   if (c < width) finish_channels<Adds::kNothing, false>(e, k, sums, count, c, width - c);
 }
@@ -143,8 +159,10 @@ inline void finish_real(const Epilogue& e, const int32_t* sums, int count, int w
 inline void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
   if (e.real)
     finish_real(e, sums, count, width);
+  else if (!e.other && e.own && !e.tables && e.zero == 0 && e.low == 0)
+    finish_own<true>(e, sums, count, width);
   else if (!e.other && e.own && !e.tables)
-    finish_own(e, sums, count, width);
+    finish_own<false>(e, sums, count, width);
   else if (!e.other)
     finish_codes<Adds::kNothing>(e, sums, count, width);
   else if (e.other_first)
