@@ -30,7 +30,12 @@ ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2.cpp": ("-mavx2", "-mfma"),
         "avx512.cpp": ("-mavx2", "-mfma", *(f"-mavx512{x}" for x in AVX512)),
     },
-    "aarch64": {"neon_dotprod.cpp": ("-march=armv8.2-a+dotprod",)},
+    # Moving loads and steps ahead of each other before registers are allotted makes a tile need more of them than there are.
+    "aarch64": {
+        "neon.cpp": ("-fno-schedule-insns",),
+        "neon_dotprod.cpp": ("-march=armv8.2-a+dotprod", "-fno-schedule-insns"),
+        "neon_i8mm.cpp": ("-march=armv8.2-a+dotprod+i8mm", "-fno-schedule-insns"),
+    },
 }
 PARALLEL = 2
 

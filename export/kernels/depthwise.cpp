@@ -61,7 +61,7 @@ void Layer::run_depthwise(const LayerTensors& t, const Pool& pool) const {
 void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) const {
   const auto& w = spec_.window;
   const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width), c = spec_.inputs, step = w.stride[1] * c;
-  const auto columns = interior(w, 1, t.width, out_w);
+  const auto columns = interior(w, 1, t.width, out_w), lines = interior(w, 0, t.height, out_h);
   const uint8_t* end = t.x + t.batch * t.height * t.width * c;
   std::vector<Tap> taps;
   for (const int64_t tap : tap_order()) {
@@ -84,12 +84,15 @@ void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) 
       const int width = int(std::min<int64_t>(kBlock, c - channel));
       Epilogue epilogue = epilogue_of(t, row * out_w, channel);
       const uint8_t* line = t.x + (n * t.height + base_y) * t.width * c + channel;
+      bool located = false;  // whether `places` are those of any pixel whose window lies inside the image
       for (int64_t x = 0; x < out_w;) {
         const int64_t left = x * w.stride[1] - w.pads[1], base_x = std::clamp<int64_t>(left, 0, t.width - 1);
         int count = x < columns.first ? 1 : int(std::clamp<int64_t>(columns.second - x, 1, kMaxPixels));
         const uint8_t* pixels[kMaxPixels] = {line + base_x * c};
         const ptrdiff_t outside = reinterpret_cast<intptr_t>(zeros.data()) - reinterpret_cast<intptr_t>(pixels[0]);
-        locate(taps, t, c, top, left, base_y, base_x, outside, places);
+        const bool inner = y >= lines.first && y < lines.second && x >= columns.first && x < columns.second;
+        if (!inner || !located) locate(taps, t, c, top, left, base_y, base_x, outside, places);
+        located = inner;
         const ptrdiff_t room = end - pixels[0] - kBlock;
         while (count > 1 && places.last + (count - 1) * step > room) --count;
         const bool fits = places.last <= room;
@@ -99,9 +102,10 @@ void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) 
           pixels[0] = window.data();
         }
         for (int m = 1; m < count; ++m) pixels[m] = pixels[m - 1] + step;
-        isa_.depthwise({(fits ? places : copied).offsets.data(), int(quads_), aligned_weights_ + block * block_bytes_,
-                        bias_.data() + channel, shares},
-                       pixels, count, sums);
+        isa_.depthwise(
+            {(fits ? places : copied).offsets.data(), int(quads_), aligned_weights_ + block * block_bytes_,
+             bias_.data() + channel, shares, width, w.kernel[0] <= 4 ? int(w.kernel[0]) : 4, narrow_steps_ > 0},
+            pixels, count, sums);
         isa_.finish(epilogue, sums, count, width);
         epilogue.advance(count * c);
         x += count;

@@ -15,7 +15,7 @@ constexpr int kWinogradTiles = 24;  // whose sums are kept at a time
 constexpr int kMaxTables = 4;       // requantized copies of one output
 
 // A sum over `runs` stretches of 4·`quads` bytes each: stretch r of a pixel starts at `pixel + offsets[r]`.
-//   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded
+//   weights  s8 [runs][quads][16 · units][4], zero where a stretch or the block is padded; see also Isa::tile_channels
 //   bias     s32 [16 · units]
 // The inner loop writes sums s32 [pixels][64] = bias + weight_multiplier · Σ w·x, exactly.
 struct Stretches {
@@ -49,6 +49,9 @@ struct Depthwise {
   const int8_t* weights;
   const int32_t* bias;  // s32 [64]
   bool shares;          // group g of a pixel lies where group g - 1 of the next pixel does
+  int channels = 64;    // of the 64, as many as are wanted
+  int rows = 4;         // taps of a group that are not padding
+  bool narrow = false;  // codes are below 128, and Σ |w·x| of a channel's products fits 16 bits whatever they are
 };
 using DepthwiseFunction = void (*)(const Depthwise&, const uint8_t* const* pixels, int count, int32_t* sums);
 
@@ -114,9 +117,18 @@ struct Isa {
   WinogradOutput winograd_output;
   int prescales;        // whether `product` wants weights multiplied with their weight multiplier
   int quads_depthwise;  // `depthwise` wants quads of taps, channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
+  // Whether codes are multiplied as signed bytes. Where they reach 128, `product` subtracts 128 from each, and the bias
+  // makes up for it. `winograd_input` then adds no offset, and subtracts it at positions 1,1; `product` takes what it
+  // made for codes below 128.
+  int signed_codes = 0;
+  // Channels that `product` and `binary` finish before they go on to the next: their weights stand together,
+  // [16 · units / tile_channels][runs][quads][tile_channels][4]. 0: all of a block.
+  int tile_channels = 0;
+  // Whether a tile's weights stand in pairs of quads, [quads / 2][tile_channels][8], a stretch's odd quad after them.
+  int quad_pairs = 0;
 };
 
-const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod
+const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod, neon-i8mm
 const Isa* isa_named(const char* name);  // null: unknown, or the processor cannot run it
 
 const Isa* portable_isa();
@@ -124,5 +136,6 @@ const Isa* avx2_isa();
 const Isa* avx512_isa();
 const Isa* neon_isa();
 const Isa* neon_dotprod_isa();
+const Isa* neon_i8mm_isa();
 
 }  // namespace edgeqat

@@ -85,6 +85,7 @@ class Layer {
                       int64_t last) const;
   Image image_of(const LayerTensors& t) const;
   void copy_row(const LayerTensors& t, const Image& image, int64_t row) const;
+  bool centres(const Image& image) const;
   void fill(const LayerTensors& t, const Image& image, const Pool& pool) const;
   std::vector<ptrdiff_t> offsets(const Image& image) const;
   void run_depthwise(const LayerTensors& t, const Pool& pool) const;
@@ -95,6 +96,7 @@ class Layer {
   Epilogue epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channel) const;
 
   int64_t packed_pixel() const;
+  int64_t weight_place(int64_t run, int64_t quad, int64_t runs, int64_t lane, int64_t width) const;
   int64_t group_inputs() const { return spec_.inputs / spec_.groups; }
   int64_t group_outputs() const { return spec_.outputs / spec_.groups; }
   bool merges_columns() const { return spec_.groups == 1 && spec_.window.dilation[1] == 1; }
@@ -103,7 +105,7 @@ class Layer {
   const Isa& isa_;
   Kind kind_;
   int64_t runs_ = 0, length_ = 0, quads_ = 0, blocks_ = 0, block_bytes_ = 0;  // length in bytes of the packed image
-  int narrow_steps_ = 0;
+  int narrow_steps_ = 0;           // depthwise: 1 where all of a sum fits 16 bits
   std::vector<int32_t> bias_;      // [groups][blocks][64]
   std::vector<float> multiplier_;  // likewise
   bool in_32_bits_ = true;

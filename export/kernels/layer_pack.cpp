@@ -79,6 +79,8 @@ void Layer::prepare_bias() {
   const auto& s = spec_;
   const int64_t depth = group_inputs() * s.window.kernel[0] * s.window.kernel[1], padded = blocks_ * kBlock;
   const int64_t channels = kind_ == Kind::kDepthwise ? rounded_up(s.outputs, kBlock) : s.groups * padded;
+  // Subtracted from codes (Isa::signed_codes). Such a bias wraps where only its sum with the products fits 32 bits.
+  const int64_t centre = kind_ == Kind::kProduct && isa_.signed_codes && s.input_high >= 128 ? 128 : 0;
   bias_.assign(channels, 0);
   multiplier_.assign(channels, 0.0f);
   for (int64_t o = 0; o < s.outputs; ++o) {
@@ -86,11 +88,20 @@ void Layer::prepare_bias() {
     int64_t total = 0;
     for (int64_t k = 0; k < depth; ++k) total += s.codes[o * depth + k];
     const int64_t shift = kind_ == Kind::kBinary ? -s.weight_multiplier * s.input_zero * depth
-                                                 : s.weight_multiplier * s.input_zero * total;
+                                                 : s.weight_multiplier * (s.input_zero - centre) * total;
     bias_[at] = int32_t(s.bias[o] - shift);
     multiplier_[at] = s.multiplier[o];
     in_32_bits_ &= std::abs(s.multiplier[o]) <= 0.5f;  // a sum has 31 bits and a sign
   }
+}
+
+// Where in a block of `width` channels the four codes of a channel stand, in quad `quad` of stretch `run` of `runs`.
+int64_t Layer::weight_place(int64_t run, int64_t quad, int64_t runs, int64_t lane, int64_t width) const {
+  const int64_t together = isa_.tile_channels ? isa_.tile_channels : width;
+  const int64_t first = (lane / together * runs + run) * quads_ * together, channel = lane % together;
+  const bool paired = isa_.quad_pairs && kind_ != Kind::kBinary && (quad | 1) < quads_;
+  const int64_t place = paired ? quad / 2 * 2 * together + channel * 2 + quad % 2 : quad * together + channel;
+  return 4 * (first + place);
 }
 
 // A product's weights: for each block of 64 channels (the last one narrower, in units of 16) stretches, quads,
@@ -116,8 +127,7 @@ void Layer::pack_products() {
       for (int64_t c = 0; c < inputs; ++c) {
         const int8_t code = s.codes[(o * inputs + c) * rows * columns + tap];
         const int64_t element = tap % taps_per_run * inputs + c, byte = element / per_byte;
-        const int64_t quad = tap / taps_per_run * quads_ + byte / 4;
-        int8_t& target = packed[(quad * width + lane) * 4 + byte % 4];
+        int8_t& target = packed[weight_place(tap / taps_per_run, byte / 4, runs_, lane, width) + byte % 4];
         if (!binary) {
           target = int8_t(code * scale);
           continue;
@@ -175,6 +185,9 @@ void Layer::pack_depthwise() {
   quads_ = int64_t(order.size()) / 4;
   block_bytes_ = quads_ * kBlock * 4;
   allot_weights(blocks_ * block_bytes_);
+  int64_t largest = 0;
+  for (const int8_t code : s.codes) largest = std::max<int64_t>(largest, std::abs(int(code)) * s.weight_multiplier);
+  narrow_steps_ = s.input_high < 128 && taps * largest * s.input_high <= kNarrow ? 1 : 0;
   for (int64_t o = 0; o < s.outputs; ++o)
     for (int64_t i = 0; i < int64_t(order.size()); ++i) {
       if (order[i] < 0) continue;
@@ -190,6 +203,7 @@ void Layer::pack_depthwise() {
 void Layer::prove_narrow_sums() {
   int64_t largest = 1;
   for (const int8_t code : spec_.codes) largest = std::max<int64_t>(largest, std::abs(int(code)));
+  if (isa_.prescales) largest *= spec_.weight_multiplier;
   narrow_steps_ = int(std::min<int64_t>(kNarrow / (2 * spec_.input_high * largest), 1 << 20));
 }
 

@@ -97,6 +97,11 @@ Layer::Image Layer::image_of(const LayerTensors& t) const {
   return image;
 }
 
+// Whether the image's copy holds codes less 128 already (Isa::signed_codes).
+bool Layer::centres(const Image& image) const {
+  return kind_ == Kind::kProduct && isa_.signed_codes && spec_.input_high >= 128 && image.copied != nullptr;
+}
+
 void Layer::fill(const LayerTensors& t, const Image& image, const Pool& pool) const {
   const int64_t rows = t.batch * image.height;
   const int64_t parts = std::clamp<int64_t>(rows * image.width * spec_.inputs / 65536, 1, kMostParts);
@@ -110,8 +115,9 @@ void Layer::copy_row(const LayerTensors& t, const Image& image, int64_t row) con
   const auto& w = spec_.window;
   const int64_t n = row / image.height, y = row % image.height - w.pads[0];
   uint8_t* to = image.copied + row * image.width * image.pixel;
+  const int flip = centres(image) ? 128 : 0;  // x ^ 128, as a signed byte, is x - 128
   const auto border = [&](uint8_t* at, int64_t pixels) {
-    const int zero = kind_ == Kind::kBinary ? 0 : int(spec_.input_zero);
+    const int zero = kind_ == Kind::kBinary ? 0 : int(spec_.input_zero) ^ flip;
     if (kind_ != Kind::kLookup) return void(std::memset(at, zero, size_t(pixels * image.pixel)));
     const auto triple = uint16_t(64 * (zero | zero << 2 | zero << 4));
     std::fill_n(reinterpret_cast<uint16_t*>(at), pixels * image.pixel / 2, triple);
@@ -125,6 +131,8 @@ void Layer::copy_row(const LayerTensors& t, const Image& image, int64_t row) con
     isa_.pack_bits(from, size_t(t.width * spec_.inputs), to);
   else if (kind_ == Kind::kLookup)
     isa_.pack_triples(from, size_t(t.width), size_t(spec_.inputs), to);
+  else if (flip)
+    std::transform(from, from + t.width * spec_.inputs, to, [](uint8_t code) { return uint8_t(code ^ 128); });
   else
     std::memcpy(to, from, size_t(t.width * spec_.inputs));
 }
@@ -161,7 +169,7 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
                     weight_multiplier,
                     narrow_steps_,
                     int32_t(spec_.weight_multiplier * spec_.input_zero),
-                    spec_.input_high < 128,
+                    spec_.input_high < 128 || centres(image),
                     weights + block_bytes_};
     const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
     const int step = lookup ? kMaxPixels : isa_.max_pixels[units];

@@ -19,6 +19,7 @@ namespace edgeqat {
 namespace {
 
 constexpr int kPositions = 16;
+constexpr int kMiddle = 5;  // position (1,1)
 constexpr int64_t kPartWork = 150'000;
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kLargestSum = 2147483647;
@@ -56,6 +57,7 @@ bool Layer::pack_winograd() {
   block_bytes_ = kPositions * quads_ * kBlock * 4;
   allot_weights(blocks_ * block_bytes_);
   winograd_bias_.assign(size_t(blocks_ * kPositions * kBlock), 0);
+  int64_t largest = 1;
   for (int64_t o = 0; o < s.outputs; ++o) {
     const int64_t block = o / kBlock, lane = o % kBlock;
     const int64_t width = (std::min<int64_t>(kBlock, s.outputs - block * kBlock) + kLanes - 1) / kLanes * kLanes;
@@ -66,14 +68,18 @@ bool Layer::pack_winograd() {
       transform_kernel(s.codes.data() + (o * s.inputs + c) * 9, u);
       for (int p = 0; p < kPositions; ++p) {
         if (u[p] < -128 || u[p] > 127) return false;
-        packed[p * quads_ * width * 4 + (c / 4 * width + lane) * 4 + c % 4] = int8_t(u[p]);
-        if (p != 5) winograd_bias_[(block * kPositions + p) * kBlock + lane] -= int32_t(2 * s.input_high * u[p]);
+        packed[p * quads_ * width * 4 + weight_place(0, c / 4, 1, lane, width) + c % 4] = int8_t(u[p]);
+        int32_t& bias = winograd_bias_[(block * kPositions + p) * kBlock + lane];
+        if (isa_.signed_codes && p == kMiddle) bias += int32_t(2 * s.input_high * u[p]);
+        if (!isa_.signed_codes && p != kMiddle) bias -= int32_t(2 * s.input_high * u[p]);
+        largest = std::max<int64_t>(largest, std::abs(u[p]));
         magnitude += std::abs(u[p]);
       }
     }
     // A sum and its bias are each at most 4h · Σ|U|, and the output transform adds up to 16 of them with signs.
     if (2 * 4 * s.input_high * magnitude > kLargestSum) return false;
   }
+  if (isa_.signed_codes) narrow_steps_ = int(32767 / (2 * 2 * s.input_high * largest));  // |V| <= 2h
   return true;
 }
 
@@ -143,8 +149,8 @@ void Layer::winograd_strip(const LayerTensors& t, const uint8_t* transformed, in
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
     const int64_t bytes = quads_ * units * kLanes * 4;
-    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes, bias, units, 1, 0, 0, false,
-                    weights + (p + 1) * bytes};
+    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes,      bias, units, 1, narrow_steps_, 0,
+                    isa_.signed_codes != 0,     weights + (p + 1) * bytes};
     for (int64_t tile = 0; tile < tiles; tile += step) {
       const int count = int(std::min<int64_t>(step, tiles - tile));
       const uint8_t* pixels[kMaxPixels];
