@@ -2,14 +2,19 @@
 
     uv run tools/bench_kernels.py --bits 4 --threads 1
     uv run tools/bench_kernels.py --nets bireal_resnet18 --bits 1 --no-layers
+    uv run tools/bench_kernels.py --on arm64 --no-layers
 
 Variants take turns in one process, in a new order every round; printed are medians of the per-round ratios. A layer is a
 chain of equal convolutions with their ReLUs, so that what stands at a session's borders weighs little. Shares are of the
 multiply-adds that the processor's own 8-bit instruction reaches from registers, measured just before (`--peak` overrides).
+
+With `--on`, nothing is timed: executed instructions are counted on emulated ARM processors (`tools/arm64`), which is exact
+and says nothing of caches or of how many instructions a cycle takes; a model of the inner loops by llvm-mca follows.
 """
 
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +23,15 @@ import onnx
 import torch
 import tyro
 from bench_backbones import settle_norms
+from count_inferences import counts
+from model_loops import print_model
 from numpy.typing import NDArray
 from processor import processor
 from torch import Tensor, nn
 
 from edgeqat import cpp
 from export import latency, session
+from export.elsewhere import CPUS, machines_of
 from export.lower import lower_float, lower_to_integers
 from export.native_graph import emit
 from export.targets import target_named
@@ -81,6 +89,8 @@ class Flags:
     """Also measure single layers of ResNet-18 and MobileNetV2."""
     peak: float = 0.0
     """Billions of multiply-adds a second to take shares of; 0: measure."""
+    on: str = ""
+    """Emulated ARM processors to count instructions on, comma-separated: arm64 (all), cortex-a72, neoverse-n1, max."""
 
 
 class Chain(nn.Module):
@@ -97,12 +107,55 @@ class Chain(nn.Module):
         return x
 
 
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: files of the same function, and its input."""
+
+    name: str
+    files: dict[str, onnx.ModelProto]
+    images: Tensor
+    macs: int
+
+
 def main(flags: Flags) -> None:
+    if flags.on:
+        count(flags)
+    else:
+        measure(flags)
+
+
+def measure(flags: Flags) -> None:
+    """Prints times beside the baselines'."""
     isa, peak = _isa(), flags.peak or measured_peak(_isa())
     print(
         f"{processor()}: kernels {isa}, {peak:.0f} G 8-bit multiply-adds a second a core at most, {flags.threads} thread(s)"
     )
     print(f"{'':<34} {'native ms':>9} {'x fp32':>7} {'x int8':>7} {'G mul-add/s':>12} {'of peak':>8}")
+    for case in cases(flags):
+        report(case, peak, flags)
+
+
+def count(flags: Flags) -> None:
+    """Prints executed instructions beside the baselines', then the model of the inner loops."""
+    machines = machines_of(flags.on)
+    for machine in machines:
+        if CPUS.get(machine) is None or CPUS[machine].architecture != "aarch64":
+            raise SystemExit(f"--on {machine}: instructions are counted on ARM processors only: arm64, or one of them")
+    print("count: millions of executed instructions of one inference, one thread, batch 1")
+    print(f"{'':<34} {'':<12} {'fp32':>8} {'int8':>8} {'native':>8} {'/ fp32':>7} {'/ int8':>7} {'a mul-add':>10}")
+    for case in cases(flags):
+        feed = np.ascontiguousarray(case.images[:1].numpy())
+        for machine in machines:
+            found = counts(case.files, feed, machine)
+            native = found["native"]
+            millions = " ".join(f"{found[name] / 1e6:>8.1f}" for name in ("fp32", "int8", "native"))
+            ratios = f"{native / found['fp32']:>7.2f} {native / found['int8']:>7.2f}"
+            print(f"{case.name:<34} {machine:<12} {millions} {ratios} {native / case.macs:>10.3f}", flush=True)
+    print_model()
+
+
+def cases(flags: Flags) -> Iterator[Case]:
+    """Layers, then whole nets."""
     for shape in (*RESNET18, *MOBILENETV2) if flags.layers and flags.bits > 1 else ():
         side, inputs, outputs, kernel, _, groups = shape
         torch.manual_seed(0)
@@ -110,7 +163,7 @@ def main(flags: Flags) -> None:
         files = variants(Chain(shape).eval(), images, flags.bits, binary=False)
         macs = CHAIN * side * side * outputs * inputs // groups * kernel * kernel
         kind = "depthwise " if groups > 1 else ""
-        report(f"{kind}{side}² {inputs}→{outputs} {kernel}×{kernel}", files, images, macs, peak, flags)
+        yield Case(f"{kind}{side}² {inputs}→{outputs} {kernel}×{kernel}", files, images, macs)
     for name in flags.nets:
         torch.manual_seed(0)
         model, _ = create_backbone(name, 1000)
@@ -118,7 +171,7 @@ def main(flags: Flags) -> None:
         settle_norms(model, images)
         macs = _macs(model, images)
         files = variants(model, images, flags.bits, binary=flags.bits == 1)
-        report(f"{name} W{flags.bits}A{flags.bits}", files, images, macs, peak, flags)
+        yield Case(f"{name} W{flags.bits}A{flags.bits}", files, images, macs)
 
 
 def variants(model: nn.Module, images: Tensor, bits: int, binary: bool) -> dict[str, onnx.ModelProto]:
@@ -135,17 +188,18 @@ def variants(model: nn.Module, images: Tensor, bits: int, binary: bool) -> dict[
     return {"fp32": fp32, "int8": int8, "native": emit(lower_to_integers(model, images, target), target)}
 
 
-def report(name: str, files: dict[str, onnx.ModelProto], images: Tensor, macs: int, peak: float, flags: Flags) -> None:
-    feed = np.ascontiguousarray(images[:1].numpy())
+def report(case: Case, peak: float, flags: Flags) -> None:
+    files = case.files
+    feed = np.ascontiguousarray(case.images[:1].numpy())
     over = {}
     for baseline in ("fp32", "int8"):
         ordered = {baseline: files[baseline], **files}
         rows = latency.compare(ordered, feed, threads=flags.threads, rounds=flags.rounds)
         over[baseline] = next(row for row in rows if row.name == "native")
     best = over["int8"].median_ms
-    rate = macs / best / 1e6
+    rate = case.macs / best / 1e6
     print(
-        f"{name:<34} {best:>9.3f} {over['fp32'].speedup:>7.2f} {over['int8'].speedup:>7.2f} {rate:>12.0f} "
+        f"{case.name:<34} {best:>9.3f} {over['fp32'].speedup:>7.2f} {over['int8'].speedup:>7.2f} {rate:>12.0f} "
         f"{rate / peak / flags.threads:>8.0%}"
     )
     if flags.threads > 1:

@@ -2,8 +2,8 @@
 
     uv run tools/sweep_kernels.py --count 3000
     uv run tools/sweep_kernels.py --count 1000 --sanitize
-    uv run tools/sweep_kernels.py --count 300 --compiler aarch64-linux-gnu-g++ --architecture aarch64 \\
-        --runner "qemu-aarch64 -L /usr/aarch64-linux-gnu" --isas portable neon neon-dotprod
+    uv run tools/sweep_kernels.py --count 1000 --compiler aarch64-linux-gnu-g++ --architecture aarch64 \\
+        --runner "qemu-aarch64 -L /usr/aarch64-linux-gnu"
 """
 
 import shlex
@@ -54,7 +54,7 @@ def build_sweep(folder: Path, command: list[str], architecture: str, sanitize: b
 
 def main(flags: Flags) -> int:
     architecture = flags.architecture or machine()
-    defaults = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod")}
+    defaults = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod", "neon-i8mm")}
     command = flags.compiler.split() or cpp.required_compiler()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """The C++ kernels alone, random layers and extreme codes against loops that spell the definition out."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from export.kernels.build import HERE, library_name
 from tools.sweep_kernels import build_sweep
 
 ROOT = Path(__file__).parent.parent.parent
-ISAS = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod")}
+ISAS = {"x86_64": ("portable", "avx2", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod", "neon-i8mm")}
+ARM_LIBRARIES = Path("/usr/aarch64-linux-gnu")  # where Debian's cross compiler has them
 UNKNOWN = 2  # the sweep's exit status for an instruction set that is not there
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the kernels with")
@@ -30,6 +32,30 @@ def test_random_layers_compute_the_defined_codes(sweep: Path, isa: str) -> None:
     if done.returncode == UNKNOWN:
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def arm_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    command = compiler("aarch64")
+    if command is None or not ARM_LIBRARIES.is_dir() or shutil.which("qemu-aarch64") is None:
+        pytest.skip("apt-get install qemu-user g++-aarch64-linux-gnu")
+    return build_sweep(tmp_path_factory.mktemp("arm_sweep"), command, "aarch64")
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS["aarch64"] if isa != "portable"])
+def test_random_layers_on_an_emulated_arm_processor(arm_sweep: Path, isa: str) -> None:
+    command = ["qemu-aarch64", "-L", str(ARM_LIBRARIES), "-cpu", "max", str(arm_sweep), "40", isa, "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cpu", "chosen"), [("cortex-a72", "neon"), ("neoverse-n1", "neon-dotprod"), ("max", "neon-i8mm")]
+)
+def test_an_arm_processor_runs_the_widest_instructions_it_has(arm_sweep: Path, cpu: str, chosen: str) -> None:
+    command = ["qemu-aarch64", "-L", str(ARM_LIBRARIES), "-cpu", cpu, str(arm_sweep), "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"{chosen}: 0 layers, 0 with wrong codes\n"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Executed instructions of one inference of each file: `count_inferences.py RUNS LIBRARY FOLDER NAME...`, under `run.py --count`.
+"""Executed instructions of an inference of each file: `count_inferences.py RUNS LIBRARY FOLDER NAME...`.
 
-Each NAME is FOLDER/NAME.onnx, its input FOLDER/NAME.npy. Before and after the counted runs the process asks for its parent's id,
-which is where `count_instructions.c` prints what it has counted so far.
+Each NAME is FOLDER/NAME.onnx, its input FOLDER/NAME.npy. Before and after the counted runs the process asks for its parent's
+id, which is where `count_instructions.c` prints what it has counted so far. `tools/count_inferences.py` writes the folder.
 """
 
 import os
