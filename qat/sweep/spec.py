@@ -6,6 +6,8 @@ bits = [4, 3]                        # of the quantized methods
 targets = ["sketch", "photo"]
 seeds = [0, 1, 2]
 presets = ["default", "long"]
+draws = [0]                          # of hyper-parameters, as DomainBed draws them; 0: none drawn
+rule = "training-domain"             # which of the draws the table has: also "oracle"
 start = "fp"
 start_preset = "default"             # of the cells that others start from; without it, each cell's own preset
 
@@ -21,10 +23,13 @@ steps = 4000
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qat.domains.hyperparameters import hyperparameters
+from qat.domains.selection import ORACLE, TRAINING_DOMAIN, SelectionRule
 from qat.runs.given import read_config
 from qat.runs.parts import RecipeError
 from qat.runs.presets import PRESETS
@@ -33,6 +38,11 @@ from qat.runs.recipe_checks import check
 
 DEFAULT = "default"
 START = "start"  # as a teacher: the cell that this one starts from
+# Cross-validation would need runs that leave two domains out
+RULES: dict[str, SelectionRule] = {
+    "training-domain": TRAINING_DOMAIN,
+    "oracle": ORACLE,
+}
 TABLES = ("values", "method", "preset", "slurm")
 
 
@@ -41,7 +51,7 @@ class Cell:
     """One run of a sweep.
 
     name:   its folder's name within the sweep's.
-    method, bits, target, seed, preset: its place in the grid; bits is None in full precision.
+    method, bits, target, seed, preset, draw: its place in the grid; bits is None in full precision.
     recipe: what is trained, its folders filled in.
     after:  name of the cell that it starts from, "" for none.
     """
@@ -54,6 +64,7 @@ class Cell:
     preset: str
     recipe: Recipe
     after: str = ""
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ class Sweep:
     targets: tuple[str, ...] = ("sketch",)
     seeds: tuple[int, ...] = (0,)
     presets: tuple[str, ...] = (DEFAULT,)
+    draws: tuple[int, ...] = (0,)
+    rule: str = "training-domain"
     start: str = "fp"
     start_preset: str = ""
     values: dict[str, Any] = field(default_factory=dict)
@@ -90,8 +103,8 @@ class Sweep:
                         cells += self._of(
                             method, target, seed, self.start_preset or preset
                         )
-                    for method in self.methods:
-                        cells += self._of(method, target, seed, preset)
+                    for method, draw in itertools.product(self.methods, self.draws):
+                        cells += self._of(method, target, seed, preset, draw)
                     found |= {
                         cell.name: cell for cell in cells if cell.name not in found
                     }
@@ -100,12 +113,14 @@ class Sweep:
     def _is_started(self) -> bool:
         return any(KNOWN[method].quantization is not None for method in self.methods)
 
-    def _of(self, method: str, target: str, seed: int, preset: str) -> list[Cell]:
+    def _of(
+        self, method: str, target: str, seed: int, preset: str, draw: int = 0
+    ) -> list[Cell]:
         """The cells of one method at one place of the grid, one for each number of bits."""
         has_bits = KNOWN[method].grids is not None
         cells = []
         for bits in self.bits if has_bits else (None,):
-            name = cell_name(method, bits, target, seed, preset)
+            name = cell_name(method, bits, target, seed, preset, draw)
             starts = KNOWN[method].quantization is not None
             of_start = self.start_preset or preset
             after = (
@@ -114,14 +129,28 @@ class Sweep:
             placed: dict[str, Any] = {"test_domain": target, "seed": seed}
             if bits is not None:
                 placed["bits"] = bits
-            recipe = self._recipe(method, preset, placed)
+            recipe = self._recipe(
+                method, preset, placed | self._drawn(method, seed, draw)
+            )
             recipe = recipe.changed(out=self.out / name)
             if after:
                 recipe = recipe.changed(init_from=self.out / after)
             if recipe.entries().get("teacher") == Path(START):
                 recipe = recipe.changed(teacher=self.out / after)
-            cells.append(Cell(name, method, bits, target, seed, preset, recipe, after))
+            cell = Cell(name, method, bits, target, seed, preset, recipe, after, draw)
+            cells.append(cell)
         return cells
+
+    def _drawn(self, method: str, seed: int, draw: int) -> dict[str, Any]:
+        """Hyper-parameters of draw `draw` that the method has; its own for draw 0."""
+        if draw == 0:
+            return {}
+        is_flat = KNOWN[method].sharpness is not None
+        drawn = hyperparameters(
+            draw, algorithm="sagm" if is_flat else "erm", trial_seed=seed
+        )
+        known = KNOWN[method].entries()
+        return {name: value for name, value in drawn.items() if name in known}
 
     def _recipe(self, method: str, preset: str, placed: dict[str, Any]) -> Recipe:
         recipe = TRAINED[method]
@@ -140,11 +169,12 @@ class Sweep:
 
 
 def cell_name(
-    method: str, bits: int | None, target: str, seed: int, preset: str
+    method: str, bits: int | None, target: str, seed: int, preset: str, draw: int = 0
 ) -> str:
     """Name of a cell's folder."""
     parts = [method, "" if bits is None else f"{bits}bit", target, f"s{seed}"]
     parts.append("" if preset == DEFAULT else preset)
+    parts.append("" if draw == 0 else f"draw{draw}")
     return "-".join(part for part in parts if part)
 
 
@@ -163,7 +193,17 @@ def read_sweep(path: Path, **flags: Any) -> Sweep:
         values[name] = _table(
             path, name, values.get(name, {}), nested=name in ("method", "preset")
         )
-    lists = {"methods": str, "bits": int, "targets": str, "seeds": int, "presets": str}
+    for name in ("out", "start", "start_preset", "rule"):
+        if not isinstance(values.get(name, ""), (str, Path)):
+            raise RecipeError(f"{path}: {name} must be a word, got {values[name]!r}")
+    lists = {
+        "methods": str,
+        "bits": int,
+        "targets": str,
+        "seeds": int,
+        "presets": str,
+        "draws": int,
+    }
     for name, kind in lists.items():
         if name in values:
             values[name] = _list(path, name, values[name], kind)
@@ -202,6 +242,14 @@ def _require_known(sweep: Sweep) -> None:
             raise RecipeError(
                 f"{sweep.source}: unknown method {method!r}; known: {', '.join(KNOWN)}"
             )
+    if sweep.rule not in RULES:
+        raise RecipeError(
+            f"{sweep.source}: unknown rule {sweep.rule!r}; known: {', '.join(RULES)}"
+        )
+    if min(sweep.draws) < 0:
+        raise RecipeError(
+            f"{sweep.source}: draws are 0 or more, got {min(sweep.draws)}"
+        )
     if KNOWN[sweep.start].quantization is not None:
         raise RecipeError(
             f"{sweep.source}: start must be a method of full precision (fp, sagm), got {sweep.start!r}"

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.domains.selection import mean_and_standard_error
+from qat.domains.selection import Record, mean_and_standard_error
 from qat.runs.records import results_of
 from qat.runs.run_folder import RunFolder
-from qat.sweep.spec import DEFAULT, Cell, Sweep
+from qat.sweep.spec import DEFAULT, RULES, Cell, Sweep
 
 RowKey = tuple[str, int | None, str]
 Place = tuple[str, int]  # target and seed
@@ -133,23 +133,39 @@ TEST_HEADER = ["paired over targets and seeds", "difference, points", "n", "p"]
 
 def table_of(sweep: Sweep) -> Table:
     """The table of the cells that are done. Raises RecipeError for a damaged run folder."""
-    rows: dict[RowKey, dict[Place, float]] = {}
+    records: dict[RowKey, list[Record]] = {}
     missing = []
     for cell in sweep.cells():
-        accuracies = rows.setdefault((cell.method, cell.bits, cell.preset), {})
-        accuracy = _accuracy(sweep.out, cell)
-        if accuracy is None:
+        of_row = records.setdefault((cell.method, cell.bits, cell.preset), [])
+        record = _record(sweep.out, cell)
+        if record is None:
             missing.append(cell.name)
         else:
-            accuracies[cell.target, cell.seed] = accuracy
-    named = tuple(Row(key, found) for key, found in rows.items())
-    return Table(sweep.targets, named, tuple(missing))
+            of_row.append(record)
+    rows = tuple(_row(sweep, key, of_row) for key, of_row in records.items())
+    return Table(sweep.targets, rows, tuple(missing))
 
 
-def _accuracy(out: Path, cell: Cell) -> float | None:
+def _row(sweep: Sweep, key: RowKey, records: Sequence[Record]) -> Row:
+    """What the sweep's rule chooses among the draws of each target and seed."""
+    accuracy: dict[Place, float] = {}
+    for target in sweep.targets:
+        for seed, choice in RULES[sweep.rule].choose(records, target).items():
+            accuracy[target, seed] = choice.accuracy
+    return Row(key, accuracy)
+
+
+def _record(out: Path, cell: Cell) -> Record | None:
+    """The checkpoint that the cell's run selected, as DomainBed's rules take it: a seed of the sweep is a trial."""
     if not (out / cell.name / "results.json").exists():
         return None
-    return float(results_of(RunFolder.open(out / cell.name))["target"])
+    results = results_of(RunFolder.open(out / cell.name))
+    held_out = dict(results["source_validation"])
+    if results["target_holdout"] is not None:
+        held_out[cell.target] = results["target_holdout"]
+    measured = {cell.target: results["target"]}
+    step = results["selected_step"]
+    return Record(step, (cell.target,), measured, held_out, cell.draw, cell.seed)
 
 
 def sign_test(differences: NDArray[np.float64]) -> float:

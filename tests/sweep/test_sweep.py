@@ -1,5 +1,6 @@
 """Sweeps: which cells there are, what runs when, what is not run twice, and the table at the end."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qat.domains.hyperparameters import hyperparameters
 from qat.runs.parts import RecipeError
 from qat.sweep import engine
 from qat.sweep.engine import run_sweep
@@ -154,6 +156,9 @@ def test_a_changed_grid_is_refused_before_anything_runs(tmp_path: Path, trained:
         ("seeds = [0.5]", "seeds must be a list of whole numbers"),
         ("seeds = [1, 1]", "names something twice"),
         ("presets = ['long']", r"has no table \[preset.long\]"),
+        ("start = 3", "start must be a word, got 3"),
+        ("rule = 'best'", "unknown rule 'best'; known: training-domain, oracle"),
+        ("draws = [-1]", "draws are 0 or more, got -1"),
         ("start = 'lsq'", "start must be a method of full precision"),
         ("[values]\nstpes = 3", r"\[values\]: none of its methods has stpes"),
         ("[method.fp]\nbits = 3", "unknown entries bits"),
@@ -193,6 +198,30 @@ def test_the_table_has_means_and_standard_errors_over_seeds(tmp_path: Path, trai
     (sweep.out / "lsq-4bit-photo-s1" / "results.json").unlink()
     partial = table_of(sweep)
     assert partial.missing == ("lsq-4bit-photo-s1",) and partial.entries()[2][-1] == "2"
+
+
+def test_draws_are_domainbeds_and_the_table_has_the_one_that_its_rule_chooses(tmp_path: Path, trained: Any) -> None:
+    sweep = sweep_of(tmp_path, "methods = ['sagm']\ntargets = ['photo']\ndraws = [0, 1, 2]\nseeds = [0, 1]")
+    rates = {cell.name: cell.recipe.optimization.lr for cell in sweep.cells()}
+    assert rates["sagm-photo-s0"] == 1e-3 and len(rates) == 6 and len(set(rates.values())) == 5
+    drawn = hyperparameters(2, algorithm="sagm", trial_seed=1)
+    (cell,) = [cell for cell in sweep.cells() if cell.name == "sagm-photo-s1-draw2"]
+    assert {name: cell.recipe.entries()[name] for name in drawn} == drawn
+    trained()
+    run_sweep(sweep, jobs=2, say=lambda line: None)
+    # seed 0: draw 1 is best on the sources; seed 1: draw 0 is; the oracle takes the best held-out target
+    sources = {"sagm-photo-s0-draw1": 0.9, "sagm-photo-s1": 0.8}
+    for name in rates:
+        file = sweep.out / name / "results.json"
+        results = json.loads(file.read_text())
+        results["source_validation"] = {"a": sources.get(name, 0.5)}
+        results["target_holdout"] = 0.7 if name.endswith("draw2") else 0.1
+        file.write_text(json.dumps(results))
+    reached = {name: json.loads((sweep.out / name / "results.json").read_text())["target"] for name in rates}
+    (row,) = table_of(sweep).rows
+    assert row.accuracy == {("photo", 0): reached["sagm-photo-s0-draw1"], ("photo", 1): reached["sagm-photo-s1"]}
+    (row,) = table_of(dataclasses.replace(sweep, rule="oracle")).rows
+    assert row.accuracy == {("photo", seed): reached[f"sagm-photo-s{seed}-draw2"] for seed in (0, 1)}
 
 
 def test_p_of_random_signs_counts_every_assignment() -> None:
