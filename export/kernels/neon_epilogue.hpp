@@ -107,6 +107,7 @@ template <Adds kAdds, bool kFull>
 void finish_channels(const Epilogue& e, const Constants& k, const int32_t* sums, int count, int c, int channels) {
   const Sixteen multiplier = load_floats(e.multiplier + c);
   const int largest_code = kAdds == Adds::kNothing ? e.high : e.sum_high;
+  const int tables = e.tables;  // a store of codes might change e, for all that the compiler knows
   for (int m = 0; m < count; ++m) {
     const ptrdiff_t at = m * e.stride + c;
     uint8x16_t codes = own_codes<false>(sums + m * kBlock + c, multiplier, k);
@@ -116,7 +117,7 @@ void finish_channels(const Epilogue& e, const Constants& k, const int32_t* sums,
       codes = add_other<kAdds == Adds::kOtherFirst>(k, codes, other);
       if (e.sum) store_codes<kFull>(e.sum + at, codes, channels);
     }
-    for (int t = 0; t < e.tables; ++t)
+    for (int t = 0; t < tables; ++t)
       if (e.copy[t]) store_codes<kFull>(e.copy[t] + at, look_up(e.table[t], largest_code, codes), channels);
   }
 }
