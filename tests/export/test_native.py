@@ -82,7 +82,7 @@ def test_native_files_are_certified(net: str, bits: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_stock_twin_computes_the_same_codes_and_weighs_the_same(bits: int) -> None:
     model = build_wide(bits)
-    native, packed = (emit(lowered(model, t), TARGETS[t]) for t in ("ort-native", "ort-packed-vnni"))
+    native, packed = (emit(lowered(model, t), TARGETS[t]) for t in ("ort-native", "ort-packed"))
     names = sorted(quantizer_names(native))
     first, second = (session.load(session.with_outputs(p, names)).run(IMAGES.numpy()) for p in (native, packed))
     assert is_native(native) and not is_native(packed)
