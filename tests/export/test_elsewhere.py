@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import graph as qdq_graph
+from export import graph, layer_weights
 from export.across import Elsewhere, certify_elsewhere
 from export.elsewhere import unavailable
 from export.lower import lower_to_integers
@@ -71,7 +71,8 @@ def test_the_byte_minus_128_is_computed_wrongly_on_arm_and_never_written(monkeyp
         model.depthwise.weight.fill_(-100.0)
     assert on_arm(model, TARGETS["ort-int8"]).passed
     monkeypatch.setattr(biases, "weight_multiplier_of", lambda target, bits, source: 16)
-    monkeypatch.setattr(qdq_graph, "plan_layer", lambda target, layer, source: LayerPlan(8, uint8=False))
+    for module in (graph, layer_weights):
+        monkeypatch.setattr(module, "plan_layer", lambda target, layer, source: LayerPlan(8, uint8=False))
     planted = on_arm(model, TARGETS["ort-int8"])
     assert not planted.passed
     assert list(planted.mismatches) == ["depthwise#conv2d0"] and planted.mismatches["depthwise#conv2d0"] > 100
