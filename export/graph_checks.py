@@ -179,10 +179,11 @@ def _check_node(node: onnx.NodeProto, where: str) -> None:
         )
     if not any(node.output):
         raise ExportError(f"{where}: has no outputs")
-    names = [attribute.name for attribute in node.attribute]
-    if len(set(names)) < len(names):
-        raise ExportError(f"{where}: has an attribute twice")
+    names: set[str] = set()
     for attribute in node.attribute:
+        if attribute.name in names:
+            raise ExportError(f"{where}: has attribute {_short(attribute.name)} twice")
+        names.add(attribute.name)
         _check_attribute(attribute, node, where)
     if is_native:
         check_native(node, where)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import onnx
 from onnx import helper
 
-from export.lowered import DOMAIN
+from export.lowered import DOMAIN, ExportError
 from export.names import named_by_native_codes, native_codes_of
 
 # Operators that run a quantized layer
@@ -19,16 +19,26 @@ def is_native(proto: onnx.ModelProto) -> bool:
 
 
 def code_outputs(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto, int]]:
-    """(quantizer, node, which of its outputs) for the codes that native nodes compute, named in the file or not."""
+    """(quantizer, node, which of its outputs) for the codes that native nodes compute, named in the file or not.
+
+    Raises ExportError for a node that has `codes` twice: which of its outputs they are cannot be told.
+    """
     for node in proto.graph.node:
         if node.domain != DOMAIN:
             continue
-        for attribute in node.attribute:
-            if attribute.name != "codes":
-                continue
-            for index, label in enumerate(attribute.strings):
-                if label:
-                    yield label.decode(), node, index
+        for index, label in enumerate(_labels(node)):
+            if label:
+                yield label.decode(), node, index
+
+
+def _labels(node: onnx.NodeProto) -> Sequence[bytes]:
+    """By output of a native node: the quantizer whose codes it is, empty for none."""
+    attributes = [one for one in node.attribute if one.name == "codes"]
+    if len(attributes) > 1:
+        raise ExportError(f"node {node.op_type} {node.name}: has attribute codes twice")
+    if not attributes:
+        return ()
+    return attributes[0].strings
 
 
 def reveal(proto: onnx.ModelProto, names: Sequence[str]) -> None:

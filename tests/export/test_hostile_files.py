@@ -169,6 +169,17 @@ def node(kind: str, **attributes: Any) -> Change:
     return change
 
 
+def repeated(kind: str, name: str, value: Any) -> Change:
+    """A second attribute of this name, on the first node of a kind."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        found = next(n for n in proto.graph.node if n.op_type == kind)
+        assert any(attribute.name == name for attribute in found.attribute)
+        found.attribute.append(helper.make_attribute(name, value))
+
+    return change
+
+
 def with_node(kind: str, domain: str = "", inputs: tuple[str, ...] = (), **attributes: Any) -> Change:
     def change(proto: onnx.ModelProto) -> None:
         names = inputs or (proto.graph.input[0].name,)
@@ -249,6 +260,7 @@ STOCK: dict[str, tuple[Change, str]] = {
     "lengths of sequences": (recurrent(inputs=5), "do not fit its input"),
     "a recurrent layer's own activations": (recurrent(activations=["Relu", "Tanh"]), "activations"),
     "random numbers": (with_node("RandomNormalLike"), "RandomNormalLike"),
+    "an attribute twice": (repeated("MaxPool", "strides", [1, 1]), "MaxPool .*attribute strides twice"),
     "no outputs": (lambda proto: proto.graph.ClearField("output"), "no graph"),
 }
 NATIVE: dict[str, tuple[Change, str]] = {
@@ -267,6 +279,7 @@ NATIVE: dict[str, tuple[Change, str]] = {
     "a window of 2^40": (node("QConv", kernel_h=1 << 40), "kernel_h"),
     "no groups": (node("QConv", groups=0), "groups"),
     "a code of 300": (node("QConv", y_high=300), "y_high"),
+    "names of codes twice": (repeated("QConv", "codes", ["head.input"]), "QConv .*attribute codes twice"),
 }
 CASES = [
     *((f"metadata: {name}", "ort-packed", *case) for name, case in METADATA.items()),
