@@ -44,48 +44,71 @@ def read_domainnet(
     folder = domainnet_folder(root)
     lists = read_lists(folder, published.classes)
     duplicates = read_duplicates(folder)
-    on_disk = {
-        name: class_files(folder / name) for name in DOMAINS if (folder / name).is_dir()
-    }
     used: dict[str, Files] = {}
     found: dict[str, Found] = {}
-    for name, files in on_disk.items():
-        used[name], found[name] = _select(name, files, lists.get(name), duplicates)
-        if files and not used[name]:
+    for name in DOMAINS:
+        if not (folder / name).is_dir():
+            continue
+        files = class_files(folder / name)
+        selected, found[name] = _select(name, files, lists.get(name), duplicates)
+        if selected:
+            used[name] = selected
+        elif files:
             raise DataError(
                 f"domain {name!r} in {folder}: its {found[name].on_disk} images are all duplicates or unlisted"
             )
-    used = {name: files for name, files in used.items() if files}
     if len(used) < 2:
-        there = (
-            f"only {', '.join(used)} holds images" if used else "no domain holds images"
-        )
+        there = "no domain holds images"
+        if used:
+            there = f"only {', '.join(used)} holds images"
         raise DataError(f"--data-root {root}: {there}; expected {LAYOUT}")
-    classes = sorted({c for files in used.values() for c in files})
+    strangers = []
+    for path in folders_in(folder):
+        if path.name not in DOMAINS:
+            strangers.append(path.name)
     inventory = Inventory(
         folder,
         published,
         found,
-        {name: tuple(files) for name, files in used.items()},
-        duplicates=None
-        if duplicates is None
-        else {d: sum(i.startswith(f"{d}/") for i in duplicates) for d in DOMAINS},
+        classes={name: tuple(files) for name, files in used.items()},
+        duplicates=None if duplicates is None else _count_by_domain(duplicates),
         listed={name: len(images) for name, images in lists.items()},
-        strangers=tuple(p.name for p in folders_in(folder) if p.name not in DOMAINS),
+        strangers=tuple(strangers),
     )
     if check_images:
-        _check_jpegs(
-            [
-                path
-                for files in used.values()
-                for paths in files.values()
-                for path in paths
-            ]
-        )
-    return [
-        folder_domain(n, classes, {c: f.get(c, []) for c in classes})
-        for n, f in sorted(used.items())
-    ], inventory
+        _check_jpegs(_paths_of(used))
+    return _domains(used), inventory
+
+
+def _domains(used: Mapping[str, Files]) -> list[Domain]:
+    """In alphabetical order, each with the classes of all."""
+    all_classes: set[str] = set()
+    for files in used.values():
+        all_classes.update(files)
+    classes = sorted(all_classes)
+    domains = []
+    for name, files in sorted(used.items()):
+        of_all_classes = {of: files.get(of, []) for of in classes}
+        domains.append(folder_domain(name, classes, of_all_classes))
+    return domains
+
+
+def _paths_of(used: Mapping[str, Files]) -> list[Path]:
+    paths = []
+    for files in used.values():
+        for of_class in files.values():
+            paths += of_class
+    return paths
+
+
+def _count_by_domain(images: Iterable[str]) -> dict[str, int]:
+    """How many of `images`, "clipart/axe/clipart_012_000002.jpg", each domain has."""
+    counts = dict.fromkeys(DOMAINS, 0)
+    for image in images:
+        domain, _, _ = image.partition("/")
+        if domain in counts:
+            counts[domain] += 1
+    return counts
 
 
 def domainnet_folder(root: Path) -> Path:
@@ -95,10 +118,11 @@ def domainnet_folder(root: Path) -> Path:
 
 def is_domainnet(root: Path) -> bool:
     """Whether `root` is laid out as DomainNet: by most of the domains' names, which other data sets share in part."""
-    return any(
-        sum((f / name).is_dir() for name in DOMAINS) > len(DOMAINS) / 2
-        for f in (root, root / FOLDER)
-    )
+    for folder in (root, root / FOLDER):
+        present = [name for name in DOMAINS if (folder / name).is_dir()]
+        if len(present) > len(DOMAINS) / 2:
+            return True
+    return False
 
 
 def _select(
@@ -109,7 +133,10 @@ def _select(
 ) -> tuple[Files, Found]:
     """The images of `domain` that count: in its lists where it has some, and no duplicates."""
     used: Files = {}
-    dropped, unlisted, there = 0, [], set()
+    used_count = 0
+    dropped = 0
+    unlisted = []
+    there = set()
     for name, paths in files.items():
         for path in paths:
             image = f"{domain}/{name}/{path.name}"
@@ -120,18 +147,23 @@ def _select(
                 unlisted.append(image)
             else:
                 used.setdefault(name, []).append(path)
-    absent = sorted((listed or {}).keys() - there - (duplicates or frozenset()))
-    count = sum(len(paths) for paths in used.values())
-    return used, Found(len(there), dropped, count, tuple(unlisted), tuple(absent))
+                used_count += 1
+    expected = set(listed or ()) - (duplicates or frozenset())
+    absent = sorted(expected - there)
+    counts = Found(len(there), dropped, used_count, tuple(unlisted), tuple(absent))
+    return used, counts
 
 
 def _check_jpegs(paths: Iterable[Path]) -> None:
     """Decoding 600,000 images takes minutes; looking at both ends of each takes seconds and finds cut-off downloads.
     What does not begin and end as a JPEG is decoded."""
     paths = list(paths)
+    doubtful = []
     with ThreadPoolExecutor(8) as pool:
-        whole = pool.map(_has_both_ends, paths, chunksize=256)
-        doubtful = [path for path, fine in zip(paths, whole, strict=True) if not fine]
+        are_whole = pool.map(_has_both_ends, paths, chunksize=256)
+        for path, is_whole in zip(paths, are_whole, strict=True):
+            if not is_whole:
+                doubtful.append(path)
     check_readable(doubtful)
 
 

@@ -87,42 +87,55 @@ def read_domains(root: Path, *, check_images: bool = True) -> list[Domain]:
         raise DataError(
             f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/*.jpg"
         )
-    found = {
-        d.name: {c.name: images_in(c) for c in folders_in(d)} for d in folders_in(root)
-    }
-    if not found:
+    files_of: dict[str, dict[str, list[Path]]] = {}
+    for folder in folders_in(root):
+        files_of[folder.name] = files_by_class(folder)
+    if not files_of:
         raise DataError(
             f"--data-root {root}: holds no domain folders; expected <root>/<domain>/<class>/*.jpg"
         )
-    _check_classes(root, found)
-    classes = tuple(sorted(next(iter(found.values()))))
-    domains = [
-        folder_domain(name, classes, files) for name, files in sorted(found.items())
-    ]
+    _check_classes(root, files_of)
+    domains = []
+    paths = []
+    for name, files in sorted(files_of.items()):
+        domains.append(folder_domain(name, sorted(files), files))
+        for of_class in files.values():
+            paths += of_class
     if check_images:
-        check_readable([p for d in domains for p in d.images.paths])  # type: ignore[attr-defined]
+        check_readable(paths)
     return domains
 
 
 def folders_in(path: Path) -> list[Path]:
     """Subfolders in order of their names, hidden ones left out."""
-    return sorted(
-        p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")
-    )
+    folders = []
+    for child in sorted(path.iterdir()):
+        if child.is_dir() and not child.name.startswith("."):
+            folders.append(child)
+    return folders
 
 
 def images_in(folder: Path) -> list[Path]:
     """Files of a folder that are images by their suffix, in order, hidden ones left out."""
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-    )
+    return [path for path in sorted(folder.iterdir()) if is_image_file(path)]
+
+
+def is_image_file(path: Path) -> bool:
+    """By its suffix; hidden files are none."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def files_by_class(folder: Path) -> dict[str, list[Path]]:
+    """Class -> its images, for all class folders of one domain."""
+    files = {}
+    for of_class in folders_in(folder):
+        files[of_class.name] = images_in(of_class)
+    return files
 
 
 def class_files(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its images, for the class folders of one domain that hold some."""
-    files = {c.name: images_in(c) for c in folders_in(folder)}
+    """As `files_by_class`, without the classes that have no images."""
+    files = files_by_class(folder)
     return {name: paths for name, paths in files.items() if paths}
 
 
@@ -130,16 +143,21 @@ def folder_domain(
     name: str, classes: Sequence[str], files: dict[str, list[Path]]
 ) -> Domain:
     """One domain from the image files of each class; labels are positions in `classes`."""
-    paths = [path for c in classes for path in files[c]]
-    labels = np.repeat(np.arange(len(classes)), [len(files[c]) for c in classes])
-    return Domain(
-        name, tuple(classes), FolderImages(tuple(paths)), labels.astype(np.int64)
-    )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, of in enumerate(classes):
+        paths += files[of]
+        labels += [label] * len(files[of])
+    images = FolderImages(tuple(paths))
+    return Domain(name, tuple(classes), images, np.array(labels, np.int64))
 
 
-def _check_classes(root: Path, found: dict[str, dict[str, list[Path]]]) -> None:
-    every = {c for files in found.values() for c in files}
-    for name, files in sorted(found.items()):
+def _check_classes(root: Path, files_of: dict[str, dict[str, list[Path]]]) -> None:
+    """Raises DataError naming a domain without images, or one that lacks a class which another one has."""
+    every: set[str] = set()
+    for files in files_of.values():
+        every.update(files)
+    for name, files in sorted(files_of.items()):
         if not any(files.values()):
             raise DataError(
                 f"domain {name!r} in {root}: has no images; expected {root / name}/<class>/*.jpg{_one_folder_off(root, name)}"
@@ -169,16 +187,16 @@ def _one_folder_off(root: Path, name: str) -> str:
 
 def check_readable(paths: Sequence[Path]) -> None:
     """Decode every image. Raises DataError that names the unreadable ones and what is wrong with the first."""
+    broken = []
+    reasons = []
     with ThreadPoolExecutor(8) as pool:
-        broken = {
-            str(p): fault
-            for p, fault in zip(paths, pool.map(_fault, paths), strict=True)
-            if fault is not None
-        }
+        for path, fault in zip(paths, pool.map(_fault, paths), strict=True):
+            if fault is not None:
+                broken.append(str(path))
+                reasons.append(fault)
     if broken:
-        first = next(iter(broken.values()))
         raise DataError(
-            f"{len(broken)} unreadable image(s): {some(list(broken))}; remove or replace them ({first})"
+            f"{len(broken)} unreadable image(s): {some(broken)}; remove or replace them ({reasons[0]})"
         )
 
 

@@ -7,7 +7,7 @@
 "valid", "validation", "training" and "testing" are read as such names too. Images are JPEG, PNG and WebP files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,9 +23,10 @@ from qat.domains.folders import (
     Domain,
     FolderImages,
     check_readable,
+    files_by_class,
     folder_domain,
     folders_in,
-    images_in,
+    is_image_file,
     read_domains,
     some,
 )
@@ -86,9 +87,8 @@ def read_image_folders(
     paths = _paths(split)
     if check_images:
         check_readable(paths)
-    counts = class_counts(
-        [part.domain.labels[part.indices] for part in split.train], len(split.classes)
-    )
+    labels = [part.domain.labels[part.indices] for part in split.train]
+    counts = class_counts(labels, len(split.classes))
     imbalance = imbalance_note(counts, split.classes)
     if imbalance is not None:
         notes.append(imbalance)
@@ -102,8 +102,13 @@ def recognised_layout(root: Path) -> Layout:
     if not root.is_dir():
         raise DataError(f"--data-root {printable(root)}: no such folder; {EXPECTED}")
     folders = folders_in(root)
-    with_images = [f.name for f in folders if _has_images(f)]
-    with_classes = [f.name for f in folders if _has_classes(f)]
+    with_images = []
+    with_classes = []
+    for folder in folders:
+        if _has_images(folder):
+            with_images.append(folder.name)
+        if _has_classes(folder):
+            with_classes.append(folder.name)
     if not with_images and not with_classes:
         raise _nothing_found(root, folders)
     if with_images and with_classes:
@@ -163,7 +168,10 @@ def _split_flat(root: Path, holdout: float, trial_seed: int) -> tuple[Split, lis
 def _split_parts(
     root: Path, holdout: float, trial_seed: int
 ) -> tuple[Split, list[str]]:
-    folders = {PART_OF[f.name.lower()]: f for f in folders_in(root) if _is_part(f.name)}
+    folders = {}
+    for folder in folders_in(root):
+        if _is_part(folder.name):
+            folders[PART_OF[folder.name.lower()]] = folder
     images = _read_classes(folders["train"])
     notes: list[str] = []
     if "val" in folders:
@@ -210,7 +218,7 @@ def _whole(images: Domain) -> Subset:
 
 def _read_classes(folder: Path) -> Domain:
     """Images of one folder of classes. Raises DataError for fewer than two classes and for empty ones."""
-    files = {c.name: images_in(c) for c in folders_in(folder)}
+    files = files_by_class(folder)
     empty = [name for name, paths in files.items() if not paths]
     if empty:
         raise DataError(
@@ -225,17 +233,19 @@ def _read_classes(folder: Path) -> Domain:
 
 def _read_part(folder: Path, classes: Sequence[str], notes: list[str]) -> Domain:
     """Images of "val" or "test", labelled as the training classes. Raises DataError for classes that are not trained."""
-    files = {c.name: images_in(c) for c in folders_in(folder)}
+    files = files_by_class(folder)
     unknown = sorted(files.keys() - set(classes))
     if unknown:
         raise DataError(
             f"{printable(folder)}: class {some(unknown)} has no training images; there are {some(list(classes))}"
         )
-    of_class: Mapping[str, list[Path]] = {name: files.get(name, []) for name in classes}
-    bare = [name for name, paths in of_class.items() if not paths]
-    if bare:
-        notes.append(f"{printable(folder)}: no images of {some(bare)}")
-    return folder_domain(folder.name, classes, dict(of_class))
+    empty = []
+    for name in classes:
+        if not files.setdefault(name, []):
+            empty.append(name)
+    if empty:
+        notes.append(f"{printable(folder)}: no images of {some(empty)}")
+    return folder_domain(folder.name, classes, files)
 
 
 def _checked_flat(root: Path, names: Sequence[str]) -> Layout:
@@ -290,10 +300,7 @@ def _nothing_found(root: Path, folders: Sequence[Path]) -> DataError:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(
-        path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        for path in folder.iterdir()
-    )
+    return any(is_image_file(path) for path in folder.iterdir())
 
 
 def _has_classes(folder: Path) -> bool:
@@ -306,8 +313,11 @@ def _is_part(name: str) -> bool:
 
 def _beside(root: Path) -> list[str]:
     """The parts that lie in the folder of `root`, itself included."""
-    beside = folders_in(root.parent)
-    return [f.name for f in beside if _is_part(f.name) and _has_classes(f)]
+    parts = []
+    for folder in folders_in(root.parent):
+        if _is_part(folder.name) and _has_classes(folder):
+            parts.append(folder.name)
+    return parts
 
 
 def _in_words(layout: Layout) -> str:
@@ -316,9 +326,9 @@ def _in_words(layout: Layout) -> str:
 
 def _paths(split: Split) -> list[Path]:
     """Every file of a split, once."""
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}  # in order
     parts = (*split.train, *split.validation, split.target_in)
     for part in parts:
         assert isinstance(part.domain.images, FolderImages)
-        found.update(dict.fromkeys(part.domain.images.paths))
-    return list(found)
+        paths.update(dict.fromkeys(part.domain.images.paths))
+    return list(paths)
