@@ -4,7 +4,7 @@ The members answer every image of their split's held-out source parts and target
 of their softmax probabilities, or of their logits. As all see the same images, ensemble and members are compared in pairs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,6 +51,18 @@ class EnsembleRow:
     interval: tuple[float, float]
     mcnemar: tuple[float, ...]
 
+    def __str__(self) -> str:
+        """The columns after the name."""
+        members = ""
+        for accuracy in self.members:
+            members += f"{accuracy:>8.2f}"
+        mean = self.ensemble - self.gain
+        low, high = self.interval
+        return (
+            f"{self.images:>6}{members}{mean:>8.2f}{self.ensemble:>10.2f}"
+            f"  {self.gain:+.2f} ({low:+.2f} to {high:+.2f})"
+        )
+
 
 @dataclass(frozen=True)
 class EnsembleTable:
@@ -67,29 +79,27 @@ class EnsembleTable:
     def __str__(self) -> str:
         names = [printable(row.name) for row in self.rows]
         width = max(map(len, names))
-        heads = "".join(f"{f'm{i}':>8}" for i in range(len(self.members)))
+        heads = ""
+        for index in range(len(self.members)):
+            head = f"m{index}"
+            heads += f"{head:>8}"
         lines = [
             f"{'accuracy, %':<{width}}  images{heads}    mean  ensemble  over the mean (95 %)"
         ]
         for name, row in zip(names, self.rows, strict=True):
-            members = "".join(f"{value:>8.2f}" for value in row.members)
-            low, high = row.interval
-            lines.append(
-                f"{name:<{width}}  {row.images:>6}{members}{row.ensemble - row.gain:>8.2f}{row.ensemble:>10.2f}"
-                f"  {row.gain:+.2f} ({low:+.2f} to {high:+.2f})"
-            )
+            lines.append(f"{name:<{width}}  {row}")
         target = self.rows[-1]
-        lines += [
-            f"m{i}: {printable(name)}; on {names[-1]} the ensemble is {target.ensemble - target.members[i]:+.2f}, "
-            f"McNemar p {target.mcnemar[i]:.3g}"
-            for i, name in enumerate(self.members)
-        ]
-        return "\n".join(
-            [
-                *lines,
-                f"ensemble: mean of the members' {'softmax ' if self.average != 'logits' else ''}{self.average}",
-            ]
-        )
+        for index, name in enumerate(self.members):
+            gain = target.ensemble - target.members[index]
+            lines.append(
+                f"m{index}: {printable(name)}; on {names[-1]} the ensemble is {gain:+.2f}, "
+                f"McNemar p {target.mcnemar[index]:.3g}"
+            )
+        averaged = "softmax probabilities"
+        if self.average == "logits":
+            averaged = "logits"
+        lines.append(f"ensemble: mean of the members' {averaged}")
+        return "\n".join(lines)
 
 
 def evaluate_ensemble(
@@ -103,53 +113,64 @@ def evaluate_ensemble(
     Raises RecipeError for fewer than two runs, or naming two that do not see the same images and classes.
     """
     recipes, built, split = load_members(runs, data_root)
-    subsets = (*split.validation, split.target_in)
-    answers = {
-        s.name: _answers(built, eval_batches(s, recipes[0], built[0])) for s in subsets
-    }
-    return compare_ensemble(
-        [str(run) for run in runs], answers, split.target_in.name, average
-    )
+    answers = {}
+    for subset in (*split.validation, split.target_in):
+        batches = eval_batches(subset, recipes[0], built[0])
+        answers[subset.name] = _answers(built, batches)
+    names = [str(run) for run in runs]
+    return compare_ensemble(names, answers, split.target_in.name, average)
 
 
 def load_members(
     runs: Sequence[Path], data_root: Path | None = None
 ) -> tuple[list[Recipe], list[Built], Split]:
-    """Recipes and models of `runs`, and the split that they share."""
+    """Recipes and models of `runs`, and the split that they share.
+
+    Raises RecipeError for fewer than two runs, or naming two that do not see the same images and classes.
+    """
     if len(runs) < 2:
         raise RecipeError("qat ensemble: name at least two run folders")
-    recipes, built, classes = [], [], []
+    recipes: list[Recipe] = []
+    built: list[Built] = []
+    classes: list[tuple[str, ...]] = []
     for run in runs:
         folder, recipe, model = load_run(run)
         recipes.append(recipe)
         built.append(model)
         classes.append(classes_of(folder))
-        for name in SAME:
-            if recipe.entries()[name] != recipes[0].entries()[name]:
-                raise RecipeError(
-                    f"{runs[0]} and {run} differ in --{name.replace('_', '-')}; the members of an ensemble must agree on it"
-                )
+        pair = f"{runs[0]} and {run}"
+        _require_same_entries(recipes[0], recipe, pair)
         if (model.mean, model.std) != (built[0].mean, built[0].std):
-            raise RecipeError(
-                f"{runs[0]} and {run} normalise images by other means and deviations"
-            )
+            raise RecipeError(f"{pair} normalise images by other means and deviations")
         if classes[-1] != classes[0]:
-            raise RecipeError(f"{runs[0]} and {run} were trained on other classes")
+            raise RecipeError(f"{pair} were trained on other classes")
     return recipes, built, split_of(recipes[0], data_root)
 
 
+def _require_same_entries(first: Recipe, second: Recipe, pair: str) -> None:
+    """Raises RecipeError naming the flag in which two members differ, of those that decide what they see."""
+    ours = first.entries()
+    theirs = second.entries()
+    for name in SAME:
+        if theirs[name] != ours[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise RecipeError(
+                f"{pair} differ in {flag}; the members of an ensemble must agree on it"
+            )
+
+
 @torch.no_grad()
-def _answers(built: Sequence[Built], batches: object) -> Answers:
-    logits: list[list[Tensor]] = [[] for _ in built]
+def _answers(
+    built: Sequence[Built], batches: Iterable[tuple[Tensor, Tensor]]
+) -> Answers:
+    """What every member says of every image of `batches`."""
+    logits = []  # M_n_K, of each batch
     labels = []
-    for images, label in batches:  # type: ignore[attr-defined]
-        for own, member in zip(logits, built, strict=True):
-            own.append(member.model(images))
-        labels.append(label)
-    return Answers(
-        torch.stack([torch.cat(own) for own in logits]).numpy(),
-        torch.cat(labels).numpy(),
-    )
+    for images, labels_of_batch in batches:
+        of_members = [member.model(images) for member in built]
+        logits.append(torch.stack(of_members))
+        labels.append(labels_of_batch)
+    return Answers(torch.cat(logits, 1).numpy(), torch.cat(labels).numpy())
 
 
 def compare_ensemble(
@@ -159,18 +180,22 @@ def compare_ensemble(
     average: Average,
 ) -> EnsembleTable:
     """The table from the members' `answers` by domain; `target` names the held-out one."""
-    right = {domain: correct(found, average) for domain, found in answers.items()}
-    sources = [both for domain, both in right.items() if domain != target]
-    rows = [_row(domain, *both) for domain, both in right.items() if domain != target]
-    if sources:
-        rows.append(
-            _row(
-                SOURCES,
-                np.concatenate([m for m, _ in sources], 1),
-                np.concatenate([e for _, e in sources]),
-            )
-        )
-    rows.append(_row(f"{target} (target)", *right[target]))
+    rows = []
+    members_right = []
+    ensemble_right = []
+    for domain, of_domain in answers.items():
+        if domain == target:
+            continue
+        by_member, together = correct(of_domain, average)
+        rows.append(_row(domain, by_member, together))
+        members_right.append(by_member)
+        ensemble_right.append(together)
+    if rows:
+        by_member = np.concatenate(members_right, 1)
+        together = np.concatenate(ensemble_right)
+        rows.append(_row(SOURCES, by_member, together))
+    by_member, together = correct(answers[target], average)
+    rows.append(_row(f"{target} (target)", by_member, together))
     return EnsembleTable(tuple(members), average, tuple(rows))
 
 
@@ -179,29 +204,36 @@ def correct(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which images each member (M_N) and the ensemble (N) get right."""
     logits = answers.logits.astype(np.float64)
+    scores = logits
     if average == "probabilities":
-        shares = np.exp(logits - logits.max(-1, keepdims=True))
-        scores = (shares / shares.sum(-1, keepdims=True)).mean(0)
-    else:
-        scores = logits.mean(0)
-    return logits.argmax(-1) == answers.labels, scores.argmax(-1) == answers.labels
+        exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+        scores = exponentials / exponentials.sum(-1, keepdims=True)
+    members_right = logits.argmax(-1) == answers.labels
+    ensemble_right = scores.mean(0).argmax(-1) == answers.labels
+    return members_right, ensemble_right
 
 
 def _row(
     name: str, members: NDArray[np.bool_], ensemble: NDArray[np.bool_]
 ) -> EnsembleRow:
     gains = 100 * (ensemble - members.mean(0))
-    draws = np.random.default_rng(0).integers(len(gains), size=(RESAMPLES, len(gains)))
-    low, high = np.quantile(gains[draws].mean(1), (0.025, 0.975))
-    tests = tuple(
-        mcnemar(int((m & ~ensemble).sum()), int((~m & ensemble).sum())) for m in members
-    )
+    images = len(gains)
+    draws = np.random.default_rng(0).integers(images, size=(RESAMPLES, images))
+    resampled_means = gains[draws].mean(1)
+    low, high = np.quantile(resampled_means, (0.025, 0.975))
+    accuracies = []
+    tests = []
+    for member in members:
+        member_alone = int((member & ~ensemble).sum())
+        ensemble_alone = int((~member & ensemble).sum())
+        tests.append(mcnemar(member_alone, ensemble_alone))
+        accuracies.append(float(100 * member.mean()))
     return EnsembleRow(
-        name,
-        len(gains),
-        tuple(float(100 * m.mean()) for m in members),
-        float(100 * ensemble.mean()),
-        float(gains.mean()),
-        (float(low), float(high)),
-        tests,
+        name=name,
+        images=images,
+        members=tuple(accuracies),
+        ensemble=float(100 * ensemble.mean()),
+        gain=float(gains.mean()),
+        interval=(float(low), float(high)),
+        mcnemar=tuple(tests),
     )

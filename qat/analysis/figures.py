@@ -33,29 +33,28 @@ def accuracy_bars(
     domains: Sequence[str], runs: Mapping[str, Sequence[float]], colours: Sequence[str]
 ) -> str:
     """Accuracy in percent per domain, one bar a run; runs: name -> percent per domain."""
-    figure, axes = new_figure(9 if len(runs) > 2 else 7, 2.8)
-    places, width = np.arange(len(domains)), 0.8 / max(len(runs), 2)
-    for index, ((name, values), colour) in enumerate(
-        zip(runs.items(), colours, strict=True)
-    ):
+    count = len(runs)
+    figure, axes = new_figure(9 if count > 2 else 7, 2.8)
+    places = np.arange(len(domains))
+    width = 0.8 / max(count, 2)
+    number_format = "%.1f" if count <= 4 else "%.0f"
+    number_size = 8 if count <= 2 else 6
+    middle = (count - 1) / 2
+    for index, (name, colour) in enumerate(zip(runs, colours, strict=True)):
         bars = axes.bar(
-            places + (index - (len(runs) - 1) / 2) * width,
-            values,
+            places + (index - middle) * width,
+            runs[name],
             0.94 * width,
             color=colour,
             label=shown(name),
         )
-        axes.bar_label(
-            bars,
-            fmt="%.1f" if len(runs) <= 4 else "%.0f",
-            fontsize=8 if len(runs) <= 2 else 6,
-        )
+        axes.bar_label(bars, fmt=number_format, fontsize=number_size)
     axes.set_xticks(places, [shown(domain) for domain in domains])
     axes.set_ylim(0, 112)
     axes.set_ylabel("top-1 accuracy, %")
     axes.legend(
         frameon=False,
-        ncols=min(len(runs), 4),
+        ncols=min(count, 4),
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
         fontsize=8,
@@ -80,11 +79,9 @@ def loss_curves(
         right.plot(
             steps, 100 * accuracy, color=colour, linewidth=1.1, marker=".", markersize=4
         )
-    for axes, title in (
-        (left, "training loss, smoothed"),
-        (right, "held-out source accuracy, %"),
-    ):
-        axes.set_title(title, fontsize=9)
+    left.set_title("training loss, smoothed", fontsize=9)
+    right.set_title("held-out source accuracy, %", fontsize=9)
+    for axes in (left, right):
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
     left.set_ylim(bottom=0)
@@ -97,27 +94,12 @@ def loss_curves(
 def scale_curves(entries: Sequence[Mapping[str, Any]]) -> str:
     """Every quantizer's scale relative to its first recorded value, over training: weights, inputs, stream. The three that
     moved furthest are named."""
-    recorded = [e for e in entries if e.get("scales")]
     figure, axes_row = new_figure(9, 3.2, columns=3)
     for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
-        steps, names, ratios = relative_scales(recorded, kind)
-        furthest = (
-            np.argsort(-np.abs(np.log(ratios[-1])))[:3].tolist() if len(names) else []
-        )
-        lines = [np.column_stack(thinned(steps, column)) for column in ratios.T]
-        axes.add_collection(
-            LineCollection(
-                lines, linewidths=0.5, colors=BASELINE, alpha=0.6, rasterized=True
-            )
-        )
-        for index, colour in zip(furthest, COLOURS, strict=False):
-            axes.plot(
-                *thinned(steps, ratios[:, index]),
-                linewidth=1.2,
-                color=colour,
-                label=shown(layer_of(names[index])),
-            )
+        steps, names, ratios = relative_scales(entries, kind)
         axes.set_title(f"{kind} scales ({len(names)})", fontsize=9)
+        if names:
+            _draw_scales(axes, steps, names, ratios)
         _axes_over_training(axes, bool(names))
         if names:
             axes.legend(
@@ -130,33 +112,61 @@ def scale_curves(entries: Sequence[Mapping[str, Any]]) -> str:
     return svg(figure)
 
 
+def _draw_scales(
+    axes: Axes,
+    steps: NDArray[np.int64],
+    names: Sequence[str],
+    ratios: NDArray[np.float64],
+) -> None:
+    """A thin line for each quantizer, and a coloured one for each of the three that moved furthest."""
+    lines = []
+    for of_quantizer in ratios.T:
+        lines.append(np.column_stack(thinned(steps, of_quantizer)))
+    axes.add_collection(
+        LineCollection(
+            lines, linewidths=0.5, colors=BASELINE, alpha=0.6, rasterized=True
+        )
+    )
+    moved = np.abs(np.log(ratios[-1]))
+    furthest = np.argsort(-moved)[:3].tolist()
+    for index, colour in zip(furthest, COLOURS, strict=False):
+        axes.plot(
+            *thinned(steps, ratios[:, index]),
+            linewidth=1.2,
+            color=colour,
+            label=shown(layer_of(names[index])),
+        )
+
+
 def scale_medians(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]
 ) -> str:
     """Median over quantizers, with the 5th to 95th percentile, of the relative scale over training; a colour a run."""
     figure, axes_row = new_figure(9, 2.9, columns=3)
+    by_label = {}
     for axes, kind in zip(axes_row, QUANTIZER_KINDS, strict=True):
         drawn = False
-        for (name, entries), colour in zip(runs.items(), colours, strict=True):
-            steps, names, ratios = relative_scales(
-                [e for e in entries if e.get("scales")], kind
+        for name, colour in zip(runs, colours, strict=True):
+            steps, names, ratios = relative_scales(runs[name], kind)
+            if not names:
+                continue
+            low, middle, high = np.percentile(ratios, (5, 50, 95), axis=1)
+            thin_steps, thin_low = thinned(steps, low)
+            _, thin_middle = thinned(steps, middle)
+            _, thin_high = thinned(steps, high)
+            axes.fill_between(
+                thin_steps, thin_low, thin_high, color=colour, alpha=0.12, linewidth=0
             )
-            if names:
-                low, middle, high = (
-                    thinned(steps, row)
-                    for row in np.percentile(ratios, (5, 50, 95), axis=1)
-                )
-                axes.fill_between(
-                    low[0], low[1], high[1], color=colour, alpha=0.12, linewidth=0
-                )
-                axes.plot(*middle, color=colour, linewidth=1.2, label=shown(name))
-                drawn = True
+            (line,) = axes.plot(
+                thin_steps, thin_middle, color=colour, linewidth=1.2, label=shown(name)
+            )
+            by_label[line.get_label()] = line
+            drawn = True
         axes.set_title(f"{kind} scales", fontsize=9)
         _axes_over_training(axes, drawn)
     axes_row[0].set_ylabel("scale / first recorded")
-    handles = {line.get_label(): line for axes in axes_row for line in axes.get_lines()}
     figure.legend(
-        handles=list(handles.values()),
+        handles=list(by_label.values()),
         frameon=False,
         ncols=4,
         loc="outside upper left",
@@ -166,14 +176,27 @@ def scale_medians(
 
 
 def relative_scales(
-    recorded: Sequence[Mapping[str, Any]], kind: str
+    entries: Sequence[Mapping[str, Any]], kind: str
 ) -> tuple[NDArray[np.int64], list[str], NDArray[np.float64]]:
-    """(training steps, names, scales relative to the first entry (entries, names)) of the quantizers of a kind."""
-    names = [n for n in recorded[0]["scales"] if kind_of(n) == kind] if recorded else []
-    values = np.array(
-        [[e["scales"][n] for n in names] for e in recorded], np.float64
-    ).reshape(len(recorded), len(names))
-    return np.array([e["step"] for e in recorded], np.int64), names, values / values[:1]
+    """(training steps, names, scales relative to the first that were recorded, (steps, names)) of the quantizers of a kind.
+
+    entries: of a run's log; those without scales are passed over.
+    """
+    names: list[str] = []
+    steps: list[int] = []
+    values = []
+    for entry in entries:
+        scales = entry.get("scales")
+        if not scales:
+            continue
+        if not steps:
+            names = [name for name in scales if kind_of(name) == kind]
+        steps.append(entry["step"])
+        values.append([scales[name] for name in names])
+    shape = (len(steps), len(names))
+    scales_over_steps = np.array(values, np.float64).reshape(shape)
+    ratios = scales_over_steps / scales_over_steps[:1]
+    return np.array(steps, np.int64), names, ratios
 
 
 def _axes_over_training(axes: Axes, drawn: bool) -> None:
@@ -200,7 +223,10 @@ def scale_profile(scales: Mapping[str, float]) -> str:
     """The learned mean scale of every quantizer, in layer order, logarithmic."""
     figure, axes = new_figure(9, 2.6)
     for kind, colour in (("weight", RUN), ("input", THIRD), ("stream", BASELINE)):
-        values = [v for n, v in scales.items() if kind_of(n) == kind]
+        values = []
+        for name, scale in scales.items():
+            if kind_of(name) == kind:
+                values.append(scale)
         axes.semilogy(
             range(len(values)),
             values,
@@ -237,14 +263,10 @@ def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
     (a, measured error), for every layer."""
     figure, axes = new_figure(6, 2.8)
     a = np.geomspace(0.05, 20, 300)
-    axes.plot(
-        a,
-        [quantization_error(float(value)) for value in a],
-        color=BASELINE,
-        label="closed form, Laplacian weights",
-    )
-    where, errors = zip(*layers.values(), strict=True)
-    axes.scatter(where, errors, color=RUN, s=18, zorder=3, label="layers")
+    expected = [quantization_error(float(value)) for value in a]
+    axes.plot(a, expected, color=BASELINE, label="closed form, Laplacian weights")
+    measured_at, errors = zip(*layers.values(), strict=True)
+    axes.scatter(measured_at, errors, color=RUN, s=18, zorder=3, label="layers")
     axes.set_xscale("log")
     axes.set_xlabel("frequency × mean |weight|")
     axes.set_ylabel("mean squared error")
@@ -254,25 +276,32 @@ def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
 
 def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
     """File size in MB and median latency in ms, one bar a file."""
-    figure, (size, speed) = new_figure(7, 2.0, columns=2)
-    names = [shown(entry["name"], 20) for entry in latencies]
-    colours = [(BASELINE, RUN, THIRD)[index % 3] for index in range(len(names))]
-    for axes, values, label in (
-        (size, [entry["size"] / 1e6 for entry in latencies], "file size, MB"),
-        (
-            speed,
-            [entry["median_ms"] for entry in latencies],
-            "median latency, ms (batch 1, 1 thread)",
-        ),
-    ):
-        places = np.arange(len(names))
-        bars = axes.barh(places, values, color=colours)
-        axes.set_yticks(places, names, fontsize=8)
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-        axes.set_xlim(0, max(values) * 1.2)
-        axes.set_xlabel(label)
-        axes.invert_yaxis()
+    figure, (left, right) = new_figure(7, 2.0, columns=2)
+    names = []
+    megabytes = []
+    milliseconds = []
+    for entry in latencies:
+        names.append(shown(entry["name"], 20))
+        megabytes.append(entry["size"] / 1e6)
+        milliseconds.append(entry["median_ms"])
+    _bars_by_file(left, names, megabytes, "file size, MB")
+    _bars_by_file(right, names, milliseconds, "median latency, ms (batch 1, 1 thread)")
     return svg(figure)
+
+
+def _bars_by_file(
+    axes: Axes, names: Sequence[str], values: Sequence[float], label: str
+) -> None:
+    """Bars from the left, the first file on top."""
+    places = np.arange(len(names))
+    palette = (BASELINE, RUN, THIRD)
+    colours = [palette[place % len(palette)] for place in places]
+    bars = axes.barh(places, values, color=colours)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.set_xlim(0, max(values) * 1.2)
+    axes.set_xlabel(label)
+    axes.invert_yaxis()
 
 
 def size_accuracy_latency(
@@ -282,10 +311,18 @@ def size_accuracy_latency(
     figure, axes = new_figure(6, 3.4)
     slowest = max(row["median_ms"] for row in rows)
     for row in rows:
-        x, y = row["size"] / 1e6, accuracy[row["name"]]
-        axes.scatter(x, y, s=1500 * row["median_ms"] / slowest, color=RUN, alpha=0.5)
-        axes.annotate(f"{shown(row['name'])}, {row['median_ms']:.2f} ms", (x, y), xytext=(0, -24), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
+        name = row["name"]
+        latency = row["median_ms"]
+        place = (row["size"] / 1e6, accuracy[name])
+        axes.scatter(*place, s=1500 * latency / slowest, color=RUN, alpha=0.5)
+        axes.annotate(
+            f"{shown(name)}, {latency:.2f} ms",
+            place,
+            xytext=(0, -24),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     axes.margins(0.35)
     axes.set_xlabel("file size, MB (disc area: median latency)")
     axes.set_ylabel("target accuracy, %")
@@ -296,10 +333,13 @@ def series(
     entries: Sequence[Mapping[str, Any]], key: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(steps, values of `key`) of the log entries that have it."""
-    found = [(e["step"], e[key]) for e in entries if key in e]
-    return np.array([s for s, _ in found], np.int64), np.array(
-        [v for _, v in found], np.float64
-    )
+    steps = []
+    values = []
+    for entry in entries:
+        if key in entry:
+            steps.append(entry["step"])
+            values.append(entry[key])
+    return np.array(steps, np.int64), np.array(values, np.float64)
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -317,12 +357,11 @@ def thinned(
     steps: NDArray[Any], values: NDArray[np.float64]
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """At most about POINTS of a curve, first and last kept."""
-    kept = (
-        np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
-        if len(steps) > POINTS
-        else slice(None)
-    )
-    return steps[kept], values[kept]
+    if len(steps) <= POINTS:
+        return steps, values
+    spaced = np.linspace(0, len(steps) - 1, POINTS).astype(int)
+    indices = np.unique(spaced)
+    return steps[indices], values[indices]
 
 
 def new_figure(

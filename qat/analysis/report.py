@@ -53,73 +53,99 @@ def render(
     another domain, or is not finished.
     """
     _, _, built = load_run(folder.path)
-    results, first = results_of(folder), results_of(baseline) if baseline else None
-    baselines = [baseline] if baseline else []
+    results = results_of(folder)
+    baseline_results = None if baseline is None else results_of(baseline)
+    baselines = [] if baseline is None else [baseline]
     for other in [*baselines, *beside]:
         _require_same_domain(folder, other)
-    rows = _accuracy_rows(results, first)
-    latencies = optional(folder, "latency.json", LATENCIES) or []
-    certificate = optional(folder, "certificate.json", CERTIFICATE)
-    scales = mean_scales(built.model)
     recipe_values = read_json(folder / "recipe.json")
     require(recipe_values, RECIPE, folder / "recipe.json")
+    latencies = optional(folder, "latency.json", LATENCIES) or []
+    page: dict[str, Any] = {
+        "title": f"{recipe_values['backbone']} · {recipe_values['method']} · target {results['test_domain']}",
+        "version": __version__,
+        "recipe": recipe_values,
+        "recipe_text": json.dumps(recipe_values, indent=2),
+        "results": results,
+        "baseline": baseline_results,
+        "rows": _accuracy_rows(results, baseline_results),
+        "beside": None,
+        "latencies": latencies,
+        "latency_figure": "",
+        "certificate": optional(folder, "certificate.json", CERTIFICATE),
+        "table": str(built.table) if built.table else "",
+    }
+    page |= _curves(folder, baseline)
+    page |= _pictures_of_model(folder, built.model)
+    if beside:
+        page["beside"] = _side_by_side([*baselines, folder, *beside])
+    if latencies:
+        page["latency_figure"] = Markup(figures.size_and_latency(latencies))
     # Whatever a file says is text; only pictures, which are Markup, are HTML.
     environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown)
-    shown = ({"full precision": baseline} if baseline else {}) | {"this run": folder}
-    colours = (figures.BASELINE, figures.RUN) if baseline else (figures.RUN,)
-    return environment.from_string(
-        files("qat.analysis").joinpath(TEMPLATE).read_text()
-    ).render(
-        title=f"{recipe_values['backbone']} · {recipe_values['method']} · target {results['test_domain']}",
-        version=__version__,
-        recipe=recipe_values,
-        results=results,
-        baseline=first,
-        rows=rows,
-        accuracy_figure=_accuracy_figure(shown, colours),
-        loss_figure=Markup(
-            figures.loss_curves(
-                {name: metrics_of(run) for name, run in shown.items()}, colours
-            )
-        ),
-        beside=_side_by_side([*baselines, folder, *beside]) if beside else None,
-        profile_figure=Markup(figures.scale_profile(scales)) if scales else "",
-        scales_figure=Markup(figures.scale_curves(metrics_of(folder)))
-        if scales
-        else "",
-        scales=_scales(folder, built.model),
-        histograms=_histograms(built.model),
-        frequency_figure=_frequency_figure(built.model),
-        latencies=latencies,
-        latency_figure=Markup(figures.size_and_latency(latencies)) if latencies else "",
-        certificate=certificate,
-        table=str(built.table) if built.table else "",
-        recipe_text=json.dumps(recipe_values, indent=2),
-    )
+    template = files("qat.analysis").joinpath(TEMPLATE).read_text()
+    return environment.from_string(template).render(page)
+
+
+def _curves(folder: RunFolder, baseline: RunFolder | None) -> dict[str, Markup]:
+    """Accuracy and loss of the run, beside those of its baseline if it has one."""
+    runs = {"this run": folder}
+    colours = [figures.RUN]
+    if baseline is not None:
+        runs = {"full precision": baseline, "this run": folder}
+        colours = [figures.BASELINE, figures.RUN]
+    losses = figures.loss_curves(_metrics(runs), colours)
+    return {
+        "accuracy_figure": _accuracy_figure(runs, colours),
+        "loss_figure": Markup(losses),
+    }
+
+
+def _pictures_of_model(folder: RunFolder, model: nn.Module) -> dict[str, Any]:
+    """Scales, weights and frequencies; those figures are empty that the model has nothing for."""
+    profile = Markup("")
+    over_training = Markup("")
+    scales = mean_scales(model)
+    if scales:
+        profile = Markup(figures.scale_profile(scales))
+        over_training = Markup(figures.scale_curves(metrics_of(folder)))
+    return {
+        "profile_figure": profile,
+        "scales_figure": over_training,
+        "scales": _scales(folder, model),
+        "histograms": _histograms(model),
+        "frequency_figure": _frequency_figure(model),
+    }
+
+
+def _metrics(runs: Mapping[str, RunFolder]) -> dict[str, list[dict[str, Any]]]:
+    """By name of the run, the entries of its log."""
+    metrics = {}
+    for name, run in runs.items():
+        metrics[name] = metrics_of(run)
+    return metrics
 
 
 def _shown(value: Any) -> Any:
     """What the page shows of a value: text without characters that a page cannot hold."""
-    return (
-        printable(value, newlines=True)
-        if isinstance(value, str) and not isinstance(value, Markup)
-        else value
-    )
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value, newlines=True)
+    return value
 
 
 def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:
-    ours, theirs = results_of(folder), results_of(other)
-    for name, a, b in (
+    ours = results_of(folder)
+    theirs = results_of(other)
+    our_sources = sorted(ours["source_validation"])
+    their_sources = sorted(theirs["source_validation"])
+    compared = (
         ("test domain", ours["test_domain"], theirs["test_domain"]),
-        (
-            "source domains",
-            sorted(ours["source_validation"]),
-            sorted(theirs["source_validation"]),
-        ),
-    ):
-        if a != b:
+        ("source domains", our_sources, their_sources),
+    )
+    for name, here, there in compared:
+        if here != there:
             raise RecipeError(
-                f"{other.path}: its {name} is {b}, {folder.path} has {a}; show like with like"
+                f"{other.path}: its {name} is {there}, {folder.path} has {here}; show like with like"
             )
     require_same_classes(
         ours.get("classes"), theirs.get("classes"), str(folder.path), str(other.path)
@@ -128,66 +154,86 @@ def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:
 
 def _percents(results: dict[str, Any]) -> dict[str, float]:
     """Domain -> accuracy in percent, the target last."""
-    target = f"{results['test_domain']} (target)"
-    return {d: 100 * a for d, a in results["source_validation"].items()} | {
-        target: 100 * results["target"]
-    }
+    percents = {}
+    for domain, accuracy in results["source_validation"].items():
+        percents[domain] = 100 * accuracy
+    percents[f"{results['test_domain']} (target)"] = 100 * results["target"]
+    return percents
 
 
 def _accuracy_rows(
     results: dict[str, Any], baseline: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
-    first = _percents(baseline) if baseline else {}
-    return [
-        {"name": name, "run": value, "baseline": first.get(name)}
-        for name, value in _percents(results).items()
-    ]
+    of_baseline = {} if baseline is None else _percents(baseline)
+    rows = []
+    for name, percent in _percents(results).items():
+        rows.append({"name": name, "run": percent, "baseline": of_baseline.get(name)})
+    return rows
 
 
 def _accuracy_figure(runs: Mapping[str, RunFolder], colours: Sequence[str]) -> Markup:
-    found = {name: _percents(results_of(run)) for name, run in runs.items()}
-    domains = list(next(iter(found.values())))
-    percents = {
-        name: [values[domain] for domain in domains] for name, values in found.items()
-    }
+    """Bars in the order of the first run's domains."""
+    domains: list[str] = []
+    percents = {}
+    for name, run in runs.items():
+        by_domain = _percents(results_of(run))
+        domains = domains or list(by_domain)
+        percents[name] = [by_domain[domain] for domain in domains]
     return Markup(figures.accuracy_bars(domains, percents, colours))
 
 
 def _side_by_side(folders: Sequence[RunFolder]) -> dict[str, Any]:
     """Table and pictures of several runs; a column or colour each."""
     runs = labelled(folders)
-    colours = [figures.COLOURS[i % len(figures.COLOURS)] for i in range(len(runs))]
-    percents = [_percents(results_of(run)) for run in runs.values()]
-    metrics = {name: metrics_of(run) for name, run in runs.items()}
-    quantized = any(
-        entry.get("scales") for entries in metrics.values() for entry in entries
-    )
+    colours = []
+    for index in range(len(runs)):
+        colours.append(figures.COLOURS[index % len(figures.COLOURS)])
+    percents = []
+    means = []
+    for run in runs.values():
+        by_domain = _percents(results_of(run))
+        *of_sources, _ = by_domain.values()
+        percents.append(by_domain)
+        means.append(float(np.mean(of_sources)))
+    rows = []
+    for domain in percents[0]:
+        rows.append((domain, [by_domain[domain] for by_domain in percents]))
+    metrics = _metrics(runs)
+    scales_figure = Markup("")
+    if any(_has_scales(entries) for entries in metrics.values()):
+        scales_figure = Markup(figures.scale_medians(metrics, colours))
     return {
         "names": list(runs),
-        "rows": [(domain, [p[domain] for p in percents]) for domain in percents[0]],
-        "means": [float(np.mean(list(p.values())[:-1])) for p in percents],
+        "rows": rows,
+        "means": means,
         "accuracy_figure": _accuracy_figure(runs, colours),
         "loss_figure": Markup(figures.loss_curves(metrics, colours)),
-        "scales_figure": Markup(figures.scale_medians(metrics, colours))
-        if quantized
-        else "",
+        "scales_figure": scales_figure,
     }
+
+
+def _has_scales(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a log has the scales of a quantized net."""
+    return any(entry.get("scales") for entry in entries)
 
 
 def labelled(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
     """Each run by its method and bits, and by its folder's name too where that leaves two alike. The same folder twice counts
     once."""
-    once = list({folder.path.resolve(): folder for folder in folders}.values())
-    names = [_label(folder.recipe()) for folder in once]
-    tails = [
-        f" ({folder.path.name})" if names.count(n) > 1 else ""
-        for n, folder in zip(names, once, strict=True)
-    ]
-    full = [n + t for n, t in zip(names, tails, strict=True)]
-    return {
-        (f"{name} #{i + 1}" if full.count(name) > 1 else name): folder
-        for i, (name, folder) in enumerate(zip(full, once, strict=True))
-    }
+    by_path = {}
+    for folder in folders:
+        by_path[folder.path.resolve()] = folder
+    different = list(by_path.values())
+    labels = [_label(folder.recipe()) for folder in different]
+    longer = []
+    for label, folder in zip(labels, different, strict=True):
+        is_alone = labels.count(label) == 1
+        longer.append(label if is_alone else f"{label} ({folder.path.name})")
+    runs = {}
+    for number, (label, folder) in enumerate(zip(longer, different, strict=True), 1):
+        is_alone = longer.count(label) == 1
+        runs[label if is_alone else f"{label} #{number}"] = folder
+    return runs
 
 
 def _label(recipe: Recipe) -> str:
@@ -199,6 +245,9 @@ def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
     if not (folder / "scales.json").exists():
         return None
     view = open_view(folder.path, model)
+    maps = []
+    for kind in QUANTIZER_KINDS:
+        maps.append(Markup(scale_figures.disorder_map(view, kind)))
     return {
         "window": view.width,
         "windows": len(view.ends),
@@ -206,20 +255,23 @@ def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
         "silent": int(view.silent.all(axis=0).sum()),
         "count": len(view.names),
         "curves": Markup(scale_figures.disorder_curves(view)),
-        "maps": [
-            Markup(scale_figures.disorder_map(view, kind)) for kind in QUANTIZER_KINDS
-        ],
+        "maps": maps,
         "conflict": Markup(scale_figures.conflict_curves(view)),
         "rows": conflicted(view, metrics_of(folder), MOST_CONFLICTED),
     }
 
 
 def _histograms(model: nn.Module) -> list[Markup]:
-    found = quantized_weights(model)
-    picked = (
-        set(np.linspace(0, len(found) - 1, HISTOGRAMS).astype(int)) if found else set()
-    )
-    return [_histogram(*found[i]) for i in sorted(picked)]
+    """Of HISTOGRAMS layers, spread over the depth of the net."""
+    weights = quantized_weights(model)
+    if not weights:
+        return []
+    places = np.linspace(0, len(weights) - 1, HISTOGRAMS).astype(int)
+    histograms = []
+    for place in np.unique(places):
+        weight, quantizer = weights[place]
+        histograms.append(_histogram(weight, quantizer))
+    return histograms
 
 
 @torch.no_grad()
@@ -229,25 +281,21 @@ def _frequency_figure(model: nn.Module) -> Markup:
     for quantizer, weight in periodic_weights(model):
         magnitudes = quantizer.before_sign(weight.detach()).abs()
         error = (magnitudes - magnitudes.mean()).square().mean()
-        layers[quantizer.name] = (
-            float(quantizer.frequency) * float(weight.detach().abs().mean()),
-            float(error),
-        )
-    return Markup(figures.frequency_error(layers)) if layers else Markup("")
+        mean_magnitude = float(weight.detach().abs().mean())
+        mean_argument = float(quantizer.frequency) * mean_magnitude
+        layers[quantizer.name] = (mean_argument, float(error))
+    if not layers:
+        return Markup("")
+    return Markup(figures.frequency_error(layers))
 
 
 def _histogram(weight: nn.Parameter, quantizer: Quantizer) -> Markup:
-    scale = (
-        quantizer.scale.view(-1, *[1] * (weight.dim() - 1))
-        if quantizer.scale.dim()
-        else quantizer.scale
-    )
-    scaled: NDArray[np.float32] = (
-        (weight.detach() / scale).flatten().to(torch.float32).numpy()
-    )
-    title = f"{quantizer.name} ({quantizer.spec.bits} bits)"
-    return Markup(
-        figures.weight_histogram(
-            title, scaled, quantizer.spec.qmin, quantizer.spec.qmax
-        )
-    )
+    scale = quantizer.scale
+    if scale.dim():
+        ones = [1] * (weight.dim() - 1)
+        scale = scale.view(-1, *ones)
+    in_scales = (weight.detach() / scale).flatten()
+    scaled: NDArray[np.float32] = in_scales.to(torch.float32).numpy()
+    spec = quantizer.spec
+    title = f"{quantizer.name} ({spec.bits} bits)"
+    return Markup(figures.weight_histogram(title, scaled, spec.qmin, spec.qmax))
