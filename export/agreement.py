@@ -192,24 +192,27 @@ class Agreement:
 
     def table(self) -> list[str]:
         """Layer by layer: codes that differ in each runtime, and by how many codes at most."""
+        names = [result.runtime for result in self.results]
         of_runtimes = [result.quantizers for result in self.results]
-        rows = list(zip(*of_runtimes, strict=True))
-        shown = [row for row in rows if any(cell.different for cell in row)]
+        exact = 0
+        shown = []
+        width = 0
+        for row in zip(*of_runtimes, strict=True):
+            if any(cell.different for cell in row):
+                shown.append(row)
+                width = max(width, len(row[0].quantizer))
+            else:
+                exact += 1
         if not shown:
             return []
-        width = max(len(row[0].quantizer) for row in shown)
-        names = [result.runtime for result in self.results]
         lines = ["  ".join([f"{'quantizer':<{width}}  {'codes':>12}", *names])]
         for row in shown:
             cells = [f"{row[0].quantizer:<{width}}  {row[0].codes:>12,}"]
             for cell, name in zip(row, names, strict=True):
                 cells.append(str(cell).rjust(len(name)))
             lines.append("  ".join(cells))
-        others = len(rows) - len(shown)
-        if others:
-            lines.append(
-                f"and {others} quantizers whose codes are exact in all of them"
-            )
+        if exact:
+            lines.append(f"and {exact} quantizers whose codes are exact in all of them")
         return lines
 
 
@@ -233,23 +236,22 @@ def agree(
     reference = IntegerReference(model, session.FloatOperators())
     from_training = _in_batches(lambda batch: _first(trained(batch)[1]), images)
     defined = _in_batches(lambda batch: _first(reference.run(batch)[1]), images)
+    predictions = {"trained net": from_training, "integer definition": defined}
     runtimes = [onnx_runtime(proto, model, level) for level in session.LEVELS]
     runtimes += further
-    predictions = {"trained net": from_training, "integer definition": defined}
-    for runtime in runtimes:
-        predictions[runtime.name] = _in_batches(runtime.logits, images)
     results = []
     for runtime in runtimes:
-        found = predictions[runtime.name]
-        difference = np.abs(found - defined).max() / np.abs(defined).max()
+        logits = _in_batches(runtime.logits, images)
+        predictions[runtime.name] = logits
+        difference = np.abs(logits - defined).max() / np.abs(defined).max()
         results.append(
             RuntimeResult(
                 runtime=runtime.name,
                 version=runtime.version,
                 quantizers=compare_codes(reference, runtime, images),
-                top1=_same_answer(found, defined),
+                top1=_same_answer(logits, defined),
                 logit_difference=float(difference),
-                top1_trained=_same_answer(found, from_training),
+                top1_trained=_same_answer(logits, from_training),
             )
         )
     return Agreement(
@@ -284,10 +286,10 @@ def compare_codes(
     largest: dict[str, int] = {}
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        found = runtime.codes(batch)
-        expected, _ = reference.run(batch, given=found)
+        computed = runtime.codes(batch)
+        expected, _ = reference.run(batch, given=computed)
         for name, codes in expected.items():
-            distance = np.abs(codes.astype(np.int16) - found[name])
+            distance = np.abs(codes.astype(np.int16) - computed[name])
             counts[name] += codes.size
             different[name] += int(np.count_nonzero(distance))
             farthest = int(distance.max(initial=0))
@@ -300,17 +302,16 @@ def compare_codes(
 
 def onnx_runtime(proto: onnx.ModelProto, model: LoweredModel, level: str) -> Runtime:
     """ONNX Runtime on the CPU at one optimisation level."""
-    exposed = session.load(
-        session.with_outputs(proto, list(model.quantizers)), level=level
-    )
+    with_codes = session.with_outputs(proto, list(model.quantizers))
+    exposed = session.load(with_codes, level=level)
     plain = session.load(proto, level=level)
 
     def codes(images: Given) -> StoredCodes:
-        found = exposed.run(images)
-        return {
-            name: to_storage(found[name], grid)
-            for name, grid in model.quantizers.items()
-        }
+        outputs = exposed.run(images)
+        stored = {}
+        for name, grid in model.quantizers.items():
+            stored[name] = to_storage(outputs[name], grid)
+        return stored
 
     def logits(images: Given) -> Logits:
         return _first(plain.run(images)).astype(np.float32)
@@ -343,18 +344,18 @@ def with_real_outputs(
         if node.op_type == "DequantizeLinear" and node.input[0] in quantizers:
             outputs.setdefault(node.input[0], node.output[0])
     known = {value.name for value in proto.graph.output}
-    copy.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-        for name in outputs.values()
-        if name not in known
-    )
+    for name in outputs.values():
+        if name not in known:
+            output = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            copy.graph.output.append(output)
     return copy, outputs
 
 
 def _in_batches(compute: Callable[[Given], Logits], images: Given) -> Logits:
-    return np.concatenate(
-        [compute(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-    )
+    parts = []
+    for start in range(0, len(images), BATCH):
+        parts.append(compute(images[start : start + BATCH]))
+    return np.concatenate(parts)
 
 
 def _first(outputs: Mapping[str, NDArray[np.generic]]) -> Logits:

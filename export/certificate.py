@@ -87,23 +87,20 @@ class LevelResult:
         """Where the differing codes of a level that fails arose."""
         if self.passed:
             return []
-        worst = "; ".join(
-            f"{name} {count}" for name, count in list(self.mismatches.items())[:3]
-        )
-        mended = f"; mended without {', '.join(self.culprit)}" if self.culprit else ""
-        return [
-            f"           {self.level}: {worst}; within {self.farthest_from_tie:.0e} codes of a tie{mended}"
-        ]
+        first = dict(list(self.mismatches.items())[:3])
+        text = f"           {self.level}: {_listed(first)}; within {self.farthest_from_tie:.0e} codes of a tie"
+        if self.culprit:
+            text += f"; mended without {', '.join(self.culprit)}"
+        return [text]
 
     @property
     def passed(self) -> bool:
         """No difference at an exact level; at others few, or all next to ties."""
         if self.level in EXACT_LEVELS:
             return self.total == 0
-        return (
-            self.total <= FLOAT_LEVEL_LIMIT * self.codes
-            or self.farthest_from_tie <= TIE_WIDTH
-        )
+        are_few = self.total <= FLOAT_LEVEL_LIMIT * self.codes
+        are_ties = self.farthest_from_tie <= TIE_WIDTH
+        return are_few or are_ties
 
 
 @dataclass(frozen=True)
@@ -137,27 +134,26 @@ class Certificate:
     @property
     def passed(self) -> bool:
         """Whether nothing that the certificate checks failed."""
-        wrong = (
-            self.stored
-            or self.said
-            or self.float_layers
-            or self.different_settings
-            or self.adversarial
+        faults = (
+            self.stored,
+            self.said,
+            self.float_layers,
+            self.different_settings,
+            self.adversarial,
         )
-        levels = all(level.passed for level in self.levels)
-        return (
-            not wrong
-            and levels
-            and self.fidelity.passed
-            and all(there.passed for there in self.elsewhere)
-        )
+        if any(faults) or not self.fidelity.passed:
+            return False
+        measured: tuple[LevelResult | Elsewhere, ...] = (*self.levels, *self.elsewhere)
+        return all(result.passed for result in measured)
 
     @property
     def mismatches(self) -> int:
         """Wrong codes at the exact levels plus layers whose stored parameters differ."""
-        return len(self.stored) + sum(
-            level.total for level in self.levels if level.level in EXACT_LEVELS
-        )
+        count = len(self.stored)
+        for level in self.levels:
+            if level.level in EXACT_LEVELS:
+                count += level.total
+        return count
 
     def to_json(self) -> dict[str, object]:
         """As `docs/certificate.schema.json` describes it."""
@@ -173,21 +169,25 @@ class Certificate:
             f"{self.file}: {verdict} on ONNX Runtime {self.runtime}, {self.machine}, with {self.images} images",
             f"  stored   {self.weight_codes:,} weight codes, scales and biases of {self.layers} layers: "
             f"{_verdict(self.stored, 'as trained')}; {self._said()}",
-            *(
-                f"           {name}: {what}"
-                for name, what in (self.stored | self.said).items()
-            ),
-            f"  computed {self._levels()}",
-            *(line for level in self.levels for line in level.faults()),
+        ]
+        for name, what in (self.stored | self.said).items():
+            lines.append(f"           {name}: {what}")
+        lines.append(f"  computed {self._levels()}")
+        for level in self.levels:
+            lines += level.faults()
+        lines += [
             f"  stressed 2 threads, batches of 1, extreme codes: {self._stressed()}",
             f"  kernels  {self._kernels()}",
             *f"  against  {self.fidelity}".split("\n"),
             f"  accuracy {self._accuracies()}",
             f"  ties     {self._ties()}",
-            *(str(there) for there in self.elsewhere),
-            f"  unproven other images, speed, {self._untried()}",
         ]
-        return in_lines([*lines, *(f"  note     {note}" for note in self.notes)])
+        for there in self.elsewhere:
+            lines.append(str(there))
+        lines.append(f"  unproven other images, speed, {self._untried()}")
+        for note in self.notes:
+            lines.append(f"  note     {note}")
+        return in_lines(lines)
 
     def _said(self) -> str:
         """What became of the file's claims about itself."""
@@ -197,42 +197,58 @@ class Certificate:
 
     def _levels(self) -> str:
         """All levels in one line; `LevelResult.faults` says more of those that fail."""
-        found = ", ".join(f"{level.level} {level.total}" for level in self.levels)
-        verdict = "ok" if all(level.passed for level in self.levels) else "FAILED"
-        return f"codes that differ from the integer definition, of {self.levels[0].codes:,}: {found}  [{verdict}]"
+        counts = []
+        verdict = "ok"
+        for level in self.levels:
+            counts.append(f"{level.level} {level.total}")
+            if not level.passed:
+                verdict = "FAILED"
+        return (
+            f"codes that differ from the integer definition, of {self.levels[0].codes:,}: {', '.join(counts)}  "
+            f"[{verdict}]"
+        )
 
     def _stressed(self) -> str:
-        found: dict[str, object] = {**self.different_settings, **self.adversarial}
-        return _listed(found) or "the same codes"
+        differing: dict[str, object] = {**self.different_settings, **self.adversarial}
+        return _listed(differing) or "the same codes"
 
     def _kernels(self) -> str:
-        on_integers, in_float = self.fidelity.on_integers, self.fidelity.in_float
-        total = max(on_integers + sum(in_float.values()), 1)
+        on_integers = self.fidelity.on_integers
+        by_node = self.fidelity.in_float
+        in_float = sum(by_node.values())
+        total = max(on_integers + in_float, 1)
         text = f"{self.integer_kernels} of {self.layers} layers run integer kernels; {on_integers / total:.2%} of {total:,} "
         text += "multiply-adds an image on integers"
         if self.float_layers:
             text += f"; in float though quantized: {', '.join(self.float_layers)}"
-        if in_float:
-            largest = sorted(in_float, key=lambda name: -in_float[name])[:3]
-            text += f", {sum(in_float.values()) / total:.2%} in floating point ({', '.join(largest)})"
+        if by_node:
+            largest = sorted(by_node, key=lambda name: -by_node[name])[:3]
+            text += f", {in_float / total:.2%} in floating point ({', '.join(largest)})"
         return text
 
     def _accuracies(self) -> str:
-        return (
-            ", ".join(f"{name} {value:.2%}" for name, value in self.accuracy.items())
-            or "no labels"
-        )
+        if not self.accuracy:
+            return "no labels"
+        return ", ".join(f"{name} {share:.2%}" for name, share in self.accuracy.items())
 
     def _ties(self) -> str:
         """What was done so that no runtime's way of rounding decides a code."""
         if not self.tried:
             return "no sums, products, pools or requantizations of codes"
-        moved = [abs(tried.ppm) for tried in self.tried if tried.ppm]
-        inputs = sum(tried.inputs for tried in self.tried)
+        inputs = 0
+        at_ties = 0
+        with_ties = 0
+        moved = []
+        for tried in self.tried:
+            inputs += tried.inputs
+            if tried.remaining:
+                at_ties += tried.remaining
+                with_ties += 1
+            if tried.ppm:
+                moved.append(abs(tried.ppm))
         text = f"{len(self.tried)} operations on codes, all {inputs:,} inputs alike in every known arithmetic"
-        if left := [tried for tried in self.tried if tried.remaining]:
-            count = sum(tried.remaining for tried in left)
-            text = f"{count} of {inputs:,} inputs of {len(left)} operations are at ties that runtimes may round differently"
+        if with_ties:
+            text = f"{at_ties} of {inputs:,} inputs of {with_ties} operations are at ties that runtimes may round differently"
         if moved:
             text += f"; scales moved: {len(moved)}, by at most {max(moved)} ppm (median {median(moved):g})"
         return text
@@ -251,22 +267,19 @@ class Certificate:
     def proven(self) -> list[dict[str, object]]:
         """Where the codes were proven, for the file's own record."""
         codes = next(level.codes for level in self.levels if level.level == "ALL")
-        here = {
-            "machine": self.machine,
-            "runtime": f"ONNX Runtime {self.runtime}",
-            "images": self.images,
-            "codes": codes,
-        }
-        return [here] + [
-            {
-                "machine": there.machine,
-                "runtime": there.runtime,
-                "images": there.images,
-                "codes": there.codes,
-            }
-            for there in self.elsewhere
-            if there.passed
-        ]
+        runtime = f"ONNX Runtime {self.runtime}"
+        proofs = [_proof(self.machine, runtime, self.images, codes)]
+        for there in self.elsewhere:
+            if there.passed:
+                proofs.append(
+                    _proof(there.machine, there.runtime, there.images, there.codes)
+                )
+        return proofs
+
+
+def _proof(machine: str, runtime: str, images: int, codes: int) -> dict[str, object]:
+    """One entry of a file's record of its proofs."""
+    return {"machine": machine, "runtime": runtime, "images": images, "codes": codes}
 
 
 def _verdict(wrong: Mapping[str, str], right: str) -> str:
@@ -418,7 +431,9 @@ def accuracy_of(
 
 def compare_stored(model: LoweredModel, proto: onnx.ModelProto) -> dict[str, str]:
     """Layers whose codes, scales or biases in the file differ from the lowered ones, and how."""
-    tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    tensors = {}
+    for tensor in proto.graph.initializer:
+        tensors[tensor.name] = numpy_helper.to_array(tensor)
     different: dict[str, str] = {}
     for layer in model.layers.values():
         difference = _stored_difference(layer, tensors)
@@ -455,6 +470,7 @@ def _level(
     images: Given,
     level: str,
 ) -> LevelResult:
+    """Run the file at `level` and compare its codes with those that the definition computes from the file's own."""
     names = list(reference.model.quantizers)
     instrumented = session.load(session.with_outputs(proto, names), level=level)
     plain = session.load(proto, level=level)
@@ -464,22 +480,40 @@ def _level(
     farthest = 0.0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        found = instrumented.run(batch)
-        given = {name: found[name] for name in names}
-        expected, outputs = reference.run(batch, given=given)
+        computed = instrumented.run(batch)
+        expected, outputs = _defined(reference, batch, computed)
         farthest = max(farthest, reference.farthest_from_tie)
         for name in names:
-            wrong[name] += int((expected[name] != found[name]).sum())
+            wrong[name] += int((expected[name] != computed[name]).sum())
             codes += expected[name].size
         for name, values in plain.run(batch).items():
-            outputs_equal &= np.array_equal(values, found[name])
+            outputs_equal &= np.array_equal(values, computed[name])
             outputs_equal &= np.array_equal(values, outputs[name])
-    in_order = quantizers_in_order(reference.model)
-    mismatches = {name: wrong[name] for name in in_order if wrong[name]}
+    mismatches = {}
+    for name in quantizers_in_order(reference.model):
+        if wrong[name]:
+            mismatches[name] = wrong[name]
     responsible: tuple[str, ...] = ()
     if mismatches and level in EXACT_LEVELS:
         responsible = _culprit(reference, proto, images[:BATCH], level)
-    return LevelResult(level, codes, mismatches, outputs_equal, responsible, farthest)
+    return LevelResult(
+        level=level,
+        codes=codes,
+        mismatches=mismatches,
+        logits_equal=outputs_equal,
+        culprit=responsible,
+        farthest_from_tie=farthest,
+    )
+
+
+def _defined(
+    reference: IntegerReference,
+    images: Given,
+    computed: Mapping[str, NDArray[np.generic]],
+) -> tuple[Mapping[str, NDArray[np.uint8]], Outputs]:
+    """(codes, outputs) of the definition, each computed from the codes before it that the runtime computed."""
+    given = {name: computed[name] for name in reference.model.quantizers}
+    return reference.run(images, given=given)
 
 
 def _culprit(
@@ -488,17 +522,18 @@ def _culprit(
     images: Given,
     level: str,
 ) -> tuple[str, ...]:
+    """The runtime's rewriting without which the codes are the expected ones, as `stress.culprit` looks for it."""
     names = list(reference.model.quantizers)
     instrumented = session.with_outputs(proto, names)
 
     def differs(without: tuple[str, ...]) -> bool:
-        found = session.load(instrumented, level=level, without=without).run(images)
-        given = {name: found[name] for name in names}
-        expected, _ = reference.run(images, given=given)
+        loaded = session.load(instrumented, level=level, without=without)
+        computed = loaded.run(images)
+        expected, _ = _defined(reference, images, computed)
         wrong = 0
         codes = 0
         for name in names:
-            wrong += int((expected[name] != found[name]).sum())
+            wrong += int((expected[name] != computed[name]).sum())
             codes += expected[name].size
         return wrong > FLOAT_LEVEL_LIMIT * codes
 

@@ -7,7 +7,7 @@ Member i's nodes, tensors and layers carry the prefix `m<i>/`; nothing else abou
 again (`split_members`) and proven on its own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -42,38 +42,57 @@ def merge_members(
         raise ExportError(
             f"average {average!r}: unknown; there are {', '.join(AVERAGES)}"
         )
-    metadata = [
-        read_metadata(member, name) for member, name in zip(members, names, strict=True)
-    ]
-    for found, name in zip(metadata[1:], names[1:], strict=True):
-        for key in SAME:
-            if found[key] != metadata[0][key]:
-                raise ExportError(
-                    f"{names[0]} and {name} differ in {key}; the members of an ensemble must agree on it"
-                )
+    metadata = []
+    for member, name in zip(members, names, strict=True):
+        metadata.append(read_metadata(member, name))
+        _require_same(metadata[0], metadata[-1], f"{names[0]} and {name}")
     first = members[0].graph
-    renamed = [
-        _renamed(member.graph, f"m{i}/", first) for i, member in enumerate(members)
-    ]
-    outputs = [
-        f"m{i}/{member.graph.output[0].name}" for i, member in enumerate(members)
-    ]
+    nodes: list[onnx.NodeProto] = []
+    tensors: list[onnx.TensorProto] = []
+    outputs = []
+    for index, member in enumerate(members):
+        prefix = _prefix(index)
+        own_nodes, own_tensors = _renamed(member.graph, prefix, first)
+        nodes += own_nodes
+        tensors += own_tensors
+        outputs.append(prefix + member.graph.output[0].name)
+    nodes += _averaging(outputs, first.output[0].name, average)
     graph = helper.make_graph(
-        [node for nodes, _ in renamed for node in nodes]
-        + _averaging(outputs, first.output[0].name, average),
+        nodes,
         "edgeqat-ensemble",
         list(first.input),
         list(first.output),
-        [t for _, tensors in renamed for t in tensors],
+        tensors,
     )
-    merged = helper.make_model(
-        graph,
-        opset_imports=list(members[0].opset_import),
-        ir_version=members[0].ir_version,
-        producer_name="edgeqat",
-    )
+    merged = _model_like(members[0], graph)
     write_metadata(merged, _joined(metadata, names, average))
     return merged
+
+
+def _prefix(index: int) -> str:
+    """What the names of a member's nodes, tensors and layers begin with in the ensemble's file."""
+    return f"m{index}/"
+
+
+def _require_same(
+    first: Mapping[str, Any], other: Mapping[str, Any], pair: str
+) -> None:
+    """Raises ExportError where the metadata of two members differ in what they must agree on."""
+    for key in SAME:
+        if other[key] != first[key]:
+            raise ExportError(
+                f"{pair} differ in {key}; the members of an ensemble must agree on it"
+            )
+
+
+def _model_like(model: onnx.ModelProto, graph: onnx.GraphProto) -> onnx.ModelProto:
+    """`graph` with the operator sets of `model`."""
+    return helper.make_model(
+        graph,
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+        producer_name="edgeqat",
+    )
 
 
 def split_members(proto: onnx.ModelProto, name: str) -> list[onnx.ModelProto]:
@@ -105,10 +124,10 @@ class JoinedCheck:
         return not self.different and self.logits <= 1e-4
 
     def __str__(self) -> str:
-        wrong = printable(
-            "; ".join(f"{name} {count}" for name, count in self.different.items())
-        )
-        codes = f"other codes: {wrong}" if wrong else "the codes they compute alone"
+        codes = "the codes they compute alone"
+        if self.different:
+            counts = [f"{name} {count}" for name, count in self.different.items()]
+            codes = f"other codes: {printable('; '.join(counts))}"
         verdict = "ok" if self.passed else "FAILED"
         return f"together   {self.members} members compute {codes}; averaged logits within {self.logits:.1e}  [{verdict}]"
 
@@ -120,35 +139,44 @@ def check_joined(
 ) -> JoinedCheck:
     """Run the ensemble and its `members` on `images` (N_3_H_W), all quantizers' codes visible."""
     metadata = read_metadata(proto, "the ensemble")
-    together = session.load(session.with_outputs(proto, quantizer_tensors(proto))).run(
-        images
-    )
-    different, logits = {}, []
-    for i, member in enumerate(members):
-        names = quantizer_tensors(member)
-        alone = session.load(session.with_outputs(member, names)).run(images)
-        wrong = sum(int((alone[n] != together[f"m{i}/{n}"]).sum()) for n in names)
+    together = _run_with_codes(proto, images)
+    different: dict[str, int] = {}
+    logits = []
+    for index, member in enumerate(members):
+        alone = _run_with_codes(member, images)
+        wrong = 0
+        for tensor in quantizer_tensors(member):
+            in_ensemble = together[_prefix(index) + tensor]
+            wrong += int((alone[tensor] != in_ensemble).sum())
         if wrong:
-            different[metadata["members"][i]] = wrong
-        logits.append(np.asarray(alone[member.graph.output[0].name], np.float64))
+            different[metadata["members"][index]] = wrong
+        logits.append(_logits(member, alone))
     expected = averaged(np.stack(logits), metadata["average"])
-    return JoinedCheck(
-        different,
-        float(
-            np.abs(
-                expected - np.asarray(together[proto.graph.output[0].name], np.float64)
-            ).max()
-        ),
-        len(members),
-    )
+    difference = np.abs(expected - _logits(proto, together))
+    return JoinedCheck(different, float(difference.max()), len(members))
+
+
+def _run_with_codes(
+    proto: onnx.ModelProto, images: NDArray[np.float32]
+) -> dict[str, NDArray[np.generic]]:
+    """The outputs of a file, and the codes of all its quantizers."""
+    instrumented = session.with_outputs(proto, quantizer_tensors(proto))
+    return session.load(instrumented).run(images)
+
+
+def _logits(
+    proto: onnx.ModelProto, outputs: Mapping[str, NDArray[np.generic]]
+) -> NDArray[np.float64]:
+    return np.asarray(outputs[proto.graph.output[0].name], np.float64)
 
 
 def averaged(logits: NDArray[np.float64], average: Average) -> NDArray[np.float64]:
     """Members' logits M_N_K -> the ensemble's N_K."""
     if average == "logits":
         return logits.mean(0)
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.log((shifted / shifted.sum(-1, keepdims=True)).mean(0))
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(-1, keepdims=True)
+    return np.log(probabilities.mean(0))
 
 
 def _averaging(
@@ -156,109 +184,106 @@ def _averaging(
 ) -> list[onnx.NodeProto]:
     if average == "logits":
         return [helper.make_node("Mean", outputs, [result])]
-    shares = [f"share{i}" for i in range(len(outputs))]
-    return [
-        *(
-            helper.make_node("Softmax", [name], [share], axis=-1)
-            for name, share in zip(outputs, shares, strict=True)
-        ),
-        helper.make_node("Mean", shares, ["mean"]),
-        helper.make_node("Log", ["mean"], [result]),
-    ]
+    nodes = []
+    probabilities = []
+    for index, logits in enumerate(outputs):
+        share = f"share{index}"
+        nodes.append(helper.make_node("Softmax", [logits], [share], axis=-1))
+        probabilities.append(share)
+    nodes.append(helper.make_node("Mean", probabilities, ["mean"]))
+    nodes.append(helper.make_node("Log", ["mean"], [result]))
+    return nodes
 
 
 def _renamed(
     graph: onnx.GraphProto, prefix: str, first: onnx.GraphProto
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Nodes and initialisers with every name prefixed, but the input, which is the first member's."""
-    source = {graph.input[0].name: first.input[0].name}
-    return _copies(
-        graph.node, graph.initializer, lambda value: source.get(value, prefix + value)
-    )
+    own_input = graph.input[0].name
+    shared_input = first.input[0].name
+
+    def renamed(name: str) -> str:
+        return shared_input if name == own_input else prefix + name
+
+    return _copies(graph.node, graph.initializer, renamed)
 
 
 def _copies(
     nodes: Iterable[onnx.NodeProto],
     tensors: Iterable[onnx.TensorProto],
-    name: Callable[[str], str],
+    rename: Callable[[str], str],
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Copies with every name that is not empty (an absent operand, an unnamed node) put through `name`."""
-    copied, kept = [], []
+    """Copies with every name that is not empty (an absent operand, an unnamed node) put through `rename`."""
+
+    def renamed(name: str) -> str:
+        return rename(name) if name else name
+
+    node_copies = []
     for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
+        node_copy = onnx.NodeProto()
+        node_copy.CopyFrom(node)
         if node.name:
-            copy.name = name(node.name)
-        copy.input[:] = [name(v) if v else v for v in node.input]
-        copy.output[:] = [name(v) if v else v for v in node.output]
-        copied.append(copy)
+            node_copy.name = renamed(node.name)
+        node_copy.input[:] = map(renamed, node.input)
+        node_copy.output[:] = map(renamed, node.output)
+        node_copies.append(node_copy)
+    tensor_copies = []
     for tensor in tensors:
-        renamed = onnx.TensorProto()
-        renamed.CopyFrom(tensor)
-        renamed.name = name(tensor.name)
-        kept.append(renamed)
-    return copied, kept
+        tensor_copy = onnx.TensorProto()
+        tensor_copy.CopyFrom(tensor)
+        tensor_copy.name = renamed(tensor.name)
+        tensor_copies.append(tensor_copy)
+    return node_copies, tensor_copies
 
 
 def _joined(
     metadata: Sequence[dict[str, Any]], names: Sequence[str], average: Average
 ) -> dict[str, Any]:
-    layers = [
-        entry | {"name": f"m{i}/{entry['name']}"}
-        for i, m in enumerate(metadata)
-        for entry in m["layers"]
-    ]
-    moved = {
-        f"m{i}/{name}": ppm
-        for i, m in enumerate(metadata)
-        for name, ppm in m.get(MOVED, {}).items()
-    }
-    joined = {
+    """The ensemble's metadata, from those of its members; `names` are for people."""
+    layers = []
+    moved = {}
+    for index, of_member in enumerate(metadata):
+        prefix = _prefix(index)
+        for entry in of_member["layers"]:
+            layers.append(entry | {"name": prefix + entry["name"]})
+        for quantizer, ppm in of_member.get(MOVED, {}).items():
+            moved[prefix + quantizer] = ppm
+    return metadata[0] | {
         "layers": layers,
         MOVED: moved,
         "members": list(names),
         "average": average,
     }
-    return metadata[0] | joined
 
 
 def _member(
     proto: onnx.ModelProto, metadata: dict[str, Any], index: int
 ) -> onnx.ModelProto:
-    prefix = f"m{index}/"
-    result = proto.graph.output[0]
+    """The file of one member, as it was before it was merged."""
+    prefix = _prefix(index)
+    graph = proto.graph
+    own_nodes = [node for node in graph.node if node.output[0].startswith(prefix)]
+    own_tensors = [one for one in graph.initializer if one.name.startswith(prefix)]
     nodes, tensors = _copies(
-        [node for node in proto.graph.node if node.output[0].startswith(prefix)],
-        [
-            tensor
-            for tensor in proto.graph.initializer
-            if tensor.name.startswith(prefix)
-        ],
-        lambda name: name.removeprefix(prefix),
+        own_nodes, own_tensors, lambda name: name.removeprefix(prefix)
     )
-    graph = helper.make_graph(
-        nodes, "edgeqat", list(proto.graph.input), [result], tensors
-    )
-    member = helper.make_model(
-        graph,
-        opset_imports=list(proto.opset_import),
-        ir_version=proto.ir_version,
-        producer_name="edgeqat",
-    )
-    layers = [
-        entry | {"name": entry["name"].removeprefix(prefix)}
-        for entry in metadata["layers"]
-        if entry["name"].startswith(prefix)
-    ]
-    moved = {
-        name.removeprefix(prefix): ppm
-        for name, ppm in metadata.get(MOVED, {}).items()
-        if name.startswith(prefix)
-    }
-    alone = {
-        key: value
-        for key, value in metadata.items()
-        if key not in ("members", "average")
-    }
-    write_metadata(member, alone | {"layers": layers, MOVED: moved})
+    inputs = list(graph.input)
+    alone = helper.make_graph(nodes, "edgeqat", inputs, [graph.output[0]], tensors)
+    member = _model_like(proto, alone)
+    write_metadata(member, _metadata_of_member(metadata, prefix))
     return member
+
+
+def _metadata_of_member(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What the member with this prefix said of itself."""
+    layers = []
+    for entry in metadata["layers"]:
+        if entry["name"].startswith(prefix):
+            layers.append(entry | {"name": entry["name"].removeprefix(prefix)})
+    moved = {}
+    for quantizer, ppm in metadata.get(MOVED, {}).items():
+        if quantizer.startswith(prefix):
+            moved[quantizer.removeprefix(prefix)] = ppm
+    own = {**metadata, "layers": layers, MOVED: moved}
+    del own["members"], own["average"]
+    return own

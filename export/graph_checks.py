@@ -14,6 +14,7 @@ from export.graph_limits import Tensors, check_limits
 from export.lowered import DOMAIN, ExportError
 from export.native_checks import OPERATORS as NATIVE
 from export.native_checks import check_native
+from export.native_file import code_outputs
 
 STANDARD = frozenset({
     "Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BatchNormalization", "Cast", "CastLike", "Ceil", "Celu",
@@ -73,6 +74,7 @@ def check_graph(proto: onnx.ModelProto, name: str, size: int | Tensors | None) -
         _check_node(
             node, f"{name}: node {index} ({_short(node.op_type)} {_short(node.name)})"
         )
+    _check_code_names(proto, name)
     try:
         onnx.checker.check_model(proto)
     except Exception as error:
@@ -120,6 +122,20 @@ def _check_model(proto: onnx.ModelProto, name: str) -> None:
         raise ExportError(
             f"{name}: has {len(graph.input)} inputs and {len(graph.output)} outputs; that is too many"
         )
+
+
+def _check_code_names(proto: onnx.ModelProto, name: str) -> None:
+    """No two outputs of native nodes are named the codes of one quantizer: one of them would never be looked at."""
+    named: set[str] = set()
+    try:
+        for quantizer, node, _ in code_outputs(proto):
+            if quantizer in named:
+                raise ExportError(
+                    f"node {node.op_type} {_short(node.name)}: names codes of {_short(quantizer)}, as another output does"
+                )
+            named.add(quantizer)
+    except ExportError as error:
+        raise ExportError(f"{name}: {error}") from None
 
 
 def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:

@@ -63,13 +63,11 @@ class Tensors:
     @classmethod
     def of(cls, names: Sequence[str], values: Sequence[Any]) -> "Tensors":
         """values: one torch tensor or array per name, N_... each."""
-        entries = {
-            name: {
-                "shape": [int(size) for size in value.shape[1:]],
-                "dtype": str(value.dtype).removeprefix("torch."),
-            }
-            for name, value in zip(names, values, strict=True)
-        }
+        entries: dict[str, dict[str, Any]] = {}
+        for name, value in zip(names, values, strict=True):
+            shape = [int(size) for size in value.shape[1:]]
+            dtype = str(value.dtype).removeprefix("torch.")
+            entries[name] = {"shape": shape, "dtype": dtype}
         return cls(entries)
 
 
@@ -83,38 +81,44 @@ def _as_entry(source: Source) -> dict[str, Any]:
 def image_input(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The metadata's `input` of the file `name`, which takes images. Raises ExportError for one that takes tensors."""
     entry: dict[str, Any] = metadata["input"]
-    if "tensors" in entry:
-        inputs = ", ".join(
-            f"{key} {value['dtype']} {['N', *value['shape']]}"
-            for key, value in entry["tensors"].items()
-        )
-        raise ExportError(
-            f"{name}: takes tensors ({inputs}) and does not say how an image becomes them; export it with classes=, mean= "
-            "and std= (qat.export_onnx), or run it in ONNX Runtime"
-        )
-    return entry
+    if "tensors" not in entry:
+        return entry
+    inputs = []
+    for tensor, value in entry["tensors"].items():
+        inputs.append(f"{tensor} {value['dtype']} {['N', *value['shape']]}")
+    raise ExportError(
+        f"{name}: takes tensors ({', '.join(inputs)}) and does not say how an image becomes them; export it with classes=, "
+        "mean= and std= (qat.export_onnx), or run it in ONNX Runtime"
+    )
 
 
 def random_inputs(metadata: Mapping[str, Any], samples: int) -> Given:
     """Normal numbers, and zeros for integers, of the shapes that a file's metadata states."""
-    entry, generator = metadata["input"], np.random.default_rng(0)
+    entry = metadata["input"]
+    generator = np.random.default_rng(0)
     if "tensors" not in entry:
-        return generator.normal(size=(samples, 3, entry["size"], entry["size"])).astype(
-            np.float32
-        )
+        images = generator.normal(size=(samples, 3, entry["size"], entry["size"]))
+        return images.astype(np.float32)
     arrays: dict[str, NDArray[Any]] = {}
     for name, value in entry["tensors"].items():
         shape = (samples, *value["shape"])
         is_float = value["dtype"].startswith("float")
         numbers = generator.normal(size=shape) if is_float else np.zeros(shape)
         arrays[name] = numbers.astype(value["dtype"])
-    return next(iter(arrays.values())) if len(arrays) == 1 else Feeds(arrays)
+    if len(arrays) > 1:
+        return Feeds(arrays)
+    (only,) = arrays.values()
+    return only
 
 
 def describe(
     model: LoweredModel, target: Target, source: Source, producer: str
 ) -> dict[str, Any]:
     """What a file of `model` for `target` says of itself, but for its digests."""
+    moved = {}
+    for tried in model.tried:
+        if tried.ppm:
+            moved[tried.quantizer] = tried.ppm
     return {
         "format": FORMAT,
         "producer": producer,
@@ -127,7 +131,7 @@ def describe(
             "why": target.why,
         },
         "session_options": dict(target.session_options),
-        MOVED: {tried.quantizer: tried.ppm for tried in model.tried if tried.ppm},
+        MOVED: moved,
         "input": _as_entry(source),
         "layers": [_entry(layer) for layer in model.layers.values()],
     }
@@ -135,7 +139,7 @@ def describe(
 
 def _entry(layer: LoweredLayer) -> dict[str, Any]:
     bias = layer.float_bias if layer.bias_codes is None else layer.bias_codes
-    entry = {
+    entry: dict[str, Any] = {
         "name": layer.name,
         "bits": layer.bits,
         "carry": layer.weight_multiplier,
@@ -144,7 +148,9 @@ def _entry(layer: LoweredLayer) -> dict[str, Any]:
         "scale_sha256": _digest_of_bytes(layer.stored_scale),
         "bias_sha256": _digest_of_bytes(bias),
     }
-    return entry if layer.input_quantizer else entry | {"reads": "float"}
+    if not layer.input_quantizer:
+        entry["reads"] = "float"
+    return entry
 
 
 def sign(
@@ -167,9 +173,6 @@ def sign_float(
     target: one of FLOAT_TARGETS.
     """
     assert target in FLOAT_TARGETS
-    opset = next(
-        entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")
-    )
     value = {
         "format": FORMAT,
         "producer": producer,
@@ -177,7 +180,7 @@ def sign_float(
         "storage": "float",
         "runtime": {
             "onnxruntime": f">={FLOAT_RUNTIME}",
-            "opset": opset,
+            "opset": _standard_opset(proto),
             "why": "a float file of opset 20",
         },
         "session_options": {},
@@ -187,6 +190,14 @@ def sign_float(
     }
     write_metadata(proto, value)
     return proto
+
+
+def _standard_opset(proto: onnx.ModelProto) -> int:
+    """Version of the standard operators that `proto` imports."""
+    (version,) = (
+        opset.version for opset in proto.opset_import if opset.domain in ("", "ai.onnx")
+    )
+    return int(version)
 
 
 def write_metadata(proto: onnx.ModelProto, value: Mapping[str, Any]) -> None:
@@ -203,28 +214,41 @@ def different_descriptions(
 ) -> dict[str, str]:
     """Where the metadata `found` in a file is not what its run would write, and how. The producer's version may differ."""
     expected = json.loads(json.dumps(expected))  # as it is when read from a file
+    in_file: dict[str, Any] = {}
+    in_run: dict[str, Any] = {}
+    for key in SAID:
+        in_file[key] = found.get(key)
+        in_run[key] = expected[key]
+    for key, value in expected["input"].items():
+        in_file[key] = found["input"].get(key)
+        in_run[key] = value
     different: dict[str, str] = {}
-    parts = {key: (found.get(key), expected[key]) for key in SAID}
-    parts |= {
-        key: (found["input"].get(key), value)
-        for key, value in expected["input"].items()
-    }
-    for key, (its, the_runs) in parts.items():
-        if its != the_runs:
-            different[key] = f"the file says {_short(its)}, the run {_short(the_runs)}"
-    said, wanted = found["layers"], expected["layers"]
-    if [entry["name"] for entry in said] != [entry["name"] for entry in wanted]:
-        different["layers"] = (
-            f"the file lists {len(said)} layers, the run has {len(wanted)}, or in another order"
-        )
-    else:
-        pairs = zip(said, wanted, strict=True)
-        wrong = [entry["name"] for entry, other in pairs if entry != other]
-        if wrong:
-            different["layers"] = (
-                f"what the file signs of {', '.join(wrong[:3])} is not what the run has"
+    for key, value in in_run.items():
+        if in_file[key] != value:
+            different[key] = (
+                f"the file says {_short(in_file[key])}, the run {_short(value)}"
             )
+    layers = _different_layers(found["layers"], expected["layers"])
+    if layers:
+        different["layers"] = layers
     return different
+
+
+def _different_layers(
+    found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]
+) -> str:
+    """How a file's list of layers differs from the run's; empty where it does not."""
+    names_found = [entry["name"] for entry in found]
+    names_expected = [entry["name"] for entry in expected]
+    if names_found != names_expected:
+        return f"the file lists {len(found)} layers, the run has {len(expected)}, or in another order"
+    wrong = []
+    for entry, of_run in zip(found, expected, strict=True):
+        if entry != of_run:
+            wrong.append(entry["name"])
+    if wrong:
+        return f"what the file signs of {', '.join(wrong[:3])} is not what the run has"
+    return ""
 
 
 def _short(value: object) -> str:
@@ -243,24 +267,36 @@ def _digest_of_bytes(values: NDArray[np.generic]) -> str:
 
 def _digest_of_digests(layers: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 over the layers' own: of codes, scales and biases, in the file's order."""
-    parts = [str(entry[key]) for entry in layers for key in DIGESTS if key in entry]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    total = hashlib.sha256()
+    for entry in layers:
+        for key in DIGESTS:
+            if key in entry:
+                total.update(str(entry[key]).encode())
+    return total.hexdigest()
 
 
 def read_metadata(proto: onnx.ModelProto, name: str) -> dict[str, Any]:
     """Raises ExportError when the file has none, one of a newer format, or one that says what no file can mean."""
-    found = next((p.value for p in proto.metadata_props if p.key == KEY), None)
-    if found is None:
+    text = _property(proto, KEY)
+    if text is None:
         raise ExportError(
             f"{name}: carries no edgeqat metadata; export it with `qat export`"
         )
-    value = parsed_entries(found, KEY, name)
+    value = parsed_entries(text, KEY, name)
     if value.get("format") not in READABLE:
         raise ExportError(
             f"{name}: metadata format {value.get('format')} is newer than this version reads ({FORMAT})"
         )
     check_description(value, name)
     return value
+
+
+def _property(proto: onnx.ModelProto, key: str) -> str | None:
+    """One text of an ONNX model's metadata; None where it has no such entry."""
+    for entry in proto.metadata_props:
+        if entry.key == key:
+            return str(entry.value)
+    return None
 
 
 def graph_digest(proto: onnx.ModelProto) -> str:
@@ -270,21 +306,22 @@ def graph_digest(proto: onnx.ModelProto) -> str:
 
 def record_proof(proto: onnx.ModelProto, proven: Sequence[Mapping[str, Any]]) -> None:
     """Write into `proto` where its codes were proven, one entry per machine; an older record is replaced."""
-    others = {p.key: p.value for p in proto.metadata_props if p.key != PROOF_KEY}
+    properties = {entry.key: entry.value for entry in proto.metadata_props}
     record = {"graph_sha256": graph_digest(proto), "proven": list(proven)}
-    onnx.helper.set_model_props(proto, others | {PROOF_KEY: json.dumps(record)})
+    properties[PROOF_KEY] = json.dumps(record)
+    onnx.helper.set_model_props(proto, properties)
 
 
 def proof_of(proto: onnx.ModelProto, name: str = "the file") -> list[dict[str, Any]]:
     """Where the file's codes were proven; nothing if the graph has changed since. Raises ExportError for a damaged record."""
-    found = next((p.value for p in proto.metadata_props if p.key == PROOF_KEY), None)
-    if found is None:
+    text = _property(proto, PROOF_KEY)
+    if text is None:
         return []
-    record = parsed_entries(found, PROOF_KEY, name)
+    record = parsed_entries(text, PROOF_KEY, name)
     check_proof(record, name)
-    return (
-        list(record["proven"]) if record["graph_sha256"] == graph_digest(proto) else []
-    )
+    if record["graph_sha256"] != graph_digest(proto):
+        return []
+    return list(record["proven"])
 
 
 def wanted_options(proto: onnx.ModelProto, name: str = "the model") -> dict[str, str]:
@@ -292,7 +329,7 @@ def wanted_options(proto: onnx.ModelProto, name: str = "the model") -> dict[str,
 
     Raises ExportError for any other: some of the runtime's options write files, so a file must not choose freely.
     """
-    if not any(p.key == KEY for p in proto.metadata_props):
+    if _property(proto, KEY) is None:
         return {}
     options: dict[str, str] = read_metadata(proto, name).get("session_options", {})
     return options
@@ -309,17 +346,21 @@ def unsigned_parts(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 def missing_options(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Warnings, one for each session option that the file's target needs and its metadata does not ask for."""
-    found = next(
-        (json.loads(p.value) for p in proto.metadata_props if p.key == KEY), None
-    )
-    target = TARGETS.get(found["target"]) if found is not None else None
-    if found is None or target is None:
+    text = _property(proto, KEY)
+    if text is None:
         return ()
-    return tuple(
-        f"session option {key}={value} is not in the metadata: without it codes may be wrong on some machines"
-        for key, value in target.session_options
-        if found.get("session_options", {}).get(key) != value
-    )
+    metadata = json.loads(text)
+    target = TARGETS.get(metadata["target"])
+    if target is None:
+        return ()
+    options = metadata.get("session_options", {})
+    warnings = []
+    for key, value in target.session_options:
+        if options.get(key) != value:
+            warnings.append(
+                f"session option {key}={value} is not in the metadata: without it codes may be wrong on some machines"
+            )
+    return tuple(warnings)
 
 
 def broken_signatures(
@@ -327,7 +368,9 @@ def broken_signatures(
 ) -> dict[str, str]:
     """What in the file is not what was signed, by layer or part, and how; checked without the run. The graph as a whole is
     named where no layer is."""
-    tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    tensors = {}
+    for tensor in proto.graph.initializer:
+        tensors[tensor.name] = numpy_helper.to_array(tensor)
     broken: dict[str, str] = {}
     for entry in metadata["layers"]:
         difference = _unlike_signed(entry, tensors)

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import onnx
-from onnx import helper
+from onnx import AttributeProto, helper
 
+from edgeqat.terminal import printable
 from export.lowered import DOMAIN, ExportError
 from export.names import named_by_native_codes, native_codes_of
 
@@ -21,7 +22,7 @@ def is_native(proto: onnx.ModelProto) -> bool:
 def code_outputs(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto, int]]:
     """(quantizer, node, which of its outputs) for the codes that native nodes compute, named in the file or not.
 
-    Raises ExportError for a node that has `codes` twice: which of its outputs they are cannot be told.
+    Raises ExportError for a node that has `codes` twice or not as texts: which of its outputs they are cannot be told.
     """
     for node in proto.graph.node:
         if node.domain != DOMAIN:
@@ -34,11 +35,15 @@ def code_outputs(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto, 
 def _labels(node: onnx.NodeProto) -> Sequence[bytes]:
     """By output of a native node: the quantizer whose codes it is, empty for none."""
     attributes = [one for one in node.attribute if one.name == "codes"]
-    if len(attributes) > 1:
-        raise ExportError(f"node {node.op_type} {node.name}: has attribute codes twice")
     if not attributes:
         return ()
-    return attributes[0].strings
+    where = f"node {node.op_type} {printable(node.name)}"
+    if len(attributes) > 1:
+        raise ExportError(f"{where}: has attribute codes twice")
+    (labels,) = attributes
+    if labels.type != AttributeProto.STRINGS:
+        raise ExportError(f"{where}: attribute codes is not a list of texts")
+    return labels.strings
 
 
 def reveal(proto: onnx.ModelProto, names: Sequence[str]) -> None:

@@ -31,17 +31,17 @@ def layer_kernels(
     A layer is known by its weight, its first plane or, where the runtime renamed a weight that it widened, its scale.
     name: what messages call `proto`.
     """
-    readers = {
-        i: node.op_type
-        for node in session.optimized(proto, name=name).graph.node
-        for i in node.input
-    }
+    readers = {}
+    for node in session.optimized(proto, name=name).graph.node:
+        for tensor in node.input:
+            readers[tensor] = node.op_type
     kernels: dict[str, str] = {}
     for layer in layers:
-        tensors = (weight_of(layer), plane_of(layer, 0), weight_scale_of(layer))
-        kernels[layer] = next(
-            (readers[tensor] for tensor in tensors if tensor in readers), "none"
-        )
+        kernels[layer] = "none"
+        for tensor in (weight_of(layer), plane_of(layer, 0), weight_scale_of(layer)):
+            if tensor in readers:
+                kernels[layer] = readers[tensor]
+                break
     return kernels
 
 
@@ -54,34 +54,38 @@ def settings_that_differ(
     """
     names = quantizer_tensors(proto)
     instrumented = session.with_outputs(proto, names)
-    default = session.load(instrumented, name=name).run(images)
+    usual = session.load(instrumented, name=name)
+    extended = session.load(instrumented, level="EXTENDED", name=name)
+    threaded = session.load(instrumented, threads=2, name=name)
+    default = usual.run(images)
     others: dict[str, Mapping[str, NDArray[np.generic]]] = {
-        "EXTENDED": session.load(instrumented, level="EXTENDED", name=name).run(images),
-        "2 threads": session.load(instrumented, threads=2, name=name).run(images),
-        "batches of 1": _one_by_one(
-            session.load(instrumented, name=name), images, default
-        ),
+        "EXTENDED": extended.run(images),
+        "2 threads": threaded.run(images),
+        "batches of 1": _one_by_one(usual, images, default),
     }
-    counts = {
-        setting: sum(int((found[n] != default[n]).sum()) for n in names)
-        for setting, found in others.items()
-    }
-    return {setting: count for setting, count in counts.items() if count}
+    differing: dict[str, int] = {}
+    for setting, outputs in others.items():
+        count = 0
+        for tensor in names:
+            count += int((outputs[tensor] != default[tensor]).sum())
+        if count:
+            differing[setting] = count
+    return differing
 
 
 def quantizer_tensors(proto: onnx.ModelProto) -> list[str]:
     """Names of the uint8 tensors that quantizers write: what comes out of QuantizeLinear, after its clip if it has one."""
-    clipped = {
-        node.input[0]: node.output[0]
-        for node in proto.graph.node
-        if node.op_type == "Clip"
-    }
-    written = [
-        node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"
-    ]
-    return [clipped.get(name, name) for name in written] + [
-        name for name, _, _ in code_outputs(proto)
-    ]
+    written = []
+    clipped = {}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            written.append(node.output[0])
+        elif node.op_type == "Clip":
+            clipped[node.input[0]] = node.output[0]
+    names = [clipped.get(name, name) for name in written]
+    for name, _, _ in code_outputs(proto):
+        names.append(name)
+    return names
 
 
 def _one_by_one(
@@ -89,18 +93,18 @@ def _one_by_one(
 ) -> dict[str, NDArray[np.generic]]:
     """The outputs of `loaded` for one image at a time, put together as they lie in `whole`, those of all images at once."""
     runs = [loaded.run(images[i : i + 1]) for i in range(len(images))]
-    return {
-        name: _joined([run[name] for run in runs], whole[name].shape) for name in whole
-    }
+    outputs = {}
+    for name, of_all_images in whole.items():
+        parts = [run[name] for run in runs]
+        outputs[name] = _joined(parts, of_all_images.shape)
+    return outputs
 
 
 def _joined(
     parts: list[NDArray[np.generic]], shape: tuple[int, ...]
 ) -> NDArray[np.generic]:
     """`parts` side by side along the axis that grew to `shape`: the batch is not first everywhere, as in MViT's attention."""
-    grown = [
-        axis
-        for axis, (part, all_) in enumerate(zip(parts[0].shape, shape, strict=True))
-        if part != all_
-    ]
-    return np.concatenate(parts, axis=grown[0]) if grown else parts[0]
+    for axis, (size, whole_size) in enumerate(zip(parts[0].shape, shape, strict=True)):
+        if size != whole_size:
+            return np.concatenate(parts, axis=axis)
+    return parts[0]

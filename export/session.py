@@ -75,18 +75,21 @@ def load(
     options.log_severity_level = 3
     if dump is not None:
         options.optimized_model_filepath = str(dump)
-    proto = model if isinstance(model, onnx.ModelProto) else parse(Path(model))
-    if not name:
-        name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
+    source: bytes | str
+    if isinstance(model, onnx.ModelProto):
+        proto = model
+        source = model.SerializeToString()
+        name = name or "the model"
+    else:
+        proto = parse(Path(model))
+        source = str(model)
+        name = name or str(model)
     for key, value in wanted_options(proto, name).items():
         options.add_session_config_entry(key, value)
     if is_native(proto):
         _register_kernels(options)
-    source = (
-        model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
-    )
     try:
-        made = ort.InferenceSession(
+        session = ort.InferenceSession(
             source,
             options,
             providers=["CPUExecutionProvider"],
@@ -96,7 +99,7 @@ def load(
         raise ExportError(
             f"ONNX Runtime {ort.__version__} cannot load {name}: {reason_of(error)}"
         ) from error
-    return Session(made, name)
+    return Session(session, name)
 
 
 def _register_kernels(options: ort.SessionOptions) -> None:
@@ -144,47 +147,53 @@ class FloatOperators:
     ) -> list[NDArray[np.generic]]:
         """All results of `node`. Operands of integers (shapes, axes, indices) are constants of its session, as in the file
         the runtime may need them when it loads."""
-        given = {f"i{i}": x for i, x in enumerate(operands) if x is not None}
-        fixed = {name: x for name, x in list(given.items())[1:] if x.dtype == np.int64}
-        feeds = {name: x for name, x in given.items() if name not in fixed}
-        key = f"{node.outputs[0].name} {[x.tolist() for x in fixed.values()]}"
+        feeds: dict[str, NDArray[np.generic]] = {}
+        fixed: dict[str, NDArray[np.generic]] = {}
+        names = []
+        for index, operand in enumerate(operands):
+            name = "" if operand is None else f"i{index}"
+            names.append(name)
+            if operand is None:
+                continue
+            is_first = not feeds and not fixed
+            is_constant = operand.dtype == np.int64 and not is_first
+            (fixed if is_constant else feeds)[name] = operand
+        constants = [operand.tolist() for operand in fixed.values()]
+        key = f"{node.outputs[0].name} {constants}"
         if key not in self.sessions:
-            self.sessions[key] = self._session(node, operands, feeds, fixed)
+            self.sessions[key] = self._session(node, names, feeds, fixed)
         return self.sessions[key].run(None, feeds)
 
     def _session(
         self,
         node: ir.Node,
-        operands: list[NDArray[np.generic] | None],
+        names: list[str],
         feeds: dict[str, NDArray[np.generic]],
         fixed: dict[str, NDArray[np.generic]],
     ) -> ort.InferenceSession:
-        inputs = ["" if x is None else f"i{i}" for i, x in enumerate(operands)]
-        outputs = [f"y{i}" for i in range(len(node.outputs))]
-        made = onnx.helper.make_node(node.op_type, inputs, outputs, domain=node.domain)
-        made.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
-        infos = [
-            onnx.helper.make_tensor_value_info(
-                k, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), [None] * v.ndim
-            )
-            for k, v in feeds.items()
-        ]
-        types = [
-            int(v.dtype) if v.dtype is not None else onnx.TensorProto.FLOAT
-            for v in node.outputs
-        ]
-        results = [
-            onnx.helper.make_tensor_value_info(y, t, None)
-            for y, t in zip(outputs, types, strict=True)
-        ]
-        constants = [onnx.numpy_helper.from_array(v, k) for k, v in fixed.items()]
-        graph = onnx.helper.make_graph([made], "operator", infos, results, constants)
-        proto = onnx.helper.make_model(
-            graph,
-            opset_imports=[onnx.helper.make_opsetid("", self.opset)],
-            ir_version=10,
-        )
-        return load(proto).session
+        """A session of `node` alone. names: of its operands, empty for absent ones; `fixed` are its constants."""
+        helper = onnx.helper
+        inputs = []
+        for name, operand in feeds.items():
+            element = helper.np_dtype_to_tensor_dtype(operand.dtype)
+            any_shape = [None] * operand.ndim
+            inputs.append(helper.make_tensor_value_info(name, element, any_shape))
+        outputs = []
+        for index, value in enumerate(node.outputs):
+            dtype = ir.DataType.FLOAT if value.dtype is None else value.dtype
+            name = f"y{index}"
+            outputs.append(helper.make_tensor_value_info(name, int(dtype), None))
+        constants = []
+        for name, operand in fixed.items():
+            constants.append(onnx.numpy_helper.from_array(operand, name))
+        results = [output.name for output in outputs]
+        copy = helper.make_node(node.op_type, names, results, domain=node.domain)
+        for attribute in node.attributes.values():
+            copy.attribute.append(ir.to_proto(attribute))
+        graph = helper.make_graph([copy], "operator", inputs, outputs, constants)
+        opset = helper.make_opsetid("", self.opset)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+        return load(model).session
 
 
 def static_int8(
@@ -204,13 +213,14 @@ def static_int8(
             self.batches = iter(images[:, None])
 
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {name: batch}
+            for batch in self.batches:
+                return {name: batch}
+            return None
 
     with TemporaryDirectory() as folder, _quiet():
-        source, prepared, target = (
-            str(Path(folder) / n) for n in ("fp32.onnx", "prepared.onnx", "int8.onnx")
-        )
+        source = f"{folder}/fp32.onnx"
+        prepared = f"{folder}/prepared.onnx"
+        target = f"{folder}/int8.onnx"
         onnx.save(fp32, source)
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
@@ -243,7 +253,8 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     reveal(copy, names)
-    copy.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
+    for name in names:
+        copy.graph.output.append(onnx.ValueInfoProto(name=name))
     return copy
 
 

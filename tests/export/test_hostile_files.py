@@ -180,6 +180,17 @@ def repeated(kind: str, name: str, value: Any) -> Change:
     return change
 
 
+def codes_named_again(proto: onnx.ModelProto) -> None:
+    """The second convolution says that its codes are those of the first, where they would be looked for."""
+    first, second, *_ = (n for n in proto.graph.node if n.op_type == "QConv")
+    labels = next(a.strings for a in first.attribute if a.name == "codes")
+    assert any(labels)
+    kept = [a for a in second.attribute if a.name != "codes"]
+    del second.attribute[:]
+    second.attribute.extend(kept)
+    second.attribute.append(helper.make_attribute("codes", [bytes(label) for label in labels]))
+
+
 def with_node(kind: str, domain: str = "", inputs: tuple[str, ...] = (), **attributes: Any) -> Change:
     def change(proto: onnx.ModelProto) -> None:
         names = inputs or (proto.graph.input[0].name,)
@@ -280,6 +291,8 @@ NATIVE: dict[str, tuple[Change, str]] = {
     "no groups": (node("QConv", groups=0), "groups"),
     "a code of 300": (node("QConv", y_high=300), "y_high"),
     "names of codes twice": (repeated("QConv", "codes", ["head.input"]), "QConv .*attribute codes twice"),
+    "names of codes that are one text": (node("QConv", codes="head.input"), "attribute codes is not a list of texts"),
+    "codes of one quantizer twice": (codes_named_again, "QConv .*names codes of .*, as another output does"),
 }
 CASES = [
     *((f"metadata: {name}", "ort-packed", *case) for name, case in METADATA.items()),
