@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from qat.runs.records import TEXT, WHOLE, Each, Maybe, Shape, require
 from qat.runs.run_folder import RunFolder
 
 RESAMPLES = 4000
-Predictions = Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
+# Predicted classes and labels, (N,) each
+Answers = tuple[NDArray[np.int64], NDArray[np.int64]]
+Predictions = Mapping[str, Answers]
 
 
 @dataclass(frozen=True)
@@ -135,13 +138,10 @@ def compare_runs(
 
     Raises RecipeError when they were not measured on the same images and classes, or for an impossible allowance.
     """
-    return compare_measured(
-        load_measured(baseline),
-        load_measured(run),
-        max_drop,
-        alpha,
-        (str(baseline), str(run)),
-    )
+    first = load_measured(baseline)
+    second = load_measured(run)
+    names = (str(baseline), str(run))
+    return compare_measured(first, second, max_drop, alpha, names)
 
 
 def compare_measured(
@@ -173,17 +173,14 @@ def require_same_classes(
     another class."""
     if first is None or second is None or list(first) == list(second):
         return
-    place = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
-    shown = [
-        names[place] if place < len(names) else "nothing" for names in (first, second)
-    ]
-    raise RecipeError(
-        f"{first_name} and {second_name} have other classes: number {place} is {shown[0]!r} in one and {shown[1]!r} in the "
-        "other; train both on the same folders, in the same order"
-    )
+    for place, (one, other) in enumerate(zip_longest(first, second)):
+        if one != other:
+            here = repr(one or "nothing")
+            there = repr(other or "nothing")
+            raise RecipeError(
+                f"{first_name} and {second_name} have other classes: number {place} is {here} in one and {there} in the "
+                "other; train both on the same folders, in the same order"
+            )
 
 
 def compare_predictions(
@@ -203,45 +200,51 @@ def compare_predictions(
         raise RecipeError(
             f"{names} have different domains: {', '.join(first)} and {', '.join(second)}; compare like with like"
         )
-    pairs = {}
+    rows = []
+    firsts_right = []
+    seconds_right = []
     for domain in first:
-        for predicted, label in (first[domain], second[domain]):
-            if predicted.ndim != 1 or predicted.shape != label.shape or not len(label):
-                raise RecipeError(
-                    f"{names}: {domain} has {predicted.size} predictions for {label.size} images; measure it again"
-                )
-        if not np.array_equal(first[domain][1], second[domain][1]):
-            raise RecipeError(
-                f"{names} were measured on different images of {domain}; use the same data, split and seed"
-            )
-        label = first[domain][1]
-        pairs[domain] = (first[domain][0] == label, second[domain][0] == label)
-    sources = [both for domain, both in pairs.items() if domain != target]
-    rows = [
-        _row(domain, *both, max_drop, alpha, gate=False)
-        for domain, both in pairs.items()
-        if domain != target
-    ]
-    if sources:
-        joined = (
-            np.concatenate([a for a, _ in sources]),
-            np.concatenate([b for _, b in sources]),
-        )
-        rows.append(_row(SOURCES, *joined, max_drop, alpha, gate=True))
-    if target in pairs:
-        rows.append(
-            _row(f"{target} (target)", *pairs[target], max_drop, alpha, gate=True)
-        )
+        if domain == target:
+            continue
+        one, other = _right(first[domain], second[domain], domain, names)
+        rows.append(_row(domain, one, other, max_drop, alpha, gate=False))
+        firsts_right.append(one)
+        seconds_right.append(other)
+    if rows:
+        one = np.concatenate(firsts_right)
+        other = np.concatenate(seconds_right)
+        rows.append(_row(SOURCES, one, other, max_drop, alpha, gate=True))
+    if target in first:
+        one, other = _right(first[target], second[target], target, names)
+        name = f"{target} (target)"
+        rows.append(_row(name, one, other, max_drop, alpha, gate=True))
     return Comparison(tuple(rows), max_drop, alpha)
+
+
+def _right(
+    first: Answers, second: Answers, domain: str, names: str
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(N,) each: which images of `domain` both get right. Raises RecipeError where they did not see the same images."""
+    for predicted, labels in (first, second):
+        if predicted.ndim != 1 or predicted.shape != labels.shape or not len(labels):
+            raise RecipeError(
+                f"{names}: {domain} has {predicted.size} predictions for {labels.size} images; measure it again"
+            )
+    first_predicted, labels = first
+    second_predicted, second_labels = second
+    if not np.array_equal(labels, second_labels):
+        raise RecipeError(
+            f"{names} were measured on different images of {domain}; use the same data, split and seed"
+        )
+    return first_predicted == labels, second_predicted == labels
 
 
 def write_baseline(run: Path, file: Path) -> None:
     """Store a run's per-image predictions, its classes and its recipe as one JSON file that a repository can keep."""
     measured = load_measured(run)
-    domains = {
-        d: [p.tolist(), label.tolist()]
-        for d, (p, label) in measured.predictions.items()
-    }
+    domains = {}
+    for domain, (predicted, labels) in measured.predictions.items():
+        domains[domain] = [predicted.tolist(), labels.tolist()]
     value = {
         "target": measured.target,
         "classes": measured.classes,
@@ -252,19 +255,12 @@ def write_baseline(run: Path, file: Path) -> None:
 
 
 def load_measured(path: Path) -> Measured:
-    """What was measured of a run folder, or is in a stored baseline file."""
+    """What was measured of a run folder, or is in a stored baseline file.
+
+    Raises RecipeError naming the file and what is wrong with it.
+    """
     if path.is_dir() or path.suffix != ".json":
-        folder = RunFolder.open(path)
-        results = folder.results()
-        require(results, COMPARED, folder / "results.json")
-        recipe = (
-            read_json(folder / "recipe.json")
-            if (folder / "recipe.json").exists()
-            else None
-        )
-        return Measured(
-            folder.predictions(), results["test_domain"], _classes(results), recipe
-        )
+        return _measured_run(RunFolder.open(path))
     try:
         value = read_json(path)
     except FileError as error:
@@ -284,6 +280,16 @@ def load_measured(path: Path) -> Measured:
     return Measured(domains, value["target"], _classes(value), value.get("recipe"))
 
 
+def _measured_run(folder: RunFolder) -> Measured:
+    results = folder.results()
+    require(results, COMPARED, folder / "results.json")
+    recipe = None
+    if (folder / "recipe.json").exists():
+        recipe = read_json(folder / "recipe.json")
+    target = results["test_domain"]
+    return Measured(folder.predictions(), target, _classes(results), recipe)
+
+
 def _classes(value: Mapping[str, Any]) -> tuple[str, ...] | None:
     names = value.get("classes")
     return None if names is None else tuple(names)
@@ -298,17 +304,18 @@ def _row(
     *,
     gate: bool,
 ) -> Row:
-    lost, won = int((baseline & ~run).sum()), int((~baseline & run).sum())
+    """baseline, run: (N,), which images each gets right. gate: whether this row may fail."""
+    lost = int((baseline & ~run).sum())
+    won = int((~baseline & run).sum())
     within = _within_allowance(lost, won, len(run), max_drop)
-    failed = gate and within < alpha
     return Row(
-        name,
-        len(run),
-        100 * baseline.mean(),
-        100 * run.mean(),
-        within,
-        mcnemar(lost, won),
-        failed,
+        name=name,
+        images=len(run),
+        baseline=100 * baseline.mean(),
+        run=100 * run.mean(),
+        beyond=within,
+        mcnemar=mcnemar(lost, won),
+        failed=gate and within < alpha,
     )
 
 
@@ -317,11 +324,17 @@ def _within_allowance(lost: int, won: int, images: int, max_drop: float) -> floa
     images is drawing their counts from a multinomial."""
     counts = np.array([lost, won, images - lost - won])
     draws = np.random.default_rng(0).multinomial(images, counts / images, RESAMPLES)
-    return float((100 * (draws[:, 0] - draws[:, 1]) / images <= max_drop).mean())
+    drawn_lost = draws[:, 0]
+    drawn_won = draws[:, 1]
+    drops = 100 * (drawn_lost - drawn_won) / images
+    return float((drops <= max_drop).mean())
 
 
 def mcnemar(lost: int, won: int) -> float:
     """Exact two-sided p-value of McNemar's test on `lost` and `won` discordant pairs."""
     total = lost + won
-    tail = sum(comb(total, k) for k in range(min(lost, won) + 1)) / 2**total
-    return float(min(1.0, 2 * tail))
+    ways = 0
+    for k in range(min(lost, won) + 1):
+        ways += comb(total, k)
+    tail = ways / 2**total
+    return min(1.0, 2 * tail)

@@ -36,6 +36,14 @@ class ConflictedScale:
     scale_start: float | None
     scale_end: float | None
 
+    def __str__(self) -> str:
+        """The columns after the name."""
+        return (
+            f"{self.kind:<6}  {self.channels:>8}  {self.conflict:>8.1%}  {self.cosine:>+6.3f}  "
+            f"{_disorder(self.disorder):>8} ({self.coin_low:.2f}-{self.coin_high:.2f})  {self.frozen:>7.1%}  "
+            f"{_scale(self.scale_start)} -> {_scale(self.scale_end)}"
+        )
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -63,23 +71,18 @@ class Inspection:
             f"{printable(self.run)}: {printable(self.method)}, {self.steps} steps, {self.windows} windows of "
             f"K = {self.window}; threshold: {self.threshold}",
             f"beyond the threshold: {self.below:.2%} of the scales, mean over windows; fair coins: {self.coin_below:.2%}",
-            *(
-                [
-                    f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"
-                ]
-                if self.silent
-                else []
-            ),
-            "",
-            f"{'scale':<{width}}  kind    channels  conflict  cosine  disorder (fair coin)   frozen  "
-            f"value {_at(self.first_step)} -> {_at(self.last_step)}",
         ]
-        for name, s in zip(names, self.scales, strict=True):
+        if self.silent:
             lines.append(
-                f"{name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.conflict:>8.1%}  {s.cosine:>+6.3f}  "
-                f"{_disorder(s.disorder):>8} ({s.coin_low:.2f}-{s.coin_high:.2f})  {s.frozen:>7.1%}  "
-                f"{_scale(s.scale_start)} -> {_scale(s.scale_end)}"
+                f"without any gradient: {len(self.silent)} scales: {_first(self.silent)}"
             )
+        lines.append("")
+        lines.append(
+            f"{'scale':<{width}}  kind    channels  conflict  cosine  disorder (fair coin)   frozen  "
+            f"value {_at(self.first_step)} -> {_at(self.last_step)}"
+        )
+        for name, scale in zip(names, self.scales, strict=True):
+            lines.append(f"{name:<{width}}  {scale}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -91,9 +94,15 @@ def inspect_run(path: Path, top: int = 10) -> Inspection:
     """The `top` most conflicted scales of a run. Raises RecipeError for a run without a scale log, and for top < 1."""
     if top < 1:
         raise RecipeError(f"--top must be positive, got {top}")
-    view, folder = open_view(path), RunFolder.open(path)
-    below, coin = view.share_below(np.arange(len(view.names)))
-    never = np.asarray(view.silent.all(axis=0))
+    view = open_view(path)
+    folder = RunFolder.open(path)
+    below, coin_below = view.share_below(np.arange(len(view.names)))
+    silent = []
+    always_silent = np.asarray(view.silent.all(axis=0))
+    for index, name in enumerate(view.names):
+        if always_silent[index]:
+            silent.append(name)
+    all_silent = len(silent) == len(view.names)
     metrics = metrics_of(folder)
     recorded = _recorded(metrics)
     return Inspection(
@@ -103,11 +112,9 @@ def inspect_run(path: Path, top: int = 10) -> Inspection:
         window=view.width,
         windows=len(view.ends),
         threshold=threshold_text(view.rule),
-        below=float(np.nanmean(below)) if not never.all() else 0.0,
-        coin_below=float(np.nanmean(coin)) if not never.all() else 0.0,
-        silent=tuple(
-            name for name, mute in zip(view.names, never.tolist(), strict=True) if mute
-        ),
+        below=0.0 if all_silent else float(np.nanmean(below)),
+        coin_below=0.0 if all_silent else float(np.nanmean(coin_below)),
+        silent=tuple(silent),
         first_step=recorded[0]["step"] if recorded else None,
         last_step=recorded[-1]["step"] if recorded else None,
         scales=tuple(conflicted(view, metrics, top)),
@@ -119,33 +126,46 @@ def conflicted(
 ) -> list[ConflictedScale]:
     """The first `top` scales by share of steps in sign conflict, ties by cosine. metrics: the run's log entries."""
     recorded = _recorded(metrics)
-    conflict, cosine, frozen = (
-        view.mean(name) for name in ("conflict", "cosine", "frozen")
-    )
-    spread = 1 / np.sqrt(view.comparisons)  # two standard deviations of a fair coin
-    first, last = (
-        (recorded[0]["scales"], recorded[-1]["scales"]) if recorded else ({}, {})
-    )
-    return [
-        ConflictedScale(
-            view.names[i], view.kinds[i], int(view.channels[i]), float(conflict[i]), float(cosine[i]),
-            _or_none(view.disorder[-1, i]), max(0.0, 0.5 - float(spread[i])), min(1.0, 0.5 + float(spread[i])),
-            float(frozen[i]), first.get(view.names[i]), last.get(view.names[i]),
+    first_scales: Mapping[str, float] = {}
+    last_scales: Mapping[str, float] = {}
+    if recorded:
+        first_scales = recorded[0]["scales"]
+        last_scales = recorded[-1]["scales"]
+    conflict = view.mean("conflict")
+    cosine = view.mean("cosine")
+    frozen = view.mean("frozen")
+    two_deviations = 1 / np.sqrt(view.comparisons)  # of a fair coin
+    scales = []
+    for index in np.lexsort((cosine, -conflict))[:top]:
+        name = view.names[index]
+        spread = float(two_deviations[index])
+        scale = ConflictedScale(
+            name=name,
+            kind=view.kinds[index],
+            channels=int(view.channels[index]),
+            conflict=float(conflict[index]),
+            cosine=float(cosine[index]),
+            disorder=_or_none(view.disorder[-1, index]),
+            coin_low=max(0.0, 0.5 - spread),
+            coin_high=min(1.0, 0.5 + spread),
+            frozen=float(frozen[index]),
+            scale_start=first_scales.get(name),
+            scale_end=last_scales.get(name),
         )
-        for i in np.lexsort((cosine, -conflict))[:top]
-    ]  # fmt: skip
+        scales.append(scale)
+    return scales
 
 
 def threshold_text(rule: FreezeRule) -> str:
     """The rule's threshold in words."""
-    plain = f"z = {rule.z:g}" if rule.threshold is None else f"r = {rule.threshold:g}"
-    weights = (
-        ""
-        if rule.weight_threshold is None
-        else f", weights r = {rule.weight_threshold:g}"
-    )
-    side = "" if rule.when == "below" else ", above its mirror image"
-    return plain + weights + side
+    text = f"z = {rule.z:g}"
+    if rule.threshold is not None:
+        text = f"r = {rule.threshold:g}"
+    if rule.weight_threshold is not None:
+        text += f", weights r = {rule.weight_threshold:g}"
+    if rule.when != "below":
+        text += ", above its mirror image"
+    return text
 
 
 def _recorded(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

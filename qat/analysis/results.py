@@ -12,41 +12,37 @@ from qat.settle import LARGE_SHIFT
 def table(folder: RunFolder) -> str:
     """Per-domain accuracy of the selected checkpoint, in percent."""
     results = results_of(folder)
-    rows = [
-        (f"{printable(name)} (source, held out)", value)
-        for name, value in results["source_validation"].items()
-    ]
-    rows.append(
-        (
-            "source mean",
-            sum(results["source_validation"].values())
-            / len(results["source_validation"]),
-        )
-    )
-    rows.append((f"{printable(results['test_domain'])} (target)", results["target"]))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value:>7.2%}" for name, value in rows]
-    if settled := results.get("settled"):
-        lines.append(f"settled: {_settled(settled, results['source_validation'])}")
+    of_sources = results["source_validation"]
+    shares = {}
+    for name, share in of_sources.items():
+        shares[f"{printable(name)} (source, held out)"] = share
+    shares["source mean"] = _mean(of_sources)
+    shares[f"{printable(results['test_domain'])} (target)"] = results["target"]
     speed = (
         f"{results['train_seconds']:.0f} s, {results['images_per_second']:.0f} images/s"
     )
-    return "\n".join(
-        [
-            f"{printable(folder.path)}: step {results['selected_step']} of training ({speed})",
-            *lines,
-        ]
-    )
+    lines = [
+        f"{printable(folder.path)}: step {results['selected_step']} of training ({speed})"
+    ]
+    width = max(map(len, shares))
+    for name, share in shares.items():
+        lines.append(f"{name:<{width}}  {share:>7.2%}")
+    settled = results.get("settled")
+    if settled:
+        lines.append(f"settled: {_settled(settled, of_sources)}")
+    return "\n".join(lines)
+
+
+def _mean(accuracies: Mapping[str, float]) -> float:
+    return sum(accuracies.values()) / len(accuracies)
 
 
 def _settled(settled: Mapping[str, Any], accuracy: Mapping[str, float]) -> str:
     """What rounding biases to integers did to the net (`qat/settle.py`)."""
     if settled.get("reason") is not None:
         return f"no; {printable(settled['reason'])}"
-    before, after = (
-        sum(found.values()) / len(found)
-        for found in (settled["source_validation_before"], accuracy)
-    )
+    before = _mean(settled["source_validation_before"])
+    after = _mean(accuracy)
     shifts = settled["shifts"]
     worst = max(shifts, key=lambda name: shifts[name], default="")
     text = f"{settled['biases']} layers' biases rounded as in the file; source mean {before:.2%} -> {after:.2%}"
@@ -54,8 +50,11 @@ def _settled(settled: Mapping[str, Any], accuracy: Mapping[str, float]) -> str:
         text += (
             f"; results moved by at most {shifts[worst]:.2g} codes ({printable(worst)})"
         )
-    if left := settled["left"]:
-        text += f"; not settled: {', '.join(printable(f'{name} ({why})') for name, why in left.items())}"
+    not_settled = []
+    for name, reason in settled["left"].items():
+        not_settled.append(printable(f"{name} ({reason})"))
+    if not_settled:
+        text += f"; not settled: {', '.join(not_settled)}"
     if worst and shifts[worst] > LARGE_SHIFT:
         text += "; its input's scale is out of proportion, as an outlier among the calibration images makes it"
     return text

@@ -3,12 +3,14 @@
 Heat maps are embedded as pixels, whose size does not grow with the run; labels and lines stay vectors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -61,14 +63,14 @@ def heat_map(view: ScaleView, kind: str) -> HeatMap:
     heard = np.add.reduceat(~np.isnan(values), starts, axis=0)
     sums = np.add.reduceat(np.nan_to_num(values), starts, axis=0)
     means = np.where(heard > 0, sums / np.maximum(heard, 1), np.nan)
+    always_silent = view.silent[:, chosen].all(axis=0)
+    cosine = np.where(always_silent, np.nan, view.mean("cosine")[chosen])
     return HeatMap(
-        tuple(layer_of(view.names[i]) for i in chosen),
-        np.append(view.width * starts, view.ends[-1]),
-        means.T,
-        frozen_spans(view.frozen[:, chosen], view.width),
-        np.where(
-            view.silent[:, chosen].all(axis=0), np.nan, view.mean("cosine")[chosen]
-        ),
+        labels=tuple(layer_of(view.names[index]) for index in chosen),
+        edges=np.append(view.width * starts, view.ends[-1]),
+        values=means.T,
+        spans=frozen_spans(view.frozen[:, chosen], view.width),
+        cosine=cosine,
     )
 
 
@@ -77,43 +79,46 @@ def disorder_map(view: ScaleView, kind: str) -> str:
     Empty where the run has no scale of the kind."""
     if not len(view.of_kind(kind)):
         return ""
-    found = heat_map(view, kind)
-    rows = len(found.labels)
+    disorder = heat_map(view, kind)
+    rows = len(disorder.labels)
     figure = Figure(figsize=(9, max(ROW * rows, 0.5) + 1.0), layout="constrained")
     map_axes, cosine_axes = figure.subplots(1, 2, width_ratios=(6, 1), sharey=True)
-    colours, norm = _coin_colours(found.values, view.width)
-    image = map_axes.pcolormesh(
-        found.edges,
-        np.arange(rows + 1) - 0.5,
-        np.ma.masked_invalid(found.values),
-        cmap=colours,
-        norm=norm,
-        rasterized=True,
-    )
-    _hatch(map_axes, found)
-    map_axes.set_facecolor(SILENT)
-    map_axes.set_yticks(
-        range(rows), [shown(label) for label in found.labels], fontsize=6.5
-    )
-    map_axes.set_ylim(rows - 0.5, -0.5)
-    map_axes.set_xlabel("step")
-    map_axes.set_title(
-        f"{TITLES[kind]} ({rows}): disorder over windows of {view.width} steps",
-        fontsize=9,
-    )
-    _cosine_bars(cosine_axes, found.cosine)
+    image = _draw_heat_map(map_axes, disorder, view.width)
+    title = f"{TITLES[kind]} ({rows}): disorder over windows of {view.width} steps"
+    map_axes.set_title(title, fontsize=9)
+    _cosine_bars(cosine_axes, disorder.cosine)
     bar = figure.colorbar(
         image,
         ax=[map_axes, cosine_axes],
         shrink=min(1.0, 2.6 / (ROW * rows + 0.4)),
         pad=0.01,
     )
-    low, high = coin_band(view.width)
-    bar.ax.axhline(low, color="black", linewidth=0.8)
-    bar.ax.axhline(high, color="black", linewidth=0.8)
+    for bound in coin_band(view.width):
+        bar.ax.axhline(bound, color="black", linewidth=0.8)
     bar.set_label("disorder (lines: fair coin ± 2σ)", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     return svg(figure)
+
+
+def _draw_heat_map(axes: Axes, disorder: HeatMap, width: int) -> QuadMesh:
+    """A row for each layer, the first on top; width: steps per window."""
+    rows = len(disorder.labels)
+    colours, norm = _coin_colours(disorder.values, width)
+    image = axes.pcolormesh(
+        disorder.edges,
+        np.arange(rows + 1) - 0.5,
+        np.ma.masked_invalid(disorder.values),
+        cmap=colours,
+        norm=norm,
+        rasterized=True,
+    )
+    _hatch(axes, disorder.spans)
+    labels = [shown(label) for label in disorder.labels]
+    axes.set_facecolor(SILENT)
+    axes.set_yticks(range(rows), labels, fontsize=6.5)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set_xlabel("step")
+    return image
 
 
 def disorder_curves(view: ScaleView) -> str:
@@ -129,9 +134,10 @@ def disorder_curves(view: ScaleView) -> str:
             one.set_xlim(0, view.ends[-1] + view.width * 0.5)
     grid[0, 0].set_ylabel("disorder")
     grid[1, 0].set_ylabel("share of scales, %")
-    above, under = (one.get_legend_handles_labels() for one in grid[:, 0])
-    figure.legend(*above, frameon=False, ncols=4, loc="outside upper left", fontsize=8)
-    figure.legend(*under, frameon=False, ncols=4, loc="outside lower left", fontsize=8)
+    upper = grid[0, 0].get_legend_handles_labels()
+    lower = grid[1, 0].get_legend_handles_labels()
+    figure.legend(*upper, frameon=False, ncols=4, loc="outside upper left", fontsize=8)
+    figure.legend(*lower, frameon=False, ncols=4, loc="outside lower left", fontsize=8)
     return svg(figure)
 
 
@@ -140,14 +146,16 @@ def conflict_curves(view: ScaleView, names: int = 6) -> str:
     the mean over all scales of each kind."""
     figure, axes = new_figure(9, 3.0)
     heard = np.flatnonzero(~view.silent.all(axis=0))
-    cosine, middle = view.window_means("cosine"), view.ends - view.width / 2
-    lowest = heard[np.argsort(view.mean("cosine")[heard], kind="stable")[:names]]
+    cosine = view.window_means("cosine")
+    middle = view.ends - view.width / 2
+    in_order = np.argsort(view.mean("cosine")[heard], kind="stable")
+    lowest = heard[in_order[:names]]
     for kind, style in zip(QUANTIZER_KINDS, ("-", "--", ":"), strict=True):
         group = np.intersect1d(view.of_kind(kind), heard)
         if len(group):
-            line = thinned(middle, smooth(cosine[:, group].mean(axis=1)))
+            mean = cosine[:, group].mean(axis=1)
             axes.plot(
-                *line,
+                *thinned(middle, smooth(mean)),
                 color=BASELINE,
                 linestyle=style,
                 linewidth=1.4,
@@ -161,9 +169,9 @@ def conflict_curves(view: ScaleView, names: int = 6) -> str:
             label=shown(view.names[index]),
         )
     axes.axhline(0, color="black", linewidth=0.5)
-    reach = max(
-        0.3, *(float(np.abs(line.get_ydata()).max()) for line in axes.get_lines())
-    )
+    reach = 0.3
+    for line in axes.get_lines():
+        reach = max(reach, float(np.abs(line.get_ydata()).max()))
     axes.set_ylim(-1.05 * reach, 1.05 * reach)
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
@@ -181,7 +189,7 @@ def coin_band(width: int) -> tuple[float, float]:
 def _coin_colours(values: Floats, width: int) -> tuple[ListedColormap, Normalize]:
     """Blue below, red above ½, pale within the fair coin's band; the range holds the values and half the band again."""
     low, high = coin_band(width)
-    furthest = np.nanmax(np.abs(values - 0.5)) if not np.isnan(values).all() else 0.0
+    furthest = _largest(values - 0.5)
     reach = min(max(furthest, 1.5 * (high - 0.5)), 0.5)
     at = np.linspace(0.5 - reach, 0.5 + reach, 256)
     colours = colormaps["RdBu_r"](np.linspace(0.02, 0.98, 256))
@@ -190,11 +198,21 @@ def _coin_colours(values: Floats, width: int) -> tuple[ListedColormap, Normalize
     return ListedColormap(colours), Normalize(0.5 - reach, 0.5 + reach)
 
 
-def _hatch(axes: Axes, found: HeatMap) -> None:
-    corners = [
-        [(a - 1, r - 0.5), (b, r - 0.5), (b, r + 0.5), (a - 1, r + 0.5)]
-        for r, a, b in found.spans
-    ]
+def _largest(values: Floats) -> float:
+    """Largest magnitude, 0 where all are NaN."""
+    if np.isnan(values).all():
+        return 0.0
+    return float(np.nanmax(np.abs(values)))
+
+
+def _hatch(axes: Axes, spans: Sequence[tuple[int, int, int]]) -> None:
+    """Mark what is frozen: (row, first step, last step)."""
+    corners = []
+    for row, first, last in spans:
+        left = first - 1
+        top = row - 0.5
+        bottom = row + 0.5
+        corners.append([(left, top), (last, top), (last, bottom), (left, bottom)])
     axes.add_collection(
         PolyCollection(
             corners,
@@ -209,16 +227,11 @@ def _hatch(axes: Axes, found: HeatMap) -> None:
 
 
 def _cosine_bars(axes: Axes, cosine: Floats) -> None:
-    axes.barh(
-        np.arange(len(cosine)),
-        cosine,
-        0.75,
-        color=np.where(cosine < 0, THIRD, RUN).tolist(),
-    )
+    places = np.arange(len(cosine))
+    colours = np.where(cosine < 0, THIRD, RUN).tolist()
+    axes.barh(places, cosine, 0.75, color=colours)
     axes.axvline(0, color="black", linewidth=0.5)
-    reach = max(
-        float(np.nanmax(np.abs(cosine))) if not np.isnan(cosine).all() else 0.0, 0.05
-    )
+    reach = max(_largest(cosine), 0.05)
     axes.set_xlim(-1.1 * reach, 1.1 * reach)
     axes.tick_params(labelsize=6.5, axis="x")
     axes.tick_params(left=False, labelleft=False, axis="y")
@@ -229,53 +242,54 @@ def _cosine_bars(axes: Axes, cosine: Floats) -> None:
 def _median_axes(axes: Axes, view: ScaleView, kind: str) -> None:
     values = view.disorder[:, view.of_kind(kind)]
     heard = ~np.isnan(values).all(axis=1)
-    low, middle, high = (
-        np.nanpercentile(values[heard], (5, 50, 95), axis=1)
-        if heard.any()
-        else np.empty((3, 0))
-    )
     ends = view.ends[heard]
-    band = coin_band(view.width)
+    lowest, highest = coin_band(view.width)
     axes.axhspan(
-        *band,
+        lowest,
+        highest,
         color=BASELINE,
         alpha=0.22,
         linewidth=0,
         label="fair coin ± 2σ, one channel",
     )
     _pooled_band(axes, view, kind)
-    below, above = thinned(ends, low), thinned(ends, high)
+    low = middle = high = np.empty(0)
+    if heard.any():
+        low, middle, high = np.nanpercentile(values[heard], (5, 50, 95), axis=1)
+        lowest = min(lowest, low.min())
+        highest = max(highest, high.max())
+    thin_ends, thin_low = thinned(ends, low)
+    _, thin_middle = thinned(ends, middle)
+    _, thin_high = thinned(ends, high)
     axes.fill_between(
-        below[0],
-        below[1],
-        above[1],
+        thin_ends,
+        thin_low,
+        thin_high,
         color=RUN,
         alpha=0.25,
         linewidth=0,
         label="5th to 95th percentile",
     )
-    axes.plot(*thinned(ends, middle), color=RUN, linewidth=1.3, label="median")
+    axes.plot(thin_ends, thin_middle, color=RUN, linewidth=1.3, label="median")
     axes.set_title(f"{TITLES[kind]} ({values.shape[1]})", fontsize=9)
-    lowest, highest = (low.min(), high.max()) if heard.any() else band
-    axes.set_ylim(
-        max(0, min(lowest, band[0]) - 0.04), min(1, max(highest, band[1]) + 0.04)
-    )
+    axes.set_ylim(max(0, lowest - 0.04), min(1, highest + 0.04))
 
 
 def _pooled_band(axes: Axes, view: ScaleView, kind: str) -> None:
     """Two lines: the band of a per-channel scale of median width, were its channels independent."""
     channels = float(np.median(view.channels[view.of_kind(kind)]))
+    if channels <= 1:
+        return
+    spread = 1 / np.sqrt(channels * (view.width - 1))
+    style: dict[str, Any] = {
+        "color": "black",
+        "linestyle": ":",
+        "linewidth": 0.9,
+        "zorder": 3,
+    }
+    axes.axhline(0.5 - spread, **style)
     label = "fair coin ± 2σ, channels independent"
-    for side in (-1, 1) if channels > 1 else ():
-        bound = 0.5 + side / np.sqrt(channels * (view.width - 1))
-        axes.axhline(
-            bound,
-            color="black",
-            linestyle=":",
-            linewidth=0.9,
-            zorder=3,
-            label=label if side > 0 else None,
-        )
+    axes.axhline(0.5 + spread, **style, label=label)
 
 
 def _share_axes(axes: Axes, view: ScaleView, kind: str) -> None:

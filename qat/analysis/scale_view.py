@@ -82,9 +82,10 @@ class ScaleView:
     @cached_property
     def disorder(self) -> Floats:
         """(windows, scales): at each window's end, as the counted flips where float16 resolves them; NaN where silent."""
-        found = self.history.column("disorder")[self.ends - 1].astype(np.float64)
+        logged = self.history.column("disorder")[self.ends - 1].astype(np.float64)
         n = np.maximum(self.comparisons, 1)
-        counted = np.where(n < FLOAT16_COUNTS, np.rint(found * n) / n, found)
+        flips = np.rint(logged * n)
+        counted = np.where(n < FLOAT16_COUNTS, flips / n, logged)
         return np.where(self.silent, np.nan, counted)
 
     @cached_property
@@ -110,22 +111,23 @@ class ScaleView:
     def share_below(self, scales: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """(windows,) each: share of `scales` beyond the threshold, and the share that independent fair coins would give; of
         those that are not silent, NaN in a window where all are."""
-        coin = coin_below(
-            self.comparisons, bounds(self.rule, self.comparisons, self.is_weight)
-        )
-        return self._share(self.below(), scales), self._share(
-            np.broadcast_to(coin, self.silent.shape), scales
-        )
+        limits = bounds(self.rule, self.comparisons, self.is_weight)
+        coin = coin_below(self.comparisons, limits)
+        coin_in_windows = np.broadcast_to(coin, self.silent.shape)
+        share = self._share(self.below(), scales)
+        share_of_coins = self._share(coin_in_windows, scales)
+        return share, share_of_coins
 
     def share_frozen(self, scales: NDArray[np.int64]) -> Floats:
         """(windows,): share of `scales` (and their channels) frozen; of those that are not silent."""
         return self._share(self.frozen, scales)
 
     def _share(self, values: NDArray[Any], scales: NDArray[np.int64]) -> Floats:
-        heard = ~self.silent[:, scales]
-        return (values[:, scales] * heard).sum(axis=1) / np.where(
-            heard.any(axis=1), heard.sum(axis=1), np.nan
-        )
+        """(windows,): mean of `values` over those of `scales` that are not silent; NaN where all are."""
+        is_heard = ~self.silent[:, scales]
+        count = is_heard.sum(axis=1)
+        total = (values[:, scales] * is_heard).sum(axis=1)
+        return total / np.where(count > 0, count, np.nan)
 
     def of_kind(self, kind: str) -> NDArray[np.int64]:
         """Indices of the scales of a kind, in network order."""
@@ -135,7 +137,8 @@ class ScaleView:
 def open_view(path: Path, model: nn.Module | None = None) -> ScaleView:
     """The scale log of a run folder; model: the run's, where it is at hand. Raises RecipeError where the run kept none, or
     another model's."""
-    recipe, history = RunFolder.open(path).recipe(), read_scales(path)
+    recipe = RunFolder.open(path).recipe()
+    history = read_scales(path)
     if history is None:
         raise RecipeError(
             f"{path}: holds no scale log (scales.json). Scales have two gradients to compare under sagm-lsq, gaqat and its "
@@ -145,55 +148,44 @@ def open_view(path: Path, model: nn.Module | None = None) -> ScaleView:
         raise RecipeError(
             f"{path / 'scales.f16'}: holds {len(history.values)} steps; sign flips need 2"
         )
-    model = load_run(path)[2].model if model is None else model
+    if model is None:
+        _, _, built = load_run(path)
+        model = built.model
     freezer = freezer_of(recipe.freezing, model, recipe.optimization.seed)
     if freezer is None or freezer.names != history.names:
         raise RecipeError(
             f"{path / 'scales.json'}: names other scales than this run's model has"
         )
-    return ScaleView(
-        history,
-        np.array(freezer.sizes, np.int64),
-        freezer.is_weight.numpy(),
-        freezer.rule,
-    )
+    channels = np.array(freezer.sizes, np.int64)
+    return ScaleView(history, channels, freezer.is_weight.numpy(), freezer.rule)
 
 
 def bounds(
     rule: FreezeRule, comparisons: NDArray[np.int64], is_weight: NDArray[np.bool_]
 ) -> Floats:
     """(scales,): the disorder below which the rule freezes a scale: r, or ½ − z·½/√n."""
-    by_z = 0.5 - rule.z * 0.5 / np.sqrt(np.maximum(comparisons, 1))
-    plain = by_z if rule.threshold is None else np.full_like(by_z, rule.threshold)
-    return np.where(
-        is_weight,
-        plain if rule.weight_threshold is None else rule.weight_threshold,
-        plain,
-    )
+    limits = 0.5 - rule.z * 0.5 / np.sqrt(np.maximum(comparisons, 1))
+    if rule.threshold is not None:
+        limits[:] = rule.threshold
+    if rule.weight_threshold is not None:
+        limits[is_weight] = rule.weight_threshold
+    return limits
 
 
 def coin_below(comparisons: Sequence[int] | NDArray[np.int64], bound: Floats) -> Floats:
     """P(Binomial(n, ½) / n < bound) for each n and bound (scales,), summed exactly in float64."""
-    # log k!
-    logs = np.concatenate(
-        [[0.0], np.cumsum(np.log(np.arange(1, max(comparisons) + 1)))]
-    )
-    chances: dict[tuple[int, float], float] = {}
+    factors = np.arange(1, max(comparisons) + 1)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(factors))])
+    known: dict[tuple[int, float], float] = {}
+    chances = []
     for n, b in zip(np.asarray(comparisons).tolist(), bound.tolist(), strict=True):
-        if (n, b) not in chances:
-            # The counts strictly below the bound
-            k = np.arange(min(int(np.ceil(b * n - 1e-9)), n + 1))
-            chances[n, b] = float(
-                np.exp(logs[n] - logs[k] - logs[n - k] - n * np.log(2)).sum()
-            )
-    return np.array(
-        [
-            chances[key]
-            for key in zip(
-                np.asarray(comparisons).tolist(), bound.tolist(), strict=True
-            )
-        ]
-    )
+        if (n, b) not in known:
+            strictly_below = min(int(np.ceil(b * n - 1e-9)), n + 1)
+            k = np.arange(strictly_below)
+            log_ways = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
+            known[n, b] = float(np.exp(log_ways - n * np.log(2)).sum())
+        chances.append(known[n, b])
+    return np.array(chances)
 
 
 def frozen_spans(
@@ -201,16 +193,12 @@ def frozen_spans(
 ) -> list[tuple[int, int, int]]:
     """Maximal runs of windows in which at least half of a scale's channels are frozen, as (scale, first step, last step);
     frozen: (windows, scales) shares, window w covers steps w·width + 1 … (w + 1)·width."""
-    held = np.pad(frozen >= 0.5, ((1, 1), (0, 0))).astype(np.int8)
-    change = np.diff(held, axis=0)
+    is_frozen = np.pad(frozen >= 0.5, ((1, 1), (0, 0))).astype(np.int8)
+    change = np.diff(is_frozen, axis=0)
     spans: list[tuple[int, int, int]] = []
     for scale in range(frozen.shape[1]):
-        starts, stops = (
-            np.flatnonzero(change[:, scale] == 1),
-            np.flatnonzero(change[:, scale] == -1),
-        )
-        spans += [
-            (scale, int(a) * width + 1, int(b) * width)
-            for a, b in zip(starts, stops, strict=True)
-        ]
+        starts = np.flatnonzero(change[:, scale] == 1)
+        stops = np.flatnonzero(change[:, scale] == -1)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            spans.append((scale, start * width + 1, stop * width))
     return spans
