@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -96,69 +96,96 @@ def shifted_half_away(values: Array, shift: int) -> Array:
 def add_fixed_point(a: Array, b: Array, grids: tuple[Grid, Grid, Grid]) -> Array | None:
     """Ratios as integers of 22 bits, an exact sum, half away from zero. None where a ratio is out of its range."""
     x, y, out = grids
-    ratios = one(x.scale / out.scale), one(y.scale / out.scale)
-    larger = max(ratios)
-    if min(ratios) < 2.0**-14 or larger >= 256.0:
+    ratio_a = one(x.scale / out.scale)
+    ratio_b = one(y.scale / out.scale)
+    larger = max(ratio_a, ratio_b)
+    smaller = min(ratio_a, ratio_b)
+    if smaller < 2.0**-14 or larger >= 256.0:
         return None
     exponent = int(np.floor(np.log2(np.float64(larger))))
     shift = 21 - exponent
     if not 13 <= shift <= 31:
         return None
-    first, second = (int(np.rint(np.float64(ratio) * 2.0**shift)) for ratio in ratios)
-    if max(first, second) >= 1 << 22:
+    multiplier_a = int(np.rint(np.float64(ratio_a) * 2.0**shift))
+    multiplier_b = int(np.rint(np.float64(ratio_b) * 2.0**shift))
+    if max(multiplier_a, multiplier_b) >= 1 << 22:
         return None
-    total = (a.astype(np.int64) - x.zero) * first + (b.astype(np.int64) - y.zero) * second
+    centred_a = a.astype(np.int64) - x.zero
+    centred_b = b.astype(np.int64) - y.zero
+    total = centred_a * multiplier_a + centred_b * multiplier_b
     return saturated(shifted_half_away(total, shift) + out.zero)
 
 
 def add_arithmetics(a: Array, b: Array, grids: tuple[Grid, Grid, Grid]) -> Arithmetics:
+    """Everything by its name in docs/arithmetic.md: on codes, c + r_a a + r_b b; or on real numbers, divided by s_y."""
     x, y, out = grids
-    ratio_a, ratio_b = one(x.scale / out.scale), one(y.scale / out.scale)
-    zero_a, zero_b, zero = one(x.zero), one(y.zero), one(out.zero)
-    offset = one(zero - one(one(ratio_a * zero_a) + one(ratio_b * zero_b)))
-    fused_offset = one(zero - fused(ratio_a, zero_a, one(ratio_b * zero_b)))
-    swapped_offset = one(zero - fused(ratio_b, zero_b, one(ratio_a * zero_a)))
-    float_a, float_b = a.astype(np.float32), b.astype(np.float32)
-    real_a, real_b = (float_a - zero_a) * x.scale, (float_b - zero_b) * y.scale
-    divided = saturated(np.rint((real_a + real_b) / out.scale + zero))
-    fixed = add_fixed_point(a, b, grids)
-    fallbacks = {
-        "divided": divided,
-        "divided, b's product fused": saturated(np.rint(fused(y.scale, float_b - zero_b, real_a) / out.scale + zero)),
-        "divided, a's product fused": saturated(np.rint(fused(x.scale, float_a - zero_a, real_b) / out.scale + zero)),
-    }
+    zero_a = one(x.zero)
+    zero_b = one(y.zero)
+    zero = one(out.zero)
+    float_a = a.astype(np.float32)
+    float_b = b.astype(np.float32)
+
+    ratio_a = one(x.scale / out.scale)
+    ratio_b = one(y.scale / out.scale)
+    shift_a = one(ratio_a * zero_a)
+    shift_b = one(ratio_b * zero_b)
+    offset = one(zero - one(shift_a + shift_b))
+    fused_offset = one(zero - fused(ratio_a, zero_a, shift_b))
+    swapped_offset = one(zero - fused(ratio_b, zero_b, shift_a))
     constant_b = (offset + float_b * ratio_b).astype(np.float32)
     constant_a = (offset + float_a * ratio_a).astype(np.float32)
-    return {
-        "fused": saturated(np.rint(fused(float_a, ratio_a, fused(float_b, ratio_b, offset)))),
-        "fused, swapped": saturated(np.rint(fused(float_b, ratio_b, fused(float_a, ratio_a, offset)))),
-        "fused, offset fused": saturated(np.rint(fused(float_a, ratio_a, fused(float_b, ratio_b, fused_offset)))),
-        "fused, offset fused, swapped": saturated(
-            np.rint(fused(float_b, ratio_b, fused(float_a, ratio_a, swapped_offset)))
-        ),
-        "b plain, a fused": saturated(np.rint(fused(float_a, ratio_a, constant_b))),
-        "a plain, b fused": saturated(np.rint(fused(float_b, ratio_b, constant_a))),
-        "unfused": saturated(np.rint((offset + float_a * ratio_a) + float_b * ratio_b)),
-        "unfused, swapped": saturated(np.rint((offset + float_b * ratio_b) + float_a * ratio_a)),
-        **{f"fixed point (else {name})": kept if fixed is None else fixed for name, kept in fallbacks.items()},
-        "divided": divided,
-        "real sum, zero point after": saturated(np.rint((real_a + real_b) / out.scale) + zero),
+    floats = {
+        "fused": fused(float_a, ratio_a, fused(float_b, ratio_b, offset)),
+        "fused, swapped": fused(float_b, ratio_b, fused(float_a, ratio_a, offset)),
+        "fused, offset fused": fused(float_a, ratio_a, fused(float_b, ratio_b, fused_offset)),
+        "fused, offset fused, swapped": fused(float_b, ratio_b, fused(float_a, ratio_a, swapped_offset)),
+        "b plain, a fused": fused(float_a, ratio_a, constant_b),
+        "a plain, b fused": fused(float_b, ratio_b, constant_a),
+        "unfused": (offset + float_a * ratio_a) + float_b * ratio_b,
+        "unfused, swapped": (offset + float_b * ratio_b) + float_a * ratio_a,
     }
+
+    centred_a = float_a - zero_a
+    centred_b = float_b - zero_b
+    real_a = centred_a * x.scale
+    real_b = centred_b * y.scale
+    real_sums = {
+        "divided": real_a + real_b,
+        "divided, b's product fused": fused(y.scale, centred_b, real_a),
+        "divided, a's product fused": fused(x.scale, centred_a, real_b),
+    }
+    divided = {}
+    for name, real_sum in real_sums.items():
+        divided[name] = saturated(np.rint(real_sum / out.scale + zero))
+
+    fixed = add_fixed_point(a, b, grids)
+    results = {}
+    for name, value in floats.items():
+        results[name] = saturated(np.rint(value))
+    for name, fallback in divided.items():
+        results[f"fixed point (else {name})"] = fallback if fixed is None else fixed
+    results["divided"] = divided["divided"]
+    results["real sum, zero point after"] = saturated(np.rint((real_a + real_b) / out.scale) + zero)
+    return results
 
 
 def multiply_arithmetics(a: Array, b: Array, grids: tuple[Grid, Grid, Grid]) -> Arithmetics:
     x, y, out = grids
-    centred_a, centred_b = a.astype(np.float32) - one(x.zero), b.astype(np.float32) - one(y.zero)
-    ratio, zero = one(one(x.scale * y.scale) / out.scale), one(out.zero)
+    zero = one(out.zero)
+    centred_a = a.astype(np.float32) - one(x.zero)
+    centred_b = b.astype(np.float32) - one(y.zero)
     product = centred_a * centred_b
+    ratio = one(one(x.scale * y.scale) / out.scale)
+    scaled = product * ratio
     real = (centred_a * x.scale) * (centred_b * y.scale)
+    divided = real / out.scale
     return {
-        "unfused": saturated(np.rint(product * ratio + zero)),
+        "unfused": saturated(np.rint(scaled + zero)),
         "fused": saturated(np.rint(fused(product, ratio, zero))),
-        "divided": saturated(np.rint(real / out.scale + zero)),
-        "real product, zero point after": saturated(np.rint(real / out.scale) + zero),
-        "zero point after": saturated(np.rint(product * ratio) + zero),
-        "half away": saturated(half_away(product * ratio) + zero),
+        "divided": saturated(np.rint(divided + zero)),
+        "real product, zero point after": saturated(np.rint(divided) + zero),
+        "zero point after": saturated(np.rint(scaled) + zero),
+        "half away": saturated(half_away(scaled) + zero),
     }
 
 
@@ -196,8 +223,9 @@ def quantize_arithmetics(real: Array, out: Grid) -> Arithmetics:
 
 def softmax_arithmetic(x: Array, grid: Grid, out: Grid) -> Array:
     """A table of exponentials to which the row's maximum is aligned, float32 sums in order."""
-    length = x.shape[-1]
-    reserve = max(0.0, float(np.log(np.float32(np.finfo(np.float32).max / np.float32(length)))) - 5) / float(grid.scale)
+    length = np.float32(x.shape[-1])
+    largest_term = np.float32(np.finfo(np.float32).max / length)
+    reserve = max(0.0, float(np.log(largest_term)) - 5) / float(grid.scale)
     exponents = (np.arange(256.0) - 255 + reserve) * float(grid.scale)
     table = np.exp(exponents).astype(np.float32)
     terms = table[255 - x.max(-1, keepdims=True) + x]
@@ -246,23 +274,26 @@ class Case:
         self.results[output] = Result(row, kind, arithmetics)
 
     def model(self) -> onnx.ModelProto:
-        given = [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-            for name, value in self.inputs.items()
-        ]
-        returned = []
+        inputs = []
+        for name, value in self.inputs.items():
+            inputs.append(value_info(name, value))
+        outputs = []
         for name, result in self.results.items():
             expected = next(iter(result.arithmetics.values()))
-            kind = helper.np_dtype_to_tensor_dtype(expected.dtype)
-            returned.append(helper.make_tensor_value_info(name, kind, expected.shape))
-        graph = helper.make_graph(self.nodes, "audit", given, returned, self.constants)
+            outputs.append(value_info(name, expected))
+        graph = helper.make_graph(self.nodes, "audit", inputs, outputs, self.constants)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
 
 
+def value_info(name: str, example: Array) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(example.dtype), example.shape)
+
+
 ZERO_POINTS = (0, 1, 7, 8, 127, 128, 255)
 ALL_CODES = np.arange(256, dtype=np.uint8)
-ALL_A, ALL_B = (np.ascontiguousarray(side) for side in np.broadcast_arrays(ALL_CODES[:, None], ALL_CODES[None, :]))
+ALL_A = np.repeat(ALL_CODES[:, None], 256, axis=1)
+ALL_B = np.repeat(ALL_CODES[None, :], 256, axis=0)
 
 
 def ordinary(rng: np.random.Generator) -> Grid:
@@ -348,29 +379,37 @@ def lookups() -> Iterator[Case]:
     for kind, draw in KINDS.items():
         case = Case({"x": ALL_CODES.reshape(1, 256)})
         for _ in range(100):
-            grids = draw(rng), draw(rng)
-            x, out = grids
-            real = (ALL_CODES.astype(np.float32) - one(x.zero)) * x.scale
-            given, wanted = case.grid(x), case.grid(out)
-            requantized = {k: v.reshape(1, 256) for k, v in quantize_arithmetics(real, out).items()}
-            twice = {k: np.tile(v, (1, 2)) for k, v in requantized.items()}
-            joined = case.add("QLinearConcat", [*wanted, "x", *given, "x", *given], CONTRIB, axis=1)
-            case.returns(joined, "QLinearConcat", twice, kind)
-            moved = case.add("QuantizeLinear", [case.add("DequantizeLinear", ["x", *given]), *wanted])
-            case.returns(moved, "DequantizeLinear, QuantizeLinear", requantized, kind)
-            dequantized = case.add("DequantizeLinear", ["x", *given])
-            case.returns(dequantized, "DequantizeLinear", {"float32 product": real.reshape(1, 256)}, kind)
-            for alpha in (0.1, 1.0):
-                leaky = np.where(real >= 0, real, real * one(alpha)).reshape(1, 256)
-                node = case.add("QLinearLeakyRelu", ["x", *given, *wanted], CONTRIB, alpha=alpha)
-                expected = quantize_arithmetics(leaky.astype(np.float32), out)
-                case.returns(node, f"QLinearLeakyRelu, slope {alpha}", expected, kind)
-            sigmoid = (0.5 * (1 + np.tanh(0.5 * real.astype(np.float64)))).reshape(1, 256)
+            x = draw(rng)
+            out = draw(rng)
             # A sigmoid lies in 0 to 1: on a grid made for it every code is reached.
-            narrow = Grid(one(1 / rng.uniform(250, 260)), 0) if kind != "powers of two" else Grid(one(1 / 256), 0)
-            node = case.add("QLinearSigmoid", ["x", *given, *case.grid(narrow)], CONTRIB)
-            case.returns(node, "QLinearSigmoid", quantize_arithmetics(sigmoid, narrow), kind)
+            codes_per_unit = 256.0 if kind == "powers of two" else rng.uniform(250, 260)
+            of_sigmoid = Grid(one(1 / codes_per_unit), 0)
+            add_lookups(case, x, out, of_sigmoid, kind)
         yield case
+
+
+def add_lookups(case: Case, x: Grid, out: Grid, of_sigmoid: Grid, kind: str) -> None:
+    """Append every function of the codes "x", on the grid `x`, with results on `out` or `of_sigmoid`."""
+    real = ((ALL_CODES.astype(np.float32) - one(x.zero)) * x.scale).reshape(1, 256)
+    source = case.grid(x)
+    target = case.grid(out)
+    requantized = quantize_arithmetics(real, out)
+    twice = {name: np.tile(codes, (1, 2)) for name, codes in requantized.items()}
+
+    node = case.add("QLinearConcat", [*target, "x", *source, "x", *source], CONTRIB, axis=1)
+    case.returns(node, "QLinearConcat", twice, kind)
+    floats = case.add("DequantizeLinear", ["x", *source])
+    node = case.add("QuantizeLinear", [floats, *target])
+    case.returns(node, "DequantizeLinear, QuantizeLinear", requantized, kind)
+    node = case.add("DequantizeLinear", ["x", *source])
+    case.returns(node, "DequantizeLinear", {"float32 product": real}, kind)
+    for alpha in (0.1, 1.0):
+        leaky = np.where(real >= 0, real, real * one(alpha)).astype(np.float32)
+        node = case.add("QLinearLeakyRelu", ["x", *source, *target], CONTRIB, alpha=alpha)
+        case.returns(node, f"QLinearLeakyRelu, slope {alpha}", quantize_arithmetics(leaky, out), kind)
+    sigmoid = 0.5 * (1 + np.tanh(0.5 * real.astype(np.float64)))
+    node = case.add("QLinearSigmoid", ["x", *source, *case.grid(of_sigmoid)], CONTRIB)
+    case.returns(node, "QLinearSigmoid", quantize_arithmetics(sigmoid, of_sigmoid), kind)
 
 
 def quantizing() -> Iterator[Case]:
@@ -386,7 +425,8 @@ def quantizing() -> Iterator[Case]:
                 for _ in range(3):
                     near = np.nextafter(near, one(direction))
                     around.append(near)
-            x = np.concatenate([*around, rng.normal(0, 128, 4096).astype(np.float32) * out.scale])
+            at_random = rng.normal(0, 128, 4096).astype(np.float32) * out.scale
+            x = np.concatenate([*around, at_random])
             case = Case({"x": x})
             node = case.add("QuantizeLinear", ["x", *case.grid(out)])
             case.returns(node, "QuantizeLinear", quantize_arithmetics(x, out), kind)
@@ -396,36 +436,55 @@ def quantizing() -> Iterator[Case]:
 def global_pools() -> Iterator[Case]:
     """A channel for every possible sum."""
     rng = np.random.default_rng(5)
-    for height, width in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 7), (7, 7), (8, 8)):
-        count = height * width
+    for size in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 7), (7, 7), (8, 8)):
+        count = size[0] * size[1]
         sums = np.arange(255 * count + 1)
-        position = np.arange(count)
-        codes = (sums[:, None] // count + (position[None, :] < sums[:, None] % count)).astype(np.uint8)
-        first = codes.reshape(1, -1, height, width)
+        first = codes_of_sums(sums, count).reshape(1, -1, *size)
         last = np.ascontiguousarray(first.transpose(0, 2, 3, 1))
-        for form, x in (("first", first), ("last", last)):
+        for x, is_last in ((first, False), (last, True)):
             case = Case({"x": x})
-            shape = (1, sums.size, 1, 1) if form == "first" else (1, 1, 1, sums.size)
             for kind, draw in KINDS.items():
-                kept = 0
-                while kept < 8:
-                    grid, out = draw(rng), draw(rng)
-                    if not 2.0**-31 < grid.scale / (out.scale * count) < 255:
-                        continue
-                    kept += 1
-                    expected = global_pool_arithmetics(sums - count * grid.zero, count, grid, out)
-                    node = case.add(
-                        "QLinearGlobalAveragePool", ["x", *case.grid(grid), *case.grid(out)], CONTRIB,
-                        channels_last=int(form == "last"),
-                    )  # fmt: skip
-                    expected = {name: values.reshape(shape) for name, values in expected.items()}
-                    case.returns(node, "QLinearGlobalAveragePool", expected, kind)
-                    node = case.add(
-                        "QLinearAveragePool", ["x", *case.grid(grid), *case.grid(out)], CONTRIB,
-                        channels_last=int(form == "last"), kernel_shape=(height, width),
-                    )  # fmt: skip
-                    case.returns(node, "QLinearAveragePool, the whole image", expected, kind)
+                for grid, out in grids_of_pools(draw, rng, count):
+                    add_global_pools(case, sums, size, is_last, grid, out, kind)
             yield case
+
+
+def codes_of_sums(sums: Array, count: int) -> Array:
+    """(sums, count): `count` codes for each sum, as equal as they can be."""
+    position = np.arange(count)
+    remainder = sums[:, None] % count
+    return (sums[:, None] // count + (position[None, :] < remainder)).astype(np.uint8)
+
+
+def grids_of_pools(
+    draw: Callable[[np.random.Generator], Grid], rng: np.random.Generator, count: int
+) -> Iterator[tuple[Grid, Grid]]:
+    """Eight pairs of grids whose multiplier the runtime accepts."""
+    accepted = 0
+    while accepted < 8:
+        grid = draw(rng)
+        out = draw(rng)
+        if 2.0**-31 < grid.scale / (out.scale * count) < 255:
+            accepted += 1
+            yield grid, out
+
+
+def add_global_pools(
+    case: Case, sums: Array, size: tuple[int, int], is_last: bool, grid: Grid, out: Grid, kind: str
+) -> None:
+    """Append both operators that take the mean of whole images. is_last: whether channels are the last axis."""
+    count = size[0] * size[1]
+    shape = (1, 1, 1, sums.size) if is_last else (1, sums.size, 1, 1)
+    expected = {}
+    for name, codes in global_pool_arithmetics(sums - count * grid.zero, count, grid, out).items():
+        expected[name] = codes.reshape(shape)
+    channels_last = int(is_last)
+    inputs = ["x", *case.grid(grid), *case.grid(out)]
+    node = case.add("QLinearGlobalAveragePool", inputs, CONTRIB, channels_last=channels_last)
+    case.returns(node, "QLinearGlobalAveragePool", expected, kind)
+    inputs = ["x", *case.grid(grid), *case.grid(out)]
+    node = case.add("QLinearAveragePool", inputs, CONTRIB, channels_last=channels_last, kernel_shape=size)
+    case.returns(node, "QLinearAveragePool, the whole image", expected, kind)
 
 
 @dataclass(frozen=True)
@@ -446,6 +505,30 @@ class Window:
             "count_include_pad": self.counts_padding,
         }
 
+    def of_one_row(self) -> "Window":
+        """The same for a sequence that is written as an image of one row."""
+        before, after = self.pads
+        pads = (0, before, 0, after)
+        return replace(self, kernel=(1, *self.kernel), strides=(1, *self.strides), pads=pads)
+
+    def places(self, axis: int, size: int) -> list[range]:
+        """Along one axis of an image of `size`, the pixels that each place of the window covers."""
+        kernel = self.kernel[axis]
+        stride = self.strides[axis]
+        before = self.pads[axis]
+        after = self.pads[axis + 2]
+        free = size + before + after - kernel
+        count = free // stride + 1
+        if self.ceil and free % stride:
+            count += 1
+        places = []
+        for index in range(count):
+            start = index * stride - before
+            # A last place that lies in the padding alone is left out
+            if start < size:
+                places.append(range(max(start, 0), min(start + kernel, size)))
+        return places
+
 
 WINDOWS = (
     Window("2x2", (2, 2), (2, 2), (0, 0, 0, 0)),
@@ -460,26 +543,23 @@ WINDOWS = (
 
 def window_sums(real: Array, window: Window) -> tuple[Array, Array]:
     """Sums in the order of the rows, in the type of `real` (N_C_H_W or N_C_L), and what they are divided by."""
-    kernel, strides, pads = window.kernel, window.strides, window.pads
-    if len(kernel) == 1:
-        real, kernel, strides, pads = real[:, :, None], (1, *kernel), (1, *strides), (0, pads[0], 0, pads[1])
-    sizes = []
-    for axis in range(2):
-        free = real.shape[2 + axis] + pads[axis] + pads[axis + 2] - kernel[axis]
-        size = (-(-free // strides[axis]) if window.ceil else free // strides[axis]) + 1
-        sizes.append(size if (size - 1) * strides[axis] < real.shape[2 + axis] + pads[axis] else size - 1)
-    sums = np.zeros((*real.shape[:2], *sizes), real.dtype)
-    counts = np.zeros(sizes, real.dtype)
-    for row in range(sizes[0]):
-        for column in range(sizes[1]):
-            top, left = row * strides[0] - pads[0], column * strides[1] - pads[1]
-            rows = range(max(top, 0), min(top + kernel[0], real.shape[2]))
-            columns = range(max(left, 0), min(left + kernel[1], real.shape[3]))
+    if len(window.kernel) == 1:
+        sums, counts = window_sums(real[:, :, None], window.of_one_row())
+        return sums[:, :, 0], counts[0]
+    height, width = real.shape[2:]
+    rows_of = window.places(0, height)
+    columns_of = window.places(1, width)
+    sums = np.zeros((*real.shape[:2], len(rows_of), len(columns_of)), real.dtype)
+    counts = np.zeros((len(rows_of), len(columns_of)), real.dtype)
+    for row, rows in enumerate(rows_of):
+        for column, columns in enumerate(columns_of):
             for i in rows:
                 for j in columns:
                     sums[:, :, row, column] += real[:, :, i, j]
-            counts[row, column] = kernel[0] * kernel[1] if window.counts_padding else len(rows) * len(columns)
-    return (sums[:, :, 0], counts[0]) if len(window.kernel) == 1 else (sums, counts)
+            counts[row, column] = len(rows) * len(columns)
+    if window.counts_padding:
+        counts[:] = window.kernel[0] * window.kernel[1]
+    return sums, counts
 
 
 def window_pools() -> Iterator[Case]:
@@ -489,34 +569,40 @@ def window_pools() -> Iterator[Case]:
         codes = rng.integers(0, 256, shape).astype(np.uint8)
         integers, _ = window_sums(codes.astype(np.int64), window)
         for form in ("first", "last"):
-            x = codes if form == "first" else np.ascontiguousarray(np.moveaxis(codes, 1, -1))
+            x = codes if form == "first" else channels_last(codes)
             case = Case({"x": x})
+            attributes = window.attributes() | {"channels_last": int(form == "last")}
             for kind, draw in KINDS.items():
                 for _ in range(10):
-                    grid, out = draw(rng), draw(rng)
+                    grid = draw(rng)
+                    out = draw(rng)
                     expected = window_arithmetics(codes, integers, window, grid, out)
                     if form == "last":
-                        expected = {k: np.ascontiguousarray(np.moveaxis(v, 1, -1)) for k, v in expected.items()}
-                    node = case.add(
-                        "QLinearAveragePool", ["x", *case.grid(grid), *case.grid(out)], CONTRIB,
-                        channels_last=int(form == "last"), **window.attributes(),
-                    )  # fmt: skip
+                        expected = {name: channels_last(values) for name, values in expected.items()}
+                    inputs = ["x", *case.grid(grid), *case.grid(out)]
+                    node = case.add("QLinearAveragePool", inputs, CONTRIB, **attributes)
                     case.returns(node, f"QLinearAveragePool, {window.name}", expected, kind)
             yield case
+
+
+def channels_last(values: Array) -> Array:
+    """N_C_... as N_..._C."""
+    return np.ascontiguousarray(np.moveaxis(values, 1, -1))
 
 
 def window_arithmetics(codes: Array, integers: Array, window: Window, grid: Grid, out: Grid) -> Arithmetics:
     real = (codes.astype(np.float32) - one(grid.zero)) * grid.scale
     sums, counts = window_sums(real, window)
-    mean = sums / counts
-    found = {
-        "float32 sums by rows": saturated(np.rint(mean / out.scale + one(out.zero))),
-        "float32 sums by rows, zero point after": saturated(np.rint(mean / out.scale) + one(out.zero)),
+    in_codes = sums / counts / out.scale
+    zero = one(out.zero)
+    results = {
+        "float32 sums by rows": saturated(np.rint(in_codes + zero)),
+        "float32 sums by rows, zero point after": saturated(np.rint(in_codes) + zero),
     }
     if window.kernel == codes.shape[2:]:
         count = int(np.prod(window.kernel))
-        found |= global_pool_arithmetics(integers - count * grid.zero, count, grid, out)
-    return found
+        results |= global_pool_arithmetics(integers - count * grid.zero, count, grid, out)
+    return results
 
 
 def float_pools(level: str) -> Iterator[Case]:
@@ -597,31 +683,36 @@ def family(shape: Shape) -> str:
 
 def exact_sums(x: Array, weight: Array, shape: Shape) -> Array:
     """Sums of products of integers, N_C_H_W or N_C_L. float64 holds them exactly."""
+    edge = (shape.pad, shape.pad)
     if len(shape.kernel) == 1:
-        flat = Shape(
-            shape.name, shape.inputs, shape.outputs, (1, *shape.kernel), (1, *shape.size), 0, 1, 1, shape.group
-        )
-        edge = [(0, 0), (0, 0), (shape.pad, shape.pad)]
         if shape.stride != 1 or shape.dilation != 1:
             raise ValueError(f"{shape.name}: a sequence with a stride or a dilation is not written out here")
-        return exact_sums(np.pad(x, edge)[:, :, None], weight[:, :, None], flat)[:, :, 0]
-    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), (shape.pad, shape.pad), (shape.pad, shape.pad)])
+        padded = np.pad(x, [(0, 0), (0, 0), edge])
+        as_image = replace(shape, kernel=(1, *shape.kernel), size=(1, *shape.size), pad=0)
+        return exact_sums(padded[:, :, None], weight[:, :, None], as_image)[:, :, 0]
+    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), edge, edge])
     batch, _, height, width = padded.shape
-    reach = [(k - 1) * shape.dilation + 1 for k in shape.kernel]
-    rows, columns = (height - reach[0]) // shape.stride + 1, (width - reach[1]) // shape.stride + 1
-    in_group, out_group = shape.inputs // shape.group, shape.outputs // shape.group
-    sums = np.zeros((batch, shape.group, out_group, rows, columns))
+    rows = places_of_kernel(shape, 0, height)
+    columns = places_of_kernel(shape, 1, width)
+    in_group = shape.inputs // shape.group
+    out_group = shape.outputs // shape.group
     grouped = weight.astype(np.float64).reshape(shape.group, out_group, in_group, *shape.kernel)
+    sums = np.zeros((batch, shape.group, out_group, rows, columns))
     for i in range(shape.kernel[0]):
         for j in range(shape.kernel[1]):
-            top, left = i * shape.dilation, j * shape.dilation
-            taps = padded[
-                :, :,
-                top : top + (rows - 1) * shape.stride + 1 : shape.stride,
-                left : left + (columns - 1) * shape.stride + 1 : shape.stride,
-            ].reshape(batch, shape.group, in_group, rows, columns)  # fmt: skip
+            top = i * shape.dilation
+            left = j * shape.dilation
+            in_rows = slice(top, top + (rows - 1) * shape.stride + 1, shape.stride)
+            in_columns = slice(left, left + (columns - 1) * shape.stride + 1, shape.stride)
+            taps = padded[:, :, in_rows, in_columns].reshape(batch, shape.group, in_group, rows, columns)
             sums += np.einsum("goi,bgirc->bgorc", grouped[..., i, j], taps, optimize=True)
     return sums.reshape(batch, shape.outputs, rows, columns).astype(np.int64)
+
+
+def places_of_kernel(shape: Shape, axis: int, size: int) -> int:
+    """How many places the kernel has along `axis` of a padded image of `size`."""
+    reach = (shape.kernel[axis] - 1) * shape.dilation + 1
+    return (size - reach) // shape.stride + 1
 
 
 def hostile_inputs(rng: np.random.Generator, channels: int, size: tuple[int, ...]) -> Array:
@@ -653,46 +744,56 @@ def convolutions() -> Iterator[Case]:
         x = hostile_inputs(rng, shape.inputs, shape.size)
         case = Case({"x": x})
         for limits, (low, high) in WEIGHTS.items():
+            row = f"{family(shape)}, int8 {limits}"
+            if high == 64:
+                row = f"every layer, int8 {limits}"
             for signed in (True, False):
+                if not signed:
+                    row = "every layer, uint8 of any bytes"
                 for lowest_only in (False, True):
                     for zero in (0, 128):
-                        convolution(case, shape, rng, (low, high), signed, lowest_only, zero, limits)
+                        size = (shape.outputs, shape.inputs // shape.group, *shape.kernel)
+                        weight = np.full(size, low) if lowest_only else rng.integers(low, high + 1, size)
+                        add_convolution(case, shape, weight, signed, zero, row)
         yield case
 
 
-def convolution(
-    case: Case, shape: Shape, rng: np.random.Generator, bounds: tuple[int, int], signed: bool, lowest_only: bool,
-    zero: int, limits: str,
-) -> None:  # fmt: skip
-    """Append a QLinearConv whose weights are at random, or all the lowest byte, and whose output shows an overflow."""
-    size = (shape.outputs, shape.inputs // shape.group, *shape.kernel)
-    weight = np.full(size, bounds[0]) if lowest_only else rng.integers(bounds[0], bounds[1] + 1, size)
+def stored_weight(weight: Array, signed: bool, channels: int) -> tuple[Array, Array]:
+    """Weights between -128 and 127 as int8, or as uint8 with zero point 128; and the zero points of the channels."""
+    if signed:
+        return weight.astype(np.int8), np.zeros(channels, np.int8)
+    return (weight + 128).astype(np.uint8), np.full(channels, 128, np.uint8)
+
+
+def add_qlinear_conv(
+    case: Case, shape: Shape, x: Grid, out: Grid, weights: tuple[Array, Array, Array], bias: Array | None = None
+) -> str:
+    """Append a QLinearConv on "x". weights: stored, their scales, their zero points."""
+    stored, scales, zeros = weights
+    inputs = ["x", *case.grid(x), case.constant(stored), case.constant(scales), case.constant(zeros), *case.grid(out)]
+    if bias is not None:
+        inputs.append(case.constant(bias))
+    return case.add("QLinearConv", inputs, **shape.attributes())
+
+
+def add_convolution(case: Case, shape: Shape, weight: Array, signed: bool, zero: int, row: str) -> None:
+    """Append a QLinearConv whose output shows an overflow: its sums fill the 8 bits."""
     sums = exact_sums(case.inputs["x"].astype(np.int64) - zero, weight, shape)
-    spread = float(sums.max() - sums.min()) or 1.0
-    scale = one(1 / 64)
+    lowest = int(sums.min())
+    highest = int(sums.max())
+    fitting = 250 / (float(highest - lowest) or 1.0)
     # Half of the layers on ordinary scales, the others on powers of two, which make ties.
-    multiplier = 250 / spread if signed else 2.0 ** np.floor(np.log2(250 / spread))
+    multiplier = fitting if signed else 2.0 ** np.floor(np.log2(fitting))
     scales = np.full(shape.outputs, multiplier, np.float32)
-    out = Grid(one(1 / 64), 128)
-    middle = -int(sums.max() + sums.min()) // 2
+    middle = -(highest + lowest) // 2
     bias = np.full(shape.outputs, middle, np.int32)
-    stored = weight.astype(np.int8) if signed else (weight + 128).astype(np.uint8)
-    weight_zero = np.zeros(shape.outputs, np.int8) if signed else np.full(shape.outputs, 128, np.uint8)
-    node = case.add(
-        "QLinearConv",
-        [
-            "x", *case.grid(Grid(scale, zero)), case.constant(stored), case.constant(scales), case.constant(weight_zero),
-            *case.grid(out), case.constant(bias),
-        ],
-        **shape.attributes(),
-    )  # fmt: skip
-    factors = (scale * scales / out.scale).astype(np.float32).reshape(-1, *[1] * len(shape.kernel))
-    row = f"{family(shape)}, int8 {limits}"
-    if bounds[1] == 64:
-        row = f"every layer, int8 {limits}"
-    if not signed:
-        row = "every layer, uint8 of any bytes"
-    expected = requantize_arithmetics(sums + middle, factors, out.zero)
+    x = Grid(one(1 / 64), zero)
+    out = Grid(one(1 / 64), 128)
+    stored, weight_zeros = stored_weight(weight, signed, shape.outputs)
+    node = add_qlinear_conv(case, shape, x, out, (stored, scales, weight_zeros), bias)
+    factors = (x.scale * scales / out.scale).astype(np.float32)
+    per_channel = factors.reshape(-1, *[1] * len(shape.kernel))
+    expected = requantize_arithmetics(sums + middle, per_channel, out.zero)
     case.returns(node, f"Layer: {row}", {"exact": expected["float32, half to even"]})
 
 
@@ -703,56 +804,101 @@ def requantizations() -> Iterator[Case]:
     a = rng.integers(0, 256, (rows, depth)).astype(np.uint8)
     image = np.ascontiguousarray(a.T.reshape(1, depth, 8, 8))
     weight = rng.integers(-16, 17, (columns, depth)).astype(np.int8)
-    layer = Shape("", depth, columns, (1, 1), (8, 8))
     for kind, draw in KINDS.items():
-        case, matrices = Case({"x": image}), Case({"a": a})
+        largest_bias = 1 << 28 if kind == "extreme" else 9000
+        images = Case({"x": image})
+        matrices = Case({"a": a})
         for _ in range(12):
-            x, out = draw(rng), draw(rng)
+            x = draw(rng)
+            out = draw(rng)
             scales = np.array([draw(rng).scale for _ in range(columns)], np.float32)
-            large = kind == "extreme"
-            bias = rng.integers(-(1 << 28), 1 << 28, columns) if large else rng.integers(-9000, 9000, columns)
-            bias = bias.astype(np.int32)
-            zeros = np.zeros(columns, np.int8)
-            sums = (a.astype(np.int64) - x.zero) @ weight.T.astype(np.int64)
-            factors = ((x.scale * scales).astype(np.float32) / out.scale).astype(np.float32)
-            biased = requantize_arithmetics(sums + bias, factors, out.zero)
-            node = case.add(
-                "QLinearConv",
-                ["x", *case.grid(x), case.constant(weight[:, :, None, None]), case.constant(scales), case.constant(zeros),
-                 *case.grid(out), case.constant(bias)],
-                **layer.attributes(),
-            )  # fmt: skip
-            shaped = {k: np.ascontiguousarray(v.T).reshape(1, columns, 8, 8) for k, v in biased.items()}
-            case.returns(node, "QLinearConv", shaped, kind)
-            matrix = [matrices.constant(weight), matrices.constant(scales), matrices.constant(zeros)]
-            integer_bias = matrices.constant(bias)
-            node = matrices.add(
-                "QGemm", ["a", *matrices.grid(x), *matrix, integer_bias, *matrices.grid(out)], CONTRIB, transB=1
-            )
-            matrices.returns(node, "QGemm, uint8 output", biased, kind)
-            node = matrices.add("QGemm", ["a", *matrices.grid(x), *matrix, integer_bias], CONTRIB, transB=1)
-            real = (sums + bias).astype(np.float32) * (x.scale * scales).astype(np.float32)
-            matrices.returns(node, "QGemm, float output", {"float32 product": real}, kind)
-            scale = scales[0]
-            factor = one(one(x.scale * scale) / out.scale)
-            columns_of = [matrices.constant(np.ascontiguousarray(weight.T)), matrices.constant(scale)]
-            zero = matrices.constant(0, np.int8)
-            node = matrices.add("QLinearMatMul", ["a", *matrices.grid(x), *columns_of, zero, *matrices.grid(out)])
-            matrices.returns(node, "QLinearMatMul", requantize_arithmetics(sums, factor, out.zero), kind)
-            given = matrices.grid(x)
-            to_float = ["a", columns_of[0], given[0], columns_of[1], given[1], zero]
-            node = matrices.add("MatMulIntegerToFloat", to_float, CONTRIB)
-            product = sums.astype(np.float32) * one(x.scale * scale)
-            matrices.returns(node, "MatMulIntegerToFloat", {"float32 product": product}, kind)
+            bias = rng.integers(-largest_bias, largest_bias, columns).astype(np.int32)
             addend = rng.normal(0, 10, columns).astype(np.float32)
-            node = matrices.add("MatMulIntegerToFloat", [*to_float, matrices.constant(addend)], CONTRIB)
-            both = {
-                "product, then sum": product + addend,
-                "product and sum fused": fused(sums.astype(np.float32), one(x.scale * scale), addend),
-            }
-            matrices.returns(node, "MatMulIntegerToFloat, bias", both, kind)
-        yield case
+            product = Product(a, weight, scales, x, out)
+            add_biased_layers(images, matrices, product, bias, kind)
+            add_matrix_products(matrices, product, addend, kind)
+        yield images
         yield matrices
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix of codes on the grid `x` times the transpose of an int8 weight (columns, depth) with a scale per column;
+    results on the grid `out`."""
+
+    a: Array
+    weight: Array
+    scales: Array
+    x: Grid
+    out: Grid
+
+    def sums(self) -> Array:
+        """Exact, (rows, columns)."""
+        centred = self.a.astype(np.int64) - self.x.zero
+        return centred @ self.weight.T.astype(np.int64)
+
+    def units(self) -> Array:
+        """Real value of a sum of 1, float32 (columns,)."""
+        return (self.x.scale * self.scales).astype(np.float32)
+
+
+def add_biased_layers(images: Case, matrices: Case, product: Product, bias: Array, kind: str) -> None:
+    """Append `product` with an integer bias as a convolution and as fully connected layers."""
+    x = product.x
+    out = product.out
+    weight = product.weight
+    columns, depth = weight.shape
+    zeros = np.zeros(columns, np.int8)
+    sums = product.sums() + bias
+    factors = (product.units() / out.scale).astype(np.float32)
+    expected = requantize_arithmetics(sums, factors, out.zero)
+
+    shape = Shape("", depth, columns, (1, 1), (8, 8))
+    weights = (weight[:, :, None, None], product.scales, zeros)
+    node = add_qlinear_conv(images, shape, x, out, weights, bias)
+    as_images = {}
+    for name, codes in expected.items():
+        as_images[name] = np.ascontiguousarray(codes.T).reshape(1, columns, 8, 8)
+    images.returns(node, "QLinearConv", as_images, kind)
+
+    layer = [matrices.constant(weight), matrices.constant(product.scales), matrices.constant(zeros)]
+    layer.append(matrices.constant(bias))
+    inputs = ["a", *matrices.grid(x), *layer, *matrices.grid(out)]
+    node = matrices.add("QGemm", inputs, CONTRIB, transB=1)
+    matrices.returns(node, "QGemm, uint8 output", expected, kind)
+    inputs = ["a", *matrices.grid(x), *layer]
+    node = matrices.add("QGemm", inputs, CONTRIB, transB=1)
+    real = sums.astype(np.float32) * product.units()
+    matrices.returns(node, "QGemm, float output", {"float32 product": real}, kind)
+
+
+def add_matrix_products(matrices: Case, product: Product, addend: Array, kind: str) -> None:
+    """Append `product` with one scale for all columns, to codes and to floats, and to floats with `addend`."""
+    x = product.x
+    out = product.out
+    sums = product.sums()
+    unit = product.units()[0]
+    weight = matrices.constant(np.ascontiguousarray(product.weight.T))
+    scale = matrices.constant(product.scales[0])
+    zero = matrices.constant(0, np.int8)
+
+    inputs = ["a", *matrices.grid(x), weight, scale, zero, *matrices.grid(out)]
+    node = matrices.add("QLinearMatMul", inputs)
+    expected = requantize_arithmetics(sums, one(unit / out.scale), out.zero)
+    matrices.returns(node, "QLinearMatMul", expected, kind)
+
+    a_scale, a_zero = matrices.grid(x)
+    inputs = ["a", weight, a_scale, scale, a_zero, zero]
+    node = matrices.add("MatMulIntegerToFloat", inputs, CONTRIB)
+    real = sums.astype(np.float32) * unit
+    matrices.returns(node, "MatMulIntegerToFloat", {"float32 product": real}, kind)
+
+    node = matrices.add("MatMulIntegerToFloat", [*inputs, matrices.constant(addend)], CONTRIB)
+    both = {
+        "product, then sum": real + addend,
+        "product and sum fused": fused(sums.astype(np.float32), unit, addend),
+    }
+    matrices.returns(node, "MatMulIntegerToFloat, bias", both, kind)
 
 
 def softmaxes() -> Iterator[Case]:
@@ -814,6 +960,9 @@ def unpacking(bits: int, rng: np.random.Generator) -> Case:
     return case
 
 
+UNIT = Grid(one(1), 0)
+CENTRED = Grid(one(1), 128)
+
 # Sums: a channel for each weight byte, an image for each input code, so that every pair is seen.
 GRID_SHAPES = (
     Shape("depthwise 3x3", 256, 256, (3, 3), (4, 4), group=256),
@@ -833,39 +982,45 @@ GRID_SHAPES = (
 
 
 def grids_of_sums(options: dict[str, str] | None = None, note: str = "") -> Iterator[Case]:
+    """Every pair of an input code, of all pixels of an image, and a weight byte, of all weights of a channel."""
     for shape in GRID_SHAPES:
-        images = np.broadcast_to(ALL_CODES.reshape(256, *[1] * (1 + len(shape.size))), (256, shape.inputs, *shape.size))
-        case = Case({"x": np.ascontiguousarray(images)}, options=options or {})
-        per_group = shape.outputs // shape.group if 1 < shape.group < 256 else shape.outputs
-        byte = np.arange(shape.outputs) % min(per_group, 256) if per_group >= 256 else np.arange(shape.outputs) % 256
+        images = filled(ALL_CODES, (256, shape.inputs, *shape.size))
+        case = Case({"x": images}, options=options or {})
+        values = np.arange(shape.outputs) % 256 - 128
+        weight = filled(values, (shape.outputs, shape.inputs // shape.group, *shape.kernel))
+        depth = weight[0].size
+        sums = depth * values[None, :] * ALL_CODES.astype(np.int64)[:, None]
+        size = output_size(shape)
+        expected = np.broadcast_to(
+            visible_sums(sums, depth).reshape(*sums.shape, *[1] * len(size)), (*sums.shape, *size)
+        )
+        scales = np.full(shape.outputs, visible_scale(depth), np.float32)
         for signed in (True, False):
-            weights = np.broadcast_to(
-                (byte - 128).reshape(-1, *[1] * (1 + len(shape.kernel))),
-                (shape.outputs, shape.inputs // shape.group, *shape.kernel),
-            )
-            depth = weights[0].size
-            sums = depth * (byte - 128)[None, :] * ALL_CODES.astype(np.int64)[:, None]
-            output_size = [s - k + 1 for s, k in zip(shape.size, shape.kernel, strict=True)]
-            expected = visible_sums(sums, depth).reshape(256, shape.outputs, *[1] * len(shape.size))
-            stored = weights.astype(np.int8) if signed else (weights + 128).astype(np.uint8)
-            zero = np.zeros(shape.outputs, np.int8) if signed else np.full(shape.outputs, 128, np.uint8)
-            node = case.add(
-                "QLinearConv",
-                ["x", *case.grid(Grid(one(1), 0)), case.constant(stored),
-                 case.constant(np.full(shape.outputs, visible_scale(depth), np.float32)), case.constant(zero),
-                 *case.grid(Grid(one(1), 128))],
-                **shape.attributes(),
-            )  # fmt: skip
-            full = np.ascontiguousarray(np.broadcast_to(expected, (256, shape.outputs, *output_size)))
-            case.returns(node, row_of_sums(shape.name, signed, note), {"exact": full})
+            stored, zeros = stored_weight(weight, signed, shape.outputs)
+            node = add_qlinear_conv(case, shape, UNIT, CENTRED, (stored, scales, zeros))
+            case.returns(node, row_of_sums(shape.name, signed, note), {"exact": np.ascontiguousarray(expected)})
         yield case
     yield from matrix_grids(options, note)
 
 
+def filled(values: Array, shape: tuple[int, ...]) -> Array:
+    """An array whose entry i along the first axis holds values[i] alone."""
+    first_axis = values.reshape(-1, *[1] * (len(shape) - 1))
+    return np.ascontiguousarray(np.broadcast_to(first_axis, shape))
+
+
+def output_size(shape: Shape) -> list[int]:
+    """Of a convolution without padding, stride or dilation."""
+    sizes = []
+    for size, kernel in zip(shape.size, shape.kernel, strict=True):
+        sizes.append(size - kernel + 1)
+    return sizes
+
+
 # Partners: a channel for each pair of positions, −128 at both and 0 elsewhere; an image of 0 and one of 255.
 PARTNER_SHAPES = (
-    Shape("depthwise 3x3", 40, 40, (3, 3), (3, 3)),
-    Shape("depthwise 5x5", 304, 304, (5, 5), (5, 5)),
+    Shape("depthwise 3x3", 40, 40, (3, 3), (3, 3), group=40),
+    Shape("depthwise 5x5", 304, 304, (5, 5), (5, 5), group=304),
     Shape("dense 1x1, 20 channels", 20, 190, (1, 1), (2, 2)),
     Shape("dense 3x3, 2 channels", 2, 153, (3, 3), (4, 4)),
 )
@@ -881,26 +1036,22 @@ def all_partners(at_least: int) -> list[tuple[int, int]]:
 
 def partners() -> Iterator[Case]:
     for shape in PARTNER_SHAPES:
-        is_depthwise = shape.name.startswith("depthwise")
-        images = np.stack([np.full((shape.inputs, *shape.size), code, np.uint8) for code in (0, 255)])
+        images = filled(np.array([0, 255], np.uint8), (2, shape.inputs, *shape.size))
         case = Case({"x": images})
-        depth = int(np.prod(shape.kernel)) * (1 if is_depthwise else shape.inputs)
+        depth = int(np.prod(shape.kernel)) * (shape.inputs // shape.group)
         weight = np.zeros((shape.outputs, depth), np.int8)
         for channel, positions in enumerate(all_partners(shape.outputs)[: shape.outputs]):
             weight[channel, list(positions)] = -128
         # Kernels see a position as row, column, channel.
         taps = weight.reshape(shape.outputs, *shape.kernel, -1).transpose(0, 3, 1, 2)
-        sums = np.stack([0 * weight.sum(1), 255 * weight.astype(np.int64).sum(1)])
-        size = [s - k + 1 for s, k in zip(shape.size, shape.kernel, strict=True)]
-        expected = np.broadcast_to(visible_sums(sums, 2)[:, :, None, None], (2, shape.outputs, *size))
-        attributes = shape.attributes() | ({"group": shape.outputs} if is_depthwise else {})
-        node = case.add(
-            "QLinearConv",
-            ["x", *case.grid(Grid(one(1), 0)), case.constant(np.ascontiguousarray(taps)),
-             case.constant(np.full(shape.outputs, visible_scale(2), np.float32)),
-             case.constant(np.zeros(shape.outputs, np.int8)), *case.grid(Grid(one(1), 128))],
-            **attributes,
-        )  # fmt: skip
+        sums_of_255 = 255 * weight.astype(np.int64).sum(1)
+        sums = np.stack([0 * sums_of_255, sums_of_255])
+        codes = visible_sums(sums, 2)[:, :, None, None]
+        expected = np.broadcast_to(codes, (2, shape.outputs, *output_size(shape)))
+        scales = np.full(shape.outputs, visible_scale(2), np.float32)
+        zeros = np.zeros(shape.outputs, np.int8)
+        weights = (np.ascontiguousarray(taps), scales, zeros)
+        node = add_qlinear_conv(case, shape, UNIT, CENTRED, weights)
         case.returns(node, f"Partners: {shape.name}", {"exact": np.ascontiguousarray(expected)})
         yield case
 
@@ -920,35 +1071,28 @@ def visible_sums(sums: Array, depth: int) -> Array:
 
 def matrix_grids(options: dict[str, str] | None, note: str) -> Iterator[Case]:
     depth = 64
-    a = np.ascontiguousarray(np.broadcast_to(ALL_CODES[:, None], (256, depth)))
-    byte = np.arange(256)
-    sums = depth * (byte - 128)[None, :] * ALL_CODES.astype(np.int64)[:, None]
-    case = Case({"a": a}, options=options or {})
+    case = Case({"a": filled(ALL_CODES, (256, depth))}, options=options or {})
+    values = np.arange(256) - 128
+    weight_transposed = filled(values, (256, depth))
+    sums = depth * values[None, :] * ALL_CODES.astype(np.int64)[:, None]
+    scales = np.full(256, visible_scale(depth), np.float32)
+    codes = {"exact": visible_sums(sums, depth)}
+    floats = {"exact": sums.astype(np.float32) * visible_scale(depth)}
     for signed in (True, False):
-        weights = np.broadcast_to((byte - 128)[None, :], (depth, 256))
-        stored = np.ascontiguousarray(weights.astype(np.int8) if signed else (weights + 128).astype(np.uint8))
-        zeros = np.zeros(256, np.int8) if signed else np.full(256, 128, np.uint8)
-        scales = np.full(256, visible_scale(depth), np.float32)
-        given, out = case.grid(Grid(one(1), 0)), case.grid(Grid(one(1), 128))
-        expected = {"exact": visible_sums(sums, depth)}
-        node = case.add(
-            "QGemm",
-            ["a", *given, case.constant(np.ascontiguousarray(stored.T)), case.constant(scales), case.constant(zeros), "",
-             *out],
-            CONTRIB, transB=1,
-        )  # fmt: skip
-        case.returns(node, row_of_sums("QGemm", signed, note), expected)
+        stored_transposed, zeros = stored_weight(weight_transposed, signed, 256)
+        stored = np.ascontiguousarray(stored_transposed.T)
+        a_scale, a_zero = case.grid(UNIT)
+        out = case.grid(CENTRED)
+        weight = [case.constant(stored_transposed), case.constant(scales), case.constant(zeros)]
+        node = case.add("QGemm", ["a", a_scale, a_zero, *weight, "", *out], CONTRIB, transB=1)
+        case.returns(node, row_of_sums("QGemm", signed, note), codes)
         weight = [case.constant(stored), case.constant(scales), case.constant(zeros)]
-        case.returns(
-            case.add("QLinearMatMul", ["a", *given, *weight, *out]),
-            row_of_sums("QLinearMatMul", signed, note),
-            expected,
-        )
+        node = case.add("QLinearMatMul", ["a", a_scale, a_zero, *weight, *out])
+        case.returns(node, row_of_sums("QLinearMatMul", signed, note), codes)
         # With x64quantprecision the runtime refuses a file in which two of these operators share a weight.
-        weight = [case.constant(stored), case.constant(scales), case.constant(zeros)]
-        node = case.add("MatMulIntegerToFloat", ["a", weight[0], given[0], weight[1], given[1], weight[2]], CONTRIB)
-        real = sums.astype(np.float32) * visible_scale(depth)
-        case.returns(node, row_of_sums("MatMulIntegerToFloat", signed, note), {"exact": real})
+        bytes_, scale, zero = case.constant(stored), case.constant(scales), case.constant(zeros)
+        node = case.add("MatMulIntegerToFloat", ["a", bytes_, a_scale, scale, a_zero, zero], CONTRIB)
+        case.returns(node, row_of_sums("MatMulIntegerToFloat", signed, note), floats)
     yield case
 
 
@@ -1072,14 +1216,25 @@ def summarize(given: Sequence[Case], outputs: dict[str, list[dict[str, Array]]])
                     wrong = differs(got, np.ascontiguousarray(expected))
                     cell.mistaken[name] = cell.mistaken.get(name, 0) + int(wrong.sum())
                     if result.row.startswith(("Sums", "Partners")):
-                        error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
-                        cell.errors.append(error.reshape(error.shape[0], error.shape[1], -1).max(-1))
+                        cell.errors.append(largest_errors(got, expected))
     return rows
 
 
+def largest_errors(found: Array, expected: Array) -> Array:
+    """By image and channel, the largest of all pixels."""
+    error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    images, channels = error.shape[:2]
+    return error.reshape(images, channels, -1).max(-1)
+
+
 def shown_arithmetic(cell: Cell) -> str:
-    by_kind = [f"{kind} {count:,}".strip() for kind, count in cell.differing.items() if count]
-    return cell.found() + (f" (differ: {', '.join(by_kind)})" if by_kind else "")
+    by_kind = []
+    for kind, count in cell.differing.items():
+        if count:
+            by_kind.append(f"{kind} {count:,}".strip())
+    if not by_kind:
+        return cell.found()
+    return f"{cell.found()} (differ: {', '.join(by_kind)})"
 
 
 def shown_mistakes(cell: Cell) -> str:
@@ -1091,21 +1246,35 @@ def shown_sums(cell: Cell) -> str:
     if not any(errors.any() for errors in cell.errors):
         return "exact"
     (errors,) = cell.errors
-    failed = errors > 0
-    codes, bytes_ = np.arange(256)[:, None], (np.arange(failed.shape[1]) % 256 - 128)[None, :]
     for offset in (0, 128):
         for terms in range(2, 10):
-            total = terms * (codes - offset) * bytes_
-            lost = np.abs(total - np.clip(total, -32768, 32767))
-            # Saturation loses what is over the limit, which is seen from a code of the output on; a sum that wraps around is
-            # far off at once.
-            wraps = bool((errors[(lost > 0) & (lost <= SEEN_LOSS)] > 10).any())
-            seen = lost > 0 if wraps else lost > SEEN_LOSS
-            if not failed[lost == 0].any() and failed[seen].all():
-                safe = min(abs(int(byte)) for byte in np.broadcast_to(bytes_, lost.shape)[lost > 0]) - 1
-                product = "x·w" if offset == 0 else f"(x − {offset})·w"
-                return f"{terms} products {product} in 16 bits that {'wrap' if wraps else 'saturate'}: to ±{safe}"
-    return f"{int(failed.sum()):,} pairs, by no rule known here"
+            rule = rule_of_overflow(errors, offset, terms)
+            if rule:
+                return rule
+    return f"{int((errors > 0).sum()):,} pairs, by no rule known here"
+
+
+def rule_of_overflow(errors: Array, offset: int, terms: int) -> str:
+    """Whether `errors` (input codes, channels) are those of a sum of `terms` products (code - offset) · byte in 16 bits, in
+    words; empty where they are not."""
+    codes = np.arange(256)[:, None]
+    weight_bytes = (np.arange(errors.shape[1]) % 256 - 128)[None, :]
+    total = terms * (codes - offset) * weight_bytes
+    lost = np.abs(total - np.clip(total, -32768, 32767))
+    overflows = lost > 0
+    # Saturation loses what is over the limit, which is seen from a code of the output on; a sum that wraps around is
+    # far off at once.
+    barely = overflows & (lost <= SEEN_LOSS)
+    wraps = bool((errors[barely] > 10).any())
+    seen = overflows if wraps else lost > SEEN_LOSS
+    failed = errors > 0
+    if failed[~overflows].any() or not failed[seen].all():
+        return ""
+    unsafe_bytes = np.broadcast_to(weight_bytes, lost.shape)[overflows]
+    safe = int(np.abs(unsafe_bytes).min()) - 1
+    product = "x·w" if offset == 0 else f"(x − {offset})·w"
+    what_happens = "wrap" if wraps else "saturate"
+    return f"{terms} products {product} in 16 bits that {what_happens}: to ±{safe}"
 
 
 def shown_partners(cell: Cell) -> str:
@@ -1115,7 +1284,9 @@ def shown_partners(cell: Cell) -> str:
     for (first, second), is_wrong in zip(all_partners(wrong.size), wrong, strict=False):
         if is_wrong:
             by_distance.setdefault(second - first, []).append(first)
-    shown = [f"k and k + {d} for k = {', '.join(map(str, ks))}" for d, ks in sorted(by_distance.items())]
+    shown = []
+    for distance, firsts in sorted(by_distance.items()):
+        shown.append(f"k and k + {distance} for k = {', '.join(map(str, firsts))}")
     return "; ".join(shown) or "none"
 
 
@@ -1143,17 +1314,29 @@ def print_table(table: Table, rows: dict[str, dict[str, Cell]], machines: Sequen
     others = tuple(other.rows for other in TABLES if other.rows)
     alike: dict[tuple[str, ...], list[str]] = {}
     for row, cells in rows.items():
-        if row.startswith(table.rows) if table.rows else not row.startswith(others):
-            alike.setdefault(tuple(table.show(cells[machine]) for machine in machines), []).append(row)
+        is_ours = row.startswith(table.rows)
+        if not table.rows:
+            is_ours = not row.startswith(others)
+        if is_ours:
+            shown = tuple(table.show(cells[machine]) for machine in machines)
+            alike.setdefault(shown, []).append(row)
     if not alike:
         return
-    print(f"\n| {table.title} | results | " + " | ".join(ABOUT[machine] for machine in machines) + " |")
+    print("\n" + line_of_table([table.title, "results", *(ABOUT[machine] for machine in machines)]))
     print("|---|---|" + "---|" * len(machines))
     for shown, names in alike.items():
-        results = sum(rows[name][machines[0]].results for name in names)
-        name = "; ".join(name.removeprefix(table.rows) for name in names)
-        cells_shown = [shown[0], *("same" if cell == before else cell for before, cell in pairwise(shown))]
-        print(f"| {name} | {results:,} | " + " | ".join(cells_shown) + " |")
+        results = 0
+        for name in names:
+            results += rows[name][machines[0]].results
+        title = "; ".join(name.removeprefix(table.rows) for name in names)
+        entries = [title, f"{results:,}", shown[0]]
+        for before, cell in pairwise(shown):
+            entries.append("same" if cell == before else cell)
+        print(line_of_table(entries))
+
+
+def line_of_table(entries: Sequence[str]) -> str:
+    return "| " + " | ".join(entries) + " |"
 
 
 def main() -> None:
@@ -1164,10 +1347,15 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows that begin with one of these words")
     given = parser.parse_args()
     for machine in given.on:
-        if reason := missing(machine):
+        reason = missing(machine)
+        if reason:
             sys.exit(f"{machine}: {reason}")
     wanted = tuple(given.rows)
-    chosen = [case for case in cases() if any(r.row.startswith(wanted) for r in case.results.values())]
+    chosen = []
+    for case in cases():
+        rows_of_case = [result.row for result in case.results.values()]
+        if any(row.startswith(wanted) for row in rows_of_case):
+            chosen.append(case)
     outputs = {}
     for machine in given.on:
         version, outputs[machine] = run_cases(machine, chosen)
