@@ -67,11 +67,9 @@ class Elsewhere:
         name = f"{self.machine:<11}"
         if self.not_run:
             return f"  {name} NOT RUN: {self.not_run}"
-        worst = "".join(
-            f"; {quantizer} {count}"
-            for quantizer, count in list(self.mismatches.items())[:3]
-        )
-        text = f"codes: {self.total} mismatches of {self.codes:,}{worst}"
+        text = f"codes: {self.total} mismatches of {self.codes:,}"
+        for quantizer, count in list(self.mismatches.items())[:3]:
+            text += f"; {quantizer} {count}"
         if self.float_differences:
             count = sum(self.float_differences.values())
             reach = f"which end in {self.differing:,} other codes and {self.answers_changed} of {self.images} other answers"
@@ -95,18 +93,19 @@ def certify_elsewhere(
         bundle = Path(place) / "bundle"
         bundle.mkdir()
         expected = write_bundle(bundle, model, proto, name, images)
-        found = []
+        native = is_native(proto)
+        results = []
         for machine in machines:
             reason = elsewhere.unavailable(machine, session.version())
-            if reason is None and machine == WASM and is_native(proto):
+            if reason is None and machine == WASM and native:
                 reason = "edgeqat's kernels do not run on WebAssembly"
             if reason is not None:
-                found.append(Elsewhere(machine, not_run=reason))
+                results.append(Elsewhere(machine, not_run=reason))
                 continue
             folder = Path(place) / machine
-            runtime = run_bundle(machine, bundle, folder, native=is_native(proto))
-            found.append(compared(machine, runtime, folder, model, images, expected))
-        return tuple(found)
+            runtime = run_bundle(machine, bundle, folder, native=native)
+            results.append(compared(machine, runtime, folder, model, images, expected))
+        return tuple(results)
 
 
 def run_bundle(machine: str, bundle: Path, codes: Path, *, native: bool) -> str:
@@ -121,15 +120,14 @@ def run_bundle(machine: str, bundle: Path, codes: Path, *, native: bool) -> str:
         cpu = CPUS[machine]
         if native:
             arguments += ["--kernels", str(library_for(cpu.architecture))]
-        done = elsewhere.run_python(
-            cpu, session.version(), [str(bundle / "check.py"), *arguments]
-        )
+        script = [str(bundle / "check.py"), *arguments]
+        done = elsewhere.run_python(cpu, session.version(), script)
     if done.returncode not in (0, 1) or not done.stdout:
-        raise ExportError(
-            f"{machine}: {done.stderr.strip() or done.stdout.strip() or 'the emulator stopped'}"
-        )
+        reason = done.stderr.strip() or done.stdout.strip() or "the emulator stopped"
+        raise ExportError(f"{machine}: {reason}")
     first_line = done.stdout.splitlines()[0]
-    return first_line.split(", on ")[1]
+    _, runtime = first_line.split(", on ")[:2]
+    return runtime
 
 
 def compared(
@@ -149,14 +147,15 @@ def compared(
     float_codes = 0
     differing = 0
     for name, of_images in expected.codes.items():
-        size = sum(image.size for image in of_images)
-        codes += size
-        float_codes += size if name in in_float else 0
         for ours, theirs in zip(of_images, found[name], strict=True):
+            codes += ours.size
+            if name in in_float:
+                float_codes += ours.size
             differing += int((ours != theirs).sum())
-    wrong, largest = (
-        _from_their_own_codes(model, images, found) if differing else ({}, {})
-    )
+    wrong: dict[str, int] = {}
+    largest: dict[str, int] = {}
+    if differing:
+        wrong, largest = _from_their_own_codes(model, images, found)
     mismatches: dict[str, int] = {}
     float_differences: dict[str, int] = {}
     for name, count in wrong.items():

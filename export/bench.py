@@ -73,13 +73,11 @@ class BenchTable:
                 f"{name:<{width}} {row.size / 1e6:>8.2f} {share:>8.3f} {row.load_ms:>8.1f} {row.median_ms:>10.2f} "
                 f"{row.p95_ms:>8.2f} {row.peak_mb:>8.1f} {row.over_fp32:>7.2f} {row.over_static:>14.2f}"
             )
-        setting = f"ONNX Runtime {self.runtime}, {self.threads} thread(s), batch {self.batch}, {self.rounds} rounds"
-        return "\n".join(
-            [
-                *lines,
-                f"{setting}, interleaved; ratios count, milliseconds are this machine's",
-            ]
+        lines.append(
+            f"ONNX Runtime {self.runtime}, {self.threads} thread(s), batch {self.batch}, {self.rounds} rounds, interleaved; "
+            "ratios count, milliseconds are this machine's"
         )
+        return "\n".join(lines)
 
 
 def bench(
@@ -96,46 +94,52 @@ def bench(
 
     calibration: "MinMax" or "Entropy", of the static INT8 file.
     """
-    models = {
-        FP32: fp32,
-        STATIC: session.static_int8(fp32, images, calibration),
-        **files,
-    }
+    static = session.static_int8(fp32, images, calibration)
+    models = {FP32: fp32, STATIC: static, **files}
+    static_first = {STATIC: static, **models}
     feed = np.ascontiguousarray(images[:batch])
-    over_fp32 = {
-        x.name: x for x in latency.compare(models, feed, threads=threads, rounds=rounds)
-    }
-    static_first = {STATIC: models[STATIC], **models}
-    over_static = {
-        x.name: x
-        for x in latency.compare(static_first, feed, threads=threads, rounds=rounds)
-    }
-    rows = tuple(
-        BenchRow(
-            name,
-            proto.ByteSize(),
-            _load_ms(proto),
-            over_fp32[name].median_ms,
-            over_fp32[name].p95_ms,
-            peak_memory(proto, feed, threads),
-            over_fp32[name].speedup,
-            over_static[name].speedup,
-            layer_bytes(proto),
+    # Both compare every file with the first
+    over_fp32 = _latencies(models, feed, threads, rounds)
+    over_static = _latencies(static_first, feed, threads, rounds)
+    rows = []
+    for name, proto in models.items():
+        measured = over_fp32[name]
+        row = BenchRow(
+            name=name,
+            size=proto.ByteSize(),
+            load_ms=_load_ms(proto),
+            median_ms=measured.median_ms,
+            p95_ms=measured.p95_ms,
+            peak_mb=peak_memory(proto, feed, threads),
+            over_fp32=measured.speedup,
+            over_static=over_static[name].speedup,
+            layer_bytes=layer_bytes(proto),
         )
-        for name, proto in models.items()
-    )
-    return BenchTable(rows, threads, batch, rounds, session.version())
+        rows.append(row)
+    return BenchTable(tuple(rows), threads, batch, rounds, session.version())
+
+
+def _latencies(
+    models: Mapping[str, onnx.ModelProto],
+    feed: NDArray[np.float32],
+    threads: int,
+    rounds: int,
+) -> dict[str, latency.Latency]:
+    """By name, the speed-up over the first of `models`."""
+    by_name = {}
+    for measured in latency.compare(models, feed, threads=threads, rounds=rounds):
+        by_name[measured.name] = measured
+    return by_name
 
 
 def layer_bytes(proto: onnx.ModelProto) -> dict[str, int]:
     """Bytes of the initialisers of each layer (tables, activation scales and constants that layers share under "shared")."""
     sizes: dict[str, int] = {}
     for tensor in proto.graph.initializer:
-        layer = (
-            tensor.name.split("/")[0].rsplit(".", 1)[0]
-            if "." in tensor.name
-            else "shared"
-        )
+        layer = "shared"
+        if "." in tensor.name:
+            parameter, _, _ = tensor.name.partition("/")
+            layer = parameter.rsplit(".", 1)[0]
         sizes[layer] = sizes.get(layer, 0) + len(tensor.raw_data)
     return sizes
 
@@ -145,7 +149,8 @@ def peak_memory(
 ) -> float:
     """Megabytes that loading and running the file adds to a process's peak."""
     with TemporaryDirectory() as folder:
-        model, feed = Path(folder) / "model.onnx", Path(folder) / "images.npy"
+        model = Path(folder) / "model.onnx"
+        feed = Path(folder) / "images.npy"
         onnx.save(proto, str(model))
         np.save(feed, images)
         command = [

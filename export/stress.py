@@ -71,14 +71,18 @@ def culprit(differs: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
     return group
 
 
-PATTERNS: dict[str, Callable[[tuple[int, ...], LoweredQuantizer], Uint8]] = {
-    "all-max": lambda shape, grid: np.full(shape, grid.high, np.uint8),
-    "all-min": lambda shape, grid: np.full(shape, grid.low, np.uint8),
-    "alternating": lambda shape, grid: np.where(
-        np.indices(shape).sum(0) % 2, grid.high, grid.low
-    ).astype(np.uint8),
-    "random": lambda shape, grid: _random_codes(shape, grid),
-}
+def _highest_codes(shape: tuple[int, ...], grid: LoweredQuantizer) -> Uint8:
+    return np.full(shape, grid.high, np.uint8)
+
+
+def _lowest_codes(shape: tuple[int, ...], grid: LoweredQuantizer) -> Uint8:
+    return np.full(shape, grid.low, np.uint8)
+
+
+def _alternating_codes(shape: tuple[int, ...], grid: LoweredQuantizer) -> Uint8:
+    """Highest and lowest in turn, along every axis."""
+    is_odd = np.indices(shape).sum(0) % 2 == 1
+    return np.where(is_odd, grid.high, grid.low).astype(np.uint8)
 
 
 def _random_codes(shape: tuple[int, ...], grid: LoweredQuantizer) -> Uint8:
@@ -87,6 +91,14 @@ def _random_codes(shape: tuple[int, ...], grid: LoweredQuantizer) -> Uint8:
     if grid.is_binary:
         return generator.choice(np.array([grid.low, grid.high], np.uint8), shape)
     return generator.integers(grid.low, grid.high + 1, shape).astype(np.uint8)
+
+
+PATTERNS: dict[str, Callable[[tuple[int, ...], LoweredQuantizer], Uint8]] = {
+    "all-max": _highest_codes,
+    "all-min": _lowest_codes,
+    "alternating": _alternating_codes,
+    "random": _random_codes,
+}
 
 
 def adversarial(
@@ -98,19 +110,27 @@ def adversarial(
     for node, name, target in _layers_with_targets(model):
         layer = model.layer(name)
         source = model.quantizers[layer.input_quantizer]
-        assert node.inputs[0] is not None and node.inputs[0].shape is not None
-        shape = tuple(d if isinstance(d, int) else 2 for d in node.inputs[0].shape)
+        shape = _shape_of_input(node)
         loaded = session.load(layer_model(proto, name, target.name, shape))
         for pattern, make in PATTERNS.items():
             codes = make(shape, source)
-            expected = quantize(
-                accumulate(node, layer, Codes(torch.from_numpy(codes).float(), source)),
-                target,
-            )
-            found = loaded.run(codes)[target.name]
-            if count := int((found != expected.numpy()).sum()):
+            given = Codes(torch.from_numpy(codes).float(), source)
+            expected = quantize(accumulate(node, layer, given), target).numpy()
+            computed = loaded.run(codes)[target.name]
+            count = int((computed != expected).sum())
+            if count:
                 wrong.setdefault(name, {})[pattern] = count
     return wrong
+
+
+def _shape_of_input(node: ir.Node) -> tuple[int, ...]:
+    """With 2 for every axis of any length."""
+    source = node.inputs[0]
+    assert source is not None and source.shape is not None
+    sizes = []
+    for size in source.shape:
+        sizes.append(size if isinstance(size, int) else 2)
+    return tuple(sizes)
 
 
 def _layers_with_targets(
@@ -127,32 +147,32 @@ def layer_model(
     proto: onnx.ModelProto, layer: str, output: str, shape: tuple[int, ...]
 ) -> onnx.ModelProto:
     """The part of `proto` from the codes that `layer` reads to the codes `output`, as a model with uint8 input `codes`."""
-    producers = {o: node for node in proto.graph.node for o in node.output}
-    node = next(n for n in proto.graph.node if n.name == layer)
-    if node.op_type in KERNELS and node.domain == DOMAIN:
-        return layer_part(proto, node, output, shape)
-    dequantize = producers[node.input[0]]
+    producers: dict[str, onnx.NodeProto] = {}
+    for node in proto.graph.node:
+        for tensor in node.output:
+            producers[tensor] = node
+    layer_node = next(node for node in proto.graph.node if node.name == layer)
+    if layer_node.op_type in KERNELS and layer_node.domain == DOMAIN:
+        return layer_part(proto, layer_node, output, shape)
+    dequantize = producers[layer_node.input[0]]
     entry = dequantize.input[0]
-    kept: dict[str, onnx.NodeProto] = {}
+    needed: set[str] = set()
     pending = [output]
     while pending:
         tensor = pending.pop()
-        if tensor != entry and tensor in producers and tensor not in kept:
-            kept[tensor] = producers[tensor]
-            pending += list(producers[tensor].input)
-    used = {i for n in kept.values() for i in n.input}
-    nodes = [n for n in proto.graph.node if n.output[0] in kept]
-    graph = onnx.helper.make_graph(
-        nodes,
-        layer,
-        [
-            onnx.helper.make_tensor_value_info(
-                entry, onnx.TensorProto.UINT8, ["batch", *shape[1:]]
-            )
-        ],
-        [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.UINT8, None)],
-        [t for t in proto.graph.initializer if t.name in used],
-    )
-    return onnx.helper.make_model(
+        if tensor in needed:
+            continue
+        needed.add(tensor)
+        if tensor != entry and tensor in producers:
+            pending += producers[tensor].input
+    needed.discard(entry)
+    nodes = [node for node in proto.graph.node if node.output[0] in needed]
+    constants = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
+    helper = onnx.helper
+    uint8 = onnx.TensorProto.UINT8
+    source = helper.make_tensor_value_info(entry, uint8, ["batch", *shape[1:]])
+    result = helper.make_tensor_value_info(output, uint8, None)
+    graph = helper.make_graph(nodes, layer, [source], [result], constants)
+    return helper.make_model(
         graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version
     )

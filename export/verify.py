@@ -57,18 +57,17 @@ class FileCheck:
         lines.append(
             f"  signature  codes, scales and biases of {self.layers} layers, and the graph: {broken}"
         )
-        lines += [f"             {name}: {what}" for name, what in self.signed.items()]
+        for name, what in self.signed.items():
+            lines.append(f"             {name}: {what}")
         lines.append(
             f"  kernels    {self.kernels} of {self.integer} layers that read codes run integer kernels"
         )
         if self.is_plain:
             lines[-1] += "; plain QDQ: that is the runtime's choice"
-        settings = "".join(
-            f"; {name}: {count} codes differ" for name, count in self.different.items()
-        )
-        lines.append(
-            f"  settings   EXTENDED, 2 threads, batches of 1{settings or ': the same codes'}"
-        )
+        settings = "" if self.different else ": the same codes"
+        for name, count in self.different.items():
+            settings += f"; {name}: {count} codes differ"
+        lines.append(f"  settings   EXTENDED, 2 threads, batches of 1{settings}")
         lines.append(
             f"  proven     {'; '.join(self.proven) or 'nowhere that the file knows of'}"
         )
@@ -76,37 +75,39 @@ class FileCheck:
             "  unknown    whether these are the trained codes and classes: whoever can change a file can sign it anew; "
             "`qat certify RUN FILE` knows"
         )
-        return in_lines(
-            [*lines, *(f"  warning    {warning}" for warning in self.warnings)]
-        )
+        for warning in self.warnings:
+            lines.append(f"  warning    {warning}")
+        return in_lines(lines)
 
 
 def verify_file(file: Path) -> FileCheck:
     """Raises ExportError for a file that is damaged or was not written by this toolkit."""
     proto = read(file)
-    metadata = read_metadata(proto, str(file))
-    names = [
-        entry["name"] for entry in metadata["layers"] if entry.get("reads") != "float"
-    ]
-    kernels = sum(
-        kernel in INTEGER_KERNELS
-        for kernel in layer_kernels(names, proto, str(file)).values()
-    )
+    name = str(file)
+    metadata = read_metadata(proto, name)
+    on_codes = []
+    for entry in metadata["layers"]:
+        if entry.get("reads") != "float":
+            on_codes.append(entry["name"])
+    kernels = list(layer_kernels(on_codes, proto, name).values())
+    on_integers = [kernel for kernel in kernels if kernel in INTEGER_KERNELS]
     images = random_inputs(metadata, IMAGES)
+    proofs = []
+    for proof in proof_of(proto, name):
+        proofs.append(
+            f"{proof['machine']} ({proof['runtime']}, {proof['images']} images)"
+        )
     return FileCheck(
-        file.name,
-        metadata["target"],
-        len(metadata["layers"]),
-        broken_signatures(proto, metadata),
-        len(names),
-        kernels,
-        settings_that_differ(proto, images, str(file)),
-        (*missing_options(proto), *unsigned_parts(metadata)),
-        tuple(
-            f"{entry['machine']} ({entry['runtime']}, {entry['images']} images)"
-            for entry in proof_of(proto, str(file))
-        ),
-        is_plain(metadata["target"]),
+        file=file.name,
+        target=metadata["target"],
+        layers=len(metadata["layers"]),
+        signed=broken_signatures(proto, metadata),
+        integer=len(on_codes),
+        kernels=len(on_integers),
+        different=settings_that_differ(proto, images, name),
+        warnings=(*missing_options(proto), *unsigned_parts(metadata)),
+        proven=tuple(proofs),
+        is_plain=is_plain(metadata["target"]),
     )
 
 
