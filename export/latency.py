@@ -39,12 +39,14 @@ def compare(
     threads: of every file, or by name. The speed-up is the median of the per-round ratios: both terms of a ratio are
     measured milliseconds apart.
     """
-    counts = dict.fromkeys(models, threads) if isinstance(threads, int) else threads
-    loaded = {
-        name: session.load(model, threads=counts[name])
-        for name, model in models.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in loaded}
+    counts = threads
+    if isinstance(counts, int):
+        counts = dict.fromkeys(models, counts)
+    loaded = {}
+    times: dict[str, list[float]] = {}
+    for name, model in models.items():
+        loaded[name] = session.load(model, threads=counts[name])
+        times[name] = []
     order = np.random.default_rng(0)
     for turn in range(warmup + rounds):
         # In a new order every round: what ran before leaves the caches warm or cold.
@@ -55,13 +57,15 @@ def compare(
             if turn >= warmup:
                 times[name].append((time.perf_counter() - began) * 1e3)
     baseline = np.array(next(iter(times.values())))
-    return [
-        Latency(
-            name,
-            float(np.median(taken)),
-            float(np.percentile(taken, 95)),
-            models[name].ByteSize(),
-            float(np.median(baseline / np.array(taken))),
+    latencies = []
+    for name, of_file in times.items():
+        milliseconds = np.array(of_file)
+        latency = Latency(
+            name=name,
+            median_ms=float(np.median(milliseconds)),
+            p95_ms=float(np.percentile(milliseconds, 95)),
+            size=models[name].ByteSize(),
+            speedup=float(np.median(baseline / milliseconds)),
         )
-        for name, taken in times.items()
-    ]
+        latencies.append(latency)
+    return latencies

@@ -7,17 +7,15 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from edgeqat.files import FileError, reason_of, require_entries
 from export.lowered import ExportError
 from export.targets import TARGETS
 
-MOST_TEXT = (
-    16 << 20
-    # Characters of one metadata entry; a thousand layers and 22,000 classes take less than one million
-)
+# Characters of one metadata entry; a thousand layers and 22,000 classes take less than one million
+MOST_TEXT = 16 << 20
 MOST_LAYERS = 100_000
 MOST_CLASSES = 1_000_000
 MOST_NAME = 1_000  # characters
@@ -26,9 +24,17 @@ BITS = range(1, 9)
 WEIGHT_MULTIPLIERS = range(1, 128)
 MOST_CODES = 1 << 31  # of one layer
 FLOAT_TARGETS = ("fp32", "fp16", "qonnx")  # files without layers of codes
-SESSION_OPTIONS = frozenset(
-    option for target in TARGETS.values() for option in target.session_options
-)
+
+
+def _session_options() -> frozenset[tuple[str, str]]:
+    """What any target asks the runtime for."""
+    options: set[tuple[str, str]] = set()
+    for target in TARGETS.values():
+        options.update(target.session_options)
+    return frozenset(options)
+
+
+SESSION_OPTIONS = _session_options()
 
 DESCRIPTION = {
     "format": int,
@@ -85,11 +91,11 @@ def check_description(value: Mapping[str, Any], name: str) -> None:
         raise ExportError(
             f"{where} layers has {len(value['layers'])} layers; {MOST_LAYERS} are possible"
         )
+    names = []
     for index, layer in enumerate(value["layers"]):
         _check_layer(layer, f"{where} layers[{index}]")
-    _check_names(
-        [layer["name"] for layer in value["layers"]], f"{where} layers", unique=True
-    )
+        names.append(layer["name"])
+    _check_names(names, f"{where} layers", unique=True)
     _check_rest(value, where)
 
 
@@ -108,19 +114,21 @@ def _check_tensors(value: Any, where: str) -> None:
         )
     _check_names(list(value), f"{where} input.tensors", unique=True)
     for name, entry in value.items():
-        parts = _require(entry, TENSOR, f"{where} input.tensors[{_short(name)}]")
-        shape, kind = parts["shape"], parts["dtype"]
-        if len(shape) > MOST_AXES or not all(
-            type(size) is int and size in EXTENTS for size in shape
-        ):
-            raise ExportError(
-                f"{where} input.tensors[{_short(name)}] has shape {_short(shape)}, which no input can have"
-            )
-        if math.prod(shape) > MOST_VALUES or kind not in TYPES:
-            raise ExportError(
-                f"{where} input.tensors[{_short(name)}] is {_short(kind)} {_short(shape)}; up to {MOST_VALUES} of "
-                f"{', '.join(TYPES)} are possible"
-            )
+        _check_tensor(entry, f"{where} input.tensors[{_short(name)}]")
+
+
+def _check_tensor(value: Any, where: str) -> None:
+    """One input that is not made from an image: its shape without the batch, and its type."""
+    entries = _require(value, TENSOR, where)
+    shape = entries["shape"]
+    kind = entries["dtype"]
+    are_extents = all(type(size) is int and size in EXTENTS for size in shape)
+    if len(shape) > MOST_AXES or not are_extents:
+        raise ExportError(f"{where} has shape {_short(shape)}, which no input can have")
+    if math.prod(shape) > MOST_VALUES or kind not in TYPES:
+        raise ExportError(
+            f"{where} is {_short(kind)} {_short(shape)}; up to {MOST_VALUES} of {', '.join(TYPES)} are possible"
+        )
 
 
 def _check_input(value: Any, where: str) -> None:
@@ -168,14 +176,12 @@ def _check_options(options: Any, where: str) -> None:
             f"{where} session_options is {_short(options)}; it needs named entries"
         )
     for key, option in options.items():
-        if not isinstance(option, str) or (key, option) not in SESSION_OPTIONS:
-            known = ", ".join(
-                f"{known_key}={known_option}"
-                for known_key, known_option in sorted(SESSION_OPTIONS)
-            )
-            raise ExportError(
-                f"{where} session_options asks for {_short(f'{key}={option}')}; a file may ask for {known}"
-            )
+        if isinstance(option, str) and (key, option) in SESSION_OPTIONS:
+            continue
+        known = [f"{name}={text}" for name, text in sorted(SESSION_OPTIONS)]
+        raise ExportError(
+            f"{where} session_options asks for {_short(f'{key}={option}')}; a file may ask for {', '.join(known)}"
+        )
 
 
 def _check_layer(value: Any, where: str) -> None:
@@ -186,11 +192,9 @@ def _check_layer(value: Any, where: str) -> None:
                 f"{where}.{key} is {_short(entries[key])}; {possible[0]} to {possible[-1]} are possible"
             )
     shape = entries["shape"]
-    if (
-        not 1 <= len(shape) <= 8
-        or not all(_is_extent(size) for size in shape)
-        or math.prod(shape) > MOST_CODES
-    ):
+    are_extents = all(_is_extent(size) for size in shape)
+    has_axes = 1 <= len(shape) <= 8
+    if not has_axes or not are_extents or math.prod(shape) > MOST_CODES:
         raise ExportError(
             f"{where}.shape is {_short(shape)}; it needs 1 to 8 numbers from 1 on, of at most 2^31 codes"
         )
@@ -204,9 +208,7 @@ def _check_layer(value: Any, where: str) -> None:
 
 
 def _is_extent(size: Any) -> bool:
-    return (
-        isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MOST_CODES
-    )
+    return type(size) is int and 1 <= size <= MOST_CODES
 
 
 def _check_rest(value: Mapping[str, Any], where: str) -> None:
@@ -228,21 +230,27 @@ def _check_rest(value: Mapping[str, Any], where: str) -> None:
             raise ExportError(
                 f"{where} scales_moved_ppm[{_short(quantizer)}] is {_short(moved)}, not a number"
             )
+    _check_ensemble(value, where)
+
+
+def _check_ensemble(value: Mapping[str, Any], where: str) -> None:
+    """The members of an ensemble and how they are averaged; nothing of either in any other file."""
     if ("members" in value) != ("average" in value):
         raise ExportError(
             f"{where} members and average: an ensemble has both, other files have none"
         )
-    if "members" in value:
-        members = value["members"]
-        if not isinstance(members, list) or not 2 <= len(members) <= 1000:
-            raise ExportError(
-                f"{where} members is {_short(members)}; it needs 2 to 1000 names"
-            )
-        _check_names(members, f"{where} members")
-        if value["average"] not in ("probabilities", "logits"):
-            raise ExportError(
-                f"{where} average is {_short(value['average'])}; there are probabilities and logits"
-            )
+    if "members" not in value:
+        return
+    members = value["members"]
+    if not isinstance(members, list) or not 2 <= len(members) <= 1000:
+        raise ExportError(
+            f"{where} members is {_short(members)}; it needs 2 to 1000 names"
+        )
+    _check_names(members, f"{where} members")
+    if value["average"] not in ("probabilities", "logits"):
+        raise ExportError(
+            f"{where} average is {_short(value['average'])}; there are probabilities and logits"
+        )
 
 
 def check_proof(value: Mapping[str, Any], name: str) -> None:
@@ -251,13 +259,12 @@ def check_proof(value: Mapping[str, Any], name: str) -> None:
     record = _require(value, PROOF, where)
     _check_digest(record["graph_sha256"], f"{where}, entry graph_sha256")
     for index, proven in enumerate(record["proven"]):
-        entries = _require(proven, PROVEN, f"{where}, entry proven[{index}]")
-        _check_names(
-            [entries["machine"], entries["runtime"]], f"{where}, entry proven[{index}]"
-        )
+        here = f"{where}, entry proven[{index}]"
+        entries = _require(proven, PROVEN, here)
+        _check_names([entries["machine"], entries["runtime"]], here)
         if entries["images"] < 0:
             raise ExportError(
-                f"{where}, entry proven[{index}].images is {entries['images']}; it cannot be negative"
+                f"{here}.images is {entries['images']}; it cannot be negative"
             )
 
 
@@ -270,31 +277,22 @@ def _require(value: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any
 
 def _check_names(names: list[Any], where: str, *, unique: bool = False) -> None:
     """Each of `names` is text that a terminal may show: not empty, no control characters."""
-    for index, text in enumerate(names):
-        if (
-            not isinstance(text, str)
-            or not 1 <= len(text) <= MOST_NAME
-            or _has_control(text)
-        ):
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if not _is_name(name):
             raise ExportError(
-                f"{where}[{index}] is {_short(text)}; it needs a name of 1 to {MOST_NAME} characters, none of them control "
+                f"{where}[{index}] is {_short(name)}; it needs a name of 1 to {MOST_NAME} characters, none of them control "
                 "characters"
             )
-    if unique and len(set(names)) < len(names):
-        twice = next(_repeated(names))
-        raise ExportError(f"{where} names {_short(twice)} twice")
-
-
-def _has_control(text: str) -> bool:
-    return any(unicodedata.category(character) in CONTROL for character in text)
-
-
-def _repeated(names: list[str]) -> Iterator[str]:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            yield name
+        if unique and name in seen:
+            raise ExportError(f"{where} names {_short(name)} twice")
         seen.add(name)
+
+
+def _is_name(text: Any) -> bool:
+    if not isinstance(text, str) or not 1 <= len(text) <= MOST_NAME:
+        return False
+    return not any(unicodedata.category(character) in CONTROL for character in text)
 
 
 def _check_digest(text: Any, where: str) -> None:
