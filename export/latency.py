@@ -39,9 +39,7 @@ def compare(
     threads: of every file, or by name. The speed-up is the median of the per-round ratios: both terms of a ratio are
     measured milliseconds apart.
     """
-    counts = threads
-    if isinstance(counts, int):
-        counts = dict.fromkeys(models, counts)
+    counts = dict.fromkeys(models, threads) if isinstance(threads, int) else threads
     loaded = {}
     times: dict[str, list[float]] = {}
     for name, model in models.items():
@@ -58,14 +56,13 @@ def compare(
                 times[name].append((time.perf_counter() - began) * 1e3)
     baseline = np.array(next(iter(times.values())))
     latencies = []
-    for name, of_file in times.items():
-        milliseconds = np.array(of_file)
+    for name, measured in times.items():
         latency = Latency(
             name=name,
-            median_ms=float(np.median(milliseconds)),
-            p95_ms=float(np.percentile(milliseconds, 95)),
+            median_ms=float(np.median(measured)),
+            p95_ms=float(np.percentile(measured, 95)),
             size=models[name].ByteSize(),
-            speedup=float(np.median(baseline / milliseconds)),
+            speedup=float(np.median(baseline / np.array(measured))),
         )
         latencies.append(latency)
     return latencies
