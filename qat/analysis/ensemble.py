@@ -7,7 +7,7 @@ of their softmax probabilities, or of their logits. As all see the same images, 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ def load_members(
         built.append(model)
         classes.append(classes_of(folder))
         pair = f"{runs[0]} and {run}"
-        _require_same_entries(recipes[0], recipe, pair)
+        _require_same_entries(recipes[0].entries(), recipe.entries(), pair)
         if (model.mean, model.std) != (built[0].mean, built[0].std):
             raise RecipeError(f"{pair} normalise images by other means and deviations")
         if classes[-1] != classes[0]:
@@ -147,10 +147,10 @@ def load_members(
     return recipes, built, split_of(recipes[0], data_root)
 
 
-def _require_same_entries(first: Recipe, second: Recipe, pair: str) -> None:
+def _require_same_entries(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], pair: str
+) -> None:
     """Raises RecipeError naming the flag in which two members differ, of those that decide what they see."""
-    ours = first.entries()
-    theirs = second.entries()
     for name in SAME:
         if theirs[name] != ours[name]:
             flag = f"--{name.replace('_', '-')}"
