@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +30,32 @@ class Row:
     def name(self) -> str:
         """As the table shows it."""
         method, bits, preset = self.key
-        words = [method, "" if bits is None else f"{bits} bit"]
-        words.append("" if preset == DEFAULT else f"({preset})")
-        return " ".join(word for word in words if word)
+        words = [method]
+        if bits is not None:
+            words.append(f"{bits} bit")
+        if preset != DEFAULT:
+            words.append(f"({preset})")
+        return " ".join(words)
 
     def of_target(self, target: str) -> list[float]:
         """Over the seeds, in percent."""
-        return [100 * v for (name, _), v in self.accuracy.items() if name == target]
+        percents = []
+        for (name, _), share in self.accuracy.items():
+            if name == target:
+                percents.append(100 * share)
+        return percents
 
     def averages(self, targets: Sequence[str]) -> list[float]:
         """The mean over all targets of each seed that has them all, in percent."""
-        seeds = sorted({seed for _, seed in self.accuracy})
-        whole = [s for s in seeds if all((t, s) in self.accuracy for t in targets)]
-        return [
-            100 * float(np.mean([self.accuracy[t, s] for t in targets])) for s in whole
-        ]
+        means = []
+        for seed in sorted({seed for _, seed in self.accuracy}):
+            shares = []
+            for target in targets:
+                if (target, seed) in self.accuracy:
+                    shares.append(self.accuracy[target, seed])
+            if len(shares) == len(targets):
+                means.append(100 * float(np.mean(shares)))
+        return means
 
 
 @dataclass(frozen=True)
@@ -67,25 +79,26 @@ class Table:
 
     def entries(self) -> list[list[str]]:
         """The table as text, a header first."""
-        header = ["method", *self.targets, "average", "seeds"]
-        lines = [header]
+        lines = [["method", *self.targets, "average", "seeds"]]
         for row in self.rows:
-            numbers = [_with_error(row.of_target(t)) for t in self.targets]
+            line = [row.name]
+            for target in self.targets:
+                line.append(_with_error(row.of_target(target)))
             averages = row.averages(self.targets)
-            lines.append(
-                [row.name, *numbers, _with_error(averages), str(len(averages))]
-            )
+            line.append(_with_error(averages))
+            line.append(str(len(averages)))
+            lines.append(line)
         return lines
 
     def markdown(self) -> str:
         """For a README: accuracies on the unseen domain in percent, ± standard error over seeds."""
-        header, *rows = self.entries()
-        lines = [_bars(header), _bars(["---"] * len(header))]
-        lines += [_bars(row) for row in rows]
+        lines = _markdown_table(self.entries())
         tests = self.tests()
         if tests:
-            lines += ["", _bars(TEST_HEADER), _bars(["---"] * len(TEST_HEADER))]
-            lines += [_bars(_test_entries(test)) for test in tests]
+            entries = [TEST_HEADER]
+            for test in tests:
+                entries.append(_test_entries(test))
+            lines += ["", *_markdown_table(entries)]
         if self.missing:
             lines += ["", f"Without results: {', '.join(self.missing)}."]
         return "\n".join(lines) + "\n"
@@ -100,8 +113,10 @@ class Table:
             _latex(header),
             "\\hline",
         ]
-        lines += [_latex(row) for row in rows]
-        return "\n".join([*lines, "\\hline", "\\end{tabular}"]) + "\n"
+        for row in rows:
+            lines.append(_latex(row))
+        lines += ["\\hline", "\\end{tabular}"]
+        return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
         """One line for each cell: method, bits, preset, target, seed, accuracy in [0, 1]."""
@@ -115,17 +130,23 @@ class Table:
 
     def tests(self) -> list[Test]:
         """Every two rows, over the targets and seeds that both have."""
-        found = []
-        for index, first in enumerate(self.rows):
-            for second in self.rows[index + 1 :]:
-                shared = sorted(first.accuracy.keys() & second.accuracy.keys())
-                if len(shared) < 2:
-                    continue
-                pairs = [first.accuracy[k] - second.accuracy[k] for k in shared]
-                points = 100 * np.array(pairs)
-                mean, p = float(points.mean()), sign_test(points)
-                found.append(Test(first.name, second.name, len(points), mean, p))
-        return found
+        tests = []
+        for first, second in combinations(self.rows, 2):
+            differences = []
+            for place in sorted(first.accuracy.keys() & second.accuracy.keys()):
+                differences.append(first.accuracy[place] - second.accuracy[place])
+            if len(differences) < 2:
+                continue
+            points = 100 * np.array(differences)
+            test = Test(
+                first=first.name,
+                second=second.name,
+                pairs=len(points),
+                difference=float(points.mean()),
+                p=sign_test(points),
+            )
+            tests.append(test)
+        return tests
 
 
 TEST_HEADER = ["paired over targets and seeds", "difference, points", "n", "p"]
@@ -142,8 +163,10 @@ def table_of(sweep: Sweep) -> Table:
             missing.append(cell.name)
         else:
             of_row.append(record)
-    rows = tuple(_row(sweep, key, of_row) for key, of_row in records.items())
-    return Table(sweep.targets, rows, tuple(missing))
+    rows = []
+    for key, of_row in records.items():
+        rows.append(_row(sweep, key, of_row))
+    return Table(sweep.targets, tuple(rows), tuple(missing))
 
 
 def _row(sweep: Sweep, key: RowKey, records: Sequence[Record]) -> Row:
@@ -174,23 +197,26 @@ def sign_test(differences: NDArray[np.float64]) -> float:
     Every assignment of signs is counted for few pairs, else 20,000 are drawn from a fixed seed. Differences of one target or
     one seed are taken as independent, which they are not quite.
     """
-    observed = abs(float(differences.sum()))
+    observed = abs(float(differences.sum())) - 1e-12
     count = len(differences)
     if count <= EXACT_PAIRS:
         numbers = np.arange(2**count)[:, None]
-        signs = 1 - 2 * (numbers >> np.arange(count) & 1)
-        sums = np.abs(signs @ differences)
-        return float((sums >= observed - 1e-12).mean())
+        bits = numbers >> np.arange(count) & 1
+        signs = 1 - 2 * bits
+        is_as_large = np.abs(signs @ differences) >= observed
+        return float(is_as_large.mean())
     signs = np.random.default_rng(0).choice((-1, 1), (DRAWS, count))
-    as_large = np.abs(signs @ differences) >= observed - 1e-12
-    return float((as_large.sum() + 1) / (DRAWS + 1))
+    is_as_large = np.abs(signs @ differences) >= observed
+    return float((is_as_large.sum() + 1) / (DRAWS + 1))
 
 
 def _with_error(values: list[float]) -> str:
     if not values:
         return "-"
     mean, error = mean_and_standard_error(values)
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {error:.1f}"
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {error:.1f}"
 
 
 def _test_entries(test: Test) -> list[str]:
@@ -198,10 +224,19 @@ def _test_entries(test: Test) -> list[str]:
     return [names, f"{test.difference:+.2f}", str(test.pairs), f"{test.p:.3f}"]
 
 
+def _markdown_table(entries: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown; `entries` begin with its header."""
+    header, *rows = entries
+    lines = [_bars(header), _bars(["---"] * len(header))]
+    for row in rows:
+        lines.append(_bars(row))
+    return lines
+
+
 def _bars(entries: Sequence[str]) -> str:
     return "| " + " | ".join(entries) + " |"
 
 
 def _latex(entries: Sequence[str]) -> str:
-    escaped = (e.replace("_", "\\_").replace("±", "$\\pm$") for e in entries)
-    return " & ".join(escaped) + " \\\\"
+    line = " & ".join(entries).replace("_", "\\_").replace("±", "$\\pm$")
+    return line + " \\\\"
