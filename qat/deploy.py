@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from export.lowered import LoweredModel
     from export.metadata import Preprocessing
     from qat.analysis.compare import Comparison, Measured
+    from qat.sweep.spec import Sweep
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
@@ -371,6 +372,24 @@ def measure_run(run: Path, model: Path) -> list[Latency]:
         folder / "latency.json", [dataclasses.asdict(entry) for entry in latencies]
     )
     return latencies
+
+
+def measure_sweep(sweep: Sweep, target: str) -> dict[str, str]:
+    """Export and measure the first finished cell of every quantized row of `sweep` that has none measured; returns the cells
+    that have no file for `target`, and why."""
+    from qat.sweep.report import finished_cells
+
+    left: dict[str, str] = {}
+    for cells in finished_cells(sweep).values():
+        run = sweep.out / cells[0].name
+        is_measured = (run / "latency.json").exists()
+        if cells[0].recipe.quantization is None or is_measured:
+            continue
+        try:
+            measure_run(run, export_run(run, target))
+        except ValueError as error:  # ExportError is one
+            left[cells[0].name] = str(error)
+    return left
 
 
 def write_report(
