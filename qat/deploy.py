@@ -122,11 +122,11 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
         raise ExportError(
             f"{model}: a file of target {target.name} has no one arithmetic that a bundle could prove"
         )
+    samples = RunFolder.open(run).samples()
     lowered = lowered_for(run, model)
     if different := compare_stored(lowered, proto):
         layer, what = next(iter(different.items()))
         raise ExportError(f"{model}: is not a file of {run}: layer {layer!r}: {what}")
-    samples = RunFolder.open(run).samples()
     make_folder(out.parent)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
         folder = Path(place) / "bundle"
@@ -194,13 +194,14 @@ def certificate_of(
     from qat.train.loaders import samples_of_test
 
     machines = machines_of(on)
-    lowered = lowered_for(run, model)
     folder, recipe, built = load_run(run)
+    # Before the net is lowered, which takes most of the time
     samples = (
         folder.samples()
         if images is None
         else samples_of_test(split_of(recipe, data_root), recipe, built, images)
     )
+    lowered = lowered_for(run, model)
 
     def trained(
         images: NDArray[np.float32],
