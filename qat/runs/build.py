@@ -134,9 +134,10 @@ def _binary_rules(
 def _grid_rules(
     grids: Grids, edge_bits: int, model: nn.Module
 ) -> list[tuple[str, LayerSpec]]:
-    rules = uniform_rules(
-        grids.weight_bits or grids.bits, grids.bits, first_and_last(model), edge_bits
-    )
+    edges = first_and_last(model)
+    rules = uniform_rules(grids.weight_bits or grids.bits, grids.bits, edges, edge_bits)
+    if grids.edges == "image":
+        rules = _with_float_edges(rules, edges, grids.bits)
     offset = {"offset": True} if grids.activations == "lsq-plus" else {}
     rules = with_options(rules, weight={}, source=offset)
     if grids.rules is not None:
@@ -151,6 +152,15 @@ def _grid_rules(
     if grids.activation_only:
         return [(name, replace(spec, weight=None)) for name, spec in rules]
     return rules
+
+
+def _with_float_edges(
+    rules: list[tuple[str, LayerSpec]], edges: tuple[str, ...], bits: int
+) -> list[tuple[str, LayerSpec]]:
+    """`rules` with the layers of `edges` in floating point, but for the image that the first of them reads."""
+    image = LayerSpec(weight=None, input=QuantSpec(bits))
+    float_edges = [(edges[0], image), *((name, FLOAT) for name in edges[1:])]
+    return float_edges + [rule for rule in rules if rule[0] not in edges]
 
 
 def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:

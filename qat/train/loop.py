@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -73,7 +74,11 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     split = data if isinstance(data, Split) else split_domains(recipe.images, data)
     written, recipe = recipe, in_steps(recipe, split)
     set_seed(recipe.optimization.seed)
-    accelerator = Accelerator(mixed_precision=recipe.optimization.mixed_precision)
+    _require_trackers(recipe.tracking.trackers)
+    accelerator = Accelerator(
+        mixed_precision=recipe.optimization.mixed_precision,
+        log_with=list(recipe.tracking.trackers) or None,
+    )
     processes = Processes(accelerator)
     processes.require_even(recipe.optimization)
     start = start_state(recipe, split)
@@ -109,6 +114,17 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
         raise
     trainer.fit()
     return folder
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Raises RecipeError where the library of a tracker is not installed: accelerate would leave it out without a word."""
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in available:
+            library = name.replace("_", "-")
+            raise RecipeError(
+                f"--trackers {name}: {library} is not installed; add it with: pip install {library}"
+            )
 
 
 @dataclass
@@ -176,6 +192,7 @@ class _Trainer:
             self.optimizer,
             self.accelerator,
             domains=len(split.train),
+            classes=len(split.classes),
             teacher=teacher,
             schedule=self.schedule,
         )
@@ -201,8 +218,16 @@ class _Trainer:
 
     def fit(self) -> None:
         recipe, freezer = self.recipe, self.step.freezer
+        services = recipe.tracking.trackers
+        if services:
+            config = {
+                name: value if isinstance(value, (int, float)) else str(value)
+                for name, value in recipe.entries().items()
+            }
+            self.accelerator.init_trackers("edgeqat", config)
         tracker = Tracker(
             self.folder.path,
+            services=self.accelerator.log if services else None,
             steps=recipe.optimization.steps,
             tensorboard=recipe.tracking.tensorboard,
             resume_at=self.progress.step,
@@ -218,6 +243,8 @@ class _Trainer:
             if not recipe.optimization.steps:
                 self._evaluate(tracker)
         self._finish()
+        if services:
+            self.accelerator.end_training()
 
     def _take_steps(
         self, tracker: Tracker, scales: ScaleLog | None, stop: StopRequest
