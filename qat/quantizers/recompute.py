@@ -60,7 +60,10 @@ class Origin:
 
 def origin_of(x: Tensor) -> Origin | None:
     """How x was made, if a quantizer made it and nothing has written to it since."""
-    origin, version = getattr(x, "_origin", (None, None))
+    noted = getattr(x, "_origin", None)  # an operand may also be a number
+    if noted is None:
+        return None
+    origin, version = noted
     return origin if version == x._version else None
 
 
