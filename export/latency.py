@@ -40,11 +40,11 @@ def compare(
     measured milliseconds apart.
     """
     counts = dict.fromkeys(models, threads) if isinstance(threads, int) else threads
-    loaded = {
-        name: session.load(model, threads=counts[name])
-        for name, model in models.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in loaded}
+    loaded = {}
+    times: dict[str, list[float]] = {}
+    for name, model in models.items():
+        loaded[name] = session.load(model, threads=counts[name])
+        times[name] = []
     order = np.random.default_rng(0)
     for turn in range(warmup + rounds):
         # In a new order every round: what ran before leaves the caches warm or cold.
@@ -55,13 +55,14 @@ def compare(
             if turn >= warmup:
                 times[name].append((time.perf_counter() - began) * 1e3)
     baseline = np.array(next(iter(times.values())))
-    return [
-        Latency(
-            name,
-            float(np.median(taken)),
-            float(np.percentile(taken, 95)),
-            models[name].ByteSize(),
-            float(np.median(baseline / np.array(taken))),
+    latencies = []
+    for name, measured in times.items():
+        latency = Latency(
+            name=name,
+            median_ms=float(np.median(measured)),
+            p95_ms=float(np.percentile(measured, 95)),
+            size=models[name].ByteSize(),
+            speedup=float(np.median(baseline / np.array(measured))),
         )
-        for name, taken in times.items()
-    ]
+        latencies.append(latency)
+    return latencies

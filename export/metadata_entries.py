@@ -150,7 +150,7 @@ def _check_input(value: Any, where: str) -> None:
 
 
 def _is_finite(number: Any) -> bool:
-    """Whether JSON's `number` is one that float32 holds. True and False are no numbers."""
+    """Whether JSON's `number` is one that float32 holds. True and False are not numbers."""
     if isinstance(number, bool) or not isinstance(number, int | float):
         return False
     return math.isfinite(number) and abs(number) < 1e30
