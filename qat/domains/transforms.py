@@ -28,6 +28,19 @@ def train_transform(
     )
 
 
+def randaugment(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """RandomResizedCrop(size, scale 0.7 to 1), horizontal flip, RandAugment (arXiv 1909.13719: two operations of magnitude 9
+    of 31), normalised float32."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.7, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(num_ops=2, magnitude=9),
+            *to_normalized(mean, std),
+        ]
+    )
+
+
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
     """Resize to size × size, normalised float32."""
     return v2.Compose(

@@ -32,6 +32,17 @@ def erm_loss(
     return F.cross_entropy(logits, labels)
 
 
+def smoothed_loss(smoothing: float) -> DomainLoss:
+    """Mean cross entropy with labels of which a share, `smoothing`, is spread evenly over all classes (arXiv 1512.00567)."""
+
+    def loss(
+        logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor
+    ) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    return loss
+
+
 class GroupDRO:
     """Worst-case weights over `count` domains. eta: step of the exponentiated ascent (DomainBed: 0.01)."""
 

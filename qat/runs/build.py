@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
 from qat.runs.parts import Binarization, Grids, RecipeError
-from qat.runs.recipe import Recipe, to_json
+from qat.runs.recipe import Recipe, from_json, to_json
 from qat.runs.run_folder import RunFolder, different_entries
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.batchnorm import fold_norms
@@ -134,9 +134,10 @@ def _binary_rules(
 def _grid_rules(
     grids: Grids, edge_bits: int, model: nn.Module
 ) -> list[tuple[str, LayerSpec]]:
-    rules = uniform_rules(
-        grids.weight_bits or grids.bits, grids.bits, first_and_last(model), edge_bits
-    )
+    edges = first_and_last(model)
+    rules = uniform_rules(grids.weight_bits or grids.bits, grids.bits, edges, edge_bits)
+    if grids.edges == "image":
+        rules = _with_float_edges(rules, edges, grids.bits)
     offset = {"offset": True} if grids.activations == "lsq-plus" else {}
     rules = with_options(rules, weight={}, source=offset)
     if grids.rules is not None:
@@ -153,6 +154,15 @@ def _grid_rules(
     return rules
 
 
+def _with_float_edges(
+    rules: list[tuple[str, LayerSpec]], edges: tuple[str, ...], bits: int
+) -> list[tuple[str, LayerSpec]]:
+    """`rules` with the layers of `edges` in floating point, but for the image that the first of them reads."""
+    image = LayerSpec(weight=None, input=QuantSpec(bits))
+    float_edges = [(edges[0], image), *((name, FLOAT) for name in edges[1:])]
+    return float_edges + [rule for rule in rules if rule[0] not in edges]
+
+
 def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
     """The selected model of a finished run, in eval mode.
 
@@ -163,7 +173,9 @@ def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
     state = folder.load("checkpoint.pt")
     trained_with = state.get("recipe")  # checkpoints of earlier versions have none
     if trained_with is not None:
-        different = different_entries(trained_with, to_json(recipe))
+        # Entries that came after it have the values it was trained with by default
+        trained = from_json(trained_with, folder / "checkpoint.pt")
+        different = different_entries(to_json(trained), to_json(recipe))
         if different:
             raise RecipeError(
                 f"{folder / 'recipe.json'}: was changed after training, which had {different}"

@@ -12,6 +12,7 @@ from qat.runs.ranges import RECIPE, flag, out_of_range
 from qat.words import AlphaInit, GradientCount, Init, NormMode
 
 Kind = Literal["weights", "norms", "biases", "scales"]
+TrackerName = Literal["wandb", "mlflow", "comet_ml", "aim", "clearml"]
 PARAMETER_KINDS: tuple[Kind, ...] = ("weights", "norms", "biases", "scales")
 SECOND_STAGE = ("stage2_epochs", "stage2_steps", "stage2_lr", "stage2_weight_decay")
 # What only a sine wave before the sign has
@@ -54,8 +55,9 @@ class Images(Part):
     """Folder of PACS's own lists, which then split it instead of DomainBed's draw."""
     balanced: bool = False
     """Draw the images of rare classes as often as those of frequent ones."""
-    augmentation: Literal["domainbed", "crop-flip"] = "domainbed"
-    """Training augmentation: DomainBed's, or CIFAR's random crop and flip."""
+    augmentation: Literal["domainbed", "crop-flip", "randaugment"] = "domainbed"
+    """Training augmentation: DomainBed's, CIFAR's random crop and flip, or DomainBed's crop and flip with RandAugment (arXiv
+    1909.13719) in place of its colours."""
     workers: int = 2
     """Data-loading processes."""
 
@@ -120,6 +122,11 @@ class Optimization(Part):
     """Clip the global norm, each value, or by the ratio of unit-wise norms (AGC)."""
     domain_loss: Literal["erm", "groupdro", "coral", "hessian"] = "erm"
     """What the closure minimises: mean cross entropy, or a loss that knows the domains."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over all classes."""
+    mixup: float = 0.0
+    """Mix pairs of images and their labels by shares drawn from Beta(a, a), a this number (arXiv 1710.09412; 0.2 to 1); 0: do
+    not. A pair's two images are mostly of different source domains."""
     and_mask: float | None = None
     """Move a parameter's element only where the signs of the source domains' gradients agree by this much, from 0 to 1
     (arXiv 2009.00329); one pass a domain."""
@@ -139,6 +146,12 @@ class Optimization(Part):
             raise RecipeError(
                 "--accumulate: groupdro weighs domains by the losses of a whole batch; raise --batch-size instead"
             )
+        if self.domain_loss != "erm":
+            for name in ("label_smoothing", "mixup"):
+                if getattr(self, name):
+                    raise RecipeError(
+                        f"{flag(name)} makes labels that --domain-loss {self.domain_loss} cannot read; use erm"
+                    )
         if (self.schedule == "refined") != (self.refine_from is not None):
             raise RecipeError("--schedule refined and --refine-from belong together")
 
@@ -167,6 +180,9 @@ class Tracking(Part):
     make their accuracy worthless for choosing.)"""
     tensorboard: bool = False
     """Also write TensorBoard scalars into the run folder."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Also send scalars and the recipe to these services, through accelerate; each has settings of its own (such as
+    WANDB_MODE, MLFLOW_TRACKING_URI) and is installed by its own name."""
     out: Path | None = None
     """Run folder; by default runs/<method>-<test domain>-<backbone>-s<seed>, numbered when it exists."""
     resume: bool = False
@@ -214,6 +230,8 @@ class Quantization(Part):
     cross-layer equalization, GPTQ's weights or corrected biases (brevitas)."""
     edge_bits: int = 8
     """Bits of the first and the last layer."""
+    input_scales: Literal["calibrated", "one"] = "calibrated"
+    """Scales of layer inputs start as calibration finds them, or at 1 (GAQAT's first author, 2024)."""
     calibration_batches: int = 8
     """Training batches for calibration."""
     symmetric_weights: bool = True
@@ -250,6 +268,9 @@ class Grids(Part):
     """Scales are powers of two, for hardware that shifts."""
     gradient_count: GradientCount = "per_sample"
     """N of the scales' gradient scale: elements that share a scale in one sample, or the whole tensor's."""
+    edges: Literal["quantized", "image"] = "quantized"
+    """The first and the last layer: quantized to --edge-bits; or in floating point, but for the image that the first one
+    reads, which has --bits (GAQAT's first author, 2024). The latter has no form for integer kernels: export fp32 or qonnx."""
     rules: Path | None = None
     """TOML or JSON file of bit rules for single layers (`qat/surgery/rules.py`); they come before the flags' rules."""
 

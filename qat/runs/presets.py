@@ -4,8 +4,8 @@ domainbed   DomainBed's defaults for ERM (its draw 0), ResNet-50.
 swad        the lineage of SWAD and SAGM on PACS, with SWAD's dense average as in its public code.
 sagm        SAGM's published values for PACS (arXiv 2303.10353).
 authors     choices of GAQAT's first author in an earlier study (public code, March 2024); that GAQAT kept them is a guess.
-            Two of them are not here: activation scales that start at 1.0, and a first layer in floating point that reads a
-            quantized image. Its layers outside the edges have weights per output channel, as ours have by default.
+            Weights have a scale per output channel there, as ours have by default; sums between layers stay in floating
+            point there, and have 8 bits here.
 
 `docs/algorithms.md` has where each comes from.
 """
@@ -44,6 +44,8 @@ AUTHORS: dict[str, Any] = {
     "lr": 5e-3,
     "schedule": "constant",
     "gradient_count": "numel",
+    "edges": "image",
+    "input_scales": "one",
     "scale_lr_ratio": 1.0,
     "scale_lr_unit": "absolute",
 }

@@ -63,7 +63,9 @@ RECIPE: dict[str, Range] = {
     "frequency_start": POSITIVE,
     "holdout": BETWEEN_0_AND_1,
     "image_size": Range(0, 4096),  # 0: the backbone's own
+    "label_smoothing": Range(0, 1, open_high=True),
     "lr": POSITIVE,
+    "mixup": NOT_NEGATIVE,
     "norm_batches": COUNT_OR_NONE,
     "per_class": Range(1, 10**6),
     "quant_start_step": COUNT,

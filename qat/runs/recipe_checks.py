@@ -106,6 +106,17 @@ NEEDS = (
         "weight_bits", lambda v: not v.get("activation_only"), "with --activation-only"
     ),
     _Need("activations", lambda v: not v["weight_only"], "with --weight-only"),
+    _Need("edges", lambda v: not v["weight_only"], "with --weight-only"),
+    _Need(
+        "edge_bits",
+        lambda v: v.get("edges") != "image",
+        "with --edges image, which leaves those layers in floating point",
+    ),
+    _Need(
+        "input_scales",
+        lambda v: not v.get("weight_only"),
+        "with --weight-only",
+    ),
     _Need(
         "oscillation",
         lambda v: not v.get("activation_only"),

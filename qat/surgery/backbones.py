@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -161,6 +162,27 @@ def clip_gradients(
     if limit is not None:
         dispatch_clip_grad(clipped, limit, mode=mode)
     return norm
+
+
+class Mixup:
+    """Mixup of a whole batch (arXiv 1710.09412) with timm's targets, its draws following from `seed` and the step alone.
+
+    x = l · x + (1 - l) · x reversed,  y = l · y + (1 - l) · y reversed,  l ~ Beta(alpha, alpha)
+    """
+
+    def __init__(self, alpha: float, classes: int, seed: int) -> None:
+        self.alpha, self.classes, self.seed = alpha, classes, seed
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Images N_C_H_W and labels N -> mixed images and shares N_K of the classes."""
+        from timm.data.mixup import mixup_target
+
+        generator = np.random.default_rng((self.seed, step))
+        share = float(generator.beta(self.alpha, self.alpha))
+        mixed = images * share + images.flip(0) * (1 - share)
+        return mixed, mixup_target(labels, self.classes, share)
 
 
 def _as_tuple(value: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:

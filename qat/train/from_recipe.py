@@ -13,7 +13,12 @@ from qat.objectives.conflict import combine
 from qat.objectives.contract import Gradients, Objective, erm
 from qat.objectives.controls import CONTROLS
 from qat.objectives.distillation import Distillation
-from qat.objectives.domain_aware import LOSSES, head_features, per_domain
+from qat.objectives.domain_aware import (
+    LOSSES,
+    head_features,
+    per_domain,
+    smoothed_loss,
+)
 from qat.objectives.oscillation import Oscillation, damping
 from qat.objectives.replay import replay_of
 from qat.objectives.scale_freeze import FreezeRule, ScaleFreezer
@@ -23,7 +28,7 @@ from qat.quantizers.contract import Quantizer
 from qat.runs.parts import Binarization, Freezing, Sharpness
 from qat.runs.parts import Oscillation as OscillationPart
 from qat.runs.recipe import Recipe
-from qat.surgery.backbones import first_and_last
+from qat.surgery.backbones import Mixup, first_and_last
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.calibrate import paused
 from qat.surgery.swap import quantized_weights, quantizers
@@ -47,10 +52,12 @@ def training_step(
     precision: Precision,
     *,
     domains: int,
+    classes: int = 0,
     teacher: nn.Module | None = None,
     schedule: Schedule | None = None,
 ) -> TrainingStep:
-    """The step that `recipe` describes. model: what is run; own: the model itself; teacher: distils into it."""
+    """The step that `recipe` describes. model: what is run; own: the model itself; classes: how many the images have, which
+    mixup asks for; teacher: distils into it."""
     optimization = recipe.optimization
     parameters: list[Parameter] = []
     for group in optimizer.param_groups:
@@ -70,6 +77,10 @@ def training_step(
     )
     if recipe.model.channels_last:
         step.memory_format = torch.channels_last
+    if optimization.label_smoothing:
+        step.loss = smoothed_loss(optimization.label_smoothing)
+    if optimization.mixup:
+        step.mix = Mixup(optimization.mixup, classes, optimization.seed)
     head = own.get_submodule(first_and_last(own)[-1])
     if optimization.domain_loss != "erm":
         step.features, _ = head_features(own, head)

@@ -20,12 +20,16 @@ from qat.domains.batches import (
 )
 from qat.domains.cifar import EpochBatches, crop_flip
 from qat.domains.splits import Split, Subset
-from qat.domains.transforms import eval_transform, train_transform
+from qat.domains.transforms import eval_transform, randaugment, train_transform
 from qat.runs.build import Built
 from qat.runs.recipe import Recipe
 from qat.runs.run_folder import Samples
 
-AUGMENTATIONS = {"domainbed": train_transform, "crop-flip": crop_flip}
+AUGMENTATIONS = {
+    "domainbed": train_transform,
+    "crop-flip": crop_flip,
+    "randaugment": randaugment,
+}
 EVAL_BATCH = 64
 SAMPLES = 128
 

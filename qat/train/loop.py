@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -74,7 +75,11 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     written = recipe
     recipe = in_steps(recipe, split)
     set_seed(recipe.optimization.seed)
-    accelerator = Accelerator(mixed_precision=recipe.optimization.mixed_precision)
+    _require_trackers(recipe.tracking.trackers)
+    accelerator = Accelerator(
+        mixed_precision=recipe.optimization.mixed_precision,
+        log_with=list(recipe.tracking.trackers) or None,
+    )
     processes = Processes(accelerator)
     processes.require_even(recipe.optimization)
     start = start_state(recipe, split)
@@ -115,6 +120,17 @@ def _shared_folder(recipe: Recipe, processes: Processes) -> RunFolder:
         return folder
     path = processes.from_first(Path())
     return RunFolder(path, writes=False)
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Raises RecipeError where the library of a tracker is not installed: accelerate would leave it out without a word."""
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in available:
+            library = name.replace("_", "-")
+            raise RecipeError(
+                f"--trackers {name}: {library} is not installed; add it with: pip install {library}"
+            )
 
 
 @dataclass
@@ -182,6 +198,7 @@ class _Trainer:
             self.optimizer,
             self.accelerator,
             domains=len(split.train),
+            classes=len(split.classes),
             teacher=teacher,
             schedule=self.schedule,
         )
@@ -225,8 +242,12 @@ class _Trainer:
     def fit(self) -> None:
         """Take all steps that are left, then measure what was selected. Raises Interrupted after a signal."""
         recipe = self.recipe
+        services = recipe.tracking.trackers
+        if services:
+            self._start_trackers()
         tracker = Tracker(
             self.folder.path,
+            services=self.accelerator.log if services else None,
             steps=recipe.optimization.steps,
             tensorboard=recipe.tracking.tensorboard,
             resume_at=self.progress.step,
@@ -239,6 +260,16 @@ class _Trainer:
             if not recipe.optimization.steps:
                 self._evaluate(tracker)
         self._finish()
+        if services:
+            self.accelerator.end_training()
+
+    def _start_trackers(self) -> None:
+        """Tell accelerate's trackers what the run is."""
+        config = {}
+        for name, value in self.recipe.entries().items():
+            is_number = isinstance(value, (int, float))
+            config[name] = value if is_number else str(value)
+        self.accelerator.init_trackers("edgeqat", config)
 
     def _scale_log(self) -> ScaleLog | None:
         """Where the scales' gradients are logged: for GAQAT, in the process that writes."""

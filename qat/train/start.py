@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qat.domains.splits import Split
+from qat.quantizers.lsq import LSQ
 from qat.runs.build import Built, load_run
 from qat.runs.given import SHARED
 from qat.runs.parts import Optimization, RecipeError
@@ -17,6 +19,7 @@ from qat.runs.records import classes_of
 from qat.runs.run_folder import RunFolder
 from qat.surgery.batchnorm import restore_norm_statistics
 from qat.surgery.calibrate import CalibrationRow, calibrate, in_full_precision
+from qat.surgery.layers import QuantConv2d, QuantLinear
 from qat.train.loaders import some_images
 from qat.train.processes import Processes
 
@@ -109,6 +112,8 @@ def calibrated(
             restore_norm_statistics(built.model, batches)
     share = batches[processes.rank :: processes.count]
     rows = calibrate(built.model, share, quantization.scale_init, batches=None)
+    if quantization.input_scales == "one":
+        _start_inputs_at_one(built.model)
     if quantization.init in ("gptq", "bias-correction"):
         from qat.surgery import brevitas_bridge
 
@@ -119,6 +124,15 @@ def calibrated(
         )
         repair(built.model, batches)
     return rows
+
+
+def _start_inputs_at_one(model: nn.Module) -> None:
+    """Set the scale of every layer's input to 1; sums between layers keep what calibration found."""
+    for module in model.modules():
+        if isinstance(module, (QuantConv2d, QuantLinear)) and isinstance(
+            module.input_quantizer, LSQ
+        ):
+            torch.nn.init.ones_(module.input_quantizer.raw_scale)
 
 
 def schedule_of(optimization: Optimization) -> Callable[[int], float]:
@@ -150,7 +164,10 @@ def _after_warmup(optimization: Optimization, steps: int) -> Callable[[int], flo
 
 def is_sgd(optimizer: str) -> bool:
     """Whether a timm optimizer steps along the gradient itself, not along its sign or a normalised form of it."""
-    return "sgd" in optimizer or optimizer.removeprefix("lookahead_") == "momentum"
+    return "sgd" in optimizer or optimizer.removeprefix("lookahead_") in (
+        "momentum",
+        "nesterov",
+    )
 
 
 def refined(norms: NDArray[np.float64], steps: int, power: int) -> NDArray[np.float64]:

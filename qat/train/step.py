@@ -69,6 +69,7 @@ class TrainingStep:
     model:       what is run, perhaps wrapped for several processes. own: the model itself.
     optimizer:   steps along `.grad` of its parameters. precision: how forward runs and gradients come back.
     objective:   fills `.grad` through a closure, in one pass or two.
+    mix:         (images, labels N, steps taken) -> mixed images and shares N_K of the classes, which the loss reads instead.
     loss:        of logits, the head's features, labels and domains -> a scalar. features: holds what the head reads, where
                  the loss needs it; empty: the loss is given the logits.
     domains:     number of source domains. over_domains: (a closure of each one's images, parameters) fills `.grad`, in the
@@ -87,6 +88,7 @@ class TrainingStep:
     optimizer: Any
     precision: Precision
     objective: Objective = erm
+    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     loss: DomainLoss = erm_loss
     features: Sequence[Tensor] = ()
     domains: int = 1
@@ -122,6 +124,8 @@ class TrainingStep:
         """Take a step on images N_C_H_W, labels N and domains N."""
         if self.before is not None:
             self.before(self.taken)
+        if self.mix is not None:
+            images, labels = self.mix(images, labels, self.taken)
         images = images.contiguous(memory_format=self.memory_format)
         gradients, logits = self._run_objective(images, labels, domains)
         if self.combine is not None:

@@ -1,10 +1,10 @@
-"""What a run says while it goes: metrics.jsonl, optional TensorBoard scalars, a progress bar."""
+"""What a run says while it goes: metrics.jsonl, optional TensorBoard scalars and services, a progress bar."""
 
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,14 +37,17 @@ class Tracker:
         tensorboard: bool = False,
         resume_at: int = 0,
         writes: bool = True,
+        services: Callable[[dict[str, float], int], None] | None = None,
     ) -> None:
-        """writes: False for the processes of a run that leave it to another; then nothing is written or shown."""
+        """writes: False for the processes of a run that leave it to another; then nothing is written or shown.
+        services: takes the scalars of a step too, such as accelerate's `log`."""
         self.path = folder / "metrics.jsonl" if writes else Path(os.devnull)
         tensorboard, resume_at = tensorboard and writes, resume_at if writes else 0
         if resume_at:
             self._forget_after(resume_at)
         self.file = self.path.open("a" if resume_at else "w")
         self.writer = _summary_writer(folder) if tensorboard else None
+        self.services = services
         self.steps, self.began = steps, time.monotonic()
         self.status = self.validation = ""
         self.console = Console(stderr=True)
@@ -89,14 +92,12 @@ class Tracker:
             raise FileError(
                 f"{self.path}: cannot be written ({reason_of(error)})"
             ) from error
+        scalars = _flat(values)
         if self.writer is not None:
-            for name, value in values.items():
-                for key, scalar in (
-                    value.items() if isinstance(value, Mapping) else [("", value)]
-                ):
-                    self.writer.add_scalar(
-                        f"{name}/{key}" if key else name, scalar, step
-                    )
+            for name, scalar in scalars.items():
+                self.writer.add_scalar(name, scalar, step)
+        if self.services is not None:
+            self.services(scalars, step)
 
     def show(
         self, step: int, *, loss: float, accuracy: float, images_per_second: float
@@ -131,6 +132,18 @@ class Tracker:
                 if entry["step"] <= step
             ]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+def _flat(values: Mapping[str, float | Mapping[str, float]]) -> dict[str, float]:
+    """Scalars by name; those of a table as table/name."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            flat[name] = value
+            continue
+        for key, scalar in value.items():
+            flat[f"{name}/{key}"] = scalar
+    return flat
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -136,6 +136,20 @@ def test_submitit_runs_the_same_cells(tmp_path: Path, trained: Any) -> None:
     assert len(progress.done) == 2 and ran(sweep) == {"fp-photo-s0": 1, "lsq-4bit-photo-s0": 1}
 
 
+def test_a_grid_begun_before_a_flag_existed_goes_on(tmp_path: Path, trained: Any) -> None:
+    sweep = sweep_of(tmp_path)
+    trained()
+    run_sweep(sweep, say=lambda line: None)
+    for cell in sweep.cells():
+        file = sweep.out / cell.name / engine.CELL
+        values = json.loads(file.read_text())
+        del values["mixup"]
+        file.write_text(json.dumps(values))
+    before = ran(sweep)
+    run_sweep(sweep, say=lambda line: None)
+    assert ran(sweep) == before
+
+
 def test_a_changed_grid_is_refused_before_anything_runs(tmp_path: Path, trained: Any) -> None:
     trained()
     run_sweep(sweep_of(tmp_path, seeds=(0,)), say=lambda line: None)
@@ -191,6 +205,11 @@ def test_the_table_has_means_and_standard_errors_over_seeds(tmp_path: Path, trai
     ]
     (test,) = table.tests()
     assert test.pairs == 6 and test.difference == pytest.approx(sum(difference) / 6)
+    variance = sum((value - test.difference) ** 2 for value in difference) / 5
+    assert test.spread == pytest.approx(variance**0.5)
+    # At so many pairs of this spread the interval is one point to either side, at one fewer it is more
+    interval = [1.96 * (variance / count) ** 0.5 for count in (test.pairs_for_one_point, test.pairs_for_one_point - 1)]
+    assert interval[0] <= 1 < interval[1]
     assert (sweep.out / "table.csv").read_text().count("\n") == 13 and "lsq 4 bit" in (
         sweep.out / "table.tex"
     ).read_text()
