@@ -111,7 +111,7 @@ def read_json(path: Path) -> Any:
 def require_entries(
     value: Any, kinds: Mapping[str, Kind], where: str
 ) -> dict[str, Any]:
-    """`value` as a dictionary that has every entry of `kinds`, each of its type. True and False are no numbers.
+    """`value` as a dictionary that has every entry of `kinds`, each of its type. True and False are not numbers.
 
     Raises FileError naming `where`, the entry and what it should be.
     """

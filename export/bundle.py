@@ -14,7 +14,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,18 +68,6 @@ def write_bundle(
     pixels = np.ascontiguousarray(images, np.float32).tobytes()
     (folder / "images.bin").write_bytes(pixels)
     codes, logits = expected_of(model, images)
-    in_float = set(float_quantizers(model))
-    tensors = [
-        {
-            "name": quantizer,
-            "made_by": maker,
-            "sources": sources,
-            "float": quantizer in in_float,
-            "shape": list(codes[quantizer][0].shape),
-            "sha256": [digest(of_image) for of_image in codes[quantizer]],
-        }
-        for quantizer, maker, sources in origins(model)
-    ]
     expected: dict[str, Any] = {
         "format": FORMAT,
         "about": f"bundle of {name}",
@@ -96,9 +84,9 @@ def write_bundle(
         "expected_from": (
             f"the integer definition; floating-point operators of ONNX Runtime {session.version()} on {platform.machine()}"
         ),
-        "tensors": tensors,
-        "answers": [int(row.argmax()) for row in logits],
-        "logits": [[float(x) for x in row] for row in logits],
+        "tensors": _expected_tensors(model, codes),
+        "answers": logits.argmax(1).tolist(),
+        "logits": logits.tolist(),
     }
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
     for script in SCRIPTS:
@@ -106,12 +94,32 @@ def write_bundle(
     return Expected(codes, logits)
 
 
+def _expected_tensors(
+    model: LoweredModel, codes: Mapping[str, list[NDArray[np.uint8]]]
+) -> list[dict[str, Any]]:
+    """An entry for each quantizer, in graph order: what its codes must be, and what they are computed from."""
+    in_float = set(float_quantizers(model))
+    entries = []
+    for quantizer, maker, sources in origins(model):
+        of_images = codes[quantizer]
+        entry = {
+            "name": quantizer,
+            "made_by": maker,
+            "sources": sources,
+            "float": quantizer in in_float,
+            "shape": list(of_images[0].shape),
+            "sha256": [digest(of_image) for of_image in of_images],
+        }
+        entries.append(entry)
+    return entries
+
+
 def expected_of(model: LoweredModel, images: NDArray[np.float32]) -> Expected:
     """Codes and logits that the integer definition computes, image by image."""
     reference = IntegerReference(model, session.FloatOperators())
-    codes: dict[str, list[NDArray[np.uint8]]] = {
-        name: [] for name in quantizers_in_order(model)
-    }
+    codes: dict[str, list[NDArray[np.uint8]]] = {}
+    for name in quantizers_in_order(model):
+        codes[name] = []
     logits = []
     for image in images:
         computed, outputs = reference.run(torch.from_numpy(image[None]))
@@ -128,9 +136,9 @@ def origins(model: LoweredModel) -> Iterator[tuple[str, str, list[str]]]:
             continue
         value = node.inputs[0]
         producer = value.producer() if value is not None else None
-        maker = (
-            "requantization" if grid_of(value) is not None else _maker(producer, model)
-        )
+        maker = _maker(producer, model)
+        if grid_of(value) is not None:
+            maker = "requantization"
         yield mark_name(node), maker, _sources(producer, model)
 
 

@@ -31,7 +31,12 @@ from edgeqat.terminal import in_lines
 from export.feeds import Given
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.reference import Accumulator, Codes, IntegerReference, Value, real_of
-from export.rounding import NEGLIGIBLE_CODES, bias_roundings, largest_results
+from export.rounding import (
+    NEGLIGIBLE_CODES,
+    BiasRounding,
+    bias_roundings,
+    largest_results,
+)
 from export.skeleton import (
     LAYOUT_OPS,
     constant,
@@ -47,11 +52,23 @@ FUNCTION = 1e-3  # codes
 LARGEST_ROUNDING = 0.5  # codes
 LARGEST_SHARE = 0.05  # of the standard deviation of an output
 HALF = 0.5 * (1 + 1e-6)  # a unit; 1e-6 is for float32
-# Of the largest output: what floats may be off after integer sums, after functions of them, and in a net without codes.
-OUTPUT_SHARE, FUNCTION_SHARE, WEIGHT_ONLY_SHARE = 1e-5, 1e-4, 1e-3
+# Of the largest output, what floats may be off:
+OUTPUT_SHARE = 1e-5  # after integer sums
+FUNCTION_SHARE = 1e-4  # after functions of them
+WEIGHT_ONLY_SHARE = 1e-3  # in a net without codes
 DIFFERING_ANSWERS = 0.01  # share of answers that may differ
 # Certainty to fail a file whose answers differ by no more: its images are a sample
 LEVEL = 0.01
+MULTIPLYING = {
+    "Conv",
+    "ConvTranspose",
+    "Einsum",
+    "GRU",
+    "Gemm",
+    "LSTM",
+    "MatMul",
+    "RNN",
+}
 
 Outputs = Mapping[str, NDArray[np.float32]]
 Trained = Callable[[Any], tuple[Mapping[str, NDArray[np.uint8]], Outputs]]
@@ -86,7 +103,7 @@ class Fidelity:
 
     @property
     def answers_agree(self) -> bool:
-        """Whether the differing answers are no evidence that more than 1 % of all differ."""
+        """Whether the differing answers give no evidence that more than 1 % of all differ."""
         return within_share(
             self.answers - self.same, self.answers, DIFFERING_ANSWERS, LEVEL
         )
@@ -94,9 +111,8 @@ class Fidelity:
     @property
     def missing(self) -> int:
         """Multiply-adds of the trained net that the file does not make."""
-        return max(
-            self.multiply_adds - self.on_integers - sum(self.in_float.values()), 0
-        )
+        made = self.on_integers + sum(self.in_float.values())
+        return max(self.multiply_adds - made, 0)
 
     @property
     def passed(self) -> bool:
@@ -105,15 +121,17 @@ class Fidelity:
 
     def faults(self) -> list[str]:
         """One line for each thing that fails."""
-        lines = [
-            f"{name}: {count:,} codes are not what the trained net computes"
-            for name, count in self.unexplained.items()
-        ]
-        lines += [f"{name}: {what}" for name, what in self.biases.items()]
-        lines += [
-            f"output {name}: off by {share:.1e} of its largest value, beyond what rounding explains"
-            for name, share in self.outputs.items()
-        ]
+        lines = []
+        for name, count in self.unexplained.items():
+            lines.append(
+                f"{name}: {count:,} codes are not what the trained net computes"
+            )
+        for name, what in self.biases.items():
+            lines.append(f"{name}: {what}")
+        for name, share in self.outputs.items():
+            lines.append(
+                f"output {name}: off by {share:.1e} of its largest value, beyond what rounding explains"
+            )
         if self.missing:
             lines.append(
                 f"{self.missing:,} multiply-adds of the trained net are not in the file"
@@ -128,26 +146,29 @@ class Fidelity:
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
         layer, shift = self.rounding
-        rounded = (
-            f", bias rounding at most {shift:.1g} codes ({layer})" if layer else ""
-        )
+        rounded = ""
+        if layer:
+            rounded = f", bias rounding at most {shift:.1g} codes ({layer})"
+        differing = sum(self.unexplained.values())
         text = (
-            f"the trained net, operation by operation: {sum(self.unexplained.values()):,} of {self.codes:,} codes differ "
+            f"the trained net, operation by operation: {differing:,} of {self.codes:,} codes differ "
             f"({self.at_ties:,} at ties){rounded}; free-running, {self.same:,} of {self.answers:,} answers alike  [{verdict}]"
         )
-        return in_lines([text, *(f"           {fault}" for fault in self.faults()[:8])])
+        first_faults = self.faults()[:8]
+        return in_lines([text, *(f"           {fault}" for fault in first_faults)])
 
 
 def within_share(differing: int, count: int, share: float, level: float) -> bool:
-    """Whether `differing` of `count` is no evidence, at `level`, that more than `share` differ (binomial, one-sided)."""
+    """Whether `differing` of `count` gives no evidence, at `level`, that more than `share` differ (binomial, one-sided)."""
     if differing <= share * count:
         return True
-    log_terms = [
-        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
-        + k * math.log(share) + (count - k) * math.log1p(-share)
-        for k in range(differing)
-    ]  # fmt: skip
-    return 1 - sum(math.exp(term) for term in log_terms) >= level
+    fewer = 0.0  # probability that fewer than `differing` differ
+    for k in range(differing):
+        log_ways = math.lgamma(count + 1)
+        log_ways -= math.lgamma(k + 1) + math.lgamma(count - k + 1)
+        log_chance = k * math.log(share) + (count - k) * math.log1p(-share)
+        fewer += math.exp(log_ways + log_chance)
+    return 1 - fewer >= level
 
 
 def fidelity(
@@ -169,62 +190,66 @@ def fidelity(
         _, defined = reference.run(part, follow=follower)
         follower.compare_outputs(defined, expected)
         parts.append(expected)
-    from_training = {
-        name: np.concatenate([part[name] for part in parts]) for name in parts[0]
-    }
-    roundings = {
-        name: rounding.largest for name, rounding in follower.roundings.items()
-    }
-    worst = max(roundings, key=lambda name: roundings[name], default="")
+    from_training = {}
+    for name in parts[0]:
+        from_training[name] = np.concatenate([part[name] for part in parts])
     if found.keys() != from_training.keys():
         raise ExportError(
             f"the file returns {', '.join(found)}, the trained net {', '.join(from_training)}; export the net again"
         )
     first = next(iter(from_training))
     answers, same = compare_answers(found[first], from_training[first])
-    order = quantizers_in_order(reference.model)
-    return Fidelity(
+    unexplained = {}
+    for name in quantizers_in_order(reference.model):
+        if name in follower.unexplained:
+            unexplained[name] = follower.unexplained[name]
+    in_float = {}
+    for name, count in follower.in_float.items():
+        in_float[name] = count // len(images)
+    judged = Fidelity(
         codes=follower.total,
         at_ties=follower.at_ties,
-        unexplained={
-            name: follower.unexplained[name]
-            for name in order
-            if name in follower.unexplained
-        },
-        rounding=(worst, roundings[worst]) if worst else ("", 0.0),
-        biases=_wrong_biases(follower, roundings),
+        unexplained=unexplained,
+        rounding=_largest_rounding(follower.roundings),
+        biases=_wrong_biases(follower.roundings, follower.shares),
         outputs=follower.outputs,
         answers=answers,
         same=same,
         multiply_adds=reference.model.multiply_adds,
         on_integers=follower.on_integers // len(images),
-        in_float={
-            name: count // len(images) for name, count in follower.in_float.items()
-        },
-    ), from_training
+        in_float=in_float,
+    )
+    return judged, from_training
+
+
+def _largest_rounding(roundings: Mapping[str, BiasRounding]) -> tuple[str, float]:
+    """The layer whose rounded bias moves its results farthest, and by how many codes; ("", 0.0) without layers."""
+    if not roundings:
+        return "", 0.0
+    worst = max(roundings, key=lambda name: roundings[name].largest)
+    return worst, roundings[worst].largest
 
 
 def _wrong_biases(
-    follower: "_Follower", roundings: Mapping[str, float]
+    roundings: Mapping[str, BiasRounding], shares: Mapping[str, float]
 ) -> dict[str, str]:
+    """Layer -> what is wrong with its integer bias; shares: layer -> how far it moves an output, of the output's spread."""
     wrong: dict[str, str] = {}
-    for name, rounding in follower.roundings.items():
-        units = float(
-            (np.abs(rounding.change) / np.maximum(rounding.unit, 1e-300)).max(
-                initial=0.0
-            )
-        )
+    for name, rounding in roundings.items():
+        in_units = np.abs(rounding.change) / np.maximum(rounding.unit, 1e-300)
+        units = float(in_units.max(initial=0.0))
+        share = shares.get(name, 0.0)
         if units > HALF:
             wrong[name] = (
                 f"its bias is {units:.3g} units away from the trained one, more than rounding explains"
             )
-        elif roundings[name] > LARGEST_ROUNDING:
+        elif rounding.largest > LARGEST_ROUNDING:
             wrong[name] = (
-                f"rounding its bias moves results by {roundings[name]:.2g} codes"
+                f"rounding its bias moves results by {rounding.largest:.2g} codes"
             )
-        elif follower.shares.get(name, 0.0) > LARGEST_SHARE:
+        elif share > LARGEST_SHARE:
             wrong[name] = (
-                f"rounding its bias moves outputs by {follower.shares[name]:.0%} of their spread"
+                f"rounding its bias moves outputs by {share:.0%} of their spread"
             )
     return wrong
 
@@ -244,17 +269,18 @@ class _Follower:
     place, so that the next operation starts from them."""
 
     def __init__(self, model: LoweredModel) -> None:
-        self.model, self.roundings = model, bias_roundings(model)
+        self.model = model
+        self.roundings = bias_roundings(model)
         self.codes: Mapping[str, NDArray[np.uint8]] = {}
-        self.total = self.at_ties = 0
+        self.total = 0
+        self.at_ties = 0
         self.unexplained: dict[str, int] = {}
         self.outputs: dict[str, float] = {}
         self.shares: dict[str, float] = {}
         self.on_integers = 0
         self.in_float: dict[str, int] = {}
-        self.ppm = max(
-            (abs(grid.moved_ppm) for grid in model.quantizers.values()), default=0
-        )
+        moved = [abs(grid.moved_ppm) for grid in model.quantizers.values()]
+        self.ppm = max(moved, default=0)
         self.names_at = {value: name for name, value in model.trained_at.items()}
         self.allowances: dict[str, Tensor] = {}
 
@@ -265,23 +291,7 @@ class _Follower:
             values[node.outputs[0]] = with_trained_bias(values[node.outputs[0]], layer)
         name = mark_name(node) if is_mark(node) else ""
         if name in self.model.quantizers:
-            source = node.inputs[0]
-            assert source is not None
-            grid = self.model.quantizers[name]
-            producer = source.producer()
-            layer = weight_layer(producer, self.model) if producer is not None else None
-            before = in_codes(values[source], grid)
-            axis = -1 if producer is not None and producer.op_type == "Gemm" else 1
-            channels = [
-                -1 if a == axis % before.dim() else 1 for a in range(before.dim())
-            ]
-            allowance = self._allowance(layer, grid).view(
-                channels if layer is not None else ()
-            )
-            if layer is None:
-                allowance = allowance + FLOAT_SUM * _largest(before)
-            self.allowances[name] = allowance
-            values[node.outputs[0]] = Codes(before.float(), grid)
+            self._take_unrounded(name, node, values)
             # The layout operations up to there move what is not rounded yet
             if name in self.model.trained_at:
                 return
@@ -290,43 +300,76 @@ class _Follower:
             if output in self.names_at:
                 self._compare(self.names_at[output], output, values)
 
+    def _take_unrounded(
+        self, name: str, mark: ir.Node, values: dict[ir.Value, Value]
+    ) -> None:
+        """Make the quantizer's result what it rounds, in codes, and note how far floats may be off there."""
+        source = mark.inputs[0]
+        assert source is not None
+        grid = self.model.quantizers[name]
+        producer = source.producer()
+        layer = None if producer is None else weight_layer(producer, self.model)
+        unrounded = in_codes(values[source], grid)
+        if layer is None:
+            largest = _largest(unrounded)
+            allowance = self._function_allowance(grid) + FLOAT_SUM * largest
+        else:
+            assert producer is not None
+            channel_axis = -1 if producer.op_type == "Gemm" else 1
+            per_channel = [1] * unrounded.dim()
+            per_channel[channel_axis % unrounded.dim()] = -1
+            allowance = self._layer_allowance(layer, grid).view(per_channel)
+        self.allowances[name] = allowance
+        values[mark.outputs[0]] = Codes(unrounded.float(), grid)
+
     def _compare(self, name: str, at: ir.Value, values: dict[ir.Value, Value]) -> None:
-        grid, expected = self.model.quantizers[name], self.codes[name]
-        found = values[at]
-        assert isinstance(found, Codes)
-        trained = torch.from_numpy(expected).float()
+        """Count the codes at `at` that are not the trained net's, and put the trained net's in their place."""
+        grid = self.model.quantizers[name]
+        defined = values[at]
+        assert isinstance(defined, Codes)
+        unrounded = defined.stored
+        trained = torch.from_numpy(self.codes[name]).float()
         self.total += trained.numel()
-        if trained.shape != found.stored.shape:
-            self.unexplained[name] = self.unexplained.get(name, 0) + trained.numel()
+        if trained.shape != unrounded.shape:
+            self._note_unexplained(name, trained.numel())
             return
         allowance = self.allowances[name]
         if allowance.dim() and name in self.model.trained_at:
             allowance = allowance.max()  # its channels may lie elsewhere now
         if grid.is_binary:
-            wrong = (found.stored >= 0) != (trained > grid.zero_point)
-            unexplained = wrong & (found.stored.abs() > allowance)
+            wrong = (unrounded >= 0) != (trained > grid.zero_point)
+            unexplained = wrong & (unrounded.abs() > allowance)
         else:
-            rounded = found.stored.round().clamp(grid.low, grid.high)
+            rounded = unrounded.round().clamp(grid.low, grid.high)
             wrong = rounded != trained
-            clipped = found.stored.clamp(grid.low, grid.high)
+            clipped = unrounded.clamp(grid.low, grid.high)
             unexplained = (clipped - trained).abs() > 0.5 + allowance
         self.at_ties += int((wrong & ~unexplained).sum())
-        if count := int(unexplained.sum()):
-            self.unexplained[name] = self.unexplained.get(name, 0) + count
+        self._note_unexplained(name, int(unexplained.sum()))
         values[at] = Codes(trained, grid)
 
-    def _allowance(self, layer: LoweredLayer | None, grid: LoweredQuantizer) -> Tensor:
-        """In codes of `grid`, per channel after a layer; in real units where one bit is decided."""
-        moved = 1e-6 * self.ppm * 4 * grid.high
-        if layer is None:
-            return torch.tensor(FUNCTION + moved)
+    def _note_unexplained(self, name: str, count: int) -> None:
+        if count:
+            self.unexplained[name] = self.unexplained.get(name, 0) + count
+
+    def _moved_codes(self, grid: LoweredQuantizer) -> float:
+        """How far the scales that were moved may shift a result, in codes."""
+        return 1e-6 * self.ppm * 4 * grid.high
+
+    def _function_allowance(self, grid: LoweredQuantizer) -> Tensor:
+        """In codes of `grid`, () float32, after anything but a layer."""
+        return torch.tensor(FUNCTION + self._moved_codes(grid))
+
+    def _layer_allowance(self, layer: LoweredLayer, grid: LoweredQuantizer) -> Tensor:
+        """In codes of `grid`, float32 (O,), after a layer; in real units where one bit is decided."""
+        moved = self._moved_codes(grid)
         sums = self._float_error(layer)
         if grid.is_binary:
             return torch.from_numpy(sums * (1 + moved)).float()
-        negligible = NEGLIGIBLE_CODES if layer.dead_channels else 0.0
-        return torch.from_numpy(
-            sums / float(grid.scale) + moved + FLOAT_SUM * grid.high + negligible
-        ).float()
+        in_grid = sums / float(grid.scale)
+        negligible = NEGLIGIBLE_CODES if layer.bias_only_channels else 0.0
+        allowance = in_grid + moved + FLOAT_SUM * grid.high + negligible
+        return torch.from_numpy(allowance).float()
 
     def _float_error(self, layer: LoweredLayer) -> NDArray[np.float64]:
         """float64 (O,), in real units: how far float32 may be off in adding up the layer's results."""
@@ -334,33 +377,40 @@ class _Follower:
         return FLOAT_SUM * (largest_results(layer, source) + np.abs(layer.folded_bias))
 
     def compare_outputs(self, defined: Outputs, trained: Outputs) -> None:
+        """Note the outputs that lie farther from the trained net's than floats may be off."""
         for value in self.model.skeleton.graph.outputs:
             name = str(value.name)
             if name not in trained or defined[name].shape != trained[name].shape:
                 self.outputs[name] = 1.0
                 continue
-            largest = float(np.abs(trained[name]).max(initial=0.0))
+            expected = trained[name]
+            largest = float(np.abs(expected).max(initial=0.0))
             layer = layer_of_output(value, self.model)
-            share = OUTPUT_SHARE if layer is not None else FUNCTION_SHARE
-            if not self.model.quantizers:
-                share = WEIGHT_ONLY_SHARE
-            allowed: float | NDArray[np.float64] = (share + 4e-6 * self.ppm) * largest
-            if layer is not None:
-                per_channel = self._float_error(layer)
-                allowed = allowed + (
-                    per_channel if trained[name].ndim == 2 else float(per_channel.max())
-                )
-            difference = np.abs(defined[name].astype(np.float64) - trained[name])
+            allowed = self._output_allowance(layer, largest, expected.ndim)
+            difference = np.abs(defined[name].astype(np.float64) - expected)
             beyond = float((difference - allowed).max(initial=0.0))
-            if not beyond <= 0:
-                self.outputs[name] = max(
-                    self.outputs.get(name, 0.0), beyond / max(largest, 1e-30)
-                )
+            if not beyond <= 0:  # nan is not
+                share = beyond / max(largest, 1e-30)
+                self.outputs[name] = max(self.outputs.get(name, 0.0), share)
             if layer is not None and layer.name in self.roundings:
                 change = float(np.abs(self.roundings[layer.name].change).max())
-                self.shares[layer.name] = change / max(
-                    float(trained[name].std()), 1e-30
-                )
+                spread = max(float(expected.std()), 1e-30)
+                self.shares[layer.name] = change / spread
+
+    def _output_allowance(
+        self, layer: LoweredLayer | None, largest: float, rank: int
+    ) -> float | NDArray[np.float64]:
+        """In real units, of an output with this largest value; per channel for the results of a layer that are vectors."""
+        share = OUTPUT_SHARE if layer is not None else FUNCTION_SHARE
+        if not self.model.quantizers:
+            share = WEIGHT_ONLY_SHARE
+        allowed = (share + 4e-6 * self.ppm) * largest
+        if layer is None:
+            return allowed
+        per_channel = self._float_error(layer)
+        if rank == 2:
+            return allowed + per_channel
+        return allowed + float(per_channel.max())
 
     def _count(self, node: ir.Node, values: dict[ir.Value, Value]) -> None:
         """Multiply-adds of a convolution or matrix product, where they run and whose they are."""
@@ -384,58 +434,47 @@ class _Follower:
 
 def multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
     """How many multiply-adds `node` makes with the operands at hand; 0 for other operations."""
-    if node.op_type not in (
-        "Conv",
-        "ConvTranspose",
-        "Einsum",
-        "GRU",
-        "Gemm",
-        "LSTM",
-        "MatMul",
-        "RNN",
-    ):
+    if node.op_type not in MULTIPLYING:
         return 0
     if node.op_type == "Einsum":
-        shapes = [
-            _shape_in(value, values) for value in node.inputs if value is not None
-        ]
-        return (
-            _einsum_products(node.attributes["equation"].as_string(), shapes)
-            if len(shapes) > 1
-            else 0
-        )
-    first, second = node.inputs[:2]
-    assert first is not None and second is not None
-    made = math.prod(shape_of(values[node.outputs[0]]))
-    read = _shape_in(first, values)
+        return _einsum_multiply_adds(node, values)
+    results = math.prod(shape_of(values[node.outputs[0]]))
+    read = _operand_shape(node, 0, values)
     match node.op_type:
         case "GRU" | "LSTM" | "RNN":
             steps, batch = read[:2]
-            recurrent_weight = node.inputs[2]
-            assert recurrent_weight is not None
-            weights = math.prod(_shape_in(second, values)) + math.prod(
-                _shape_in(recurrent_weight, values)
-            )
+            input_weight = _operand_shape(node, 1, values)
+            recurrent_weight = _operand_shape(node, 2, values)
+            weights = math.prod(input_weight) + math.prod(recurrent_weight)
             return steps * batch * weights
         case "Conv":
-            per_output = (
-                read[1] // node.attributes["group"].as_int()
-                if "group" in node.attributes
-                else read[1]
-            )
-            return made * per_output * math.prod(_kernel_shape(node, second))
+            inputs = read[1] // _int_attribute(node, "group", 1)
+            return results * inputs * math.prod(_kernel_shape(node))
         case "ConvTranspose":
-            weight = constant(second)
-            return (
-                0 if weight is None else math.prod(read) * math.prod(weight.shape[1:])
-            )
+            weight = constant(node.inputs[1])
+            if weight is None:
+                return 0
+            return math.prod(read) * math.prod(weight.shape[1:])
         case "Gemm":
-            transposed = (
-                "transA" in node.attributes and node.attributes["transA"].as_int() == 1
-            )
-            return made * read[0 if transposed else 1]
+            summed_axis = 0 if _int_attribute(node, "transA", 0) == 1 else 1
+            return results * read[summed_axis]
         case _:
-            return made * read[-1]
+            return results * read[-1]
+
+
+def _int_attribute(node: ir.Node, name: str, default: int) -> int:
+    if name not in node.attributes:
+        return default
+    return node.attributes[name].as_int()
+
+
+def _einsum_multiply_adds(node: ir.Node, values: Mapping[ir.Value, Value]) -> int:
+    """Those of two operands at least: one alone is only summed."""
+    count = len(node.inputs)
+    if count == 1:
+        return 0
+    shapes = [_operand_shape(node, index, values) for index in range(count)]
+    return _einsum_products(node.attributes["equation"].as_string(), shapes)
 
 
 def _einsum_products(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -454,23 +493,29 @@ def _einsum_products(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 def _largest(values: Tensor) -> Tensor:
     """() of values' dtype: the largest finite magnitude, 0 where there is none."""
     magnitudes = values.abs()
-    return (
-        magnitudes[magnitudes.isfinite()].max()
-        if bool(magnitudes.isfinite().any())
-        else magnitudes.new_zeros(())
-    )
+    finite = magnitudes[magnitudes.isfinite()]
+    if not finite.numel():
+        return magnitudes.new_zeros(())
+    return finite.max()
 
 
-def _shape_in(value: ir.Value, values: Mapping[ir.Value, Value]) -> tuple[int, ...]:
-    if value in values:
-        return shape_of(values[value])
-    return tuple(constant(value).shape)  # type: ignore[union-attr]
+def _operand_shape(
+    node: ir.Node, index: int, values: Mapping[ir.Value, Value]
+) -> tuple[int, ...]:
+    operand = node.inputs[index]
+    if operand is not None and operand in values:
+        return shape_of(values[operand])
+    fixed = constant(operand)
+    assert fixed is not None
+    return tuple(fixed.shape)
 
 
-def _kernel_shape(node: ir.Node, weight: ir.Value) -> tuple[int, ...]:
+def _kernel_shape(node: ir.Node) -> tuple[int, ...]:
+    """(kH, kW) of a convolution, or (k,)."""
     if "kernel_shape" in node.attributes:
         return tuple(node.attributes["kernel_shape"].as_ints())
-    assert weight.shape is not None
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
     return tuple(int(d) for d in list(weight.shape)[2:])  # type: ignore[arg-type]
 
 
@@ -480,9 +525,9 @@ def shape_of(value: Value) -> tuple[int, ...]:
         return tuple(value.shape)
     if isinstance(value, Codes):
         return tuple(value.stored.shape)
-    return tuple(
-        value.sums.shape if isinstance(value, Accumulator) else value.real().shape
-    )
+    if isinstance(value, Accumulator):
+        return tuple(value.sums.shape)
+    return tuple(value.real().shape)
 
 
 def with_trained_bias(value: Value, layer: LoweredLayer) -> Value:
@@ -500,20 +545,23 @@ def in_codes(value: Value, grid: LoweredQuantizer) -> Tensor:
     One bit has no such scale: how far results lie above the threshold, in real units, or +1 and -1 where codes are compared
     with it.
     """
-    real = (
-        value.sums.double() * value.unit.double()
-        if isinstance(value, Accumulator)
-        else real_of(value).double()
-    )
+    is_sum = isinstance(value, Accumulator)
+    real = _real(value)
     if not grid.is_binary:
         return real / float(grid.scale) + grid.zero_point
-    thresholds = torch.tensor(grid.thresholds).double()
-    above = real - thresholds.view(-1, *[1] * (real.dim() - 2))
-    return (
-        above
-        if isinstance(value, Accumulator)
-        else torch.where(above >= 0, 1.0, -1.0).double()
-    )
+    per_channel = [-1] + [1] * (real.dim() - 2)
+    thresholds = torch.tensor(grid.thresholds).double().view(per_channel)
+    above = real - thresholds
+    if is_sum:
+        return above
+    return torch.where(above >= 0, 1.0, -1.0).double()
+
+
+def _real(value: Value) -> Tensor:
+    """The real numbers of `value`, float64; sums of integers are scaled in float64 too."""
+    if isinstance(value, Accumulator):
+        return value.sums.double() * value.unit.double()
+    return real_of(value).double()
 
 
 def layer_of_output(output: ir.Value, model: LoweredModel) -> LoweredLayer | None:

@@ -94,7 +94,7 @@ class Emitter:
         self.writer.copy(node, inputs)
 
     def _kept_apart(self, value: str) -> str:
-        """The same floats behind a LeakyRelu of slope 1, which changes nothing and hides from the runtime where they come
+        """The same floats after a LeakyRelu of slope 1, which changes nothing and hides from the runtime where they come
         from."""
         return self.writer.add("LeakyRelu", [value], alpha=1.0)
 

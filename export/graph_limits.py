@@ -29,9 +29,19 @@ WORK_PER_PIXEL = 1 << 23
 BYTES_PER_PIXEL = 1 << 13
 LEAST_BYTES = 1 << 28
 MOST_BYTES = 1 << 34
+MOST_INPUT_ELEMENTS = 1 << 28
 ELEMENT_WORK = 8  # multiply-adds in the time of one element of any other operator
 INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32,
             TensorProto.UINT32, TensorProto.INT64, TensorProto.UINT64}  # fmt: skip
+# Of an element; every other type counts as 4
+ELEMENT_BYTES: dict[int, int] = {
+    TensorProto.DOUBLE: 8,
+    TensorProto.INT64: 8,
+    TensorProto.UINT64: 8,
+    TensorProto.INT8: 1,
+    TensorProto.UINT8: 1,
+}
+DEFAULT_OPSET = 13  # of a file that does not say which
 # What shapes are computed with.
 ARITHMETIC = frozenset({
     "Add", "And", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather",
@@ -74,54 +84,55 @@ class Walk:
     def __init__(
         self, proto: onnx.ModelProto, name: str, size: int | Tensors | None
     ) -> None:
-        self.graph, self.name = proto.graph, name
+        self.graph = proto.graph
+        self.name = name
         self.opsets = list(proto.opset_import)
-        self.opset = next(
-            (o.version for o in self.opsets if o.domain in ("", "ai.onnx")), 13
-        )
+        self.opset = standard_opset(proto)
         self.types: dict[str, tuple[int, Shape]] = {}
         self.values: dict[str, Value] = {}
         for tensor in self.graph.initializer:
             self.types[tensor.name] = (tensor.data_type, tuple(tensor.dims))
             if math.prod(tensor.dims) <= SMALL:
                 self.values[tensor.name] = np.asarray(numpy_helper.to_array(tensor))
-        pixels = (
-            self._read_tensors(size)
-            if isinstance(size, Mapping)
-            else self._read_input(size)
-        )
+        pixels = self._read_inputs(size)
+        # Tensors that are there before the first node
+        self.initial = frozenset(self.types)
         self.most_work = WORK_PER_PIXEL * pixels
         self.most_bytes = min(max(BYTES_PER_PIXEL * pixels, LEAST_BYTES), MOST_BYTES)
 
-    def _read_input(self, size: int | None) -> int:
+    def _read_inputs(self, size: int | Tensors | None) -> int:
+        """Note the types of what the file takes; returns how many pixels or positions that is."""
+        if isinstance(size, Mapping):
+            return self._read_tensors(size)
+        return self._read_images(size)
+
+    def _read_images(self, size: int | None) -> int:
         """Note the type of the images; returns the pixels of all of one run, at least `LEAST_PIXELS`."""
         inputs = [value for value in self.graph.input if value.name not in self.types]
         if len(inputs) != 1:
             raise ExportError(
                 f"{self.name}: has {len(inputs)} inputs; an edgeqat file has one, the images"
             )
-        declared = inputs[0].type.tensor_type
-        dims = [
-            dim.dim_value if dim.HasField("dim_value") else None
-            for dim in declared.shape.dim
-        ]
+        image = inputs[0]
+        declared = image.type.tensor_type
+        dims = _declared_dims(declared)
         if declared.elem_type != TensorProto.FLOAT or len(dims) != 4:
             raise ExportError(
-                f"{self.name}: its input {inputs[0].name!r} is not a float32 batch of images N_3_H_W"
+                f"{self.name}: its input {image.name!r} is not a float32 batch of images N_3_H_W"
             )
-        usual = (1, 3, size, size)
-        shape = tuple(
-            usual[axis] if dim is None else dim for axis, dim in enumerate(dims)
-        )
-        known = tuple(dim for dim in shape if dim is not None)
-        if len(known) < 4:
-            raise ExportError(f"{self.name}: does not say how large its images are")
-        if min(known) < 1 or math.prod(known) > 1 << 28:
+        shape: list[int] = []
+        for dim, usual in zip(dims, (1, 3, size, size), strict=True):
+            length = usual if dim is None else dim
+            if length is None:
+                raise ExportError(f"{self.name}: does not say how large its images are")
+            shape.append(length)
+        if min(shape) < 1 or math.prod(shape) > MOST_INPUT_ELEMENTS:
             raise ExportError(
-                f"{self.name}: its input of shape {list(known)} is impossible or too large"
+                f"{self.name}: its input of shape {shape} is impossible or too large"
             )
-        self.types[inputs[0].name] = (TensorProto.FLOAT, known)
-        return max(known[0] * known[2] * known[3], LEAST_PIXELS)
+        self.types[image.name] = (TensorProto.FLOAT, tuple(shape))
+        samples, _, height, width = shape
+        return max(samples * height * width, LEAST_PIXELS)
 
     def _read_tensors(self, said: Tensors) -> int:
         """Note the types of all inputs; returns how many positions their samples have, at least `LEAST_PIXELS`."""
@@ -134,17 +145,10 @@ class Walk:
                     f"{self.name}: its metadata says nothing of its input {value.name!r}"
                 )
             declared = value.type.tensor_type
-            dims = [
-                dim.dim_value if dim.HasField("dim_value") else None
-                for dim in declared.shape.dim
-            ]
             entry = said[value.name]
             expected = (1, *entry["shape"])
             element = helper.np_dtype_to_tensor_dtype(np.dtype(entry["dtype"]))
-            fits = len(dims) == len(expected) and all(
-                dim in (None, size)
-                for dim, size in zip(dims[1:], expected[1:], strict=True)
-            )
+            fits = _fits_but_for_batch(_declared_dims(declared), expected)
             if declared.elem_type != element or not fits:
                 raise ExportError(
                     f"{self.name}: its input {value.name!r} is not the {entry['dtype']} {list(expected)} of its metadata"
@@ -155,100 +159,84 @@ class Walk:
 
     def run(self) -> None:
         """Check every node. Raises ExportError naming the node that is beyond a limit."""
-        readers = Counter(
-            tensor for node in self.graph.node for tensor in set(node.input) if tensor
-        )
-        readers.update(value.name for value in self.graph.output)
-        work = live = 0
+        readers = self._readers()
+        work = 0
+        live_bytes = 0
         for index, node in enumerate(self.graph.node):
-            where = f"{self.name}: node {index} ({node.op_type} {node.name or '-> ' + next(filter(None, node.output))})"
-            made, macs = (
-                self._native(node, where)
-                if node.domain == DOMAIN
-                else self._standard(node, where)
-            )
+            where = f"{self.name}: node {index} ({_shown(node)})"
+            if node.domain == DOMAIN:
+                made, products = native_outputs(node, self.types, where)
+            else:
+                made, products = self._standard(node, where)
             for tensor, (element, shape) in zip(node.output, made, strict=True):
                 if tensor:
                     self._check_shape(shape, where)
                     self.types[tensor] = (element, shape)
-                    live += self._bytes(tensor)
+                    live_bytes += self._bytes(tensor)
             elements = sum(math.prod(shape) for _, shape in made)
-            elements += sum(
-                math.prod(self.types[tensor][1]) for tensor in node.input if tensor
-            )
-            work += macs + ELEMENT_WORK * elements
+            elements += sum(self._elements(tensor) for tensor in node.input if tensor)
+            work += products + ELEMENT_WORK * elements
             if work > self.most_work:
                 raise ExportError(
                     f"{where}: with it the file asks for more than {self.most_work:.1e} operations per image"
                 )
-            if live > self.most_bytes:
+            if live_bytes > self.most_bytes:
                 raise ExportError(
                     f"{where}: with it the file asks for more than {self.most_bytes >> 20} MiB per image"
                 )
-            live -= sum(
-                self._bytes(tensor)
-                for tensor in node.output
-                if tensor and not readers[tensor]
-            )
-            for tensor in set(node.input):
-                if tensor:
-                    readers[tensor] -= 1
-                    if not readers[tensor] and tensor not in self.initial:
-                        live -= self._bytes(tensor)
+            live_bytes -= self._freed_bytes(node, readers)
 
-    @property
-    def initial(self) -> frozenset[str]:
-        """Tensors that are there before the first node."""
-        if not hasattr(self, "_initial"):
-            names = [t.name for t in self.graph.initializer] + [
-                v.name for v in self.graph.input
-            ]
-            self._initial = frozenset(names)
-        return self._initial
+    def _readers(self) -> Counter[str]:
+        """How many nodes read a tensor; the graph's outputs are read once more, so they stay."""
+        readers: Counter[str] = Counter()
+        for node in self.graph.node:
+            readers.update(tensor for tensor in set(node.input) if tensor)
+        readers.update(value.name for value in self.graph.output)
+        return readers
+
+    def _freed_bytes(self, node: onnx.NodeProto, readers: Counter[str]) -> int:
+        """Bytes that nobody needs once `node` has run, which is one reader less of its inputs."""
+        freed = 0
+        for tensor in node.output:
+            if tensor and not readers[tensor]:
+                freed += self._bytes(tensor)
+        for tensor in set(node.input):
+            if not tensor:
+                continue
+            readers[tensor] -= 1
+            if not readers[tensor] and tensor not in self.initial:
+                freed += self._bytes(tensor)
+        return freed
+
+    def _elements(self, tensor: str) -> int:
+        return math.prod(self.types[tensor][1])
 
     def _bytes(self, tensor: str) -> int:
-        element, shape = self.types[tensor]
-        wide: dict[int, int] = {
-            TensorProto.DOUBLE: 8,
-            TensorProto.INT64: 8,
-            TensorProto.UINT64: 8,
-            TensorProto.INT8: 1,
-            TensorProto.UINT8: 1,
-        }
-        return math.prod(shape) * wide.get(element, 4)
+        element, _ = self.types[tensor]
+        return self._elements(tensor) * ELEMENT_BYTES.get(element, 4)
 
     def _check_shape(self, shape: Shape, where: str) -> None:
         is_empty = len(shape) != 1 and 0 in shape
-        if (
-            len(shape) > MOST_RANK
-            or min(shape, default=0) < 0
-            or is_empty
-            or math.prod(shape) > self.most_bytes
-        ):
+        is_impossible = is_empty or min(shape, default=0) < 0
+        is_too_large = len(shape) > MOST_RANK or math.prod(shape) > self.most_bytes
+        if is_impossible or is_too_large:
             raise ExportError(
                 f"{where}: makes a tensor of shape {list(shape)}, which is impossible or too large"
             )
 
-    def _native(
-        self, node: onnx.NodeProto, where: str
-    ) -> tuple[list[tuple[int, Shape]], int]:
-        return native_outputs(node, self.types, where)
-
     def _standard(
         self, node: onnx.NodeProto, where: str
     ) -> tuple[list[tuple[int, Shape]], int]:
+        """Types of what a standard operator makes, and its multiply-adds; also notes its value, where it may be a shape."""
         self._check_deciding(node, where)
         self._check_operands(node, where)
-        types = {
-            tensor: helper.make_tensor_type_proto(*self.types[tensor])
-            for tensor in node.input
-            if tensor
-        }
-        data = {
-            t: numpy_helper.from_array(self.values[t], t)
-            for t in node.input
-            if t in self.values
-        }
+        types = {}
+        data = {}
+        for tensor in node.input:
+            if tensor:
+                types[tensor] = helper.make_tensor_type_proto(*self.types[tensor])
+            if tensor in self.values:
+                data[tensor] = numpy_helper.from_array(self.values[tensor], tensor)
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opset, "")
             inferred = shape_inference.infer_node_outputs(
@@ -259,13 +247,16 @@ class Walk:
             raise ExportError(
                 f"{where}: its operands do not fit ({reason[:200]})"
             ) from error
-        made = [
-            self._inferred(node, inferred.get(tensor), where) if tensor else (1, ())
-            for tensor in node.output
-        ]
+        made: list[tuple[int, Shape]] = []
+        for tensor in node.output:
+            if tensor:
+                made.append(_inferred_type(inferred.get(tensor), where))
+            else:
+                made.append((TensorProto.FLOAT, ()))
+        _, shape = made[0]
         if node.op_type in ARITHMETIC and len(node.output) == 1:
-            self._compute(node, made[0][1], data)
-        return made, self._multiply_adds(node, made[0][1])
+            self._compute(node, shape, data)
+        return made, self._multiply_adds(node, shape)
 
     def _check_deciding(self, node: onnx.NodeProto, where: str) -> None:
         """What decides a shape is a constant, or follows from the images' shape."""
@@ -278,97 +269,80 @@ class Walk:
 
     def _check_operands(self, node: onnx.NodeProto, where: str) -> None:
         """What ends a process: dividing integers by 0 (or the least one by -1), a border that reflects beyond the image."""
-        if node.op_type in ("Div", "Mod") and self.types[node.input[0]][0] in INTEGERS:
-            divisor = self.values.get(node.input[1])
-            if divisor is None or (divisor.astype(np.int64) < 1).any():
-                raise ExportError(
-                    f"{where}: divides integers by what is not known to be above 0"
-                )
+        if node.op_type in ("Div", "Mod"):
+            self._check_divisor(node, where)
         if node.op_type in GATES:
             self._check_recurrent(node, where)
         if node.op_type == "Pad":
-            borders = self.values[node.input[1]].astype(np.int64).ravel()
-            if (abs(borders) > SMALL).any():
-                raise ExportError(
-                    f"{where}: pads by {abs(borders).max()}; {SMALL} is the most"
-                )
-            mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
-            smallest = min(self.types[node.input[0]][1], default=0)
-            axes_given = len(node.input) > 3 and bool(node.input[3])
-            per_axis = self.types[node.input[0]][1]
-            fits = not axes_given and len(borders) == 2 * len(per_axis)
-            largest = (
-                [
-                    max(borders[i], borders[i + len(per_axis)])
-                    for i in range(len(per_axis))
-                ]
-                if fits
-                else [max(borders)]
+            self._check_borders(node, where)
+
+    def _check_divisor(self, node: onnx.NodeProto, where: str) -> None:
+        """Integers are divided by constants above 0 alone."""
+        element, _ = self.types[node.input[0]]
+        if element not in INTEGERS:
+            return
+        divisor = self.values.get(node.input[1])
+        if divisor is None or (divisor.astype(np.int64) < 1).any():
+            raise ExportError(
+                f"{where}: divides integers by what is not known to be above 0"
             )
-            room = per_axis if fits else (smallest,)
-            if mode != b"constant" and any(
-                border >= size
-                for border, size in zip(largest, room, strict=True)
-                if border > 0
-            ):
+
+    def _check_borders(self, node: onnx.NodeProto, where: str) -> None:
+        """A border is not huge, and one that reflects is smaller than the image."""
+        borders = self.values[node.input[1]].astype(np.int64).ravel()
+        if (abs(borders) > SMALL).any():
+            raise ExportError(
+                f"{where}: pads by {abs(borders).max()}; {SMALL} is the most"
+            )
+        if _attribute(node, "mode", b"constant") == b"constant":
+            return
+        _, sizes = self.types[node.input[0]]
+        has_axes = len(node.input) > 3 and bool(node.input[3])
+        if not has_axes and len(borders) == 2 * len(sizes):
+            before, after = np.split(borders, 2)
+            largest = np.maximum(before, after).tolist()
+        else:
+            # Which axes they belong to is not worked out: the largest against the shortest
+            largest = [int(borders.max())]
+            sizes = (min(sizes, default=0),)
+        for border, size in zip(largest, sizes, strict=True):
+            if border > 0 and border >= size:
                 raise ExportError(
                     f"{where}: reflects a border that is as large as the image"
                 )
 
     def _check_recurrent(self, node: onnx.NodeProto, where: str) -> None:
         """Weights, biases and first states have the shapes that the input and `hidden_size` ask for; nothing else is set."""
-        attributes = {
-            attribute.name: helper.get_attribute_value(attribute)
-            for attribute in node.attribute
-        }
+        attributes = _attributes(node)
         for name, value in attributes.items():
-            if name not in RECURRENT_ATTRIBUTES or RECURRENT_ATTRIBUTES[name] not in (
-                None,
-                value,
-            ):
+            is_known = name in RECURRENT_ATTRIBUTES
+            if not is_known or RECURRENT_ATTRIBUTES[name] not in (None, value):
                 raise ExportError(
                     f"{where}: attribute {name!r} has a value that edgeqat never writes"
                 )
         directions = 2 if attributes.get("direction") == b"bidirectional" else 1
         hidden = attributes.get("hidden_size", 0)
         shapes = [self.types[tensor][1] if tensor else None for tensor in node.input]
-        steps = shapes[0]
-        if steps is None or len(steps) != 3:
+        sequence = shapes[0]
+        if sequence is None or len(sequence) != 3:
             raise ExportError(
                 f"{where}: its input is not a sequence x batch x features"
             )
+        _, batch, features = sequence
         rows = GATES[node.op_type] * hidden
-        state = (directions, steps[1], hidden)
-        weights = [(directions, rows, steps[2]), (directions, rows, hidden)]
+        state = (directions, batch, hidden)
+        weights = [(directions, rows, features), (directions, rows, hidden)]
         bias = (directions, 2 * rows)
         lengths = None  # of the sequences: an input that stays away
-        expected = [steps, *weights, bias, lengths, state, state]
+        expected = [sequence, *weights, bias, lengths, state, state]
         fits = 3 <= len(shapes) <= len(expected) and None not in shapes[:3]
-        if not fits or any(
-            found not in (None, right)
-            for found, right in zip(shapes, expected, strict=False)
-        ):
+        for shape, right in zip(shapes, expected, strict=False):
+            if shape is not None and shape != right:
+                fits = False
+        if not fits:
             raise ExportError(
-                f"{where}: the shapes of its weights and states {shapes[1:]} do not fit its input {list(steps)}"
+                f"{where}: the shapes of its weights and states {shapes[1:]} do not fit its input {list(sequence)}"
             )
-
-    def _inferred(
-        self, node: onnx.NodeProto, found: onnx.TypeProto | None, where: str
-    ) -> tuple[int, Shape]:
-        if (
-            found is None
-            or not found.HasField("tensor_type")
-            or not found.tensor_type.HasField("shape")
-        ):
-            raise ExportError(
-                f"{where}: the shape of what it makes is not known before it runs"
-            )
-        dims = found.tensor_type.shape.dim
-        if not all(dim.HasField("dim_value") for dim in dims):
-            raise ExportError(
-                f"{where}: the shape of what it makes is not known before it runs"
-            )
-        return found.tensor_type.elem_type, tuple(dim.dim_value for dim in dims)
 
     def _compute(
         self, node: onnx.NodeProto, shape: Shape, data: Mapping[str, Any]
@@ -376,79 +350,137 @@ class Walk:
         """Note the value of a small tensor all of whose operands are known."""
         if math.prod(shape) > SMALL:
             return
+        (output,) = node.output
         if node.op_type == "Shape":
-            first, last = (
-                next((a.i for a in node.attribute if a.name == key), None)
-                for key in ("start", "end")
-            )
-            self.values[node.output[0]] = np.array(
-                self.types[node.input[0]][1][first:last], np.int64
-            )
+            _, sizes = self.types[node.input[0]]
+            first = _attribute(node, "start", None)
+            last = _attribute(node, "end", None)
+            self.values[output] = np.array(sizes[first:last], np.int64)
             return
         if node.op_type == "Size":
-            self.values[node.output[0]] = np.array(
-                math.prod(self.types[node.input[0]][1]), np.int64
-            )
+            self.values[output] = np.array(self._elements(node.input[0]), np.int64)
             return
         operands = [tensor for tensor in node.input if tensor]
         if not all(tensor in data for tensor in operands):
             return
-        found = self._evaluated(node, operands)
-        if found is not None and found.shape == shape:
-            self.values[node.output[0]] = found
+        result = self._evaluated(node, operands)
+        if result is not None and result.shape == shape:
+            self.values[output] = result
 
     def _evaluated(self, node: onnx.NodeProto, operands: Sequence[str]) -> Value | None:
         """The result of a node by its definition, or None where it has none."""
-        infos = [
-            helper.make_tensor_value_info(t, *self.types[t])
-            for t in dict.fromkeys(operands)
-        ]
+        infos = []
+        for tensor in dict.fromkeys(operands):
+            infos.append(helper.make_tensor_value_info(tensor, *self.types[tensor]))
         result = onnx.ValueInfoProto(name=node.output[0])
         graph = helper.make_graph([node], "node", infos, [result])
+        feeds = {tensor: self.values[tensor] for tensor in operands}
         try:
             with np.errstate(all="ignore"):
-                runner = ReferenceEvaluator(
-                    helper.make_model(graph, opset_imports=self.opsets)
-                )
-                (found,) = runner.run(None, {t: self.values[t] for t in operands})
+                model = helper.make_model(graph, opset_imports=self.opsets)
+                (value,) = ReferenceEvaluator(model).run(None, feeds)
         # Whatever it was: the value stays unknown, and what depends on it is refused
         except Exception:
             return None
-        return np.asarray(found)
+        return np.asarray(value)
 
     def _multiply_adds(self, node: onnx.NodeProto, made: Shape) -> int:
         """Products of sums that `node` computes; 0 of operators that look at each element once."""
-        count = math.prod(made)
+        outputs = math.prod(made)
         first = self.types[node.input[0]][1] if node.input and node.input[0] else ()
         match node.op_type:
             case "Conv" | "ConvInteger":
-                return count * math.prod(self.types[node.input[1]][1][1:])
+                return outputs * self._kernel_elements(node.input[1])
             case "QLinearConv":
-                return count * math.prod(self.types[node.input[3]][1][1:])
+                return outputs * self._kernel_elements(node.input[3])
             case "ConvTranspose":
-                return math.prod(first) * math.prod(self.types[node.input[1]][1][1:])
+                return math.prod(first) * self._kernel_elements(node.input[1])
             case "MatMul" | "MatMulInteger" | "QLinearMatMul":
-                return count * (first[-1] if first else 1)
+                return outputs * (first[-1] if first else 1)
             case "Gemm":
-                return count * max(first, default=1)
+                return outputs * max(first, default=1)
             case "GRU" | "LSTM" | "RNN":
                 steps_times_batch = math.prod(first[:2])
-                weights = sum(
-                    math.prod(self.types[tensor][1]) for tensor in node.input[1:3]
-                )
+                weights = sum(self._elements(tensor) for tensor in node.input[1:3])
                 return steps_times_batch * weights
             case "AveragePool" | "MaxPool" | "LRN":
-                window = [
-                    list(a.ints) or [a.i]
-                    for a in node.attribute
-                    if a.name in ("kernel_shape", "size")
-                ]
-                return ELEMENT_WORK * count * math.prod(window[0] if window else [1])
+                return ELEMENT_WORK * outputs * _window_elements(node)
             case "Einsum":
-                return math.prod(
-                    math.prod(self.types[tensor][1]) for tensor in node.input
-                )
+                return math.prod(self._elements(tensor) for tensor in node.input)
             case "Resize" | "GridSample":
-                return 16 * ELEMENT_WORK * count
+                return 16 * ELEMENT_WORK * outputs
             case _:
                 return 0
+
+    def _kernel_elements(self, weight: str) -> int:
+        """Elements of a convolution's weight per channel of its first axis."""
+        _, shape = self.types[weight]
+        return math.prod(shape[1:])
+
+
+def standard_opset(proto: onnx.ModelProto) -> int:
+    """Version of the standard operators that a file says it uses."""
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            return opset.version
+    return DEFAULT_OPSET
+
+
+def _shown(node: onnx.NodeProto) -> str:
+    """Its operator, and its name or else that of its first output."""
+    if node.name:
+        return f"{node.op_type} {node.name}"
+    first = next(filter(None, node.output))
+    return f"{node.op_type} -> {first}"
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    values = {}
+    for attribute in node.attribute:
+        values[attribute.name] = helper.get_attribute_value(attribute)
+    return values
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return _attributes(node).get(name, default)
+
+
+def _declared_dims(declared: onnx.TypeProto.Tensor) -> list[int | None]:
+    """The length of each axis; None where the file leaves it open."""
+    dims: list[int | None] = []
+    for dim in declared.shape.dim:
+        dims.append(dim.dim_value if dim.HasField("dim_value") else None)
+    return dims
+
+
+def _fits_but_for_batch(dims: Sequence[int | None], expected: Sequence[int]) -> bool:
+    """Whether a declared shape is the expected one; its first axis may have any length."""
+    if len(dims) != len(expected):
+        return False
+    pairs = zip(dims[1:], expected[1:], strict=True)
+    return all(dim is None or dim == length for dim, length in pairs)
+
+
+def _inferred_type(inferred: onnx.TypeProto | None, where: str) -> tuple[int, Shape]:
+    """Element type and shape. Raises ExportError where any length is open."""
+    unknown = ExportError(
+        f"{where}: the shape of what it makes is not known before it runs"
+    )
+    if inferred is None or not inferred.HasField("tensor_type"):
+        raise unknown
+    if not inferred.tensor_type.HasField("shape"):
+        raise unknown
+    shape = []
+    for dim in inferred.tensor_type.shape.dim:
+        if not dim.HasField("dim_value"):
+            raise unknown
+        shape.append(dim.dim_value)
+    return inferred.tensor_type.elem_type, tuple(shape)
+
+
+def _window_elements(node: onnx.NodeProto) -> int:
+    """Elements that a pool reads for each of its results."""
+    for attribute in node.attribute:
+        if attribute.name in ("kernel_shape", "size"):
+            return math.prod(list(attribute.ints) or [attribute.i])
+    return 1

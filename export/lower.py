@@ -43,6 +43,7 @@ from qat.surgery.example import (
     Arguments,
     Example,
     arguments_of,
+    twice,
     with_leaves,
     with_tensors,
 )
@@ -53,6 +54,7 @@ from qat.surgery.witness import witness
 from qat.surgery.wrappers import copied
 
 OPSET = 20
+TALKATIVE = ("torch.onnx", "onnx_ir", "onnxscript")  # names of loggers
 
 
 def lower(
@@ -72,30 +74,9 @@ def lower(
     Raises ExportError naming a quantizer without a scale, or the operation that has no ONNX form.
     """
     model = copied(model).cpu().eval()
-    found = quantizers(model)
-    if not found:
-        raise ExportError(
-            "the model has no quantizers: quantize_(model, rules) and train it first, or export target fp32"
-        )
-    if empty := [name for name, q in found.items() if not q.initialized]:
-        raise ExportError(
-            f"quantizer {empty[0]!r} has no scale: calibrate or train the model before exporting it"
-        )
-    if soft := [
-        n for n, q in found.items() if isinstance(q, PeriodicWeight) and q.stage == 1
-    ]:
-        raise ExportError(
-            f"quantizer {soft[0]!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it"
-        )
-    if not float_weights and (
-        bare := [
-            n for n, m in model.named_modules() if _reads_codes_with_a_float_weight(m)
-        ]
-    ):
-        raise ExportError(
-            f"layer {bare[0]!r} has a quantized input and a float weight (activation-only): ONNX Runtime would quantize that "
-            "weight by itself, and its codes would not be trained ones; export target fp32 or qonnx, or quantize weights too"
-        )
+    _require_scales(model)
+    if not float_weights:
+        _require_quantized_weights(model)
     example = with_tensors(example, lambda tensor: tensor[:1].cpu())
     arguments = arguments_of(model, example)
     _check_finite(model)
@@ -105,11 +86,10 @@ def lower(
     layers, activations = _grids(model, arguments)
     multiply_adds = sum(witness(model, example).values())
     passes = _Passes(model)
-    for quantizer in found.values():
+    for quantizer in quantizers(model).values():
         quantizer.forward = _marker(quantizer, passes)  # type: ignore[method-assign,assignment]
-    skeleton = onnx_graph(
-        model, arguments, input_names or names_of_inputs(model, example), outputs
-    )
+    inputs = input_names or names_of_inputs(model, example)
+    skeleton = onnx_graph(model, arguments, inputs, outputs)
     _name_norm_biases(skeleton, model)
     _add_repeated(passes.repeated, layers, activations)
     return LoweredModel(
@@ -119,6 +99,36 @@ def lower(
         multiply_adds=multiply_adds,
         repeated=passes.repeated,
     )
+
+
+def _require_scales(model: nn.Module) -> None:
+    """Raises ExportError for a model without quantizers, or naming one that has no codes yet."""
+    by_name = quantizers(model)
+    if not by_name:
+        raise ExportError(
+            "the model has no quantizers: quantize_(model, rules) and train it first, or export target fp32"
+        )
+    for name, quantizer in by_name.items():
+        if not quantizer.initialized:
+            raise ExportError(
+                f"quantizer {name!r} has no scale: calibrate or train the model before exporting it"
+            )
+    for name, quantizer in by_name.items():
+        if isinstance(quantizer, PeriodicWeight) and quantizer.stage == 1:
+            raise ExportError(
+                f"quantizer {name!r} is in BiPer's stage 1, whose weights are real; train stage 2 from it"
+            )
+
+
+def _require_quantized_weights(model: nn.Module) -> None:
+    """Raises ExportError naming a layer that reads codes with a float weight."""
+    for name, module in model.named_modules():
+        if _reads_codes_with_a_float_weight(module):
+            raise ExportError(
+                f"layer {name!r} has a quantized input and a float weight (activation-only): ONNX Runtime would quantize "
+                "that weight by itself, and its codes would not be trained ones; export target fp32 or qonnx, or quantize "
+                "weights too"
+            )
 
 
 def lower_to_integers(
@@ -141,9 +151,8 @@ def lowered_anew(
     """`lower(model, example)` where `lowered`, as `lower` gave it, is of the same model and only its quantizers, quantized
     weights and the weights of its batch norms have changed since: the graph, which takes most of the time, is copied."""
     model = copied(model).cpu().eval()
-    arguments = arguments_of(
-        model, with_tensors(example, lambda tensor: tensor[:1].cpu())
-    )
+    one_sample = with_tensors(example, lambda tensor: tensor[:1].cpu())
+    arguments = arguments_of(model, one_sample)
     with torch.no_grad():  # see `lower`
         call(model, arguments)
     layers, activations = _grids(model, arguments)
@@ -155,9 +164,12 @@ def lowered_anew(
         gamma = parameters.get(gamma_of(beta))
         if beta and gamma is not None:
             _replace_gamma(node, gamma)
-    multiply_adds, repeated = lowered.multiply_adds, lowered.repeated
     return LoweredModel(
-        skeleton, layers, activations, multiply_adds=multiply_adds, repeated=repeated
+        skeleton,
+        layers,
+        activations,
+        multiply_adds=lowered.multiply_adds,
+        repeated=lowered.repeated,
     )
 
 
@@ -176,7 +188,9 @@ def _grids(
     model: nn.Module, arguments: Arguments
 ) -> tuple[dict[str, LoweredLayer], dict[str, LoweredQuantizer]]:
     """Layers by the name of their weight's quantizer, and activation quantizers by their own."""
-    layers = {weight_of(layer.name): layer for layer in _layers(model, arguments)}
+    layers = {}
+    for layer in _layers(model, arguments):
+        layers[weight_of(layer.name)] = layer
     activations: dict[str, LoweredQuantizer] = {}
     for name, quantizer in quantizers(model).items():
         if not quantizer.is_weight:
@@ -205,9 +219,10 @@ def _name_norm_biases(skeleton: ir.Model, model: nn.Module) -> None:
     for node in skeleton.graph:
         if node.op_type != "BatchNormalization":
             continue
-        modules = [path for path in modules_of(node) if bias_of(path) in parameters]
-        if modules:
-            node.meta[BIAS_PARAMETER] = bias_of(modules[-1])
+        for path in modules_of(node):
+            bias = bias_of(path)
+            if bias in parameters:  # the innermost module comes last
+                node.meta[BIAS_PARAMETER] = bias
 
 
 class _Passes:
@@ -222,7 +237,8 @@ class _Passes:
 
     def name(self, quantizer: Quantizer) -> str:
         """`layer.input` the first time, then `layer.input@1`; `layer@1.weight` for weights."""
-        first, count = quantizer.name, self.counts[quantizer.name]
+        first = quantizer.name
+        count = self.counts[first]
         self.counts[first] += 1
         if not count:
             return first
@@ -232,23 +248,24 @@ class _Passes:
 
 
 def _reads_codes_with_a_float_weight(module: nn.Module) -> bool:
-    return (
-        isinstance(module, (QuantConv2d, QuantLinear, QuantOperands))
-        and module.weight_quantizer is None
-    )
+    if not isinstance(module, (QuantConv2d, QuantLinear, QuantOperands)):
+        return False
+    return module.weight_quantizer is None
 
 
 def _check_finite(model: nn.Module) -> None:
     """Infinity is refused where training left it; a buffer of a layer's own may say so that it clips nothing."""
-    trained = {id(p) for p in model.parameters()}
-    trained |= {
-        id(b) for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()
-    }
+    trained = {id(parameter) for parameter in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            trained.update(id(buffer) for buffer in module.buffers())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        wrong = (
-            tensor.isfinite().logical_not() if id(tensor) in trained else tensor.isnan()
-        )
-        if tensor.is_floating_point() and bool(wrong.any()):
+        if not tensor.is_floating_point():
+            continue
+        is_wrong = tensor.isnan()
+        if id(tensor) in trained:
+            is_wrong = tensor.isfinite().logical_not()
+        if bool(is_wrong.any()):
             raise ExportError(
                 f"{name}: holds NaN or infinity; the training diverged, export an earlier checkpoint"
             )
@@ -265,11 +282,8 @@ def lower_float(
     arguments = arguments_of(model, example)
     with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
-    return ir.to_proto(
-        onnx_graph(
-            model, arguments, input_names or names_of_inputs(model, example), outputs
-        )
-    )
+    inputs = input_names or names_of_inputs(model, example)
+    return ir.to_proto(onnx_graph(model, arguments, inputs, outputs))
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -291,15 +305,15 @@ def codes_and_outputs(
     name."""
     codes: dict[str, NDArray[np.uint8]] = {}
     passes = _Passes(model)
-    handles = [
-        q.register_forward_hook(_recorder(passes, codes))
-        for q in quantizers(model).values()
-        if not q.is_weight
-    ]
+    handles = [passes.handle]
+    for quantizer in quantizers(model).values():
+        if not quantizer.is_weight:
+            hook = _recorder(passes, codes)
+            handles.append(quantizer.register_forward_hook(hook))
     try:
         outputs = named_outputs(call(model, arguments))
     finally:
-        for handle in (*handles, passes.handle):
+        for handle in handles:
             handle.remove()
     return codes, {name: output.numpy() for name, output in outputs.items()}
 
@@ -316,19 +330,20 @@ def named_outputs(outputs: object) -> dict[str, Tensor]:
         named = {str(key): value for key, value in outputs.items()}
     elif isinstance(outputs, (tuple, list)):
         named = {f"output{index}": value for index, value in enumerate(outputs)}
-    wrong = next(
-        (name for name, value in named.items() if not isinstance(value, Tensor)), ""
+    if not named:
+        raise _unwritable(f"it is a {type(outputs).__name__}")
+    tensors = {}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise _unwritable(f"its output {name!r} is a {type(value).__name__}")
+        tensors[name] = value
+    return tensors
+
+
+def _unwritable(what: str) -> ExportError:
+    return ExportError(
+        f"the model's result cannot be written: {what}; return a tensor, or a dict, tuple or list of tensors"
     )
-    if not named or wrong:
-        what = (
-            f"its output {wrong!r} is a {type(named[wrong]).__name__}"
-            if wrong
-            else f"it is a {type(outputs).__name__}"
-        )
-        raise ExportError(
-            f"the model's result cannot be written: {what}; return a tensor, or a dict, tuple or list of tensors"
-        )
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def _recorder(
@@ -337,9 +352,8 @@ def _recorder(
     def record(quantizer: Quantizer, inputs: tuple[Tensor], output: Tensor) -> None:
         grid = _activation(quantizer)
         centred = quantizer.codes(inputs[0]) - quantizer.zero_point
-        codes[passes.name(quantizer)] = (
-            (centred * grid.gain + grid.zero_point).to(torch.uint8).numpy()
-        )
+        stored = centred * grid.gain + grid.zero_point
+        codes[passes.name(quantizer)] = stored.to(torch.uint8).numpy()
 
     return record
 
@@ -388,23 +402,12 @@ def onnx_graph(
     arguments: of one call on one sample.
     """
     # A batch of one would be taken for a constant.
-    args, kwargs = with_tensors(
-        list(arguments),
-        lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor,
-    )
+    args, kwargs = twice(arguments)
     batch = torch.export.Dim("batch")
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = with_leaves(dict(bound), lambda leaf: _dynamic(leaf, batch))
-    console = io.StringIO()
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")
-    ]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(console):
-            warnings.simplefilter("ignore")
+        with _quiet():
             captured = _captured(model, args, kwargs, shapes)
             program = torch.onnx.export(
                 captured,
@@ -425,20 +428,39 @@ def onnx_graph(
         raise ExportError(
             f"torch.onnx could not export the model: {_root_cause(error)}"
         ) from error
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings, prints and notes of the exporter, which tell its developers more than our users."""
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-    return program.model
+
+
+def _has_batch(output: ir.Value) -> bool:
+    """Whether its first axis may have any length."""
+    if output.const_value is not None:
+        return False
+    shape = output.shape
+    if shape is None:
+        return True
+    return len(shape) > 0 and not isinstance(shape[0], int)
 
 
 def _require_batch(outputs: Sequence[ir.Value], names: Sequence[str]) -> None:
     """Raises ExportError for an output that is not one answer for each sample: a file runs any number of them."""
     for output, name in zip(outputs, names, strict=True):
-        shape = output.shape
-        is_constant = output.const_value is not None
-        if is_constant or (
-            shape is not None and (len(shape) == 0 or isinstance(shape[0], int))
-        ):
+        if not _has_batch(output):
             raise ExportError(
                 f"the model's output {name!r} has no batch as its first axis, so it is not an answer for each sample; leave "
                 "it out of what forward returns in eval mode, or return it for each sample"
@@ -499,14 +521,12 @@ def _layers(model: nn.Module, arguments: Arguments) -> Iterator[LoweredLayer]:
     """All layers with a quantized weight. A weight that is computed is taken from a forward pass."""
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        if (
-            isinstance(module, (QuantConv2d, QuantLinear))
-            and module.weight_quantizer is not None
-        ):
+        if not isinstance(module, (QuantConv2d, QuantLinear)):
+            continue
+        quantizer = module.weight_quantizer
+        if quantizer is not None:
             kind = "conv" if isinstance(module, QuantConv2d) else "linear"
-            yield _layer(
-                module.weight_quantizer, module.weight, module.bias, kind, parameters
-            )
+            yield _layer(quantizer, module.weight, module.bias, kind, parameters)
     for operands, weight, bias in _computed(model, arguments):
         assert operands.weight_quantizer is not None
         kind = "linear" if operands.kind == "linear" else "conv"
@@ -543,10 +563,10 @@ def _computed(
         if isinstance(module, QuantOperands) and module.weight_quantizer is not None:
             seen.append((module, args[1].detach(), args[2]))
 
-    found = computed_weights(model)
-    handles = [module.register_forward_pre_hook(record) for module in found]
+    modules = computed_weights(model)
+    handles = [module.register_forward_pre_hook(record) for module in modules]
     try:
-        if found:
+        if modules:
             call(model, arguments)
     finally:
         for handle in handles:
@@ -555,18 +575,16 @@ def _computed(
 
 
 def _activation(quantizer: Quantizer) -> LoweredQuantizer:
+    name = quantizer.name
+    spec = quantizer.spec
+    scale = float(quantizer.scale)
     if isinstance(quantizer, BinaryActivation):
-        thresholds = (
-            (0.0,)
-            if quantizer.threshold is None
-            else tuple(quantizer.threshold.detach().tolist())
-        )
-        return LoweredQuantizer.binary(
-            quantizer.name, float(quantizer.scale), thresholds
-        )
-    signed, bits = bool(quantizer.spec.signed), quantizer.spec.bits
-    zero_point = quantizer.zero_point if quantizer.spec.offset else None
+        thresholds: tuple[float, ...] = (0.0,)
+        if quantizer.threshold is not None:
+            thresholds = tuple(quantizer.threshold.detach().tolist())
+        return LoweredQuantizer.binary(name, scale, thresholds)
+    zero_point = quantizer.zero_point if spec.offset else None
     grid = LoweredQuantizer.in_storage(
-        quantizer.name, float(quantizer.scale), bits, signed, zero_point
+        name, scale, spec.bits, bool(spec.signed), zero_point
     )
-    return dataclasses.replace(grid, is_fixed=quantizer.spec.power_of_two)
+    return dataclasses.replace(grid, is_fixed=spec.power_of_two)

@@ -39,7 +39,7 @@ class LoweredLayer:
              weight-only net, whose layers multiply floats with dequantized codes.
     weight_multiplier: integer the codes are multiplied with in the file, so that the integer bias has a finer unit
              ("carry" in metadata and nodes).
-    dead_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
+    bias_only_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
     """
 
     name: str
@@ -52,7 +52,7 @@ class LoweredLayer:
     bias_codes: NDArray[np.int32] | None = None
     input_quantizer: str = ""
     weight_multiplier: int = 1
-    dead_channels: tuple[int, ...] = ()
+    bias_only_channels: tuple[int, ...] = ()
 
     @property
     def stored_scale(self) -> NDArray[np.float32]:
@@ -134,16 +134,16 @@ class LoweredQuantizer:
         """The same grid after an activation that clips to [lowest, highest]: rounding is monotone, so the clip moves
         onto the codes."""
         if self.is_binary:  # the clip's own bounds reach a threshold, or never do
-            return replace(
-                self,
-                thresholds=tuple(
-                    _clipped_threshold(t, lowest, highest) for t in self.thresholds
-                ),
-            )
-        low = max(self.low, self._stored(lowest)) if np.isfinite(lowest) else self.low
-        high = (
-            min(self.high, self._stored(highest)) if np.isfinite(highest) else self.high
-        )
+            thresholds = []
+            for threshold in self.thresholds:
+                thresholds.append(_clipped_threshold(threshold, lowest, highest))
+            return replace(self, thresholds=tuple(thresholds))
+        low = self.low
+        if np.isfinite(lowest):
+            low = max(low, self._stored(lowest))
+        high = self.high
+        if np.isfinite(highest):
+            high = min(high, self._stored(highest))
         return replace(self, low=low, high=high)
 
     def _stored(self, value: float) -> int:
@@ -155,7 +155,9 @@ def _clipped_threshold(threshold: float, lowest: float, highest: float) -> float
     """The threshold of x that decides as `threshold` does of x clipped to [lowest, highest]."""
     if lowest >= threshold:
         return -np.inf
-    return np.inf if highest < threshold else threshold
+    if highest < threshold:
+        return np.inf
+    return threshold
 
 
 @dataclass(frozen=True)

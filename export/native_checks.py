@@ -3,6 +3,7 @@
 The kernels check the same again when they are made and when they run; here a file is refused before a runtime sees it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,12 +13,11 @@ from onnx import AttributeProto, TensorProto
 from export.lowered import ExportError
 
 Shape = tuple[int, ...]
-BYTES, FLOATS, WIDE, CODES = (
-    (TensorProto.UINT8,),
-    (TensorProto.FLOAT,),
-    (TensorProto.INT32,),
-    (TensorProto.UINT8, TensorProto.INT8),
-)
+# Element types that an input may have
+BYTES = (TensorProto.UINT8,)
+FLOATS = (TensorProto.FLOAT,)
+WIDE = (TensorProto.INT32,)
+CODES = (TensorProto.UINT8, TensorProto.INT8)
 MOST_TABLES = 4
 WINDOW = range(1, 4097)
 PADDING = range(4097)
@@ -61,6 +61,10 @@ OPERATORS: dict[str, Operator] = {
     "QTables": Operator(_POOL, 2, MOST_TABLES),
     "QImage": Operator((("images", FLOATS),), 1, 1),
 }
+# Axes of the first input, 4 where it is not here; None: any number of them
+RANKS = {"QGemm": 2, "QGemmFloat": 2, "QAdd": None, "QTables": None}
+# Axis -> the attributes of its padding
+SIDES = {"h": ("pad_top", "pad_bottom"), "w": ("pad_left", "pad_right")}
 WINDOWED = ("QConv", "QConvFloat", "QMaxPool", "QAveragePool")
 # Attribute -> its possible numbers, wherever it stands.
 RANGES = {
@@ -76,9 +80,8 @@ RANGES = {
 def check_native(node: onnx.NodeProto, where: str) -> None:
     """Raises ExportError beginning with `where` when a native node is none that `export/native_graph.py` writes."""
     operator = OPERATORS[node.op_type]
-    if not operator.required <= len(node.input) <= len(operator.inputs) or not all(
-        node.input[: operator.required]
-    ):
+    is_possible = operator.required <= len(node.input) <= len(operator.inputs)
+    if not is_possible or not all(node.input[: operator.required]):
         raise ExportError(
             f"{where}: has {len(node.input)} inputs; it needs {operator.required} to {len(operator.inputs)}"
         )
@@ -87,21 +90,23 @@ def check_native(node: onnx.NodeProto, where: str) -> None:
             f"{where}: has {len(node.output)} outputs; {operator.outputs} are possible"
         )
     for attribute in node.attribute:
-        possible = RANGES.get(attribute.name)
-        if possible is None:
-            continue
-        if attribute.type != AttributeProto.INT or attribute.i not in possible:
-            found = (
-                attribute.i if attribute.type == AttributeProto.INT else "no integer"
-            )
+        if attribute.name in RANGES:
+            _check_number(attribute, where)
+        elif attribute.name == "codes" and len(attribute.strings) > operator.outputs:
             raise ExportError(
-                f"{where}: attribute {attribute.name} is {found}; {possible[0]} to {possible[-1]} are possible"
+                f"{where}: names codes of {len(attribute.strings)} outputs; {operator.outputs} are possible"
             )
-    labels = [list(a.strings) for a in node.attribute if a.name == "codes"]
-    if labels and len(labels[0]) > operator.outputs:
-        raise ExportError(
-            f"{where}: names codes of {len(labels[0])} outputs; {operator.outputs} are possible"
-        )
+
+
+def _check_number(attribute: AttributeProto, where: str) -> None:
+    possible = RANGES[attribute.name]
+    is_integer = attribute.type == AttributeProto.INT
+    if is_integer and attribute.i in possible:
+        return
+    found = attribute.i if is_integer else "no integer"
+    raise ExportError(
+        f"{where}: attribute {attribute.name} is {found}; {possible[0]} to {possible[-1]} are possible"
+    )
 
 
 def native_outputs(
@@ -120,11 +125,9 @@ def native_outputs(
                 f"{where}: its {what} {tensor!r} is {found}, not {wanted}"
             )
     numbers = {a.name: a.i for a in node.attribute if a.type == AttributeProto.INT}
-    shape = types[node.input[0]][1]
-    rank = {"QGemm": 2, "QGemmFloat": 2, "QAdd": len(shape), "QTables": len(shape)}.get(
-        node.op_type, 4
-    )
-    if len(shape) != rank:
+    _, shape = types[node.input[0]]
+    rank = RANKS.get(node.op_type, 4)
+    if rank is not None and len(shape) != rank:
         raise ExportError(
             f"{where}: its input {node.input[0]!r} has {len(shape)} axes, not {rank}"
         )
@@ -138,20 +141,15 @@ def _shape(
 ) -> Shape:
     match node.op_type:
         case "QConv" | "QConvFloat":
-            height, width = (
-                _places(numbers, axis, size, where)
-                for axis, size in zip("hw", shape[1:3], strict=True)
-            )
+            height = _places(numbers, "h", shape[1], where)
+            width = _places(numbers, "w", shape[2], where)
             return (shape[0], height, width, _number(numbers, "channels_out", where))
         case "QGemm" | "QGemmFloat":
             return (shape[0], _number(numbers, "channels_out", where))
         case "QMaxPool" | "QAveragePool":
-            return (
-                shape[0],
-                _number(numbers, "out_h", where),
-                _number(numbers, "out_w", where),
-                shape[3],
-            )
+            height = _number(numbers, "out_h", where)
+            width = _number(numbers, "out_w", where)
+            return (shape[0], height, width, shape[3])
         case "QGlobalPool":
             return (shape[0], 1, 1, shape[3])
         case "QImage":
@@ -162,20 +160,13 @@ def _shape(
 
 def _places(numbers: Mapping[str, int], axis: str, size: int, where: str) -> int:
     """How many places a window has along `axis` of an image of `size`."""
-    first, last = (
-        ("pad_top", "pad_bottom") if axis == "h" else ("pad_left", "pad_right")
-    )
-    kernel, stride, dilation = (
-        _number(numbers, f"{what}_{axis}", where)
-        for what in ("kernel", "stride", "dilation")
-    )
-    free = (
-        size
-        + _number(numbers, first, where)
-        + _number(numbers, last, where)
-        - dilation * (kernel - 1)
-        - 1
-    )
+    first, last = SIDES[axis]
+    kernel = _number(numbers, f"kernel_{axis}", where)
+    stride = _number(numbers, f"stride_{axis}", where)
+    dilation = _number(numbers, f"dilation_{axis}", where)
+    padding = _number(numbers, first, where) + _number(numbers, last, where)
+    window = dilation * (kernel - 1) + 1
+    free = size + padding - window
     if free < 0:
         raise ExportError(f"{where}: has a kernel larger than its padded image")
     return free // stride + 1
@@ -183,9 +174,7 @@ def _places(numbers: Mapping[str, int], axis: str, size: int, where: str) -> int
 
 def _work(node: onnx.NodeProto, made: Shape, numbers: Mapping[str, int]) -> int:
     """Multiply-adds, or codes looked at."""
-    count = 1
-    for size in made:
-        count *= size
+    count = math.prod(made)
     if node.op_type in WINDOWED:
         count *= numbers.get("kernel_h", 1) * numbers.get("kernel_w", 1)
     if node.op_type in ("QConv", "QConvFloat", "QGemm", "QGemmFloat"):

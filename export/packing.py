@@ -16,28 +16,35 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     """Widths of the planes of a `bits`-bit code, lowest bits first. Raises ValueError outside 1 to 8."""
     if not 1 <= bits <= 8:
         raise ValueError(f"codes have 1 to 8 bits, got {bits}")
-    return (8,) if bits == 8 else tuple(width for width in (4, 2, 1) if bits & width)
+    if bits == 8:
+        return (8,)
+    return tuple(width for width in (4, 2, 1) if bits & width)
 
 
 def pack(codes: Codes, bits: int) -> list[Plane]:
     """Planes of `codes` (int8, any shape, row-major), one uint8 vector each. Raises ValueError for a code outside b bits."""
     flat = codes.ravel().astype(np.int16)
+    limit = 1 << (bits - 1)
     if bits == 1:
         if not np.isin(flat, (-1, 1)).all():
             raise ValueError("1-bit codes are -1 and +1")
         flat = (flat + 1) // 2
-    elif flat.size and not (
-        -(1 << (bits - 1)) <= flat.min() and flat.max() < 1 << (bits - 1)
-    ):
+    elif flat.size and (flat.min() < -limit or flat.max() >= limit):
         raise ValueError(
             f"codes reach {flat.min()} to {flat.max()}, which {bits} bits cannot hold"
         )
-    planes, shift = [], 0
+    planes = []
+    shift = 0
     for width in plane_widths(bits):
-        part = (flat >> shift) & ((1 << width) - 1)
+        part = (flat >> shift) & _mask(width)
         planes.append(_to_bytes(part.astype(np.uint8), width))
         shift += width
     return planes
+
+
+def _mask(width: int) -> int:
+    """The lowest `width` bits."""
+    return (1 << width) - 1
 
 
 def unpack(planes: list[Plane], bits: int, shape: tuple[int, ...]) -> Codes:
@@ -63,31 +70,32 @@ def tables(bits: int, factor: int) -> list[Codes]:
     """
     if factor << max(bits - 1, 0) > 128:
         raise ValueError(f"codes of {bits} bits times {factor} do not fit int8")
-    widths = plane_widths(bits)
-    return [
-        _table(width, sum(widths[:i]), i == len(widths) - 1, bits, factor)
-        for i, width in enumerate(widths)
-    ]
-
-
-def _table(width: int, shift: int, is_top: bool, bits: int, factor: int) -> Codes:
-    per_byte = 8 // width
-    values = (np.arange(256)[:, None] >> (width * np.arange(per_byte))) & (
-        (1 << width) - 1
-    )
     if bits == 1:
-        contributions = 2 * values - 1
-    else:
-        signed = values - ((values >> (width - 1)) << width) if is_top else values
-        contributions = signed << shift
-    return (contributions * factor).astype(np.int8)
+        return [((2 * _parts(1) - 1) * factor).astype(np.int8)]
+    in_planes = []
+    shift = 0
+    for width in plane_widths(bits):
+        parts = _parts(width)
+        is_top = shift + width == bits
+        if is_top:  # two's complement: its highest bit counts negatively
+            parts = parts - ((parts >> (width - 1)) << width)
+        in_planes.append(((parts << shift) * factor).astype(np.int8))
+        shift += width
+    return in_planes
+
+
+def _parts(width: int) -> NDArray[np.int64]:
+    """(256, 8 / width): the parts of `width` bits that every byte holds, low bits first."""
+    shifts = width * np.arange(8 // width)
+    return (np.arange(256)[:, None] >> shifts) & _mask(width)
 
 
 def _to_bytes(values: Plane, width: int) -> Plane:
+    """Numbers of `width` bits, 8 / width of them in a byte."""
     per_byte = 8 // width
-    padded = np.zeros(-(-len(values) // per_byte) * per_byte, np.uint8)
+    whole_bytes = -(-len(values) // per_byte)
+    padded = np.zeros(whole_bytes * per_byte, np.uint8)
     padded[: len(values)] = values
     shifts = (width * np.arange(per_byte)).astype(np.uint8)
-    return np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(
-        np.uint8
-    )
+    shifted = padded.reshape(-1, per_byte) << shifts
+    return np.bitwise_or.reduce(shifted, axis=1).astype(np.uint8)

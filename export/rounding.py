@@ -16,7 +16,7 @@ NEGLIGIBLE_CODES = (
 
 
 @dataclass(frozen=True)
-class Rounding:
+class BiasRounding:
     """change: float64 (O,), what rounding adds to the bias, in real units. unit: float64 (O,), real value of one bias code.
     in_codes: float64 (O,), the change in codes of the quantizer that reads the layer; None where its results are floats."""
 
@@ -34,10 +34,10 @@ class Rounding:
         )
 
 
-def bias_roundings(model: LoweredModel) -> dict[str, Rounding]:
+def bias_roundings(model: LoweredModel) -> dict[str, BiasRounding]:
     """By layer of a canonical `model`. Left out: layers with float biases, which round nothing, and those that end in one
     bit, whose integer biases decide exactly what the trained thresholds decide."""
-    found: dict[str, Rounding] = {}
+    found: dict[str, BiasRounding] = {}
     for node in model.skeleton.graph:
         layer = weight_layer(node, model)
         if layer is None or layer.bias_codes is None:
@@ -52,13 +52,13 @@ def bias_roundings(model: LoweredModel) -> dict[str, Rounding]:
 
 def _rounding(
     layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None
-) -> Rounding:
+) -> BiasRounding:
     assert layer.bias_codes is not None
     # In float32, as the runtime multiplies them
     unit = (source.scale * layer.stored_scale).astype(np.float64)
     change = layer.bias_codes * unit - layer.folded_bias
     in_codes = None if written is None else change / float(written.scale)
-    return Rounding(change, np.abs(unit), in_codes)
+    return BiasRounding(change, np.abs(unit), in_codes)
 
 
 def largest_sums(layer: LoweredLayer, source: LoweredQuantizer) -> NDArray[np.float64]:

@@ -23,7 +23,10 @@ from export.lowered import BINARY_GAIN, ExportError, LoweredLayer, LoweredQuanti
 
 WRITE_ZERO_POINT = 2 * BINARY_GAIN
 CODES = 256  # what the smallest difference is written as
-SMALLEST_UNIT = 1e-30  # a batch norm below silences its channel
+SMALLEST_UNIT = (
+    1e-30  # below it sums decide nothing: a batch norm has switched its channel off
+)
+FARTHEST_CROSSING = float(1 << 30)  # in sums: none reaches a threshold beyond
 
 
 def with_threshold_bias(
@@ -34,40 +37,53 @@ def with_threshold_bias(
     half = max(stride // 2, 1)
     unit = (source.scale * layer.stored_scale).astype(np.float64)
     bias = np.zeros(len(unit)) if layer.bias is None else layer.bias
-    wanted = (
-        np.broadcast_to(np.asarray(target.thresholds, np.float64), unit.shape) - bias
+    wanted = np.asarray(target.thresholds, np.float64) - bias
+    is_bias_only = np.abs(unit) < SMALLEST_UNIT
+    crossing = wanted / np.where(is_bias_only, 1.0, unit)
+    is_bias_only |= np.abs(crossing) > FARTHEST_CROSSING
+    decided_by_sums = _biases_at_crossing(crossing, unit < 0, stride)
+    decided_by_bias = np.where(wanted <= 0, half, -half)
+    bias_codes = np.where(is_bias_only, decided_by_bias, decided_by_sums)
+    layer = _with_biases_alone(layer, is_bias_only)
+    smallest_unit = np.abs(source.scale * layer.stored_scale).min()
+    write_scale = np.float32(smallest_unit * half / CODES)
+    layer = replace(
+        layer, bias_codes=bias_codes.astype(np.int32), input_quantizer=source.name
     )
-    reach = float(1 << 30)
-    silent = np.abs(unit) < SMALLEST_UNIT
-    crossing = wanted / np.where(silent, 1.0, unit)
-    silent |= np.abs(crossing) > reach
-    down = unit < 0
-    last = stride * np.where(
-        down, np.floor(crossing / stride), np.ceil(crossing / stride)
-    )
-    margin = 0 if stride == 1 else half
-    codes = np.where(down, -last - margin, -last + margin)
-    codes = np.where(silent, np.where(wanted <= 0, half, -half), codes).astype(np.int32)
-    layer = _silenced(layer, silent)
-    smallest = np.abs(source.scale * layer.stored_scale).min()
-    write_scale = np.float32(smallest * half / CODES)
-    return replace(layer, bias_codes=codes, input_quantizer=source.name), replace(
-        target, write_scale=write_scale
-    )
+    return layer, replace(target, write_scale=write_scale)
 
 
-def _silenced(layer: LoweredLayer, silent: NDArray[np.bool_]) -> LoweredLayer:
-    """Weights of silent channels become 0 and their scale positive; 0 is not a 1-bit code, so such a layer takes 2 bits."""
-    if not silent.any():
+def _biases_at_crossing(
+    crossing: NDArray[np.float64], is_down: NDArray[np.bool_], stride: int
+) -> NDArray[np.float64]:
+    """float64 (O,): integer biases that put the threshold between the last sum that counts and the one before it.
+
+    crossing: the sum at the threshold. is_down: whether smaller sums are +1. stride: between two possible sums.
+    """
+    last_up = stride * np.ceil(crossing / stride)
+    last_down = stride * np.floor(crossing / stride)
+    # Half of the way to the next sum; sums that lie 1 apart leave no integer between them
+    margin = 0 if stride == 1 else stride // 2
+    return np.where(is_down, -last_down - margin, -last_up + margin)
+
+
+def _with_biases_alone(
+    layer: LoweredLayer, is_bias_only: NDArray[np.bool_]
+) -> LoweredLayer:
+    """Weights of those channels become 0 and their scale positive; 0 is not a 1-bit code, so such a layer takes 2 bits."""
+    if not is_bias_only.any():
         return layer
-    codes, scale = layer.codes.copy(), layer.scale.copy()
-    codes[silent], scale[silent] = (
-        0,
-        np.abs(scale[~silent]).max(initial=np.float32(1e-3)),
-    )
-    channels = tuple(int(c) for c in np.flatnonzero(silent))
+    codes = layer.codes.copy()
+    codes[is_bias_only] = 0
+    scale = layer.scale.copy()
+    others = np.abs(scale[~is_bias_only])
+    scale[is_bias_only] = others.max(initial=np.float32(1e-3))
     return replace(
-        layer, codes=codes, scale=scale, bits=max(layer.bits, 2), dead_channels=channels
+        layer,
+        codes=codes,
+        scale=scale,
+        bits=max(layer.bits, 2),
+        bias_only_channels=tuple(np.flatnonzero(is_bias_only).tolist()),
     )
 
 
@@ -79,15 +95,13 @@ def code_thresholds(
     Raises ExportError for a threshold that no code reaches.
     """
     values = (np.arange(256) - source.zero_point).astype(np.float32) * source.scale
-    first = np.searchsorted(
-        values, np.asarray(target.thresholds, np.float32), side="left"
-    )
+    thresholds = np.asarray(target.thresholds, np.float32)
+    first = np.searchsorted(values, thresholds, side="left")
     if (first > 255).any():
         channels = np.flatnonzero(first > 255)[:4].tolist()
         raise ExportError(
             f"quantizer {target.name!r}: no code of {source.name!r} reaches the threshold of channels {channels}, which are "
             "-1 throughout; prune them, or train without learned thresholds"
         )
-    return (
-        first.astype(np.uint8) if first.size > 1 else first.astype(np.uint8).reshape(())
-    )
+    codes = first.astype(np.uint8)
+    return codes if codes.size > 1 else codes.reshape(())

@@ -225,24 +225,26 @@ def _feeds(
         raise ValueError(
             f"certify: images hold {len(tensors)} tensors, the file takes {len(wanted)}: {', '.join(names)}"
         )
+    arrays = {}
     for name, tensor, like in zip(names, tensors, wanted, strict=True):
-        if tensor.shape[1:] != like.shape[1:]:
-            raise ValueError(
-                f"certify: images for {name!r} have shape {list(tensor.shape)}, the file takes {['N', *like.shape[1:]]}; "
-                "pass images of that size, or the example= that the file was exported with"
-            )
-        if not len(tensor):
-            raise ValueError(
-                f"certify: images for {name!r} are none; pass a few real ones"
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"certify: images for {name!r} hold NaN or infinity; pass finite ones"
-            )
-    arrays = [tensor.numpy() for tensor in tensors]
-    return (
-        arrays[0] if len(names) == 1 else Feeds(dict(zip(names, arrays, strict=True)))
-    )
+        _require_fitting(name, tensor, like)
+        arrays[name] = tensor.numpy()
+    return arrays[names[0]] if len(names) == 1 else Feeds(arrays)
+
+
+def _require_fitting(name: str, images: torch.Tensor, like: torch.Tensor) -> None:
+    """Raises ValueError for images that are not of the shape of `like`, none, or not finite."""
+    if images.shape[1:] != like.shape[1:]:
+        raise ValueError(
+            f"certify: images for {name!r} have shape {list(images.shape)}, the file takes {['N', *like.shape[1:]]}; "
+            "pass images of that size, or the example= that the file was exported with"
+        )
+    if not len(images):
+        raise ValueError(f"certify: images for {name!r} are none; pass a few real ones")
+    if images.is_floating_point() and not bool(images.isfinite().all()):
+        raise ValueError(
+            f"certify: images for {name!r} hold NaN or infinity; pass finite ones"
+        )
 
 
 def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
@@ -251,17 +253,15 @@ def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
 
     if labels is None:
         return np.zeros(0, np.int64)
-    found = (
-        labels.detach().cpu().numpy()
-        if isinstance(labels, torch.Tensor)
-        else np.asarray(labels)
-    )
-    if found.shape != (samples,) or found.dtype.kind not in "iu":
+    if isinstance(labels, torch.Tensor):
+        labels = labels.detach().cpu()
+    classes = np.asarray(labels)
+    if classes.shape != (samples,) or classes.dtype.kind not in "iu":
         raise ValueError(
-            f"certify: labels are {found.dtype} {list(found.shape)}; {samples} images need {samples} class numbers, or leave "
-            "labels out"
+            f"certify: labels are {classes.dtype} {list(classes.shape)}; {samples} images need {samples} class numbers, or "
+            "leave labels out"
         )
-    return found.astype(np.int64)
+    return classes.astype(np.int64)
 
 
 def require_valid(proto: onnx.ModelProto) -> None:

@@ -92,22 +92,29 @@ def _settle_scales(
     model: nn.Module, lowered: LoweredModel, left: dict[str, str]
 ) -> dict[str, int]:
     """Write moved scales into the activation quantizers; returns by how much, in ppm."""
-    found = quantizers(model)
+    by_name = quantizers(model)
     moved: dict[str, int] = {}
     for name, grid in lowered.quantizers.items():
         if not grid.moved_ppm:
             continue
-        if name not in found:
+        if name not in by_name:
             left[name] = "it runs several times, on grids that differ"
+        elif _move_scale(by_name[name], float(grid.scale)):
+            moved[name] = grid.moved_ppm
         else:
-            scale, zero_point = found[name].raw_scale.clone(), found[name].zero_point
-            found[name].raw_scale.fill_(float(grid.scale))
-            if found[name].zero_point == zero_point:
-                moved[name] = grid.moved_ppm
-            else:
-                found[name].raw_scale.copy_(scale)
-                left[name] = "its zero point would move with its scale"
+            left[name] = "its zero point would move with its scale"
     return moved
+
+
+def _move_scale(quantizer: Quantizer, scale: float) -> bool:
+    """Set an activation's scale; False, with the scale as it was, where the zero point would change."""
+    scale_before = quantizer.raw_scale.clone()
+    zero_point_before = quantizer.zero_point
+    quantizer.raw_scale.fill_(scale)
+    if quantizer.zero_point == zero_point_before:
+        return True
+    quantizer.raw_scale.copy_(scale_before)
+    return False
 
 
 def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
@@ -117,52 +124,44 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
     from export.ties import factors_off_ties
 
     parameters = dict(model.named_parameters())
-    owners = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, (QuantConv2d, QuantLinear))
-    }
+    modules = dict(model.named_modules())
     uses = Counter(layer.bias_parameter for layer in lowered.layers.values())
     scaled = 0
     for node in lowered.skeleton.graph:
-        layer, written = weight_layer(node, lowered), written_by(node, lowered)
-        if (
-            layer is None
-            or written is None
-            or written.is_binary
-            or not layer.input_quantizer
-            or layer.dead_channels
-        ):
+        layer = weight_layer(node, lowered)
+        written = written_by(node, lowered)
+        if layer is None or written is None or written.is_binary:
             continue
-        factors = factors_off_ties(
-            layer, lowered.quantizers[layer.input_quantizer], written
-        )
-        if (factors == 1).all() or (
-            uses[layer.bias_parameter] > 1 and layer.bias_parameter
-        ):
+        if not layer.input_quantizer or layer.bias_only_channels:
             continue
-        by_channel = torch.from_numpy(factors)
-        gamma = parameters.get(gamma_of(layer.bias_parameter))
-        if layer.bias_parameter not in ("", bias_of(layer.name)) and gamma is not None:
-            gamma.copy_(_scaled(gamma, by_channel))
+        source = lowered.quantizers[layer.input_quantizer]
+        factors = torch.from_numpy(factors_off_ties(layer, source, written))
+        bias = layer.bias_parameter
+        is_shared = bool(bias) and uses[bias] > 1
+        if is_shared or bool((factors == 1).all()):
+            continue
+        gamma = parameters.get(gamma_of(bias))
+        if bias not in ("", bias_of(layer.name)) and gamma is not None:
+            gamma.copy_(_scaled(gamma, factors))
             scaled += 1
             continue
-        module = owners.get(layer.name)  # none, where the weight is computed
-        grid = module.weight_quantizer if module is not None else None
-        movable = (
-            grid is not None
-            and not grid.spec.power_of_two
-            and grid.raw_scale.shape == by_channel.shape
-        )
-        if module is not None and grid is not None and movable:
-            scaled += _scale_weight(module.weight, grid, by_channel)
+        module = modules.get(layer.name)
+        # Elsewhere the weight is computed, and has no module
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            scaled += _scale_weight(module.weight, module.weight_quantizer, factors)
     return scaled
 
 
-def _scale_weight(weight: Tensor, grid: Quantizer, factors: Tensor) -> bool:
+def _scale_weight(weight: Tensor, grid: Quantizer | None, factors: Tensor) -> bool:
     """Move the scales of a weight, and the weight where its codes would change otherwise; False, with both as they were,
-    where they change even so."""
-    codes, scale, latent = grid.codes(weight), grid.raw_scale.clone(), weight.clone()
+    where they change even so, or the grid has no scale for each channel that may move."""
+    if grid is None or grid.spec.power_of_two:
+        return False
+    if grid.raw_scale.shape != factors.shape:
+        return False
+    codes = grid.codes(weight)
+    scale = grid.raw_scale.clone()
+    latent = weight.clone()
     grid.raw_scale.copy_(_scaled(scale, factors))
     if torch.equal(grid.codes(weight), codes):
         return True
@@ -197,10 +196,9 @@ def _settle_biases(
             left[name] = "its bias is not a parameter of the model"
             continue
         parameter = parameters[owner]
-        change = (
-            torch.from_numpy(rounding.change).to(parameter.device).view_as(parameter)
-        )
-        value = (parameter.double() + change).to(parameter.dtype)
+        change = torch.from_numpy(rounding.change).to(parameter.device)
+        value = parameter.double() + change.view_as(parameter)
+        value = value.to(parameter.dtype)
         if not torch.equal(rounded.setdefault(owner, value), value):
             left[name] = f"{owner} serves other layers too, where it rounds differently"
             continue

@@ -49,9 +49,9 @@ def main() -> int:
     given = parser.parse_args()
     try:
         expected = read_expected(given.bundle)
-        found = Found(expected, given.codes)
+        computed = Computed(expected, given.codes)
         for outputs in run(given.bundle, expected, given.threads, given.kernels):
-            found.add(outputs)
+            computed.add(outputs)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
@@ -61,7 +61,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    lines, passed = verdict(expected, found)
+    lines, passed = verdict(expected, computed)
     changed = changed_files(given.bundle, expected)
     print(
         f"{printable(expected['about'])}, on ONNX Runtime {ort.__version__}, {platform.machine()} {platform.system()}"
@@ -72,9 +72,10 @@ def main() -> int:
 
 def printable(text: object) -> str:
     """`text` without what would steer a terminal; escapes in its place."""
-    return "".join(
-        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text)
-    )
+    letters = []
+    for letter in str(text):
+        letters.append(letter if letter.isprintable() else ascii(letter)[1:-1])
+    return "".join(letters)
 
 
 def read_expected(bundle: Path) -> dict[str, Any]:
@@ -124,14 +125,13 @@ def run(
     model = str(bundle / expected["model"]["file"])
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [tensor["name"] for tensor in expected["tensors"]] + [expected["output"]]
-    images = np.fromfile(bundle / expected["images"]["file"], np.float32).reshape(
-        expected["images"]["shape"]
-    )
-    for image in images:
-        yield dict(zip(names, session.run(names, {expected["input"]: image[None]})))
+    pixels = np.fromfile(bundle / expected["images"]["file"], np.float32)
+    for image in pixels.reshape(expected["images"]["shape"]):
+        outputs = session.run(names, {expected["input"]: image[None]})
+        yield dict(zip(names, outputs))
 
 
-class Found:
+class Computed:
     """What was computed: a digest for each tensor and image, and the logits. Codes are written where `folder` says."""
 
     def __init__(self, expected: dict[str, Any], folder: Path | None = None) -> None:
@@ -166,57 +166,77 @@ def digest(codes: np.ndarray) -> str:
     return hashlib.sha256(codes.tobytes()).hexdigest()[:16]
 
 
-def verdict(expected: dict[str, Any], found: Found) -> tuple[list[str], bool]:
+def verdict(expected: dict[str, Any], computed: Computed) -> tuple[list[str], bool]:
     """Lines to print, and whether every tensor that integer operators compute is as expected.
 
     A tensor that differs is excused where one that it is computed from differs too, or where it is computed in floating
     point, which may differ between processors in the last bit: those are named, and what comes after them is not judged.
     """
-    tensors = expected["tensors"]
-    images = len(found.logits)
-    differing: dict[str, int] = {}
-    wrong, in_float, after = [], [], []
-    for tensor in tensors:
-        pairs = zip(tensor["sha256"], found.digests[tensor["name"]])
-        count = sum(ours != theirs for ours, theirs in pairs)
+    wrong, in_float, after = differing_tensors(expected, computed)
+    images = len(computed.logits)
+    count = len(expected["tensors"])
+    same = count - len(wrong) - len(in_float) - len(after)
+    lines = [
+        f"  codes     {same} of {count} tensors are as expected on {images} images"
+    ]
+    for text in wrong:
+        lines.append(f"  WRONG     {text}")
+    for text in in_float:
+        lines.append(
+            f"  float     {text}: floating point, which may differ in the last bit"
+        )
+    if after:
+        lines.append(
+            f"  after     {len(after)} tensors that are computed from those differ too"
+        )
+    lines.append(compared_answers(expected, computed))
+    if wrong:
+        lines.append(
+            f"NOT THE SAME CODES: {len(wrong)} operations compute other codes from the same inputs"
+        )
+    elif same < count:
+        lines.append("THE SAME CODES, up to what is computed in floating point")
+    else:
+        lines.append("THE SAME CODES")
+    return lines, not wrong
+
+
+def differing_tensors(
+    expected: dict[str, Any], computed: Computed
+) -> tuple[list[str], list[str], list[str]]:
+    """Tensors that differ, in words: wrong ones, those of floating point, and those that come after another one."""
+    images = len(computed.logits)
+    wrong = []
+    in_float = []
+    after = []
+    differing = set()
+    for tensor in expected["tensors"]:
+        name = tensor["name"]
+        count = 0
+        for ours, theirs in zip(computed.digests[name], tensor["sha256"]):
+            count += ours != theirs
         if not count:
             continue
-        differing[tensor["name"]] = count
-        text = f"{tensor['name']} (computed by {tensor['made_by']}) on {count} of {images} images"
-        if any(source in differing for source in tensor["sources"]):
+        text = f"{name} (computed by {tensor['made_by']}) on {count} of {images} images"
+        if differing.intersection(tensor["sources"]):
             after.append(text)
         elif tensor["float"]:
             in_float.append(text)
         else:
             wrong.append(text)
-    lines = [
-        f"  codes     {len(tensors) - len(differing)} of {len(tensors)} tensors are as expected on {images} images"
-    ]
-    lines += [f"  WRONG     {text}" for text in wrong]
-    lines += [
-        f"  float     {text}: floating point, which may differ in the last bit"
-        for text in in_float
-    ]
-    if after:
-        lines.append(
-            f"  after     {len(after)} tensors that are computed from those differ too"
-        )
-    answers = [int(logits.argmax()) for logits in found.logits]
-    same = sum(ours == theirs for ours, theirs in zip(expected["answers"], answers))
-    logits = np.array(expected["logits"], np.float32)
-    largest = float(np.abs(np.stack(found.logits) - logits).max())
-    lines.append(
-        f"  answers   {same} of {images} as expected; logits differ by at most {largest:.2g}"
-    )
-    if wrong:
-        lines.append(
-            f"NOT THE SAME CODES: {len(wrong)} operations compute other codes from the same inputs"
-        )
-    elif differing:
-        lines.append("THE SAME CODES, up to what is computed in floating point")
-    else:
-        lines.append("THE SAME CODES")
-    return lines, not wrong
+        differing.add(name)
+    return wrong, in_float, after
+
+
+def compared_answers(expected: dict[str, Any], computed: Computed) -> str:
+    """How many images get the expected answer, and how far the logits are off, in words."""
+    images = len(computed.logits)
+    same = 0
+    for logits, answer in zip(computed.logits, expected["answers"]):
+        same += int(logits.argmax()) == answer
+    expected_logits = np.array(expected["logits"], np.float32)
+    largest = float(np.abs(np.stack(computed.logits) - expected_logits).max())
+    return f"  answers   {same} of {images} as expected; logits differ by at most {largest:.2g}"
 
 
 if __name__ == "__main__":

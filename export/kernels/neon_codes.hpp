@@ -72,7 +72,7 @@ inline void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
   }
 }
 
-// vmaxnm gives the bound where a code is no number.
+// vmaxnm gives the bound where a code is not a number.
 inline void quantize(const float* x, size_t count, float scale, int zero, int low, int high, uint8_t* to) {
   const float32x4_t step = vdupq_n_f32(scale);
   const float32x4_t lowest = vdupq_n_f32(float(low - zero)), highest = vdupq_n_f32(float(high - zero));

@@ -73,7 +73,7 @@ struct Constants {
   float ratio_own, ratio_other;
 };
 
-// kFromZero: zero point and lowest code are 0, as behind a ReLU.
+// kFromZero: zero point and lowest code are 0, as after a ReLU.
 template <bool kFromZero>
 __attribute__((always_inline)) inline uint8x16_t own_codes(const int32_t* sums, const Sixteen& multiplier,
                                                            const Constants& k) {

@@ -20,9 +20,10 @@ def fold_batch_norms(model: LoweredModel) -> bool:
         layer = _layer_before(node, model)
         if layer is None:
             continue
-        gamma, beta, mean, variance = (
-            np.asarray(constant(value), np.float64) for value in node.inputs[1:5]
-        )
+        gamma = np.asarray(constant(node.inputs[1]), np.float64)
+        beta = np.asarray(constant(node.inputs[2]), np.float64)
+        mean = np.asarray(constant(node.inputs[3]), np.float64)
+        variance = np.asarray(constant(node.inputs[4]), np.float64)
         epsilon = node.attributes["epsilon"].as_float()
         a = gamma / np.sqrt(variance + epsilon)
         folded = replace(

@@ -42,20 +42,19 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
             )
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
-        source, written = model.quantizers[grid], written_by(node, model)
+        source = model.quantizers[grid]
+        written = written_by(node, model)
         if written is not None and written.is_binary:
-            layer = replace(
-                layer,
-                weight_multiplier=weight_multiplier_of(target, layer.bits, source),
-            )
-            layer, model.quantizers[written.name] = with_threshold_bias(
-                layer, source, written
-            )
+            multiplier = weight_multiplier_of(target, layer.bits, source)
+            layer = replace(layer, weight_multiplier=multiplier)
+            layer, decided = with_threshold_bias(layer, source, written)
+            model.quantizers[written.name] = decided
         else:
             layer = _with_bias_codes(layer, source, written, target)
-            if silent := list(layer.dead_channels):
+            if layer.bias_only_channels:
+                channels = list(layer.bias_only_channels)
                 model.notes.append(
-                    f"layer {layer.name!r}: in channels {silent} only the bias decides; only it is kept"
+                    f"layer {layer.name!r}: in channels {channels} only the bias decides; only it is kept"
                 )
         model.put_layer(layer)
         check_sums(layer, source)
@@ -70,9 +69,8 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
 def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
     """Raises ExportError when a sum of the layer, bias included, may exceed the 32 bits that every kernel adds it in."""
     assert layer.bias_codes is not None
-    largest = largest_sums(layer, source) * layer.weight_multiplier + np.abs(
-        layer.bias_codes.astype(np.float64)
-    )
+    largest = largest_sums(layer, source) * layer.weight_multiplier
+    largest = largest + np.abs(layer.bias_codes.astype(np.float64))
     if (largest > SUM_LIMIT).any():
         channel = int(largest.argmax())
         raise ExportError(
@@ -102,14 +100,12 @@ def float_biases(model: LoweredModel) -> bool:
 
 
 def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
-    get = {name: attribute.value for name, attribute in node.attributes.items()}
-    if (
-        get.get("transB", 0) != 1
-        or get.get("transA", 0)
-        or get.get("alpha", 1.0) != 1.0
-        or get.get("beta", 1.0) != 1.0
-    ):
-        raise ExportError(f"layer {layer.name!r}: Gemm with {get} is not x·Wᵀ + b")
+    """Raises ExportError for a Gemm that is not x·Wᵀ + b."""
+    options = {name: one.value for name, one in node.attributes.items()}
+    is_turned = options.get("transB", 0) == 1 and not options.get("transA", 0)
+    is_plain = options.get("alpha", 1.0) == 1.0 and options.get("beta", 1.0) == 1.0
+    if not is_turned or not is_plain:
+        raise ExportError(f"layer {layer.name!r}: Gemm with {options} is not x·Wᵀ + b")
 
 
 def _with_bias_codes(
@@ -118,7 +114,7 @@ def _with_bias_codes(
     written: LoweredQuantizer | None,
     target: Target,
 ) -> LoweredLayer:
-    """The layer with integer biases; its dead channels are those of which only the bias is kept.
+    """The layer with integer biases; of its bias-only channels no more than the bias is kept.
 
     source: the quantizer it reads; written: the one that reads its results, None where they stay in floating point.
     Raises ExportError for a channel whose bias no int32 code can hold though its sums matter.
@@ -131,9 +127,8 @@ def _with_bias_codes(
         unit = (source.scale * layer.stored_scale).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             codes = np.rint(layer.folded_bias / unit)
-        out_of_range = ~(
-            np.abs(codes) + largest_sums(layer, source) * weight_multiplier <= SUM_LIMIT
-        )
+        largest = np.abs(codes) + largest_sums(layer, source) * weight_multiplier
+        out_of_range = ~(largest <= SUM_LIMIT)  # nan is, too
         if not out_of_range.any():
             return replace(layer, bias_codes=codes.astype(np.int32))
         needed = out_of_range & ~_sums_are_negligible(layer, source, written)
@@ -157,10 +152,8 @@ def _sums_are_negligible(
     bias = layer.folded_bias
     if written is None:
         return largest <= NEGLIGIBLE_SHARE * np.abs(bias)
-    lowest, highest = (
-        float(written.scale) * (code - written.zero_point)
-        for code in (written.low, written.high)
-    )
+    lowest = float(written.scale) * (written.low - written.zero_point)
+    highest = float(written.scale) * (written.high - written.zero_point)
     is_clipped = (bias - largest >= highest) | (bias + largest <= lowest)
     return is_clipped | (largest <= NEGLIGIBLE_CODES * float(written.scale))
 
@@ -169,24 +162,25 @@ def _with_biases_alone(
     layer: LoweredLayer,
     source: LoweredQuantizer,
     bias_codes: NDArray[np.float64],
-    silent: NDArray[np.bool_],
+    is_bias_only: NDArray[np.bool_],
 ) -> LoweredLayer:
-    """The layer with weights 0 in its silent channels, in a unit that leaves their biases 20 bits of precision."""
-    codes, scale, bias_codes = layer.codes.copy(), layer.scale.copy(), bias_codes.copy()
-    channels = [int(c) for c in np.flatnonzero(silent)]
-    bias, input_scale = layer.folded_bias[silent], float(source.scale)
-    codes[silent] = 0
-    scale[silent] = (
-        layer.weight_multiplier
-        * np.maximum(np.abs(bias), 1e-6)
-        / (input_scale * (1 << 20))
+    """The layer with weights 0 in those channels, in a unit that leaves their biases 20 bits of precision."""
+    multiplier = layer.weight_multiplier
+    input_scale = float(source.scale)
+    bias = layer.folded_bias[is_bias_only]
+    magnitude = np.maximum(np.abs(bias), 1e-6)
+    codes = layer.codes.copy()
+    codes[is_bias_only] = 0
+    scale = layer.scale.copy()  # float32, so it rounds what it is given
+    scale[is_bias_only] = multiplier * magnitude / (input_scale * (1 << 20))
+    unit = input_scale * scale[is_bias_only].astype(np.float64) / multiplier
+    bias_codes = bias_codes.copy()
+    bias_codes[is_bias_only] = np.rint(bias / unit)
+    return replace(
+        layer,
+        codes=codes,
+        scale=scale,
+        bits=max(layer.bits, 2),  # 0 is not a 1-bit code
+        bias_only_channels=tuple(np.flatnonzero(is_bias_only).tolist()),
+        bias_codes=bias_codes.astype(np.int32),
     )
-    bias_codes[silent] = np.rint(
-        bias
-        / (input_scale * scale[silent].astype(np.float64) / layer.weight_multiplier)
-    )
-    bits = max(layer.bits, 2)  # 0 is not a 1-bit code
-    silenced = replace(
-        layer, codes=codes, scale=scale, bits=bits, dead_channels=tuple(channels)
-    )
-    return replace(silenced, bias_codes=bias_codes.astype(np.int32))

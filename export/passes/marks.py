@@ -45,7 +45,7 @@ def hoist_marks(model: LoweredModel) -> bool:
 
 
 def _commutes(layout: ir.Node, quantizer: LoweredQuantizer | None) -> bool:
-    """Whether quantizing before `layout` is the same: padding adds zeros, which are no one-bit code, and thresholds per
+    """Whether quantizing before `layout` is the same: padding adds zeros, which are not one-bit codes, and thresholds per
     channel stay with their channels through a max pool alone."""
     if layout.op_type == "Pad":
         fill = constant(layout.inputs[2]) if len(layout.inputs) > 2 else None

@@ -16,25 +16,24 @@ def positive_scales(model: LoweredModel, target: Target) -> bool:
     """
     changed = False
     for name, layer in model.layers.items():
-        if (layer.codes == -128).any():
-            channels = [
-                int(c)
-                for c in np.flatnonzero(
-                    (layer.codes == -128).reshape(len(layer.codes), -1).any(1)
-                )
-            ]
+        per_channel = layer.codes.reshape(len(layer.codes), -1)
+        too_low = np.flatnonzero((per_channel == -128).any(1)).tolist()
+        if too_low:
             raise ExportError(
                 f"layer {layer.name!r}: target {target.name} takes int8 weights from -127 to 127, and channels "
-                f"{channels[:4]} hold code -128; train it with QuantSpec.of_weight(8), or export for an ort target"
+                f"{too_low[:4]} hold code -128; train it with QuantSpec.of_weight(8), or export for an ort target"
             )
-        negative, silent = layer.scale < 0, layer.scale == 0
-        if not (negative | silent).any():
+        is_negative = layer.scale < 0
+        is_zero = layer.scale == 0
+        if not (is_negative | is_zero).any():
             continue
-        codes, scale = layer.codes.copy(), np.abs(layer.scale)
-        codes[negative] *= -1
-        codes[silent], scale[silent] = 0, 1
+        codes = layer.codes.copy()
+        codes[is_negative] *= -1
+        codes[is_zero] = 0
+        scale = np.abs(layer.scale)
+        scale[is_zero] = 1
         # 0 is not a 1-bit code
-        bits = max(layer.bits, 2) if silent.any() else layer.bits
+        bits = max(layer.bits, 2) if is_zero.any() else layer.bits
         model.layers[name] = replace(layer, codes=codes, scale=scale, bits=bits)
         changed = True
     return changed

@@ -70,7 +70,7 @@ class EqualDomainBatches(Sampler[list[Draw]]):
 
 
 class ShareOfBatches(Sampler[list[Draw]]):
-    """Every count-th draw of each batch. A batch that is no multiple of `count`, as an epoch's last one may be, is filled up
+    """Every count-th draw of each batch. A batch that `count` does not divide, as an epoch's last one may be, is filled up
     with its own first draws, so that all shares are as large."""
 
     def __init__(

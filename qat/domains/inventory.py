@@ -70,7 +70,7 @@ class Inventory:
     name: of the data set. note: what its counts do not say, added to the report.
     found: by domain, for the domain folders there are. classes: by domain, those with images in use.
     duplicates: entries of the duplicates file by domain, None without one. listed: images in a domain's lists.
-    strangers: folders that are no domain of the data set.
+    strangers: folders that are not domains of the data set.
     """
 
     folder: Path
@@ -95,42 +95,50 @@ class Inventory:
 
     def problems(self) -> Iterator[str]:
         """One line for everything that differs from the published counts, and what to do."""
-        every = sorted({c for classes in self.classes.values() for c in classes})
-        gone = [d for d in self.published.domains if d not in self.classes]
-        if gone:
+        classes = self._all_classes()
+        missing = [name for name in self.published.domains if name not in self.classes]
+        if missing:
             yield (
-                f"domains missing: {', '.join(gone)}; DomainBed seeds a domain's split by its place among all, so the "
+                f"domains missing: {', '.join(missing)}; DomainBed seeds a domain's split by its place among all, so the "
                 "splits here may differ from its own"
             )
-        if len(every) != self.published.classes:
-            yield f"classes: {len(every)} of {self.published.classes} have images"
-        differing = [d for d in self.classes if self._differs(d)]
-        if bare := [
-            f"{d}/{c}"
-            for d in differing
-            for c in every
-            if c not in set(self.classes[d])
-        ]:
-            yield f"{len(bare)} class(es) without images: {some(bare)}"
+        if len(classes) != self.published.classes:
+            yield f"classes: {len(classes)} of {self.published.classes} have images"
+        differing = [domain for domain in self.classes if self._differs(domain)]
+        empty = []
+        for domain in differing:
+            for name in sorted(classes.difference(self.classes[domain])):
+                empty.append(f"{domain}/{name}")
+        if empty:
+            yield f"{len(empty)} class(es) without images: {some(empty)}"
         for domain in differing:
             yield from self._domain_problems(domain)
-        if self.strangers and gone:
-            yield f"folders that are no domain of {self.name}, left out: {some(self.strangers)}"
+        if self.strangers and missing:
+            yield f"folders that are not domains of {self.name}, left out: {some(self.strangers)}"
+
+    def _all_classes(self) -> set[str]:
+        """Those with images in any domain."""
+        classes: set[str] = set()
+        for of_domain in self.classes.values():
+            classes.update(of_domain)
+        return classes
 
     def _differs(self, domain: str) -> bool:
-        found = self.found[domain]
-        if found.absent:
+        """Whether a domain lacks images, or has not as many as published, in all or of a class."""
+        images = self.found[domain]
+        if images.absent:
             return True
-        return domain in self.published.after and (
-            found.used != self.published.after[domain]
-            or bool(list(self._class_differences(domain)))
-        )
+        if domain not in self.published.after:
+            return False
+        if images.used != self.published.after[domain]:
+            return True
+        return any(self._class_differences(domain))
 
     def _class_differences(self, domain: str) -> Iterator[str]:
         """Classes that have other numbers of images than published: "dog -2"."""
-        found = self.found[domain].by_class
+        used = self.found[domain].by_class
         for name, count in self.published.by_class.get(domain, {}).items():
-            difference = found.get(name, 0) - count
+            difference = used.get(name, 0) - count
             if difference:
                 yield f"{name} {difference:+,}"
 
@@ -173,11 +181,11 @@ class Inventory:
         return "\n".join(lines)
 
     def _sums(self) -> str:
-        every = {c for classes in self.classes.values() for c in classes}
+        classes = self._all_classes()
         images = f"{self.used:,} images"
         if not self.published.uncounted:
             images = f"{self.used:,} of {sum(self.published.after.values()):,} images"
-        text = f"{images}, {len(every)} of {self.published.classes} classes"
+        text = f"{images}, {len(classes)} of {self.published.classes} classes"
         if self.published.before == self.published.after:
             return text
         dropped = sum(found.duplicates for found in self.found.values())

@@ -157,11 +157,10 @@ def _of_pairs(records: Sequence[Record], target: str) -> list[float] | None:
 
 def source_mean(record: Record) -> float:
     """Mean "out" accuracy over the sources, unweighted. Raises ValueError where none was measured."""
-    accuracies = [
-        accuracy
-        for domain, accuracy in record.accuracy_out.items()
-        if domain not in record.targets
-    ]
+    accuracies = []
+    for domain, accuracy in record.accuracy_out.items():
+        if domain not in record.targets:
+            accuracies.append(accuracy)
     if not accuracies:
         raise ValueError(
             f"step {record.step}: no source's held-out part was measured; nothing can be selected by it"

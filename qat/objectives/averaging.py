@@ -99,38 +99,38 @@ class LossValley:
             self.average = merged(self.pending[:1])
             self.pending = self.pending[1:]
         while len(self.pending) >= self.tolerance and not self.ended:
-            self.ended = (
-                min(value for value, _ in self.pending[: self.tolerance]) > self.bound
-            )
-            if not self.ended:
-                merge(self.average, self.pending.pop(0)[1])
+            if _least(self.pending[: self.tolerance]) > self.bound:
+                self.ended = True
+            else:
+                _, span = self.pending.pop(0)
+                merge(self.average, span)
 
     def result(self) -> Average | None:
         """The valley's average as of now: a training that stops in the valley ends it where its last loss within l lies.
         None before a valley began."""
         if self.average is None:
             return None
-        within = (
-            0
-            if self.ended
-            else max(
-                (i + 1 for i, (v, _) in enumerate(self.pending) if v <= self.bound),
-                default=0,
-            )
-        )
+        within = 0
+        if not self.ended:
+            for index, (loss, _) in enumerate(self.pending):
+                if loss <= self.bound:
+                    within = index + 1
         return merged([(0.0, self.average), *self.pending[:within]])
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
         return {
-            "pending": [(loss, span.state_dict()) for loss, span in self.pending], "bound": self.bound, "ended": self.ended,
+            "pending": [(loss, span.state_dict()) for loss, span in self.pending],
+            "bound": self.bound,
+            "ended": self.ended,
             "average": None if self.average is None else self.average.state_dict(),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.pending = [(loss, _loaded(span)) for loss, span in state["pending"]]
-        self.bound, self.ended = state["bound"], state["ended"]
+        self.bound = state["bound"]
+        self.ended = state["ended"]
         self.average = None if state["average"] is None else _loaded(state["average"])
 
 
@@ -153,7 +153,9 @@ class PublishedValley:
     def __init__(
         self, converge: int = 3, tolerance: int = 6, ratio: float = 1.3
     ) -> None:
-        self.converge, self.tolerance, self.ratio = converge, tolerance, ratio
+        self.converge = converge
+        self.tolerance = tolerance
+        self.ratio = ratio
         self.recent: list[tuple[float, Average]] = []
         self.evaluations = 0
         self.beginning: int | None = None  # evaluation, from 0
@@ -234,10 +236,12 @@ class PublishedValley:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.recent = [(loss, _loaded(span)) for loss, span in state["recent"]]
-        self.evaluations, self.beginning = state["evaluations"], state["beginning"]
+        self.evaluations = state["evaluations"]
+        self.beginning = state["beginning"]
         self.first = None if state["first"] is None else _loaded(state["first"])
         self.average = None if state["average"] is None else _loaded(state["average"])
-        self.bound, self.ended = state["bound"], state["ended"]
+        self.bound = state["bound"]
+        self.ended = state["ended"]
 
 
 VALLEYS: dict[str, type[LossValley] | type[PublishedValley]] = {
@@ -249,7 +253,8 @@ VALLEYS: dict[str, type[LossValley] | type[PublishedValley]] = {
 def with_span(average: Average | None, span: Average) -> Average:
     """A new mean of spans that takes in one more. Spans weigh the same, whatever number of steps each is the mean of."""
     one = Average()
-    one.count, one.values = 1, span.values
+    one.count = 1
+    one.values = span.values
     if average is None:
         return one
     return merged([(0.0, average), (0.0, one)])
@@ -271,19 +276,21 @@ def merged(spans: Iterable[tuple[float, Average]]) -> Average:
     """A new mean over the updates of all spans."""
     (_, first), *others = spans
     average = Average()
-    average.count, average.values = first.count, dict(first.values)
+    average.count = first.count
+    average.values = dict(first.values)
     for _, span in others:
         merge(average, span)
     return average
 
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: positive_scale(parameter.detach())
-        if name.rpartition(".")[2] == SCALE
-        else parameter.detach()
-        for name, parameter in model.named_parameters()
-    }
+    """What is averaged, detached: parameters, and of scales the positive number."""
+    values = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        is_scale = name.rpartition(".")[2] == SCALE
+        values[name] = positive_scale(value) if is_scale else value
+    return values
 
 
 def _loaded(state: dict[str, Any]) -> Average:

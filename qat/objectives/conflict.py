@@ -7,7 +7,7 @@ A group is one scale's channels, or all scales of a layer. Of two opposed scalar
 both were frozen: Adam would blow a rounding error up to a whole step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,23 +49,39 @@ def combine(
     how: str,
 ) -> None:
     """Fill `.grad` of the scales in `groups` with their combined branches; the other parameters keep theirs."""
-    place = {id(p): i for i, p in enumerate(parameters)}
+    task_of = _by_parameter(parameters, gradients.task)
+    perturbed_of = _by_parameter(parameters, gradients.perturbed)
     for group in groups:
-        chosen = [(p, place[id(p)]) for p in group if p.grad is not None]
-        branches = [
-            torch.cat([_or_zero(branch[i], p).flatten() for p, i in chosen])
-            for branch in (gradients.task, gradients.perturbed)
-            if chosen
-        ]
-        if not branches:
+        scales = [scale for scale in group if scale.grad is not None]
+        if not scales:
             continue
-        combined = COMBINE[how](branches[0], branches[1], gradients.mix)
-        for (parameter, _), part in zip(
-            chosen, combined.split([p.numel() for p, _ in chosen]), strict=True
-        ):
-            assert parameter.grad is not None
-            parameter.grad.copy_(part.view_as(parameter))
+        task = _flat(scales, task_of)
+        perturbed = _flat(scales, perturbed_of)
+        combined = COMBINE[how](task, perturbed, gradients.mix)
+        parts = combined.split([scale.numel() for scale in scales])
+        for scale, part in zip(scales, parts, strict=True):
+            assert scale.grad is not None
+            scale.grad.copy_(part.view_as(scale))
 
 
-def _or_zero(gradient: Tensor | None, parameter: Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient
+def _by_parameter(
+    parameters: Sequence[Parameter], gradients: Sequence[Tensor | None]
+) -> dict[int, Tensor | None]:
+    """id of each parameter -> its gradient."""
+    by_parameter: dict[int, Tensor | None] = {}
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        by_parameter[id(parameter)] = gradient
+    return by_parameter
+
+
+def _flat(
+    scales: Sequence[Parameter], gradient_of: Mapping[int, Tensor | None]
+) -> Tensor:
+    """The gradients of `scales` in one vector, 0 where one got none."""
+    parts = []
+    for scale in scales:
+        gradient = gradient_of[id(scale)]
+        if gradient is None:
+            gradient = torch.zeros_like(scale)
+        parts.append(gradient.flatten())
+    return torch.cat(parts)

@@ -47,7 +47,8 @@ class GroupDRO:
     """Worst-case weights over `count` domains. eta: step of the exponentiated ascent (DomainBed: 0.01)."""
 
     def __init__(self, count: int, eta: float = 0.01) -> None:
-        self.weights, self.eta = torch.full((count,), 1 / count), eta
+        self.weights = torch.full((count,), 1 / count)
+        self.eta = eta
         self.pending: Tensor | None = None
 
     def __call__(
@@ -56,16 +57,16 @@ class GroupDRO:
         """Σ_d q_d L_d, a scalar, of logits N_K, labels N and domains N; features are not used."""
         losses = domain_losses(logits, labels, domains, len(self.weights))
         if self.pending is None:
-            weights = (
-                self.weights.to(losses.device) * (self.eta * losses.detach()).exp()
-            )
+            growth = (self.eta * losses.detach()).exp()
+            weights = self.weights.to(losses.device) * growth
             self.pending = (weights / weights.sum()).cpu()
         return (self.pending.to(losses.device) * losses).sum()
 
     def advance(self) -> None:
         """End the step. Until then the weights of its first pass hold, so that a second pass descends the same function."""
         if self.pending is not None:
-            self.weights, self.pending = self.pending, None
+            self.weights = self.pending
+            self.pending = None
 
 
 def coral(gamma: float = 1.0) -> DomainLoss:
@@ -74,19 +75,23 @@ def coral(gamma: float = 1.0) -> DomainLoss:
     def loss(
         logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor
     ) -> Tensor:
-        groups = [features[domains == d] for d in domains.unique()]
-        means = [g.mean(0) for g in groups]
-        covariances = [
-            (g - m).T @ (g - m) / max(len(g) - 1, 1)
-            for g, m in zip(groups, means, strict=True)
-        ]
-        pairs = list(combinations(range(len(groups)), 2))
-        apart = [
-            (means[i] - means[j]).square().mean()
-            + (covariances[i] - covariances[j]).square().mean()
-            for i, j in pairs
-        ]
-        penalty = torch.stack(apart).mean() if apart else features.new_zeros(())
+        moments = []
+        for domain in domains.unique():
+            own = features[domains == domain]
+            mean = own.mean(0)
+            centred = own - mean
+            covariance = centred.T @ centred / max(len(own) - 1, 1)
+            moments.append((mean, covariance))
+        distances = []
+        for (mean, covariance), (other_mean, other_covariance) in combinations(
+            moments, 2
+        ):
+            of_means = (mean - other_mean).square().mean()
+            of_covariances = (covariance - other_covariance).square().mean()
+            distances.append(of_means + of_covariances)
+        penalty = features.new_zeros(())
+        if distances:
+            penalty = torch.stack(distances).mean()
         return F.cross_entropy(logits, labels) + gamma * penalty
 
     return loss
@@ -101,21 +106,23 @@ def hessian_alignment(a: float = 1e-3, b: float = 1e-4) -> DomainLoss:
         logits: Tensor, features: Tensor, labels: Tensor, domains: Tensor
     ) -> Tensor:
         # The bias as a weight
-        ones = torch.cat([features, features.new_ones(len(features), 1)], 1)
-        p = logits.softmax(1)
-        error = p - F.one_hot(labels, logits.shape[1])
-        gradients, products = [], []
-        for d in domains.unique():
-            f, q, e = ones[domains == d], p[domains == d], error[domains == d]
-            gradient = e.T @ f / len(f)
+        inputs = torch.cat([features, features.new_ones(len(features), 1)], 1)
+        probabilities = logits.softmax(1)
+        errors = probabilities - F.one_hot(labels, logits.shape[1])
+        gradients = []
+        products = []
+        for domain in domains.unique():
+            is_own = domains == domain
+            f = inputs[is_own]
+            p = probabilities[is_own]
+            gradient = errors[is_own].T @ f / len(f)
             u = f @ gradient.T
+            change = p * u - p * (p * u).sum(1, keepdim=True)  # J_p u
             gradients.append(gradient)
-            products.append((q * u - q * (q * u).sum(1, keepdim=True)).T @ f / len(f))
-        return (
-            F.cross_entropy(logits, labels)
-            + a * _spread(gradients)
-            + b * _spread(products)
-        )
+            products.append(change.T @ f / len(f))
+        loss = F.cross_entropy(logits, labels)
+        loss = loss + a * _spread(gradients)
+        return loss + b * _spread(products)
 
     return loss
 
@@ -130,8 +137,10 @@ def domain_losses(
 ) -> Tensor:
     """Mean cross entropy of each domain, shape (count,); 0 for a domain without images."""
     each = F.cross_entropy(logits, labels, reduction="none")
-    sums = each.new_zeros(count).index_add(0, domains.to(each.device), each)
-    return sums / torch.bincount(domains.to(each.device), minlength=count).clamp_min(1)
+    domains = domains.to(each.device)
+    sums = each.new_zeros(count).index_add(0, domains, each)
+    images = torch.bincount(domains, minlength=count)
+    return sums / images.clamp_min(1)
 
 
 LOSSES: dict[str, Callable[[int], DomainLoss]] = {
@@ -153,28 +162,33 @@ def per_domain(
 
     def run(closures: Sequence[Closure], parameters: Sequence[Parameter]) -> Gradients:
         seen = [objective(closure, parameters, replays()) for closure in closures]
-        loss = torch.stack([s.loss for s in seen]).mean()
-        task, perturbed = (
-            [_mean(parts) for parts in zip(*(getattr(s, k) for s in seen), strict=True)]
-            for k in ("task", "perturbed")
-        )
+        loss = torch.stack([one.loss for one in seen]).mean()
+        task = _means([one.task for one in seen])
+        perturbed = _means([one.perturbed for one in seen])
         return mixed(Gradients(loss, task, perturbed), parameters, seen[0].mix)
 
     return run
 
 
-def _mean(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [p for p in parts if p is not None]
-    return torch.stack(present).sum(0) / len(parts) if present else None
+def _means(of_domains: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Mean gradient of each parameter over the domains; a domain that gave none counts as 0, None where none did."""
+    means: list[Tensor | None] = []
+    for gradients in zip(*of_domains, strict=True):
+        present = [gradient for gradient in gradients if gradient is not None]
+        if present:
+            means.append(torch.stack(present).sum(0) / len(gradients))
+        else:
+            means.append(None)
+    return means
 
 
 def head_features(
     model: nn.Module, head: nn.Module
 ) -> tuple[list[Tensor], torch.utils.hooks.RemovableHandle]:
     """A list that holds, after each forward pass, what `head` read (N_F float); remove the handle when done."""
-    kept: list[Tensor] = []
+    features: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept[:] = [inputs[0].flatten(1)]
+        features[:] = [inputs[0].flatten(1)]
 
-    return kept, head.register_forward_pre_hook(keep)
+    return features, head.register_forward_pre_hook(keep)

@@ -33,98 +33,124 @@ class Oscillation:
         momentum: float = 0.01,
         freeze_above: float | None = None,
     ) -> None:
-        self.weights, self.quantizers = tuple(weights), tuple(quantizers)
-        self.momentum, self.freeze_above = momentum, freeze_above
+        self.weights = tuple(weights)
+        self.quantizers = tuple(quantizers)
+        self.momentum = momentum
+        self.freeze_above = freeze_above
         self.restart()
 
     def restart(self) -> None:
         """Forget what was seen, as when quantization begins or scales are set anew."""
-        self.last = [self._codes(i) for i in range(len(self.weights))]
-        self.direction = [torch.zeros_like(c) for c in self.last]
-        self.frequency = [torch.zeros(w.shape, device=w.device) for w in self.weights]
-        self.mean = [c.float() for c in self.last]
-        self.held = [torch.zeros_like(c, dtype=torch.bool) for c in self.last]
+        self.last: list[Tensor] = []
+        self.direction: list[Tensor] = []
+        self.frequency: list[Tensor] = []
+        self.mean: list[Tensor] = []
+        self.held: list[Tensor] = []
+        for index, weight in enumerate(self.weights):
+            codes = self._codes(index)
+            self.last.append(codes)
+            self.direction.append(torch.zeros_like(codes))
+            self.frequency.append(torch.zeros(weight.shape, device=weight.device))
+            self.mean.append(codes.float())
+            self.held.append(torch.zeros_like(codes, dtype=torch.bool))
 
     @torch.no_grad()
     def update(self) -> float:
         """After an optimizer step; returns the share of weights whose code swung back in this step."""
-        swung = total = 0
-        for i in range(len(self.weights)):
-            self._hold(i)
-            now = self._codes(i)
-            # int8: a difference would overflow
-            moved = (now > self.last[i]).to(torch.int8) - (now < self.last[i]).to(
-                torch.int8
-            )
-            back = (moved * self.direction[i]) < 0
-            self.direction[i] = torch.where(moved != 0, moved, self.direction[i])
-            self.frequency[i].lerp_(back.float(), self.momentum)
-            self.mean[i].lerp_(now.float(), self.momentum)
-            if self.freeze_above is not None:
-                self.held[i] |= self.frequency[i] > self.freeze_above
-                self._hold(i)
-                now = torch.where(
-                    self.held[i], self.mean[i].round().to(torch.int8), now
-                )
-            self.last[i] = now
-            swung, total = swung + int(back.sum()), total + back.numel()
+        swung = 0
+        total = 0
+        for index in range(len(self.weights)):
+            back = self._follow(index)
+            swung += int(back.sum())
+            total += back.numel()
         return swung / max(total, 1)
+
+    def _follow(self, i: int) -> Tensor:
+        """Note the codes that a weight has now; returns which of them swung back."""
+        self._hold(i)
+        now = self._codes(i)
+        before = self.last[i]
+        # int8: a difference of the codes would overflow
+        moved = (now > before).to(torch.int8) - (now < before).to(torch.int8)
+        swung_back = (moved * self.direction[i]) < 0
+        self.direction[i] = torch.where(moved != 0, moved, self.direction[i])
+        self.frequency[i].lerp_(swung_back.float(), self.momentum)
+        self.mean[i].lerp_(now.float(), self.momentum)
+        if self.freeze_above is not None:
+            self.held[i] |= self.frequency[i] > self.freeze_above
+            self._hold(i)
+            held_codes = self.mean[i].round().to(torch.int8)
+            now = torch.where(self.held[i], held_codes, now)
+        self.last[i] = now
+        return swung_back
 
     def _hold(self, i: int) -> None:
         """Put frozen weights to their point of the grid, whatever the optimizer did."""
-        if self.freeze_above is not None and bool(self.held[i].any()):
-            weight, scale = self.weights[i], spread(self.quantizers[i], self.weights[i])
-            weight.copy_(
-                torch.where(self.held[i], self.mean[i].round() * scale, weight)
-            )
+        if self.freeze_above is None or not bool(self.held[i].any()):
+            return
+        weight = self.weights[i]
+        scale = scale_over(self.quantizers[i], weight)
+        points = self.mean[i].round() * scale
+        weight.copy_(torch.where(self.held[i], points, weight))
 
     def _codes(self, i: int) -> Tensor:
         return self.quantizers[i].codes(self.weights[i]).to(torch.int8)
 
     def share_above(self, frequency: float = 0.005) -> float:
         """Share of weights that oscillate more often than `frequency` of the steps."""
-        above = sum(int((f > frequency).sum()) for f in self.frequency)
-        return above / max(sum(f.numel() for f in self.frequency), 1)
+        return _share([of_weight > frequency for of_weight in self.frequency])
 
     @property
     def frozen(self) -> float:
         """Share of the weights that are frozen."""
-        return sum(int(h.sum()) for h in self.held) / max(
-            sum(h.numel() for h in self.held), 1
-        )
+        return _share(self.held)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
         return {
-            k: list(getattr(self, k))
-            for k in ("last", "direction", "frequency", "mean", "held")
+            "last": list(self.last),
+            "direction": list(self.direction),
+            "frequency": list(self.frequency),
+            "mean": list(self.mean),
+            "held": list(self.held),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         for key, values in state.items():
-            setattr(
-                self,
-                key,
-                [v.to(w.device) for v, w in zip(values, self.weights, strict=True)],
-            )
+            moved = []
+            for value, weight in zip(values, self.weights, strict=True):
+                moved.append(value.to(weight.device))
+            setattr(self, key, moved)
+
+
+def _share(masks: Sequence[Tensor]) -> float:
+    """Share of the elements of all `masks` that are true."""
+    count = 0
+    total = 0
+    for mask in masks:
+        count += int(mask.sum())
+        total += mask.numel()
+    return count / max(total, 1)
 
 
 def damping(weights: Sequence[Tensor], quantizers: Sequence[LSQ]) -> Tensor:
     """Σ over all weights of (w̃ - clip(w))²; scalar with gradient to the latent weights inside their grid alone."""
     terms = []
     for weight, quantizer in zip(weights, quantizers, strict=True):
-        scale = spread(quantizer, weight)
+        spec = quantizer.spec
+        scale = scale_over(quantizer, weight)
         point = quantizer.codes(weight) * scale
-        inside = weight.clamp(quantizer.spec.qmin * scale, quantizer.spec.qmax * scale)
+        inside = weight.clamp(spec.qmin * scale, spec.qmax * scale)
         terms.append((point - inside).square().sum())
     return torch.stack(terms).sum()
 
 
-def spread(quantizer: LSQ, weight: Tensor) -> Tensor:
+def scale_over(quantizer: LSQ, weight: Tensor) -> Tensor:
     """The quantizer's scale, detached, in a shape that broadcasts over `weight`."""
-    if quantizer.spec.axis is None:
+    axis = quantizer.spec.axis
+    if axis is None:
         return quantizer.scale
-    return quantizer.scale.view(
-        [-1 if d == quantizer.spec.axis else 1 for d in range(weight.dim())]
-    )
+    shape = [1] * weight.dim()
+    shape[axis] = -1
+    return quantizer.scale.view(shape)

@@ -33,17 +33,11 @@ def replay_of(
 @contextmanager
 def fixed_norm_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms normalise as in their mode, but their running statistics and counters do not move."""
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    buffers = [
-        b
-        for m in norms
-        for b in (m.running_mean, m.running_var, m.num_batches_tracked)
-        if b is not None
-    ]
+    buffers = []
+    for norm in _norms_with_statistics(model):
+        for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked):
+            if buffer is not None:
+                buffers.append(buffer)
     saved = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -56,27 +50,35 @@ def fixed_norm_statistics(model: nn.Module) -> Iterator[None]:
 def shared_norm_momentum(model: nn.Module, passes: int) -> Iterator[None]:
     """Several first passes in one step (one a domain) move batch norm statistics together as far as one pass would:
     m becomes 1 - (1 - m)^(1/passes). A momentum of None, the cumulative mean, stays."""
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    momenta = [m.momentum for m in norms]
+    norms = _norms_with_statistics(model)
+    momenta = [norm.momentum for norm in norms]
     try:
         for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = (
-                None if momentum is None else 1 - (1 - momentum) ** (1 / passes)
-            )
+            if momentum is not None:
+                norm.momentum = 1 - (1 - momentum) ** (1 / passes)
         yield
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
+def _norms_with_statistics(
+    model: nn.Module,
+) -> list[nn.modules.batchnorm._BatchNorm]:
+    norms = []
+    for module in model.modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_norm and module.track_running_stats:
+            norms.append(module)
+    return norms  # type: ignore[return-value]
+
+
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
+    """Of the CPU's generator, and of the device's where that is a GPU."""
+    of_device = None
+    if device.type == "cuda":
+        of_device = torch.cuda.get_rng_state(device)
+    return torch.get_rng_state(), of_device
 
 
 def _set_random_state(

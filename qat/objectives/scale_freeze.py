@@ -92,12 +92,15 @@ class ScaleFreezer:
         rule: FreezeRule,
         seed: int = 0,
     ) -> None:
-        self.names, self.scales, self.rule = tuple(names), tuple(scales), rule
+        self.names = tuple(names)
+        self.scales = tuple(scales)
+        self.rule = rule
         device = scales[0].device if scales else torch.device("cpu")
-        self.sizes = [s.numel() for s in scales]
-        self.owner = torch.repeat_interleave(
-            torch.arange(len(scales)), torch.tensor(self.sizes, dtype=torch.long)
-        ).to(device)
+        self.sizes = [scale.numel() for scale in scales]
+        sizes = torch.tensor(self.sizes, dtype=torch.long)
+        # Of each channel, the position of its scale
+        owner = torch.repeat_interleave(torch.arange(len(scales)), sizes)
+        self.owner = owner.to(device)
         self.channels = torch.tensor(self.sizes, dtype=torch.float32, device=device)
         self.is_weight = torch.tensor(list(is_weight), device=device)
         total = sum(self.sizes)
@@ -117,12 +120,10 @@ class ScaleFreezer:
             raise ValueError(
                 "scale freezing needs an objective with two branches, such as sagm"
             )
-        place = {id(p): i for i, p in enumerate(parameters)}
-        where = [place[id(s)] for s in self.scales]
-        task, smooth = (
-            self._flat([branch[i] for i in where])
-            for branch in (gradients.task, gradients.perturbed)
-        )
+        position = {id(p): index for index, p in enumerate(parameters)}
+        positions = [position[id(scale)] for scale in self.scales]
+        task = self._flat([gradients.task[index] for index in positions])
+        smooth = self._flat([gradients.perturbed[index] for index in positions])
         if bool(self.frozen.any()):
             self._fill(task, smooth, gradients.mix)
         seen = self._see(task, smooth)
@@ -131,120 +132,129 @@ class ScaleFreezer:
         return seen
 
     def _fill(self, task: Tensor, smooth: Tensor, mix: tuple[float, float]) -> None:
-        keep = (~self.frozen).to(task.dtype)
-        first, second = (torch.full_like(keep, w) for w in mix)
-        if self.rule.rescale and self.rule.branch != "both":
-            first, second = (
-                torch.where(self.frozen, sum(mix), w) for w in (first, second)
-            )
-        kept_task = first * task * (keep if self.rule.branch != "smooth" else 1)
-        kept_smooth = second * smooth * (keep if self.rule.branch != "task" else 1)
-        share = self._sum(self.frozen.float()) / self.channels
-        for scale, masked, part in zip(
-            self.scales,
-            (kept_task + kept_smooth).split(self.sizes),
-            share.tolist(),
-            strict=True,
-        ):
-            if scale.grad is None or not part:
+        """Write w_t · m · g_task + w_p · k · g_smooth into `.grad` of the scales of which something is frozen."""
+        rule = self.rule
+        is_free = (~self.frozen).to(task.dtype)
+        task_weight = torch.full_like(is_free, mix[0])
+        smooth_weight = torch.full_like(is_free, mix[1])
+        if rule.rescale and rule.branch != "both":
+            task_weight = torch.where(self.frozen, sum(mix), task_weight)
+            smooth_weight = torch.where(self.frozen, sum(mix), smooth_weight)
+        task_part = task_weight * task
+        if rule.branch != "smooth":
+            task_part = task_part * is_free
+        smooth_part = smooth_weight * smooth
+        if rule.branch != "task":
+            smooth_part = smooth_part * is_free
+        masked = (task_part + smooth_part).split(self.sizes)
+        shares = (self._sum(self.frozen.float()) / self.channels).tolist()
+        for scale, gradient, share in zip(self.scales, masked, shares, strict=True):
+            if scale.grad is None or not share:
                 continue
-            if self.rule.branch == "both" and part == 1:
+            if rule.branch == "both" and share == 1:
                 # Of a zero gradient an optimizer's momentum would make a step
                 scale.grad = None
             else:
-                scale.grad.copy_(masked.view_as(scale))
+                scale.grad.copy_(gradient.view_as(scale))
 
     def _see(self, task: Tensor, smooth: Tensor) -> Seen:
+        """Count the flips of this step."""
         sign = torch.where(task == 0, self.last, task.sign())
         self.flips += (sign * self.last) < 0
         self.last = sign
         self.step += 1
         self.compared += 1
-        dot, first, second = (
-            self._sum(x) for x in (task * smooth, task * task, smooth * smooth)
-        )
+        comparisons = self.channels * max(self.compared - 1, 1)
+        conflicts = (task * smooth < 0).float()
+        product = self._sum(task * smooth)
+        squared_norms = self._sum(task * task) * self._sum(smooth * smooth)
         return Seen(
-            disorder=self._sum(self.flips)
-            / (self.channels * max(self.compared - 1, 1)),
-            conflict=self._sum((task * smooth < 0).float()) / self.channels,
-            cosine=dot / (first * second).sqrt().clamp_min(1e-30),
+            disorder=self._sum(self.flips) / comparisons,
+            conflict=self._sum(conflicts) / self.channels,
+            cosine=product / squared_norms.sqrt().clamp_min(1e-30),
             frozen=self._sum(self.frozen.float()) / self.channels,
         )
 
     def _decide(self) -> None:
         """A window has ended: new masks, and a fresh window."""
-        if self.step >= self.rule.start and self.rule.policy not in ("never", "always"):
+        policy = self.rule.policy
+        if self.step >= self.rule.start and policy not in ("never", "always"):
             chosen = self._chosen()
-            if self.rule.policy == "random":
+            if policy == "random":
                 chosen = self._as_many(chosen)
-            self.frozen = (
-                (self.frozen | chosen) if self.rule.policy == "permanent" else chosen
-            )
+            if policy == "permanent":
+                chosen = self.frozen | chosen
+            self.frozen = chosen
         self.flips.zero_()
         self.last = torch.zeros_like(self.last)
         self.compared = 0
 
     def _chosen(self) -> Tensor:
         """(channels,) bool: what this window's disorder freezes."""
+        rule = self.rule
         comparisons = self.compared - 1
-        # A channel without any gradient is not calm, it says nothing
-        alive = (self.last != 0).float()
-        if self.rule.per_channel:
+        # A channel without any gradient is not stable, it says nothing
+        has_gradient = self.last != 0
+        thresholds = self._thresholds()
+        if rule.per_channel:
             each = torch.full_like(self.flips, comparisons)
-            chosen = beyond(
-                self.flips / comparisons, each, self._threshold()[self.owner], self.rule
-            ) & (alive > 0)
+            disorder = self.flips / comparisons
+            chosen = beyond(disorder, each, thresholds[self.owner], rule) & has_gradient
         else:
-            pooled = self._sum(alive) * comparisons
-            calm = beyond(
-                self._sum(self.flips) / pooled.clamp_min(1),
-                pooled,
-                self._threshold(),
-                self.rule,
-            )
-            chosen = (calm & (pooled > 0))[self.owner]
-        if self.rule.targets == "both":
+            pooled = self._sum(has_gradient.float()) * comparisons
+            disorder = self._sum(self.flips) / pooled.clamp_min(1)
+            of_scales = beyond(disorder, pooled, thresholds, rule) & (pooled > 0)
+            chosen = of_scales[self.owner]
+        if rule.targets == "both":
             return chosen
-        return chosen & (self.is_weight == (self.rule.targets == "weights"))[self.owner]
+        is_target = self.is_weight == (rule.targets == "weights")
+        return chosen & is_target[self.owner]
 
-    def _threshold(self) -> Tensor:
+    def _thresholds(self) -> Tensor:
         """r per scale, NaN where z decides."""
-        plain = float("nan") if self.rule.threshold is None else self.rule.threshold
-        weights = (
-            plain if self.rule.weight_threshold is None else self.rule.weight_threshold
-        )
-        return torch.where(self.is_weight, weights, plain)
+        rule = self.rule
+        of_others = float("nan") if rule.threshold is None else rule.threshold
+        of_weights = of_others
+        if rule.weight_threshold is not None:
+            of_weights = rule.weight_threshold
+        return torch.where(self.is_weight, of_weights, of_others)
 
     def _as_many(self, chosen: Tensor) -> Tensor:
         """As many scales (or channels) as `chosen`, drawn at random."""
         if self.rule.per_channel:
-            order = torch.randperm(len(chosen), generator=self.generator).to(
-                chosen.device
-            )
-            return chosen[order]
-        of_scale = self._sum(chosen.float()) > 0
-        order = torch.randperm(len(of_scale), generator=self.generator).to(
-            chosen.device
-        )
-        return of_scale[order][self.owner]
+            return self._shuffled(chosen)
+        of_scales = self._sum(chosen.float()) > 0
+        return self._shuffled(of_scales)[self.owner]
+
+    def _shuffled(self, values: Tensor) -> Tensor:
+        order = torch.randperm(len(values), generator=self.generator)
+        return values[order.to(values.device)]
 
     def _sum(self, values: Tensor) -> Tensor:
-        return torch.zeros(len(self.sizes), device=values.device).index_add_(
-            0, self.owner, values
-        )
+        """(channels,) added up over the channels of each scale, (scales,)."""
+        sums = torch.zeros(len(self.sizes), device=values.device)
+        return sums.index_add_(0, self.owner, values)
 
     def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        pairs = zip(gradients, self.scales, strict=True)
-        return torch.cat(
-            [(torch.zeros_like(s) if g is None else g).flatten() for g, s in pairs]
-        ).float()
+        """Gradients of all scales as (channels,) float32; 0 where a scale got none."""
+        parts = []
+        for gradient, scale in zip(gradients, self.scales, strict=True):
+            if gradient is None:
+                gradient = torch.zeros_like(scale)
+            parts.append(gradient.flatten())
+        return torch.cat(parts).float()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
         return {
-            "names": list(self.names), "last": self.last, "flips": self.flips, "frozen": self.frozen,
-            "compared": self.compared, "step": self.step, "generator": self.generator.get_state(),
-        }  # fmt: skip
+            "names": list(self.names),
+            "last": self.last,
+            "flips": self.flips,
+            "frozen": self.frozen,
+            "compared": self.compared,
+            "step": self.step,
+            "generator": self.generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state is of other scales."""
@@ -253,10 +263,11 @@ class ScaleFreezer:
                 "scale freezer: the checkpoint follows other scales than this model has"
             )
         device = self.last.device
-        self.last, self.flips, self.frozen = (
-            state[k].to(device) for k in ("last", "flips", "frozen")
-        )
-        self.compared, self.step = state["compared"], state["step"]
+        self.last = state["last"].to(device)
+        self.flips = state["flips"].to(device)
+        self.frozen = state["frozen"].to(device)
+        self.compared = state["compared"]
+        self.step = state["step"]
         self.generator.set_state(state["generator"].cpu())
 
 
@@ -264,7 +275,8 @@ def beyond(
     disorder: Tensor, comparisons: Tensor, threshold: Tensor, rule: FreezeRule
 ) -> Tensor:
     """Which disorders lie beyond the threshold: r where given (not NaN), else ½ - z·½/√comparisons; or its mirror image."""
-    bound = torch.where(
-        threshold.isnan(), 0.5 - rule.z * 0.5 / comparisons.sqrt(), threshold
-    )
-    return disorder < bound if rule.when == "below" else disorder > 1 - bound
+    significant = 0.5 - rule.z * 0.5 / comparisons.sqrt()
+    bound = torch.where(threshold.isnan(), significant, threshold)
+    if rule.when == "below":
+        return disorder < bound
+    return disorder > 1 - bound

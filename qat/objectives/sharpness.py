@@ -12,9 +12,9 @@ small ε may be rounded away; or `quantized`, after it (SAQ, arXiv 2111.12273). 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,20 +88,20 @@ def gsam(
     seen = _two_passes(
         closure, parameters, replay, where, lambda norm: rho / (norm + TINY), None
     )
-    pairs = [
-        (g, p)
-        for g, p in zip(seen.task, seen.perturbed, strict=True)
-        if g is not None and p is not None
-    ]
-    dot, task, perturbed = (
-        torch.stack(x).sum()
-        for x in zip(
-            *((_dot(g, p), _dot(g, g), _dot(p, p)) for g, p in pairs), strict=True
-        )
-    )
-    cosine = dot / (task.sqrt() * perturbed.sqrt() + TINY)
+    products = []
+    task_squares = []
+    perturbed_squares = []
+    for task, perturbed in zip(seen.task, seen.perturbed, strict=True):
+        if task is not None and perturbed is not None:
+            products.append(_dot(task, perturbed))
+            task_squares.append(_dot(task, task))
+            perturbed_squares.append(_dot(perturbed, perturbed))
+    dot = torch.stack(products).sum()
+    task_norm = torch.stack(task_squares).sum().sqrt()
+    perturbed_norm = torch.stack(perturbed_squares).sum().sqrt()
+    cosine = dot / (task_norm * perturbed_norm + TINY)
     # g⊥ = g - along · g_p
-    along = float(cosine * task.sqrt() / (perturbed.sqrt() + TINY))
+    along = float(cosine * task_norm / (perturbed_norm + TINY))
     return mixed(seen, parameters, (-alpha, 1 + alpha * along))
 
 
@@ -115,7 +115,6 @@ def sagm(
     where: Perturbation = ALL,
 ) -> Gradients:
     """Sharpness-aware gradient matching. With rho = alpha = 0 it is the plain gradient, bit for bit."""
-
     return _two_passes(
         closure,
         parameters,
@@ -130,15 +129,14 @@ def mixed(
     seen: Gradients, parameters: Sequence[Parameter], mix: tuple[float, float]
 ) -> Gradients:
     """Fill `.grad` with mix[0] · task + mix[1] · perturbed. A branch of weight 0 is left out of the sum."""
-    for parameter, task, perturbed in zip(
-        parameters, seen.task, seen.perturbed, strict=True
-    ):
-        parts = [
-            w * g
-            for w, g in zip(mix, (task, perturbed), strict=True)
-            if w and g is not None
-        ]
-        parameter.grad = reduce(torch.add, parts) if parts else None
+    branches = zip(seen.task, seen.perturbed, strict=True)
+    for parameter, gradients in zip(parameters, branches, strict=True):
+        parameter.grad = None
+        for weight, gradient in zip(mix, gradients, strict=True):
+            if weight == 0 or gradient is None:
+                continue
+            part = weight * gradient
+            parameter.grad = part if parameter.grad is None else parameter.grad + part
     return Gradients(seen.loss, seen.task, seen.perturbed, mix)
 
 
@@ -153,45 +151,95 @@ def _two_passes(
     eta: float | None = None,
 ) -> Gradients:
     """Task pass, perturbed pass at θ + length·T²g, everything back in place; `mix` None leaves `.grad` to the caller."""
-    chosen = [True] * len(parameters) if where.mask is None else list(where.mask)
-    replaced = {id(weight) for _, weight in where.after_quantizer}
-    with ExitStack() as stack:
-        outputs = (
-            stack.enter_context(_watched(where.after_quantizer))
-            if where.after_quantizer
-            else []
-        )
+    with _watched(where.after_quantizer) as weights_after:
         loss, task = _pass(closure, parameters)
-        latent = [
-            i
-            for i, p in enumerate(parameters)
-            if chosen[i] and task[i] is not None and id(p) not in replaced
-        ]
-        places = [(parameters[i].data, task[i]) for i in latent]
-        places += [(x.detach(), x.grad) for x in outputs if x.grad is not None]
-        gradients = [g for _, g in places if g is not None]
-        if eta is None:
-            factor = length(torch.nn.utils.get_total_norm(gradients))
-            moves = [g * factor for g in gradients]
-        else:
-            scales = [x.abs() + eta for x, _ in places]
-            scaled = [t * g for t, g in zip(scales, gradients, strict=True)]
-            factor = length(torch.nn.utils.get_total_norm(scaled))
-            moves = [t * g * factor for t, g in zip(scales, scaled, strict=True)]
-    quantizers = [quantizer for quantizer, _ in where.after_quantizer]
+    latent, latent_gradients = _perturbed_parameters(parameters, task, where)
+    displaced, displaced_gradients = _with_gradients(weights_after)
+    moves = _moves(
+        [*latent, *displaced],
+        [*latent_gradients, *displaced_gradients],
+        length,
+        eta,
+    )
+    latent_moves = moves[: len(latent)]
+    displacements = moves[len(latent) :]
+    quantizers = _quantizers_of(where)
     with (
-        perturbed([parameters[i] for i in latent], moves[: len(latent)]),
-        _displaced(quantizers, moves[len(latent) :]),
+        perturbed(latent, latent_moves),
+        _displaced(quantizers, displacements),
         replay(),
     ):
-        _, second = _pass(closure, parameters)
-    seen = Gradients(loss, task, second)
-    return seen if mix is None else mixed(seen, parameters, mix)
+        _, perturbed_gradients = _pass(closure, parameters)
+    seen = Gradients(loss, task, perturbed_gradients)
+    if mix is None:
+        return seen
+    return mixed(seen, parameters, mix)
+
+
+def _with_gradients(outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of the weight quantizers' outputs that the backward pass reached, and their gradients."""
+    reached = []
+    gradients = []
+    for output in outputs:
+        if output.grad is not None:
+            reached.append(output)
+            gradients.append(output.grad)
+    return reached, gradients
+
+
+def _quantizers_of(where: Perturbation) -> list[nn.Module]:
+    """The quantizers whose outputs are perturbed in the place of their weights."""
+    quantizers = []
+    for quantizer, _ in where.after_quantizer:
+        quantizers.append(quantizer)
+    return quantizers
+
+
+def _perturbed_parameters(
+    parameters: Sequence[Parameter],
+    task: Sequence[Tensor | None],
+    where: Perturbation,
+) -> tuple[list[Parameter], list[Tensor]]:
+    """The parameters that are themselves perturbed, and their gradients."""
+    mask = [True] * len(parameters) if where.mask is None else where.mask
+    after_quantizer = {id(weight) for _, weight in where.after_quantizer}
+    chosen = []
+    gradients = []
+    for parameter, gradient, is_chosen in zip(parameters, task, mask, strict=True):
+        if not is_chosen or gradient is None or id(parameter) in after_quantizer:
+            continue
+        chosen.append(parameter)
+        gradients.append(gradient)
+    return chosen, gradients
+
+
+def _moves(
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    length: Callable[[Tensor], Tensor],
+    eta: float | None,
+) -> list[Tensor]:
+    """length(‖g‖) · g; with eta, length(‖Tg‖) · T²g where T = |θ| + eta."""
+    if eta is None:
+        factor = length(torch.nn.utils.get_total_norm(gradients))
+        return [gradient * factor for gradient in gradients]
+    units = []  # T
+    scaled = []  # Tg
+    for value, gradient in zip(values, gradients, strict=True):
+        unit = value.detach().abs() + eta
+        units.append(unit)
+        scaled.append(unit * gradient)
+    factor = length(torch.nn.utils.get_total_norm(scaled))
+    moves = []
+    for unit, scaled_gradient in zip(units, scaled, strict=True):
+        moves.append(unit * scaled_gradient * factor)
+    return moves
 
 
 def _pass(
     closure: Closure, parameters: Sequence[Parameter]
 ) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss and gradients of one forward and backward pass."""
     for parameter in parameters:
         parameter.grad = None
     loss = closure()
@@ -219,20 +267,18 @@ def perturbed(
 def _watched(quantized: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[list[Tensor]]:
     """Outputs of the weight quantizers, in order, with their gradients kept."""
     outputs: list[Tensor] = []
-    order = {quantizer: i for i, (quantizer, _) in enumerate(quantized)}
-    found: dict[int, Tensor] = {}
+    by_quantizer: dict[nn.Module, Tensor] = {}
+    quantizers = [quantizer for quantizer, _ in quantized]
 
     def keep(quantizer: nn.Module, _: object, output: Tensor) -> None:
         output.retain_grad()
-        found[order[quantizer]] = output
-        outputs[:] = [found[i] for i in sorted(found)]
+        by_quantizer[quantizer] = output
 
-    handles = [quantizer.register_forward_hook(keep) for quantizer, _ in quantized]
-    try:
+    with _hooked(quantizers, [keep] * len(quantizers)):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    for quantizer in quantizers:
+        if quantizer in by_quantizer:
+            outputs.append(by_quantizer[quantizer])
 
 
 @contextmanager
@@ -244,10 +290,28 @@ def _displaced(
         raise RuntimeError(
             "perturb=quantized: a weight quantizer got no gradient; every quantized layer must run in a step"
         )
-    handles = [
-        q.register_forward_hook(lambda _, __, y, m=move: y + m)
-        for q, move in zip(quantizers, moves, strict=True)
-    ]
+    hooks = [_adding(move) for move in moves]
+    with _hooked(quantizers, hooks):
+        yield
+
+
+def _adding(move: Tensor) -> Callable[..., Tensor]:
+    """A forward hook that adds `move` to the output."""
+
+    def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output + move
+
+    return add
+
+
+@contextmanager
+def _hooked(
+    modules: Sequence[nn.Module], hooks: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Each module with its forward hook."""
+    handles = []
+    for module, hook in zip(modules, hooks, strict=True):
+        handles.append(module.register_forward_hook(hook))
     try:
         yield
     finally:

@@ -53,7 +53,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, name: str = "") -> None:
         super().__init__()
-        self.spec, self.name = spec, name
+        self.spec = spec
+        self.name = name
         self.initialized = False
         self.observer: Callable[[Tensor], None] | None = None
 
@@ -169,11 +170,9 @@ class Quantizer(nn.Module):
 
         One number each, int64, -1 for None; a tensor, because safetensors and others save nothing else.
         """
-        values = [
-            self.spec.signed,
-            self.initialized,
-            *(getattr(self.spec, field) for field in GRID_FIELDS),
-        ]
+        values = [self.spec.signed, self.initialized]
+        for field in GRID_FIELDS:
+            values.append(getattr(self.spec, field))
         return torch.tensor([NONE if value is None else int(value) for value in values])
 
     def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
@@ -190,32 +189,34 @@ class Quantizer(nn.Module):
             self.spec = self.spec.with_sign(read["signed"])
 
     def _require_same_grid(self, grid: Mapping[str, Any]) -> None:
-        different = [
-            field
-            for field in GRID_FIELDS
-            if grid.get(field) != getattr(self.spec, field)
-        ]
-        if different:
-            theirs = ", ".join(f"{field} {grid.get(field)}" for field in different)
-            ours = ", ".join(
-                f"{field} {getattr(self.spec, field)}" for field in different
-            )
+        theirs = []
+        ours = []
+        for field in GRID_FIELDS:
+            own = getattr(self.spec, field)
+            if grid.get(field) != own:
+                theirs.append(f"{field} {grid.get(field)}")
+                ours.append(f"{field} {own}")
+        if ours:
             raise ValueError(
-                f"quantizer {self.name!r}: the state dict was trained with {theirs}, this model has {ours}; quantize the "
-                "model by the rules that it was trained with"
+                f"quantizer {self.name!r}: the state dict was trained with {', '.join(theirs)}, this model has "
+                f"{', '.join(ours)}; quantize the model by the rules that it was trained with"
             )
 
 
 def _read_state(state: Tensor) -> dict[str, Any]:
-    signed, initialized, bits, axis, *flags = state.tolist()
-    names = ("offset", "power_of_two", "symmetric")
-    grid = {"bits": bits, "axis": None if axis == NONE else axis} | dict(
-        zip(names, map(bool, flags), strict=True)
-    )
+    """What `Quantizer.get_extra_state` packed."""
+    numbers = state.tolist()
+    signed, initialized, bits, axis, offset, power_of_two, symmetric = numbers
     return {
         "signed": None if signed == NONE else bool(signed),
         "initialized": bool(initialized),
-        "grid": grid,
+        "grid": {
+            "bits": bits,
+            "axis": None if axis == NONE else axis,
+            "offset": bool(offset),
+            "power_of_two": bool(power_of_two),
+            "symmetric": bool(symmetric),
+        },
     }
 
 

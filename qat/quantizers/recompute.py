@@ -60,8 +60,11 @@ class Origin:
 
 def origin_of(x: Tensor) -> Origin | None:
     """How x was made, if a quantizer made it and nothing has written to it since."""
-    made = getattr(x, "_origin", None)
-    return None if made is None or made[1] != x._version else made[0]
+    noted = getattr(x, "_origin", None)  # an operand may also be a number
+    if noted is None:
+        return None
+    origin, version = noted
+    return origin if version == x._version else None
 
 
 def remember(
@@ -70,11 +73,11 @@ def remember(
     """Note on `out` that it is x quantized."""
     before = origin_of(x)
     quantizations = ((Kept(raw_scale), grid),)
-    origin = (
-        Origin(Kept(x), quantizations, quantize)
-        if before is None
-        else Origin(before.root, before.quantizations + quantizations, quantize)
-    )
+    if before is None:
+        origin = Origin(Kept(x), quantizations, quantize)
+    else:
+        quantizations = before.quantizations + quantizations
+        origin = Origin(before.root, quantizations, quantize)
     out._origin = origin, out._version  # type: ignore[attr-defined]
 
 
@@ -98,14 +101,17 @@ def recomputed(*operands: Tensor) -> AbstractContextManager[Any]:
     if is_checkpointed():
         # Everything is computed again anyway, and what a hook here kept would not be
         return nullcontext()
-    made = [(x, origin) for x in operands if (origin := origin_of(x)) is not None]
-    # Empty ones all lie at address 0
-    found = {x.data_ptr(): (x.numel(), origin) for x, origin in made if x.numel()}
-    if not found:
+    origins: dict[int, tuple[int, Origin]] = {}  # by address: elements, origin
+    for x in operands:
+        origin = origin_of(x)
+        # Empty ones all lie at address 0
+        if origin is not None and x.numel():
+            origins[x.data_ptr()] = (x.numel(), origin)
+    if not origins:
         return nullcontext()
 
     def pack(saved: Tensor) -> Callable[[], Tensor]:
-        numel, origin = found.get(saved.data_ptr(), (-1, None))
+        numel, origin = origins.get(saved.data_ptr(), (-1, None))
         if origin is None or saved.numel() != numel:
             return Kept(saved).get
         return _View(origin, tuple(saved.shape), saved.stride()).get

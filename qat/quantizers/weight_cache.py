@@ -23,54 +23,56 @@ def weight_cache(model: nn.Module) -> Iterator[None]:
     Raises RuntimeError when a weight, or a parameter of its quantizer, was written to between two microbatches. A weight
     that is computed (standardised, say) and not a parameter itself is quantized every time.
     """
-    kept = [
-        (m, _CachedWeight(m))
-        for m in model.modules()
-        if isinstance(m, Quantizer) and m.is_weight
-    ]
+    caches: dict[Quantizer, _CachedWeight] = {}
+    for module in model.modules():
+        if isinstance(module, Quantizer) and module.is_weight:
+            caches[module] = _CachedWeight(module)
     try:
-        for quantizer, once in kept:
-            quantizer.forward = once  # type: ignore[method-assign,assignment]  # hooks on the quantizer still run
+        for quantizer, cache in caches.items():
+            quantizer.forward = cache  # type: ignore[method-assign,assignment]  # hooks on the quantizer still run
         yield
     finally:
-        for quantizer, _ in kept:
+        for quantizer in caches:
             del quantizer.forward
-    made = [
-        once.made
-        for _, once in kept
-        if once.made is not None and once.made[1].grad is not None
-    ]
-    if made:
-        torch.autograd.backward(
-            [out for out, _ in made], [leaf.grad for _, leaf in made]
-        )
+    outputs = []
+    gradients = []
+    for cache in caches.values():
+        if cache.made is None:
+            continue
+        output, leaf = cache.made
+        if leaf.grad is not None:
+            outputs.append(output)
+            gradients.append(leaf.grad)
+    if outputs:
+        torch.autograd.backward(outputs, gradients)
 
 
 class _CachedWeight:
     """The forward of one weight quantizer. made: ŵ with its graph, and the same ŵ as a leaf, which the microbatches read."""
 
     def __init__(self, quantizer: Quantizer) -> None:
-        self.name, self.compute, self.parameters = (
-            quantizer.name,
-            quantizer.forward,
-            list(quantizer.parameters()),
-        )
+        self.name = quantizer.name
+        self.compute = quantizer.forward
+        self.parameters = list(quantizer.parameters())
         self.made: tuple[Tensor, Tensor] | None = None
-        self.read: list[tuple[Tensor, int]] = []
+        self.read: list[tuple[Tensor, int]] = []  # with the version that was read
 
     def __call__(self, weight: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or not weight.is_leaf:
             return self.compute(weight)
         read = [(tensor, tensor._version) for tensor in (weight, *self.parameters)]
         if self.made is None:
-            out, self.read = self.compute(weight), read
-            self.made = out, out.detach().requires_grad_(out.requires_grad)
-        elif any(
-            now is not then or new != old
-            for (now, new), (then, old) in zip(read, self.read, strict=True)
+            out = self.compute(weight)
+            leaf = out.detach().requires_grad_(out.requires_grad)
+            self.read = read
+            self.made = (out, leaf)
+            return leaf
+        for (now, version), (before, version_before) in zip(
+            read, self.read, strict=True
         ):
-            raise RuntimeError(
-                f"quantizer {self.name!r}: its weight or scale was written to between two microbatches of one step, after "
-                "the weight had been quantized; step the optimizer outside weight_cache"
-            )
+            if now is not before or version != version_before:
+                raise RuntimeError(
+                    f"quantizer {self.name!r}: its weight or scale was written to between two microbatches of one step, "
+                    "after the weight had been quantized; step the optimizer outside weight_cache"
+                )
         return self.made[1]

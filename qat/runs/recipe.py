@@ -248,9 +248,9 @@ def with_entries(recipe: Recipe, values: dict[str, Any], source: Path) -> Recipe
         raise RecipeError(
             f"{source}: unknown entries {', '.join(sorted(unknown))}; was it written by a newer version?"
         )
-    given = {
-        name: _value(value, hints[name], name, source) for name, value in values.items()
-    }
+    given = {}
+    for name, value in values.items():
+        given[name] = _value(value, hints[name], name, source)
     changed = recipe.changed(**given)
     for part in changed.parts.values():
         try:
@@ -266,11 +266,8 @@ def _value(value: Any, hint: Any, name: str, source: Path) -> Any:
     for option in options:
         if option is type(None) and value is None:
             return None
-        if (
-            get_origin(option) is Literal
-            and value in get_args(option)
-            and type(value) in (str, int)
-        ):
+        is_word = get_origin(option) is Literal and type(value) in (str, int)
+        if is_word and value in get_args(option):
             return value
         if option is Path and isinstance(value, str):
             return Path(value)
@@ -279,7 +276,6 @@ def _value(value: Any, hint: Any, name: str, source: Path) -> Any:
         if option in (bool, int, str) and type(value) is option:
             return value
         if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(
-                _value(item, get_args(option)[0], name, source) for item in value
-            )
+            kind = get_args(option)[0]
+            return tuple(_value(item, kind, name, source) for item in value)
     raise RecipeError(f"{source}: entry {name!r} cannot be {json.dumps(value)[:60]}")

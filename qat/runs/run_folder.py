@@ -77,18 +77,15 @@ class RunFolder:
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         """writes: False for the processes of a run that leave writing to another; then nothing is saved."""
-        self.path, self.writes = path, writes
+        self.path = path
+        self.writes = writes
         self.is_new = False  # whether `create` made it
 
     @classmethod
     def create(cls, recipe: Recipe) -> "RunFolder":
         """A new folder for `recipe`: its `out`, or a free default. Raises RecipeError when `out` holds a run or is a file."""
         check_out(recipe)
-        path = (
-            default_folder(recipe)
-            if recipe.tracking.out is None
-            else recipe.tracking.out
-        )
+        path = recipe.tracking.out or default_folder(recipe)
         is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -100,9 +97,9 @@ class RunFolder:
         folder.is_new = is_new
         if recipe.grids is not None and recipe.grids.rules is not None:
             # The folder is complete without the file it was made from
-            kept = path / f"rules{recipe.grids.rules.suffix}"
+            copy = path / f"rules{recipe.grids.rules.suffix}"
             if not recipe.tracking.resume:
-                write_text(kept, read_text(recipe.grids.rules))
+                write_text(copy, read_text(recipe.grids.rules))
         write_json(path / "recipe.json", to_json(recipe))
         return folder
 
@@ -167,11 +164,9 @@ class RunFolder:
             with zipfile.ZipFile(path) as archive:
                 # Torch does not compare the checksums that it writes
                 damaged = archive.testzip()
-            state = (
-                None
-                if damaged is not None
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
+            state = None
+            if damaged is None:
+                state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise RecipeError(
                 f"{path}: is not a readable checkpoint ({reason_of(error)})"
@@ -191,11 +186,10 @@ class RunFolder:
         """Per domain: predicted classes and labels of the images its accuracy was measured on, in a fixed order."""
         if not self.writes:
             return
-        arrays = {
-            f"{domain}/{kind}": a
-            for domain, both in predictions.items()
-            for kind, a in zip(ARRAYS_OF_A_DOMAIN, both, strict=True)
-        }
+        arrays = {}
+        for domain, both in predictions.items():
+            for kind, values in zip(ARRAYS_OF_A_DOMAIN, both, strict=True):
+                arrays[f"{domain}/{kind}"] = values
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
@@ -206,20 +200,19 @@ class RunFolder:
     def predictions(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Per domain: predicted classes and labels, both int64 of shape (images,). Raises RecipeError."""
         arrays = self._arrays("predictions.npz")
-        domains = dict.fromkeys(name.rsplit("/", 1)[0] for name in arrays)
-        found = {}
-        for domain in domains:
-            pair = [arrays.get(f"{domain}/{kind}") for kind in ARRAYS_OF_A_DOMAIN]
-            fits = all(
-                a is not None and a.dtype == np.int64 and a.ndim == 1 and len(a)
-                for a in pair
+        nothing = np.empty(0)
+        by_domain = {}
+        for domain in dict.fromkeys(name.rsplit("/", 1)[0] for name in arrays):
+            predicted, labels = (
+                arrays.get(f"{domain}/{kind}", nothing) for kind in ARRAYS_OF_A_DOMAIN
             )
-            if not fits or pair[0].shape != pair[1].shape:  # type: ignore[union-attr]
+            are_classes = _holds_classes(predicted) and _holds_classes(labels)
+            if not are_classes or predicted.shape != labels.shape:
                 raise RecipeError(
                     f"{self / 'predictions.npz'}: domain {domain!r} has no predicted classes and labels, as many of each"
                 )
-            found[domain] = (pair[0], pair[1])
-        return found  # type: ignore[return-value]
+            by_domain[domain] = (predicted, labels)
+        return by_domain
 
     def _arrays(self, name: str) -> dict[str, NDArray[Any]]:
         """What an .npz file of the folder holds. Raises RecipeError for a missing or damaged one."""
@@ -247,19 +240,16 @@ class RunFolder:
 
     def samples(self) -> Samples:
         """The real images that the run keeps. Raises RecipeError when they are missing, damaged or not images."""
-        path, arrays = self / "samples.npz", self._arrays("samples.npz")
-        missing = [
-            name for name in ("images", "labels", "domains") if name not in arrays
-        ]
-        if missing:
-            raise RecipeError(f"{path}: has no array {missing[0]!r}")
-        images, labels = arrays["images"], arrays["labels"]
-        is_batch = (
-            images.ndim == 4
-            and images.shape[1] == 3
-            and images.dtype == np.float32
-            and len(images) > 0
-        )
+        path = self / "samples.npz"
+        arrays = self._arrays("samples.npz")
+        for name in ("images", "labels", "domains"):
+            if name not in arrays:
+                raise RecipeError(f"{path}: has no array {name!r}")
+        images = arrays["images"]
+        labels = arrays["labels"]
+        domains = arrays["domains"]
+        is_batch = images.ndim == 4 and images.shape[1] == 3 and len(images) > 0
+        is_batch = is_batch and images.dtype == np.float32
         if not is_batch or not np.isfinite(images).all():
             raise RecipeError(
                 f"{path}: its images are not finite float32 numbers of shape (images, 3, height, width)"
@@ -269,50 +259,62 @@ class RunFolder:
             raise RecipeError(
                 f"{path}: its images have {images.shape[2:]} pixels, the run was trained with {size} × {size}"
             )
-        if (
-            labels.shape != (len(images),)
-            or labels.dtype != np.int64
-            or len(arrays["domains"]) != len(images)
-        ):
+        count = len(images)
+        has_labels = labels.shape == (count,) and labels.dtype == np.int64
+        if not has_labels or len(domains) != count:
             raise RecipeError(
-                f"{path}: holds {len(images)} images, but not as many labels and domains"
+                f"{path}: holds {count} images, but not as many labels and domains"
             )
-        return Samples(images, labels, arrays["domains"])
+        return Samples(images, labels, domains)
+
+
+def _holds_classes(array: NDArray[Any]) -> bool:
+    """Whether it is a vector of int64, not empty."""
+    return array.dtype == np.int64 and array.ndim == 1 and len(array) > 0
 
 
 def check_out(recipe: Recipe) -> None:
     """Raises RecipeError when --out and --resume do not fit what is there. A run that stopped before anything was saved does
     not block its folder."""
-    if recipe.tracking.out is None:
-        if recipe.tracking.resume:
+    out = recipe.tracking.out
+    resume = recipe.tracking.resume
+    if out is None:
+        if resume:
             raise RecipeError("--resume needs --out, the folder of the interrupted run")
         return
-    if recipe.tracking.out.exists() and not recipe.tracking.out.is_dir():
-        raise RecipeError(f"--out {recipe.tracking.out}: is a file; name a folder")
-    folder = RunFolder(recipe.tracking.out)
-    if recipe.tracking.resume and not (folder / "last.pt").exists():
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out {out}: is a file; name a folder")
+    folder = RunFolder(out)
+    if resume:
+        _require_same_run(folder, recipe)
+    elif folder.has_run:
         raise RecipeError(
-            f"--resume: {recipe.tracking.out} holds no interrupted run (no last.pt); leave --resume out to begin it"
+            f"--out {out}: holds a run already; choose another folder, or --resume it"
         )
-    if folder.has_run and not recipe.tracking.resume:
+
+
+def _require_same_run(folder: RunFolder, recipe: Recipe) -> None:
+    """Raises RecipeError where the folder does not hold an interrupted run of `recipe`."""
+    if not (folder / "last.pt").exists():
         raise RecipeError(
-            f"--out {recipe.tracking.out}: holds a run already; choose another folder, or --resume it"
+            f"--resume: {folder.path} holds no interrupted run (no last.pt); leave --resume out to begin it"
         )
-    if recipe.tracking.resume:
-        begun = folder.recipe()
-        _require_no_shorter(begun, recipe)
-        different = different_entries(to_json(begun), to_json(recipe))
-        if different:
-            raise RecipeError(
-                f"--resume: {recipe.tracking.out} was begun with {different}; repeat the command that began it"
-            )
+    begun = folder.recipe()
+    _require_no_shorter(begun, recipe)
+    different = different_entries(to_json(begun), to_json(recipe))
+    if different:
+        raise RecipeError(
+            f"--resume: {folder.path} was begun with {different}; repeat the command that began it"
+        )
 
 
 def _require_no_shorter(begun: Recipe, recipe: Recipe) -> None:
     """Raises RecipeError where a run would be resumed for fewer steps than it was begun with."""
-    before, now = begun.entries(), recipe.entries()
+    before = begun.entries()
+    now = recipe.entries()
     for name in MAY_GROW:
-        old, new = before.get(name), now.get(name)
+        old = before.get(name)
+        new = now.get(name)
         counts_otherwise = (old is None) != (new is None)
         if counts_otherwise or (old is not None and new < old):
             raise RecipeError(
@@ -325,14 +327,12 @@ def different_entries(first: dict[str, Any], second: dict[str, Any]) -> str:
 
     Where files lie, and how a run is shown and loaded, may change.
     """
-    names = [
-        name
-        for name in second
-        if name not in MAY_CHANGE and first.get(name) != second[name]
-    ]
-    return ", ".join(
-        f"{flag(name)} {first.get(name)} (now {second[name]})" for name in names
-    )
+    different = []
+    for name, now in second.items():
+        before = first.get(name)
+        if name not in MAY_CHANGE and before != now:
+            different.append(f"{flag(name)} {before} (now {now})")
+    return ", ".join(different)
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -347,5 +347,9 @@ def _default_name(recipe: Recipe) -> str:
 
 
 def _free(path: Path) -> Path:
-    candidates = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))]
-    return next(c for c in candidates if not c.exists())
+    free = path
+    number = 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -104,9 +104,11 @@ def _entrypoint(
             raise ValueError(
                 f"--pretrained: {name} has no weights to download; give a file with --weights"
             )
-        return architecture(**{k: v for k, v in options.items() if k not in TIMM_ONLY})
+        own = {key: value for key, value in options.items() if key not in TIMM_ONLY}
+        return architecture(**own)
 
-    entrypoint.__name__, entrypoint.__module__ = name, architecture.__module__
+    entrypoint.__name__ = name
+    entrypoint.__module__ = architecture.__module__
     return entrypoint
 
 
@@ -114,14 +116,12 @@ def first_and_last(model: nn.Module) -> tuple[str, ...]:
     """Names of the stem convolution(s) and the classifier layer(s), from timm's own record of the model."""
     config = getattr(model, "default_cfg", None) or {}
     names = [*_as_tuple(config.get("first_conv")), *_as_tuple(config.get("classifier"))]
-    layers = {
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
-    }
-    if not names or not set(names) <= layers:
-        ordered = [n for n, m in model.named_modules() if n in layers]
-        return (ordered[0], ordered[-1])
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            layers.append(name)
+    if not names or not set(names).issubset(layers):
+        return (layers[0], layers[-1])
     return tuple(dict.fromkeys(names))
 
 
@@ -206,30 +206,35 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"--weights {path}: not a readable checkpoint ({error})"
         ) from error
     own = model.state_dict()
-    classifier = [
-        f"{name}."
-        for name in _as_tuple(getattr(model, "default_cfg", {}).get("classifier"))
-    ]
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    # Older checkpoints have none, nothing reads them
-    counters = {k for k in own if k.endswith("num_batches_tracked")}
-    lost = [
-        k
-        for k in own.keys() - counters - fitting.keys()
-        if not any(k.startswith(c) for c in classifier)
-    ]
-    if lost:
+    fitting = {}
+    for key, value in state.items():
+        if key in own and value.shape == own[key].shape:
+            fitting[key] = value
+    missing = _missing(model, fitting)
+    if missing:
+        shown = ", ".join(missing[:4])
+        if len(missing) > 4:
+            shown += f" and {len(missing) - 4} more"
         raise ValueError(
-            f"--weights {path}: does not fit the backbone; missing or of another shape: {', '.join(sorted(lost)[:4])}"
-            + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+            f"--weights {path}: does not fit the backbone; missing or of another shape: {shown}"
         )
-    broken = [
-        k
-        for k, v in fitting.items()
-        if v.is_floating_point() and not bool(torch.isfinite(v).all())
-    ]
-    if broken:
-        raise ValueError(
-            f"--weights {path}: {broken[0]} holds values that are nan or infinite"
-        )
+    for key, value in fitting.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"--weights {path}: {key} holds values that are nan or infinite"
+            )
     model.load_state_dict(fitting, strict=False)
+
+
+def _missing(model: nn.Module, fitting: Mapping[str, Tensor]) -> list[str]:
+    """What the model needs and `fitting` lacks, sorted; a classifier may differ."""
+    config = getattr(model, "default_cfg", {})
+    classifiers = tuple(f"{name}." for name in _as_tuple(config.get("classifier")))
+    missing = []
+    for key in model.state_dict():
+        # Older checkpoints have none, nothing reads them
+        is_counter = key.endswith("num_batches_tracked")
+        if key in fitting or is_counter or key.startswith(classifiers):
+            continue
+        missing.append(key)
+    return sorted(missing)

@@ -26,11 +26,9 @@ def inputs_of(
     parameter = next(model.parameters())
     pairs = zip(tensors_in(list(taken)), tensors_in([args, kwargs]), strict=False)
     for given, wanted in pairs:
-        possible = (
-            {wanted.dtype, parameter.dtype}
-            if wanted.is_floating_point()
-            else {wanted.dtype}
-        )
+        possible = {wanted.dtype}
+        if wanted.is_floating_point():
+            possible.add(parameter.dtype)
         if given.dtype not in possible or given.dim() != wanted.dim():
             raise ValueError(
                 f"{where}: holds {_described(given)} where forward takes {_described(wanted)}, as the example of quantize_ "
@@ -42,34 +40,36 @@ def inputs_of(
 def _taken(
     args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, where: str
 ) -> Arguments:
+    """What forward takes of a batch of unknown form: a dict, a tensor, or several parts of which labels may be one."""
     if isinstance(batch, Mapping):
         return _from_dict(args, kwargs, batch, where)
     if isinstance(batch, Tensor):
         return _in_place_of(args, kwargs, [batch], where)
     if not isinstance(batch, (tuple, list)) or not batch:
         raise ValueError(f"{where}: is a {type(batch).__name__}; {FORMS}")
-    if (
-        not kwargs
-        and len(args) == 1
-        and isinstance(args[0], (tuple, list))
-        and isinstance(batch[0], Tensor)
-    ):
-        if len(batch) < len(args[0]):
-            raise ValueError(
-                f"{where}: has {len(batch)} parts, forward takes {_listed(args, kwargs)}; {FORMS}"
-            )
-        return (type(args[0])(batch[: len(args[0])]),), {}
-    if kwargs or len(args) == 1:
-        first = batch[0]
-        if (
-            isinstance(first, Tensor)
-            and sum(True for _ in tensors_in([args, kwargs])) > 1
-        ):
-            return _in_place_of(args, kwargs, batch, where)
-        if not isinstance(first, (Tensor, Mapping, tuple, list)):
-            raise ValueError(f"{where}: begins with a {type(first).__name__}; {FORMS}")
-        return _taken(args, kwargs, first, where)
-    return _in_place_of(args, kwargs, batch, where)
+    first = batch[0]
+    takes_one_argument = not kwargs and len(args) == 1
+    takes_one_list = takes_one_argument and isinstance(args[0], (tuple, list))
+    if takes_one_list and isinstance(first, Tensor):
+        return _as_one_list(args, batch, where)
+    if not kwargs and not takes_one_argument:
+        return _in_place_of(args, kwargs, batch, where)
+    count = len(list(tensors_in([args, kwargs])))
+    if isinstance(first, Tensor) and count > 1:
+        return _in_place_of(args, kwargs, batch, where)
+    if not isinstance(first, (Tensor, Mapping, tuple, list)):
+        raise ValueError(f"{where}: begins with a {type(first).__name__}; {FORMS}")
+    return _taken(args, kwargs, first, where)
+
+
+def _as_one_list(args: tuple[Any, ...], batch: Any, where: str) -> Arguments:
+    """The first parts of a batch as the one list, or tuple, of tensors that forward takes."""
+    (example,) = args
+    if len(batch) < len(example):
+        raise ValueError(
+            f"{where}: has {len(batch)} parts, forward takes {_listed(args, {})}; {FORMS}"
+        )
+    return (type(example)(batch[: len(example)]),), {}
 
 
 def _in_place_of(
@@ -84,7 +84,9 @@ def _in_place_of(
         )
     parts = iter(batch)
     taken = [next(parts) if isinstance(value, Tensor) else value for value in values]
-    return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
+    positional = tuple(taken[: len(args)])
+    by_name = dict(zip(kwargs, taken[len(args) :], strict=True))
+    return positional, by_name
 
 
 def _from_dict(
@@ -93,29 +95,31 @@ def _from_dict(
     is_one_dict = not kwargs and len(args) == 1 and isinstance(args[0], Mapping)
     wanted: Mapping[str, Any] = args[0] if is_one_dict else kwargs
     if not wanted:
-        first = next(tensors_in(list(args)))
-        images = [
-            value
-            for value in batch.values()
-            if isinstance(value, Tensor) and value.dim() == first.dim()
-        ]
-        if len(images) != 1 or len(args) != 1:
+        return (_only_image(args, batch, where),), {}
+    for key, value in wanted.items():
+        if isinstance(value, Tensor) and key not in batch:
             raise ValueError(
-                f"{where}: is a dict of {', '.join(map(str, batch))}, and forward takes {_listed(args, kwargs)}; give the "
-                "tensors, or quantize_ the model with a dict as example"
+                f"{where}: has no {key!r}, which the example of quantize_ had"
             )
-        return (images[0],), {}
-    missing = [
-        key
-        for key, value in wanted.items()
-        if isinstance(value, Tensor) and key not in batch
-    ]
-    if missing:
-        raise ValueError(
-            f"{where}: has no {missing[0]!r}, which the example of quantize_ had"
-        )
     taken = {key: batch.get(key, value) for key, value in wanted.items()}
-    return ((taken,), {}) if is_one_dict else ((), taken)
+    if is_one_dict:
+        return (taken,), {}
+    return (), taken
+
+
+def _only_image(args: tuple[Any, ...], batch: Mapping[str, Any], where: str) -> Tensor:
+    """The one tensor of a dict that has as many axes as the one that forward takes by position."""
+    first = next(tensors_in(list(args)))
+    images = []
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim() == first.dim():
+            images.append(value)
+    if len(images) != 1 or len(args) != 1:
+        raise ValueError(
+            f"{where}: is a dict of {', '.join(map(str, batch))}, and forward takes {_listed(args, {})}; give the "
+            "tensors, or quantize_ the model with a dict as example"
+        )
+    return images[0]
 
 
 def _listed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

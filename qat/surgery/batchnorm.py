@@ -65,11 +65,10 @@ def restore_norm_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None
         return
     momenta = [norm.momentum for norm in norms]
     training = {module: module.training for module in model.modules()}
-    saved = [
-        (buffer, buffer.clone())
-        for norm in norms
-        for buffer in norm.buffers(recurse=False)
-    ]
+    saved = []
+    for norm in norms:
+        for buffer in norm.buffers(recurse=False):
+            saved.append((buffer, buffer.clone()))
     device = next(model.parameters()).device
     seen = 0
     try:
@@ -97,18 +96,19 @@ def restore_norm_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None
 
 @contextmanager
 def _released(norms: list[BatchNorm]) -> Iterator[None]:
-    held = [
-        hook
-        for norm in norms
-        if (hook := getattr(norm, "held_statistics", None)) is not None
-    ]
-    before = [hook.on for hook in held]
+    """Norms whose statistics are held let go of them."""
+    hooks = []
+    for norm in norms:
+        hook = getattr(norm, "held_statistics", None)
+        if hook is not None:
+            hooks.append(hook)
+    before = [hook.on for hook in hooks]
     try:
-        for hook in held:
+        for hook in hooks:
             hook.on = False
         yield
     finally:
-        for hook, on in zip(held, before, strict=True):
+        for hook, on in zip(hooks, before, strict=True):
             hook.on = on
 
 
@@ -126,40 +126,42 @@ def fold_norms(model: nn.Module, example: Tensor) -> list[str]:
         )
     pairs = _conv_norm_pairs(model, example)
     seen = _inputs_and_outputs(model, pairs, example)
-    folded = {
-        conv: _folded(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[arg-type]
-        for conv, norm in pairs
-    }
-    for conv, layer in folded.items():
+    folded = {}
+    for conv, norm in pairs:
+        layer = _folded(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[arg-type]
         given, expected = seen[conv]
-        error = float(
-            (layer(given) - expected).abs().max()
-            / expected.abs().max().clamp_min(1e-30)
-        )
-        if not error <= FOLD_ERROR:
-            raise ValueError(
-                f"fold_norms: {conv} with its batch norm folded in differs by {error:.1e} of its largest output (at most "
-                f"{FOLD_ERROR:.0e}); its running variance or gamma is extreme, leave this model unfolded"
-            )
+        _require_alike(layer(given), expected, conv)
+        folded[conv] = layer
     for conv, norm in pairs:
         model.set_submodule(conv, folded[conv])
         model.set_submodule(norm, _what_follows(model.get_submodule(norm)))
     return [conv for conv, _ in pairs]
 
 
+def _require_alike(result: Tensor, expected: Tensor, name: str) -> None:
+    largest = expected.abs().max().clamp_min(1e-30)
+    error = float((result - expected).abs().max() / largest)
+    if not error <= FOLD_ERROR:
+        raise ValueError(
+            f"fold_norms: {name} with its batch norm folded in differs by {error:.1e} of its largest output (at most "
+            f"{FOLD_ERROR:.0e}); its running variance or gamma is extreme, leave this model unfolded"
+        )
+
+
 def _conv_norm_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """(convolution, norm) by name, where the norm alone reads the convolution."""
     trace = trace_calls(model, example[:1])
-    readers, pairs = trace.consumers(), []
+    readers = trace.consumers()
+    pairs = []
     for call in trace.calls:
         after = readers[call.outputs[0]]
         if call.kind != "conv2d" or len(after) != 1 or after[0].kind != "batch_norm":
             continue
-        conv, norm = model.get_submodule(call.path), model.get_submodule(after[0].path)
-        if (
-            isinstance(conv, nn.Conv2d)
-            and isinstance(norm, BatchNorm)
-            and norm.running_mean is not None
-        ):
+        conv = model.get_submodule(call.path)
+        norm = model.get_submodule(after[0].path)
+        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, BatchNorm):
+            continue
+        if norm.running_mean is not None:
             pairs.append((call.path, after[0].path))
     return pairs
 
@@ -169,22 +171,19 @@ def _inputs_and_outputs(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Per convolution: its input, and the result of its norm alone, without the activation that timm's norms carry."""
     inputs: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(conv).register_forward_hook(_keep(inputs, conv))
-        for conv, _ in pairs
-    ]
+    handles = []
+    for conv, _ in pairs:
+        hook = _keep(inputs, conv)
+        handles.append(model.get_submodule(conv).register_forward_hook(hook))
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()(example)
-        return {
-            conv: (
-                inputs[conv],
-                _normalized(
-                    model.get_submodule(norm), model.get_submodule(conv)(inputs[conv])
-                ),
-            )
-            for conv, norm in pairs
-        }
+        seen = {}
+        for conv, norm in pairs:
+            output = model.get_submodule(conv)(inputs[conv])
+            normalized = _normalized(model.get_submodule(norm), output)
+            seen[conv] = (inputs[conv], normalized)
+        return seen
     finally:
         for handle in handles:
             handle.remove()
@@ -208,28 +207,30 @@ def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _folded(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
+    """a·W and a·(b − mean) + β with a = γ / √(variance + ε), in float64."""
     assert norm.running_mean is not None and norm.running_var is not None
-    gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-    beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-    a = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = torch.zeros_like(a) if conv.bias is None else conv.bias.double()
-    made = copy.deepcopy(conv)
-    made.weight = nn.Parameter(
-        (conv.weight.double() * a.view(-1, 1, 1, 1)).to(conv.weight.dtype)
-    )
-    made.bias = nn.Parameter(
-        ((bias - norm.running_mean.double()) * a + beta.double()).to(conv.weight.dtype)
-    )
-    return made
+    dtype = conv.weight.dtype
+    mean = norm.running_mean.double()
+    deviation = (norm.running_var.double() + norm.eps).sqrt()
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+    bias = torch.zeros_like(mean) if conv.bias is None else conv.bias.double()
+    a = gamma / deviation
+    folded_weight = conv.weight.double() * a.view(-1, 1, 1, 1)
+    folded_bias = (bias - mean) * a + beta
+    folded = copy.deepcopy(conv)
+    folded.weight = nn.Parameter(folded_weight.to(dtype))
+    folded.bias = nn.Parameter(folded_bias.to(dtype))
+    return folded
 
 
 def _what_follows(norm: nn.Module) -> nn.Module:
     """What a norm module does besides normalising: timm's carry dropout and an activation."""
-    parts = [
-        part
-        for part in (getattr(norm, "drop", None), getattr(norm, "act", None))
-        if part is not None
-    ]
+    parts = []
+    for name in ("drop", "act"):
+        part = getattr(norm, name, None)
+        if part is not None:
+            parts.append(part)
     return nn.Sequential(*parts) if parts else nn.Identity()
 
 

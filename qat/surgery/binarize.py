@@ -94,48 +94,40 @@ def activation_quantizer(spec: QuantSpec, name: str) -> LSQ:
 
 def hardtanh_for_relu_(model: nn.Module) -> int:
     """Replace every ReLU and ReLU6 module in place by Hardtanh, whose results have both signs; returns how many."""
-    found = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, (nn.ReLU, nn.ReLU6))
-    ]
-    for parent, name in found:
-        setattr(parent, name, nn.Hardtanh())
-    return len(found)
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.ReLU, nn.ReLU6)):
+                setattr(parent, name, nn.Hardtanh())
+                count += 1
+    return count
 
 
 @contextmanager
 def signs_seen(model: nn.Module) -> Iterator[None]:
     """While open, watch every one-bit activation's input; raise ValueError at the end for one that was never negative."""
     lowest: dict[str, float] = {}
-    watched = [
-        m
-        for m in model.modules()
-        if isinstance(m, BinaryActivation) and m.threshold is None
-    ]
-    handles = [m.register_forward_pre_hook(_Lowest(lowest)) for m in watched]
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        name = str(module.name)
+        value = float(args[0].min())
+        lowest[name] = min(lowest.get(name, value), value)
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, BinaryActivation) and module.threshold is None:
+            handles.append(module.register_forward_pre_hook(watch))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-    if positive := [name for name, value in lowest.items() if value >= 0]:
-        raise ValueError(
-            f"quantizer {positive[0]!r}: its input is never negative, so every code would be +1; is there a ReLU before it? "
-            "hardtanh_for_relu_(model) before quantize_ replaces them"
-        )
-
-
-class _Lowest:
-    def __init__(self, lowest: dict[str, float]) -> None:
-        self.lowest = lowest
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        name = str(module.name)
-        self.lowest[name] = min(
-            self.lowest.get(name, float("inf")), float(args[0].min())
-        )
+    for name, value in lowest.items():
+        if value >= 0:
+            raise ValueError(
+                f"quantizer {name!r}: its input is never negative, so every code would be +1; is there a ReLU before it? "
+                "hardtanh_for_relu_(model) before quantize_ replaces them"
+            )
 
 
 def binary_weights(model: nn.Module) -> Iterator[tuple[BinaryWeight, Tensor]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -59,37 +59,57 @@ def calibrate(
             f"calibrate: batches={batches}; one batch at least is needed, None takes all"
         )
     model = unwrapped(model)
-    found = {name: q for name, q in quantizers(model).items() if q.starts_from_data}
-    taken = [name for name, quantizer in found.items() if quantizer.initialized]
-    if taken and not overwrite:
-        raise ValueError(
-            f"calibrate: {len(taken)} of {len(found)} activation quantizers, {taken[0]!r} first, have their scales already, "
-            "from calibration, training or a checkpoint; pass overwrite=True to lose them"
-        )
-    samples: dict[str, list[Tensor]] = {name: [] for name in found}
-    device = next(model.parameters()).device
-    seen = 0
+    calibrated = _quantizers_to_calibrate(model, overwrite)
+    samples: dict[str, list[Tensor]] = {name: [] for name in calibrated}
+    count = 0
     with in_full_precision(model, samples), signs_seen(model):
         for batch in islice(loader, batches):
-            args, kwargs = inputs_of(model, batch, f"calibrate: batch {seen}")
-            for tensor in tensors_in((args, kwargs)):
-                require_finite(tensor, f"calibrate: batch {seen}")
-            args, kwargs = with_tensors(
-                [args, kwargs], lambda tensor: tensor.to(device)
-            )
-            model(*args, **kwargs)
-            seen += 1
+            _run(model, batch, f"calibrate: batch {count}")
+            count += 1
     samples = _of_all_processes(samples)
-    if not any(samples.values()) and not seen:
+    if not any(samples.values()) and not count:
         raise ValueError("calibrate: the loader gave no batch")
-    values = {name: _values(name, samples[name]) for name in found}
-    starts = {
-        name: quantizer.start_for(values[name], init)
-        for name, quantizer in found.items()
-    }
-    for name, start in starts.items():
-        found[name].initialize(start.scale, start.signed, start.offset)
-    return [_row(name, quantizer, values[name]) for name, quantizer in found.items()]
+    values = {}
+    starts = {}
+    for name in calibrated:
+        values[name] = _values(name, samples[name])
+    for name, quantizer in calibrated.items():
+        starts[name] = quantizer.start_for(values[name], init)
+    # Nothing raises from here on: all quantizers get their scales
+    rows = []
+    for name, quantizer in calibrated.items():
+        start = starts[name]
+        quantizer.initialize(start.scale, start.signed, start.offset)
+        rows.append(_row(name, quantizer, values[name]))
+    return rows
+
+
+def _quantizers_to_calibrate(model: nn.Module, overwrite: bool) -> dict[str, Quantizer]:
+    """Those whose scale comes from data. Raises ValueError where that would lose a scale without `overwrite`."""
+    calibrated = {}
+    already_set = []
+    for name, quantizer in quantizers(model).items():
+        if not quantizer.starts_from_data:
+            continue
+        calibrated[name] = quantizer
+        if quantizer.initialized:
+            already_set.append(name)
+    if already_set and not overwrite:
+        raise ValueError(
+            f"calibrate: {len(already_set)} of {len(calibrated)} activation quantizers, {already_set[0]!r} first, have their "
+            "scales already, from calibration, training or a checkpoint; pass overwrite=True to lose them"
+        )
+    return calibrated
+
+
+def _run(model: nn.Module, batch: Any, name: str) -> None:
+    """One forward pass on the model's device; `name` stands for the batch in errors."""
+    device = next(model.parameters()).device
+    arguments = inputs_of(model, batch, name)
+    for tensor in tensors_in(arguments):
+        require_finite(tensor, name)
+    args, kwargs = with_tensors(list(arguments), lambda tensor: tensor.to(device))
+    model(*args, **kwargs)
 
 
 def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -97,31 +117,26 @@ def _of_all_processes(samples: dict[str, list[Tensor]]) -> dict[str, list[Tensor
 
     Batches are put together in turns, one of each process: where these took every n-th batch of one loader, its order.
     """
-    if (
-        not (dist.is_available() and dist.is_initialized())
-        or dist.get_world_size() == 1
-    ):
+    is_distributed = dist.is_available() and dist.is_initialized()
+    if not is_distributed or dist.get_world_size() == 1:
         return samples
-    mine = {
-        name: [tensor.cpu() for tensor in tensors] for name, tensors in samples.items()
-    }
-    everybodys: list[dict[str, list[Tensor]]] = [
-        {} for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather_object(everybodys, mine)
-    return {
-        name: _by_turns([theirs[name] for theirs in everybodys]) for name in samples
-    }
+    mine = {}
+    for name, tensors in samples.items():
+        mine[name] = [tensor.cpu() for tensor in tensors]
+    of_processes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_processes, mine)
+    joined = {}
+    for name in samples:
+        joined[name] = _by_turns([theirs[name] for theirs in of_processes])
+    return joined
 
 
 def _by_turns(of_processes: list[list[Tensor]]) -> list[Tensor]:
-    longest = max(len(tensors) for tensors in of_processes)
-    return [
-        tensors[turn]
-        for turn in range(longest)
-        for tensors in of_processes
-        if turn < len(tensors)
-    ]
+    """The first tensor of each process, then the second of each, and so on."""
+    in_turns = []
+    for turn in zip_longest(*of_processes):
+        in_turns += [tensor for tensor in turn if tensor is not None]
+    return in_turns
 
 
 @contextmanager
@@ -131,16 +146,16 @@ def in_full_precision(model: nn.Module, samples: dict[str, list[Tensor]] | None 
     One-bit quantizers stay on: without them a binary net is another net, with other ranges.
     """
     training = {m: m.training for m in model.modules()}
-    found = {name: q for name, q in quantizers(model).items() if q.spec.bits > 1}
+    several_bits = {n: q for n, q in quantizers(model).items() if q.spec.bits > 1}
     try:
-        for name, quantizer in found.items():
-            quantizer.observer = (
-                _collector(samples[name]) if samples and name in samples else _ignore
-            )
+        for name, quantizer in several_bits.items():
+            quantizer.observer = _ignore
+            if samples and name in samples:
+                quantizer.observer = _collector(samples[name])
         model.eval()
         yield
     finally:
-        for quantizer in found.values():
+        for quantizer in several_bits.values():
             quantizer.observer = None
         for module, mode in training.items():
             module.training = mode
@@ -154,9 +169,8 @@ def pause(model: nn.Module) -> None:
 
 def paused(model: nn.Module) -> bool:
     """Whether any quantizer passes its input through."""
-    return any(
-        quantizer.observer is not None for quantizer in quantizers(model).values()
-    )
+    observers = [quantizer.observer for quantizer in quantizers(model).values()]
+    return any(observer is not None for observer in observers)
 
 
 @torch.no_grad()
@@ -174,31 +188,25 @@ def begin(
 
 def _begin_computed(model: nn.Module, batches: Iterable[Any], init: Init) -> None:
     """Scales of the weights that are computed in forward, from one pass."""
-    found = [
-        o.weight_quantizer
-        for o in computed_weights(model)
-        if o.weight_quantizer is not None
-    ]
-    if not found:
+    weight_quantizers = []
+    for operands in computed_weights(model):
+        if operands.weight_quantizer is not None:
+            weight_quantizers.append(operands.weight_quantizer)
+    if not weight_quantizers:
         return
-    seen: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     with in_full_precision(model):
-        for quantizer in found:
-            quantizer.observer = _keep(seen, quantizer.name)
+        for quantizer in weight_quantizers:
+            quantizer.observer = _keep(weights, quantizer.name)
         for batch in batches:
-            args, kwargs = inputs_of(model, batch, "begin")
-            args, kwargs = with_tensors(
-                [args, kwargs],
-                lambda tensor: tensor.to(next(model.parameters()).device),
-            )
-            model(*args, **kwargs)
-    for quantizer in found:
-        quantizer.begin(seen[quantizer.name], init)
+            _run(model, batch, "begin")
+    for quantizer in weight_quantizers:
+        quantizer.begin(weights[quantizer.name], init)
 
 
-def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+def _keep(weights: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
     def keep(x: Tensor) -> None:
-        seen[name] = x.detach()
+        weights[name] = x.detach()
 
     return keep
 
@@ -212,7 +220,8 @@ def _collector(into: list[Tensor]) -> Callable[[Tensor], None]:
         # An odd stride walks through every channel and position; the extremes are kept so that no sign is missed.
         flat = x.flatten().float()
         stride = max(flat.numel() // SAMPLES_PER_BATCH, 1) | 1
-        into.append(torch.cat([flat[::stride], flat.min()[None], flat.max()[None]]))
+        extremes = torch.stack([flat.min(), flat.max()])
+        into.append(torch.cat([flat[::stride], extremes]))
 
     return collect
 
@@ -229,6 +238,8 @@ def _values(name: str, samples: list[Tensor]) -> Tensor:
 
 
 def _row(name: str, quantizer: Quantizer, values: Tensor) -> CalibrationRow:
-    v, grid = values / quantizer.scale, quantizer.grid
-    clipped = ((v < grid.qmin - 0.5) | (v > grid.qmax + 0.5)).float().mean()
-    return CalibrationRow(name, quantizer.spec, float(quantizer.scale), float(clipped))
+    grid = quantizer.grid
+    v = values / quantizer.scale
+    is_clipped = (v < grid.qmin - 0.5) | (v > grid.qmax + 0.5)
+    share = float(is_clipped.float().mean())
+    return CalibrationRow(name, quantizer.spec, float(quantizer.scale), share)

@@ -10,7 +10,7 @@ from qat.quantizers.spec import QuantSpec
 from qat.surgery.frames import path_of
 from qat.surgery.layers import FLOAT, LayerSpec, wraps
 from qat.surgery.observe import Observation
-from qat.surgery.plan import MERGES, Plan, is_merge, plan_points
+from qat.surgery.plan import MERGES, Placement, is_merge, plan_points
 from qat.surgery.points import Addresses
 from qat.surgery.training_paths import in_training, tallies
 
@@ -44,7 +44,7 @@ class QuantizationPlan:
     wrapped: Mapping[str, LayerSpec]
     operands: Mapping[str, OperandsPlan]
     shared: tuple[tuple[str, ...], ...]
-    placement: Plan
+    placement: Placement
     known: Addresses
 
 
@@ -59,21 +59,11 @@ def plan_quantization(
     """
     asked, patterns = _by_rules(seen, rules)
     _require_licences(seen, asked)
-    specs = {
-        name: FLOAT if name in seen.asleep else spec for name, spec in asked.items()
-    }
+    specs = dict(asked)
+    for name in seen.asleep:
+        specs[name] = FLOAT
     specs, shared = _with_shared_weights(seen, specs)
-    binary = frozenset(
-        name
-        for name, spec in specs.items()
-        if spec.input is not None and spec.input.bits == 1
-    )
-    in_float = frozenset(name for name, spec in specs.items() if spec == FLOAT)
-    placement = (
-        plan_points(seen.trace, binary, in_float)
-        if stream is not None
-        else Plan((), frozenset())
-    )
+    placement = _placement(seen, specs, stream)
     wrapped: dict[str, LayerSpec] = {}
     operands: dict[str, OperandsPlan] = {}
     for name, spec in specs.items():
@@ -81,20 +71,41 @@ def plan_quantization(
             continue
         if stream is not None and name in placement.on_grid:
             spec = _input_from_stream(spec, stream)
-        calls = seen.calls.get(name, [])
-        if all(call.path == name for call in calls) and (
-            not calls or wraps(seen.layers[name])
-        ):
+        if _is_wrapped(name, seen):
             wrapped[name] = spec
         else:
-            address = calls[0].address
-            operands[address] = OperandsPlan(
-                name, calls[0].kind, spec, seen.trace.weights[address]
-            )
+            call = seen.calls[name][0]
+            weight = seen.trace.weights[call.address]
+            operands[call.address] = OperandsPlan(name, call.kind, spec, weight)
     known = _addresses(seen, placement, wrapped, operands)
     return QuantizationPlan(
         specs, patterns, wrapped, operands, shared, placement, known
     )
+
+
+def _placement(
+    seen: Observation, specs: Mapping[str, LayerSpec], stream: QuantSpec | None
+) -> Placement:
+    """Where the quantizers of operations without weights stand; nowhere without `stream`."""
+    if stream is None:
+        return Placement((), frozenset())
+    one_bit_inputs = set()
+    in_float = set()
+    for name, spec in specs.items():
+        if spec.input is not None and spec.input.bits == 1:
+            one_bit_inputs.add(name)
+        if spec == FLOAT:
+            in_float.add(name)
+    return plan_points(seen.trace, frozenset(one_bit_inputs), frozenset(in_float))
+
+
+def _is_wrapped(name: str, seen: Observation) -> bool:
+    """Whether a layer's module is replaced; where others call its weight, operands are quantized where they multiply."""
+    calls = seen.calls.get(name, [])
+    if not calls:
+        return True
+    is_called_by_itself = all(call.path == name for call in calls)
+    return is_called_by_itself and wraps(seen.layers[name])
 
 
 def _by_rules(
@@ -106,18 +117,17 @@ def _by_rules(
     used: set[str] = set()
     missed: list[str] = []
     for name in seen.names:
-        found = {
-            alias: _first_match(alias, rules)
-            for alias in seen.aliases.get(name, [name])
-        }
-        for match in found.values():
+        matches = {}
+        for alias in seen.aliases.get(name, [name]):
+            match = _first_match(alias, rules)
+            matches[alias] = match
             if match is not None:
                 used.add(match[0])
-        match = found[name]
+        match = matches[name]
         if match is None:
             missed.append(name)
             continue
-        for alias, other in found.items():
+        for alias, other in matches.items():
             if other is None or other[1] != match[1]:
                 raise ValueError(
                     f"quantize_: {name} and {alias} are one module, and rules decide them differently; give both names the "
@@ -149,9 +159,9 @@ def _why_unused(pattern: str, names: Sequence[str]) -> str:
         return f"earlier rules take all it matches ({', '.join(matches)})"
     shown = ", ".join(names[:NAMES_SHOWN])
     rest = len(names) - NAMES_SHOWN
-    return f"it matches no conv or linear; there are {shown}" + (
-        f" and {rest} more" if rest > 0 else ""
-    )
+    if rest > 0:
+        shown += f" and {rest} more"
+    return f"it matches no conv or linear; there are {shown}"
 
 
 def _require_licences(seen: Observation, asked: Mapping[str, LayerSpec]) -> None:
@@ -203,19 +213,16 @@ def _input_from_stream(spec: LayerSpec, stream: QuantSpec) -> LayerSpec:
 
 def _addresses(
     seen: Observation,
-    placement: Plan,
+    placement: Placement,
     wrapped: Mapping[str, LayerSpec],
     operands: Mapping[str, OperandsPlan],
 ) -> Addresses:
+    """What the quantized model has to know of its operations, so that a new one does not go unnoticed."""
     trace = seen.trace
-    merges = frozenset(
-        trace.constant
-        | {
-            call.address
-            for call in trace.calls
-            if call.kind in MERGES or is_merge(call)
-        }
-    )
+    merges = set(trace.constant)
+    for call in trace.calls:
+        if call.kind in MERGES or is_merge(call):
+            merges.add(call.address)
     quantized = [*placement.points, *operands]
     relus = [address for address, _, _ in placement.relus]
     shifted: dict[str, str | None] = {}
@@ -223,25 +230,18 @@ def _addresses(
     in_float = set(trace.weights) - operands.keys()
     if seen.trained is not None:
         shifted = in_training(trace, seen.trained, [*quantized, *relus])
-        counted = tallies(
-            seen.trained,
-            [
-                address
-                for address in quantized
-                if path_of(address) not in trace.repeated
-            ],
-        )
-        in_float |= set(_only_in_training(seen, wrapped))
-    written_back = trace.written_back.intersection(placement.points)
+        once = [one for one in quantized if path_of(one) not in trace.repeated]
+        counted = tallies(seen.trained, once)
+        in_float.update(_only_in_training(seen, wrapped))
     return Addresses(
-        merges,
-        frozenset(in_float),
-        frozenset(wrapped),
-        frozenset(written_back),
-        shifted,
-        counted,
-        frozenset(trace.repeated),
-        dict(trace.starts),
+        merges=frozenset(merges),
+        multiplies=frozenset(in_float),
+        layers=frozenset(wrapped),
+        written_back=frozenset(trace.written_back.intersection(placement.points)),
+        in_training=shifted,
+        tallies=counted,
+        repeated=frozenset(trace.repeated),
+        starts=dict(trace.starts),
     )
 
 

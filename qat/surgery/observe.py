@@ -65,13 +65,50 @@ def observe(model: nn.Module, example: Example) -> Observation:
 
     Raises ValueError naming what cannot be followed, and a weight that depends on the image.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, WEIGHTED)
-    }
+    layers = _layers(model)
     trace = trace_calls(model, example, frozenset(layers))
     trace.calls = _named_apart(trace.calls)
+    calls = _calls_of_layers(model, trace)
+    unquantizable: dict[str, list[Call]] = defaultdict(list)
+    for call in unsupported(trace):
+        unquantizable[call.path or call.address].append(call)
+    reached = calls.keys() | unquantizable.keys() | _parameters_read(trace)
+    asleep = {}
+    for name in layers:
+        if name not in reached:
+            asleep[name] = "constant" if name in trace.on_constants else "idle"
+    trained = _in_training(model, example, frozenset(layers))
+    running = _multiplying_layers(trained)
+    tied, turned = _tied(trace)
+    witnessed = witness(model, example)
+    check_witnessed(witnessed, trace, frozenset(unquantizable))
+    return Observation(
+        layers=layers,
+        aliases=_aliases(model),
+        trace=trace,
+        trained=trained,
+        calls=calls,
+        unquantizable=dict(unquantizable),
+        asleep=asleep,
+        in_training_alone=[name for name in asleep if name in running],
+        tied=tied,
+        turned=turned,
+        witnessed=witnessed,
+        samples=samples_of(example),
+    )
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution and linear module by name."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WEIGHTED):
+            layers[name] = module
+    return layers
+
+
+def _calls_of_layers(model: nn.Module, trace: Trace) -> dict[str, list[Call]]:
+    """Name of a layer -> its calls. Raises ValueError for an operation that no file can compute."""
     calls: dict[str, list[Call]] = defaultdict(list)
     for call in trace.calls:
         if call.kind in WRITES:
@@ -84,41 +121,23 @@ def observe(model: nn.Module, example: Example) -> Observation:
         if call.kind in MULTIPLIES:
             _require_one_activation(call)
             calls[call.layer].append(call)
-    unquantizable: dict[str, list[Call]] = defaultdict(list)
-    for call in unsupported(trace):
-        unquantizable[call.path or call.address].append(call)
-    read = {
-        name.removesuffix(".weight") for call in trace.calls for name in call.parameters
-    }
-    awake = calls.keys() | unquantizable.keys() | read
-    asleep = {
-        name: "constant" if name in trace.on_constants else "idle"
-        for name in layers
-        if name not in awake
-    }
-    trained = _in_training(model, example, frozenset(layers))
-    running = (
-        {call.layer for call in trained.calls if call.kind in MULTIPLIES}
-        if trained is not None
-        else set()
-    )
-    tied, turned = _tied(trace)
-    witnessed = witness(model, example)
-    check_witnessed(witnessed, trace, frozenset(unquantizable))
-    return Observation(
-        layers,
-        _aliases(model),
-        trace,
-        trained,
-        dict(calls),
-        dict(unquantizable),
-        asleep,
-        [name for name in asleep if name in running],
-        tied,
-        turned,
-        witnessed,
-        samples_of(example),
-    )
+    return dict(calls)
+
+
+def _parameters_read(trace: Trace) -> set[str]:
+    """Names of the parameters that calls read, without `.weight`: so those of weights are their layers'."""
+    names = set()
+    for call in trace.calls:
+        for name in call.parameters:
+            names.add(name.removesuffix(".weight"))
+    return names
+
+
+def _multiplying_layers(trace: Trace | None) -> set[str]:
+    """Names of the layers that run in `trace`."""
+    if trace is None:
+        return set()
+    return {call.layer for call in trace.calls if call.kind in MULTIPLIES}
 
 
 def _require_one_activation(call: Call) -> None:
@@ -130,10 +149,8 @@ def _require_one_activation(call: Call) -> None:
 
 
 def _require_running_statistics(module: nn.Module, call: Call) -> None:
-    if (
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.running_mean is None
-    ):
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if is_norm and module.running_mean is None:
         raise ValueError(
             f"{call.path or call.address}: has no running statistics, so its result for an image depends on the others of "
             "its batch, and no file answers so; make it with track_running_stats=True and train it, or take a GroupNorm"
@@ -144,25 +161,31 @@ def _named_apart(calls: list[Call]) -> list[Call]:
     """Each user of a weight under another name: the module that owns it keeps the weight's, or else the first user."""
     owners: dict[str, str] = {}
     for call in calls:
-        if call.kind in MULTIPLIES and (
-            call.layer not in owners or call.path == call.layer
-        ):
-            owners[call.layer] = call.path if call.path == call.layer else call.address
+        if call.kind not in MULTIPLIES:
+            continue
+        if call.path == call.layer:
+            owners[call.layer] = call.path
+        elif call.layer not in owners:
+            owners[call.layer] = call.address
     renamed = []
     for call in calls:
-        if call.kind in MULTIPLIES and owners[call.layer] not in (
-            call.path,
-            call.address,
-        ):
-            call = replace(
-                call,
-                layer=call.address.replace("#", ".") if call.path else call.address[1:],
-            )
+        if call.kind in MULTIPLIES:
+            owner = owners[call.layer]
+            if owner not in (call.path, call.address):
+                call = replace(call, layer=_layer_at(call))
         renamed.append(call)
     return renamed
 
 
+def _layer_at(call: Call) -> str:
+    """A name for the layer of a call by where it is made."""
+    if not call.path:
+        return call.address.removeprefix("#")
+    return call.address.replace("#", ".")
+
+
 def _tied(trace: Trace) -> tuple[dict[str, list[str]], frozenset[str]]:
+    """Name of a parameter -> the layers that multiply by it, where they are several; those that one of them turns round."""
     users: dict[str, list[str]] = defaultdict(list)
     turned: dict[str, set[bool]] = defaultdict(set)
     for call in trace.calls:
@@ -174,7 +197,8 @@ def _tied(trace: Trace) -> tuple[dict[str, list[str]], frozenset[str]]:
         if call.layer not in users[name]:
             users[name].append(call.layer)
     tied = {name: layers for name, layers in users.items() if len(layers) > 1}
-    return tied, frozenset(name for name in tied if len(turned[name]) > 1)
+    turned_by_one = [name for name in tied if len(turned[name]) > 1]
+    return tied, frozenset(turned_by_one)
 
 
 def _in_training(

@@ -6,7 +6,7 @@ in place of the function; the model's code stays as it is.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,21 +42,18 @@ def scaled_dot_product_attention(
     """softmax(q kᵀ · scale + mask) v; query: (..., L, E), key: (..., S, E), value: (..., S, V)."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
-        key, value = (
-            key.repeat_interleave(groups, -3),
-            value.repeat_interleave(groups, -3),
-        )
+        key = key.repeat_interleave(groups, -3)
+        value = value.repeat_interleave(groups, -3)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = (query * factor) @ key.transpose(-2, -1)
     if is_causal:
-        allowed = torch.ones(
-            query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
-        ).tril()
+        pairs = (query.shape[-2], key.shape[-2])
+        allowed = torch.ones(pairs, dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~allowed, -math.inf)
-    if attn_mask is not None:  # of booleans: True where a position may be seen
-        scores = _masked(
-            scores, ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
-        )
+    if attn_mask is not None:
+        # Of booleans: True where a position may be seen, where `_masked` takes True to hide it
+        mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+        scores = _masked(scores, mask)
     weights = scores.softmax(dim=-1)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
@@ -94,56 +91,78 @@ def multi_head_attention(
 
     Raises Unquantizable for options that no vision model uses: bias_k, add_zero_attn, static_k.
     """
-    if (
-        bias_k is not None
-        or bias_v is not None
-        or add_zero_attn
-        or static_k is not None
-        or static_v is not None
-    ):
+    extra_keys = (bias_k, bias_v, static_k, static_v)
+    if add_zero_attn or any(option is not None for option in extra_keys):
         raise Unquantizable(
             "MultiheadAttention with add_bias_kv, add_zero_attn or static keys cannot be quantized; build it without them"
         )
     is_batched = query.dim() == 3
-    same_source = query is key and key is value
-    if not is_batched:
-        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        key_padding_mask = (
-            None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        )
-    # Samples first: everything between is then laid out as images are, and the transposes meet those of batch_first.
-    query = query.transpose(0, 1)
-    key, value = (
-        (query, query) if same_source else (key.transpose(0, 1), value.transpose(0, 1))
-    )
+    query, key, value = _samples_first(query, key, value)
+    if key_padding_mask is not None and not is_batched:
+        key_padding_mask = key_padding_mask.unsqueeze(0)
+
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
     q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias, separate)
-    batch, length, width = q.shape
-    source = k.shape[1]
-    scale = 1 / math.sqrt(width // num_heads)
-    scores = (_heads(q, num_heads) * scale) @ _heads(k, num_heads).transpose(-2, -1)
-    if attn_mask is not None:
-        by_head = attn_mask.dim() == 3
-        scores = _masked(
-            scores,
-            attn_mask.reshape(batch, num_heads, length, source)
-            if by_head
-            else attn_mask,
-        )
-    if key_padding_mask is not None:
-        scores = _masked(scores, key_padding_mask.reshape(batch, 1, 1, source))
+    scores = _scores_of_heads(q, k, num_heads, attn_mask, key_padding_mask)
     weights = scores.softmax(dim=-1)
     if training and dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
-    mixed = (
-        (weights @ _heads(v, num_heads)).transpose(1, 2).reshape(batch, length, width)
-    )
-    out = F.linear(mixed, out_proj_weight, out_proj_bias).transpose(0, 1)
+    values_of_heads = _heads(v, num_heads)
+    mixed = _joined(weights @ values_of_heads)
+    out = F.linear(mixed, out_proj_weight, out_proj_bias)
+    out = out.transpose(0, 1)
+
     if not is_batched:
-        out, weights = out.squeeze(1), weights.squeeze(0)
+        out = out.squeeze(1)
+        weights = weights.squeeze(0)
     if not need_weights:
         return out, None
-    return out, weights.mean(dim=-3) if average_attn_weights else weights
+    if average_attn_weights:
+        weights = weights.mean(dim=-3)
+    return out, weights
+
+
+def _samples_first(
+    query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, N, E), or (L, E) of one sample, as (N, L, E); what is one tensor stays one, as self-attention is told by.
+
+    Everything between is then laid out as images are, and the transposes meet those of batch_first.
+    """
+    is_self_attention = query is key and key is value
+    if query.dim() == 2:
+        query = query.unsqueeze(1)
+        key = key.unsqueeze(1)
+        value = value.unsqueeze(1)
+    query = query.transpose(0, 1)
+    if is_self_attention:
+        return query, query, query
+    return query, key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _scores_of_heads(
+    q: Tensor,
+    k: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    padding: Tensor | None,
+) -> Tensor:
+    """q kᵀ / √(E / heads), (N, heads, L, S), masked; q: (N, L, E), k: (N, S, E).
+
+    mask: (L, S), or (N · heads, L, S). padding: (N, S).
+    """
+    samples, queries, width = q.shape
+    keys = k.shape[1]
+    scale = 1 / math.sqrt(width // heads)
+    scaled_queries = _heads(q, heads) * scale
+    scores = scaled_queries @ _heads(k, heads).transpose(-2, -1)
+    if mask is not None:
+        if mask.dim() == 3:
+            mask = mask.reshape(samples, heads, queries, keys)
+        scores = _masked(scores, mask)
+    if padding is not None:
+        scores = _masked(scores, padding.reshape(samples, 1, 1, keys))
+    return scores
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -152,13 +171,17 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(batch, length, heads, width // heads).transpose(1, 2)
 
 
+def _joined(x: Tensor) -> Tensor:
+    """(N, heads, L, E / heads) as (N, L, E)."""
+    batch, heads, length, width = x.shape
+    return x.transpose(1, 2).reshape(batch, length, heads * width)
+
+
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     """In a boolean mask of `nn.MultiheadAttention`, True hides a position."""
-    return (
-        scores.masked_fill(mask, -math.inf)
-        if mask.dtype == torch.bool
-        else scores + mask
-    )
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(mask, -math.inf)
+    return scores + mask
 
 
 def _projected(
@@ -174,14 +197,15 @@ def _projected(
         q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
         return q, k, v
     width = query.shape[-1]
-    # A split would not become a constant
-    parts = [slice(index * width, (index + 1) * width) for index in range(3)]
-    biases = (None, None, None) if bias is None else tuple(bias[part] for part in parts)
-    weights = separate if weight is None else tuple(weight[part] for part in parts)
-    q, k, v = (
-        F.linear(x, w, b)  # type: ignore[arg-type]
-        for x, w, b in zip((query, key, value), weights, biases, strict=True)
-    )
+    projected = []
+    for index, x in enumerate((query, key, value)):
+        # A split would not become a constant
+        part = slice(index * width, (index + 1) * width)
+        own_weight = separate[index] if weight is None else weight[part]
+        own_bias = None if bias is None else bias[part]
+        assert own_weight is not None
+        projected.append(F.linear(x, own_weight, own_bias))
+    q, k, v = projected
     return q, k, v
 
 
@@ -200,37 +224,46 @@ def conv_transpose2d(
     x: (N, C, H, W) or (C, H, W); weight: (C, O / groups, kH, kW).
     """
     if x.dim() == 3:
-        return conv_transpose2d(
-            x.unsqueeze(0),
-            weight,
-            bias,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            dilation,
-        ).squeeze(0)
-    strides, paddings, extras, dilations = map(
-        _pair, (stride, padding, output_padding, dilation)
-    )
-    spread = _spread(x, strides)
-    pads: list[int] = []
-    for axis in (1, 0):  # F.pad counts from the last axis
-        reach = dilations[axis] * (weight.shape[2 + axis] - 1) - paddings[axis]
-        pads += [reach, reach + extras[axis]]
-    spread = F.pad(spread, [max(pad, 0) for pad in pads])
-    left, right, top, bottom = (max(-pad, 0) for pad in pads)
-    if left or right or top or bottom:
-        spread = spread[
-            ..., top : spread.shape[-2] - bottom, left : spread.shape[-1] - right
-        ]
-    parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    turned = (
-        parts.transpose(1, 2)
-        .reshape(-1, weight.shape[0] // groups, *weight.shape[2:])
-        .flip(2, 3)
-    )
+        one = x.unsqueeze(0)
+        options = (stride, padding, output_padding, groups, dilation)
+        return conv_transpose2d(one, weight, bias, *options).squeeze(0)
+    dilations = _pair(dilation)
+    pads = _pads(weight, dilations, _pair(padding), _pair(output_padding))
+    spread = _padded_or_cut(_spread(x, _pair(stride)), pads)
+    turned = _turned(weight, groups)
     return F.conv2d(spread, turned, bias, 1, 0, dilations, groups)
+
+
+def _pads(
+    weight: Tensor,
+    dilations: tuple[int, int],
+    paddings: tuple[int, int],
+    extras: tuple[int, int],
+) -> list[int]:
+    """Zeros to add on the left, right, top and bottom, in this order of `F.pad`; below 0, pixels to cut off."""
+    pads = []
+    for axis in (1, 0):
+        kernel = weight.shape[2 + axis]
+        reach = dilations[axis] * (kernel - 1) - paddings[axis]
+        pads += [reach, reach + extras[axis]]
+    return pads
+
+
+def _padded_or_cut(x: Tensor, pads: list[int]) -> Tensor:
+    padded = F.pad(x, [max(pad, 0) for pad in pads])
+    if min(pads) >= 0:
+        return padded
+    left, right, top, bottom = (max(-pad, 0) for pad in pads)
+    height, width = padded.shape[-2:]
+    return padded[..., top : height - bottom, left : width - right]
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """(C, O / groups, kH, kW) as (O, C / groups, kH, kW), every kernel turned round by half a turn."""
+    inputs = weight.shape[0] // groups
+    parts = weight.reshape(groups, inputs, *weight.shape[1:])
+    swapped = parts.transpose(1, 2).reshape(-1, inputs, *weight.shape[2:])
+    return swapped.flip(2, 3)
 
 
 def _spread(x: Tensor, strides: tuple[int, int]) -> Tensor:
@@ -258,22 +291,21 @@ def conv_transpose1d(
     dilation: Any = 1,
 ) -> Tensor:
     """As `conv_transpose2d`, of (N, C, L) or (C, L), by way of one row."""
-    numbers = [
-        value if isinstance(value, int) else value[0]
-        for value in (stride, padding, output_padding, dilation)
-    ]
-    step, pad, extra, gap = numbers
     row = conv_transpose2d(
         x.unsqueeze(-2),
         weight.unsqueeze(2),
         bias,
-        (1, step),
-        (0, pad),
-        (0, extra),
-        groups,
-        (1, gap),
+        stride=(1, _number(stride)),
+        padding=(0, _number(padding)),
+        output_padding=(0, _number(output_padding)),
+        groups=groups,
+        dilation=(1, _number(dilation)),
     )
     return row.squeeze(-2)
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else value[0]
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -288,8 +320,11 @@ def addmm(
 ) -> Tensor:
     """beta · base + alpha · first @ second; also `baddbmm`, for (B, n, m) operands."""
     product = first @ second
-    product = product if alpha == 1 else product * alpha
-    return product + (base if beta == 1 else base * beta)
+    if alpha != 1:
+        product = product * alpha
+    if beta != 1:
+        base = base * beta
+    return product + base
 
 
 def is_weight(operand: Any) -> bool:
@@ -328,12 +363,9 @@ def _weight_times(weight: Tensor, x: Tensor) -> Tensor:
 
 def _is_open_einsum(args: tuple[Any, ...]) -> bool:
     """Whether it multiplies two tensors, with every label once in a tensor and none left to broadcasting."""
-    if (
-        not args
-        or not isinstance(args[0], str)
-        or "." in args[0]
-        or len(_operands(args)) != 2
-    ):
+    if not args or not isinstance(args[0], str):
+        return False
+    if "." in args[0] or len(_operands(args)) != 2:
         return False
     sources, _, _ = args[0].replace(" ", "").partition("->")
     first, _, second = sources.partition(",")
@@ -341,12 +373,11 @@ def _is_open_einsum(args: tuple[Any, ...]) -> bool:
 
 
 def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    rest = args[1:]
-    return (
-        tuple(rest[0])
-        if len(rest) == 1 and isinstance(rest[0], (list, tuple))
-        else rest
-    )
+    """The tensors of an einsum, which it takes one by one or in a list."""
+    operands = args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        return tuple(operands[0])
+    return operands
 
 
 def _einsum(*args: Any) -> Tensor:
@@ -357,24 +388,28 @@ def _einsum(*args: Any) -> Tensor:
         first, second, left, right = second, first, right, left
     first, left = _summed(first, left, right + result)
     second, right = _summed(second, right, left + result)
-    shared = [label for label in left if label in right and label in result]
-    summed = [label for label in left if label in right and label not in result]
+    both = [label for label in left if label in right]
+    shared = [label for label in both if label in result]
+    summed = [label for label in both if label not in result]
     own = [label for label in left if label not in right]
     others = [label for label in right if label not in left]
     if _is_parameter(second) and not shared:
-        rows = _merged(first, left, [[label] for label in own] + [summed])
-        product = F.linear(rows, _merged(second, right, [others, summed]))
+        rows = _merged(first, left, [*own, summed])
+        columns = _merged(second, right, [others, summed])
+        product = F.linear(rows, columns)
     else:
-        batch = [[label] for label in shared]
-        product = _merged(first, left, [*batch, own, summed]) @ _merged(
-            second, right, [*batch, summed, others]
-        )
+        rows = _merged(first, left, [*shared, own, summed])
+        columns = _merged(second, right, [*shared, summed, others])
+        product = rows @ columns
     labels = [*shared, *own, *others]
-    sizes = dict(zip(left, first.shape, strict=True)) | dict(
-        zip(right, second.shape, strict=True)
-    )
+    sizes = _sizes(left, first) | _sizes(right, second)
     product = product.reshape([sizes[label] for label in labels])
     return product.permute([labels.index(label) for label in result])
+
+
+def _sizes(labels: str, tensor: Tensor) -> dict[str, int]:
+    """Label -> length of its axis."""
+    return dict(zip(labels, tensor.shape, strict=True))
 
 
 def _labels(equation: str) -> tuple[str, str, str]:
@@ -387,13 +422,15 @@ def _labels(equation: str) -> tuple[str, str, str]:
     return left, right, result
 
 
-def _merged(tensor: Tensor, labels: str, groups: list[list[str]]) -> Tensor:
-    """The axes in the order of `groups`, each group merged into one axis."""
-    sizes = dict(zip(labels, tensor.shape, strict=True))
-    axes = [labels.index(label) for group in groups for label in group]
-    return tensor.permute(axes).reshape(
-        [math.prod(sizes[label] for label in group) for group in groups]
-    )
+def _merged(tensor: Tensor, labels: str, groups: Sequence[str | list[str]]) -> Tensor:
+    """The axes in the order of `groups`, each group merged into one axis; a label alone is a group of one."""
+    sizes = _sizes(labels, tensor)
+    axes = []
+    shape = []
+    for group in groups:
+        axes += [labels.index(label) for label in group]
+        shape.append(math.prod(sizes[label] for label in group))
+    return tensor.permute(axes).reshape(shape)
 
 
 def _is_parameter(operand: Tensor) -> bool:

@@ -33,7 +33,7 @@ UNSUPPORTED_MULTIPLIES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """Where 8-bit quantizers stand.
 
     points:   addresses whose output is quantized to 8 bits; `#input0` and so on are the model's own inputs.
@@ -50,49 +50,41 @@ class Plan:
 
 def unsupported(trace: Trace) -> list[Call]:
     """The operations that multiply in a way that no quantizer reaches."""
-    return [
-        call
-        for call in trace.calls
-        if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call)
-    ]
+    calls = []
+    for call in trace.calls:
+        if call.kind in UNSUPPORTED_MULTIPLIES and not multiplies_table(call):
+            calls.append(call)
+    return calls
 
 
 def plan_points(
     trace: Trace,
     binary_inputs: frozenset[str] = frozenset(),
     in_float: frozenset[str] = frozenset(),
-) -> Plan:
+) -> Placement:
     """Decide the 8-bit points of a traced model.
 
     binary_inputs: layers that read one-bit codes. in_float: layers that are not quantized.
     Raises ValueError naming a layer that would binarize the model's input.
     """
     flow = _Flow(trace, in_float)
-    points: dict[str, None] = {}
+    addresses: list[str] = []
+    absorbed: set[str] = set()
     for call in trace.calls:
         if is_integer(call):
             end = flow.group_end(call)
+            absorbed.update(flow.absorbed(call))
             if flow.needs_point(call, end):
-                points[flow.producer[end].address] = None
+                addresses.append(flow.producer[end].address)
         if is_merge(call):
-            for value in call.inputs:
-                points[flow.source(value)] = None
-    for address in flow.read_by_binary(binary_inputs, in_float):
-        points[address] = None
-    on_grid, elsewhere = set[str](), set[str]()
-    for call in trace.calls:
-        if call.kind in MULTIPLIES:
-            (on_grid if flow.source(call.inputs[0]) in points else elsewhere).add(
-                call.layer
-            )
-    absorbed = frozenset(
-        part for call in trace.calls if is_integer(call) for part in flow.absorbed(call)
-    )
-    return Plan(
-        tuple(points),
-        frozenset(on_grid - elsewhere),
+            addresses += [flow.source(value) for value in call.inputs]
+    addresses += flow.read_by_binary(binary_inputs, in_float)
+    points = tuple(dict.fromkeys(addresses))
+    return Placement(
+        points,
+        flow.layers_that_read(points),
         tuple(flow.relus_of_one_conv(trace)),
-        absorbed,
+        frozenset(absorbed),
     )
 
 
@@ -112,35 +104,56 @@ def is_integer(call: Call) -> bool:
 
 
 class _Flow:
+    """What flows where in a traced model: who makes a value, and who reads it. in_float: layers that are not quantized."""
+
     def __init__(self, trace: Trace, in_float: frozenset[str] = frozenset()) -> None:
         self.in_float = in_float
-        self.calls, self.producer, self.readers = (
-            trace.calls,
-            trace.producer(),
-            trace.consumers(),
-        )
+        self.calls = trace.calls
+        self.producer = trace.producer()
+        self.readers = trace.consumers()
         self.outputs = set(trace.model_outputs)
-        self.images = {
-            value: image_address(position)
-            for position, value in enumerate(trace.model_inputs)
-        }
+        self.images = {}
+        for position, value in enumerate(trace.model_inputs):
+            self.images[value] = image_address(position)
+
+    def layers_that_read(self, points: tuple[str, ...]) -> frozenset[str]:
+        """Layers all of whose calls read a result that is quantized at one of `points`."""
+        on_grid = set()
+        elsewhere = set()
+        for call in self.calls:
+            if call.kind not in MULTIPLIES:
+                continue
+            if self.source(call.inputs[0]) in points:
+                on_grid.add(call.layer)
+            else:
+                elsewhere.add(call.layer)
+        return frozenset(on_grid - elsewhere)
 
     def group_end(self, call: Call) -> int:
         """The value after the batch norm and clip that the runtime absorbs into `call`."""
-        value, may_normalize = call.outputs[0], call.kind in MULTIPLIES
-        while len(self.readers[value]) == 1 and value not in self.outputs:
-            reader = self.readers[value][0]
-            if not (
-                reader.kind == "clip" or (reader.kind == "batch_norm" and may_normalize)
-            ):
-                break
-            may_normalize = may_normalize and reader.kind != "clip"
+        value = call.outputs[0]
+        may_normalize = call.kind in MULTIPLIES
+        while True:
+            reader = self.only_reader(value)
+            if reader is None or reader.kind not in ("clip", "batch_norm"):
+                return value
+            if reader.kind == "batch_norm" and not may_normalize:
+                return value
+            if reader.kind == "clip":
+                may_normalize = False
             value = reader.outputs[0]
-        return value
+
+    def only_reader(self, value: int) -> Call | None:
+        """The call that alone reads `value`; None where others do, or the model returns it."""
+        readers = self.readers[value]
+        if len(readers) != 1 or value in self.outputs:
+            return None
+        return readers[0]
 
     def absorbed(self, call: Call) -> Iterator[str]:
         """Addresses of the operations between `call` and the end of its fused group."""
-        value, end = call.outputs[0], self.group_end(call)
+        value = call.outputs[0]
+        end = self.group_end(call)
         while value != end:
             reader = self.readers[value][0]
             yield reader.address
@@ -148,82 +161,76 @@ class _Flow:
 
     def final_readers(self, value: int) -> list[Call | None]:
         """Who reads `value`, looking through layout operations; None stands for the model's output."""
-        readers: list[Call | None] = [None] if value in self.outputs else []
+        readers: list[Call | None] = []
+        if value in self.outputs:
+            readers.append(None)
         for reader in self.readers[value]:
-            if reader.kind in LAYOUTS:
-                readers += [
-                    last for out in reader.outputs for last in self.final_readers(out)
-                ]
-            else:
+            if reader.kind not in LAYOUTS:
                 readers.append(reader)
+                continue
+            for moved in reader.outputs:
+                readers += self.final_readers(moved)
         return readers
 
     def needs_point(self, call: Call, end: int) -> bool:
         """Whether the fused group of `call`, ending in value `end`, must quantize its result itself."""
         if self.read_by_one_layer(end) or self.is_model_output(end):
             return False
-        stays_float = call.kind in FLOAT_OUTPUT and end == call.outputs[0]
-        return not (
-            stays_float
-            and all(
-                r is not None and not self.reads_codes(r)
-                for r in self.final_readers(end)
-            )
-        )
+        may_write_floats = call.kind in FLOAT_OUTPUT and end == call.outputs[0]
+        if not may_write_floats:
+            return True
+        readers = self.final_readers(end)
+        return any(reader is None or self.reads_codes(reader) for reader in readers)
 
     def reads_codes(self, call: Call) -> bool:
         """Whether it computes on integers; a layer that is not quantized reads floats."""
-        return is_integer(call) and not (
-            call.kind in MULTIPLIES and call.layer in self.in_float
-        )
+        if call.kind in MULTIPLIES and call.layer in self.in_float:
+            return False
+        return is_integer(call)
 
     def read_by_one_layer(self, value: int) -> bool:
         """Whether one layer alone reads `value` and quantizes it by itself."""
         readers = self.final_readers(value)
         if len(readers) != 1 or readers[0] is None:
             return False
-        return readers[0].kind in MULTIPLIES and readers[0].layer not in self.in_float
+        reader = readers[0]
+        return reader.kind in MULTIPLIES and reader.layer not in self.in_float
 
     def relus_of_one_conv(self, trace: Trace) -> Iterator[tuple[str, str, float]]:
+        """(address, convolution, upper clip) of each ReLU whose result one convolution alone reads."""
         for call in trace.calls:
-            value = call.outputs[0]
-            conv = self.readers[value][0] if len(self.readers[value]) == 1 else None
-            if (
-                call.ceiling is None
-                or value in self.outputs
-                or conv is None
-                or conv.kind != "conv2d"
-            ):
+            if call.ceiling is None:
                 continue
-            if conv.inputs[0] == value:
-                yield call.address, conv.layer, call.ceiling
+            value = call.outputs[0]
+            reader = self.only_reader(value)
+            if reader is None or reader.kind != "conv2d":
+                continue
+            if reader.inputs[0] == value:
+                yield call.address, reader.layer, call.ceiling
 
     def read_by_binary(
         self, binary_inputs: frozenset[str], in_float: frozenset[str]
     ) -> list[str]:
         """Addresses whose results layers with one-bit inputs read, but for the sums of quantized layers."""
-        weighted = [
-            c
-            for c in self.producer.values()
-            if c.kind in MULTIPLIES and c.layer not in in_float
-        ]
-        sums = {self.producer[self.group_end(call)].address for call in weighted}
+        sums = set()
+        for call in self.calls:
+            if call.kind in MULTIPLIES and call.layer not in in_float:
+                sums.add(self.producer[self.group_end(call)].address)
         addresses = []
-        for layer, value in (
-            (c.layer, c.inputs[0])
-            for c in self.calls
-            if c.layer in binary_inputs and c.kind in MULTIPLIES
-        ):
-            origin = self.origin(value)
+        for call in self.calls:
+            if call.kind not in MULTIPLIES or call.layer not in binary_inputs:
+                continue
+            origin = self.origin(call.inputs[0])
             if origin is None:
                 raise ValueError(
-                    f"layer {layer!r} would binarize the model's input; give it a rule with more input bits"
+                    f"layer {call.layer!r} would binarize the model's input; give it a rule with more input bits"
                 )
             if origin.address not in sums:
                 addresses.append(origin.address)
         return addresses
 
     def is_model_output(self, value: int) -> bool:
+        """Whether the model returns `value`, moved at most, and nothing else reads it."""
         return self.final_readers(value) in ([None], [])
 
     def origin(self, value: int) -> Call | None:
@@ -233,11 +240,9 @@ class _Flow:
     def source(self, value: int) -> str:
         """Address of what computed `value`, looking back through layout operations: a call, or one of the model's inputs."""
         first = self._moved_from(value)
-        return (
-            self.producer[first].address
-            if first in self.producer
-            else self.images[first]
-        )
+        if first in self.producer:
+            return self.producer[first].address
+        return self.images[first]
 
     def _moved_from(self, value: int) -> int:
         call = self.producer.get(value)

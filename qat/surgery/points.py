@@ -8,7 +8,7 @@ layer (`qat/surgery/operands.py`).
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,14 +83,15 @@ class StreamQuantizers(nn.ModuleDict):
         known: Addresses,
         example: Example = (),
     ) -> None:
-        super().__init__(
-            {_key(address): quantizer for address, quantizer in quantizers.items()}
-        )
+        super().__init__()
+        for address, quantizer in quantizers.items():
+            self[_key(address)] = quantizer
         if operands:
-            self.operands = nn.ModuleDict(
-                {_key(address): module for address, module in operands.items()}
-            )
-        self.relus, self.known = relus, known
+            self.operands = nn.ModuleDict()
+            for address, module in operands.items():
+                self.operands[_key(address)] = module
+        self.relus = relus
+        self.known = known
         # Shapes alone
         self.example = with_tensors(example, lambda tensor: tensor.to("meta"))
         # Whether another library's layers stand in for ours and multiply as they please
@@ -118,14 +119,13 @@ class StreamQuantizers(nn.ModuleDict):
 
         Raises RuntimeError for a product that the plan does not know.
         """
-        found = (
-            self.operands._modules.get(_key(address))
-            if "operands" in self._modules
-            else None
-        )
-        if found is None and address not in self.known.multiplies and not self.guests:
+        operands = None
+        if "operands" in self._modules:
+            operands = self.operands._modules.get(_key(address))
+        is_known = self.guests or address in self.known.multiplies
+        if operands is None and not is_known:
             raise _unknown(address, "operands")
-        return found  # type: ignore[return-value]
+        return operands  # type: ignore[return-value]
 
     def quantize_images(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,11 +179,9 @@ class PointMode(TorchFunctionMode):
 
     def __init__(self, quantizers: StreamQuantizers, location: Location) -> None:
         super().__init__()
-        self.quantizers, self.location, self.layers = (
-            quantizers,
-            location,
-            quantizers.known.layers,
-        )
+        self.quantizers = quantizers
+        self.location = location
+        self.layers = quantizers.known.layers
 
     def __torch_function__(
         self,
@@ -193,7 +191,8 @@ class PointMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        kind, frame = kind_of(func), self.location.stack[-1]
+        kind = kind_of(func)
+        frame = self.location.stack[-1]
         in_layer = frame.path in self.layers
         if kind in MULTIPLIES and not in_layer:
             return self._multiply(func, kind, frame, args, kwargs)
@@ -205,27 +204,40 @@ class PointMode(TorchFunctionMode):
                 return opened(*args, **kwargs)
         is_merge = kind in MERGES and _merges_tensors(args)
         if (frame.path, kind) not in self.quantizers.watched and not is_merge:
-            with recomputed(*args[:2]) if kind in KEEPING else NOTHING:
-                return func(*args, **kwargs)
+            return _computed(func, kind, args, kwargs)
         address = self._address(frame, kind)
-        quantizer = (
-            self.quantizers.at(address, is_merge and not frame.training)
-            if address
-            else None
-        )
-        if quantizer is not None:
-            _require_recording(frame, address)
-        clips = self.quantizers.relus.get(address) if frame.training and args else None
-        if clips is not None and clips.clips_as_relu():
-            return args[0] if quantizer is None else quantizer(args[0])
-        with recomputed(*args[:2]) if kind in KEEPING else NOTHING:
-            out = func(*args, **kwargs)
+        quantizer = self._quantizer_of(address, frame, is_merge)
+        if args and self._is_passed_over(address, frame):
+            out = args[0]
+        else:
+            out = _computed(func, kind, args, kwargs)
+            if quantizer is not None and address in self.quantizers.known.written_back:
+                # Others read the sum through the tensor that it was written to
+                return out.copy_(quantizer(out.clone()))
         if quantizer is None:
             return out
-        if address in self.quantizers.known.written_back:
-            # Others read the sum through the tensor that it was written to
-            return out.copy_(quantizer(out.clone()))
         return _quantized(out, quantizer)
+
+    def _quantizer_of(self, address: str, frame: Frame, is_merge: bool) -> LSQ | None:
+        """The quantizer of the result at `address`; None where nothing quantizes it, and of what only training makes.
+
+        Raises RuntimeError for a merge that was not there when the model was quantized, and where a quantizer could not
+        be trained.
+        """
+        if not address:
+            return None
+        must_be_known = is_merge and not frame.training
+        quantizer = self.quantizers.at(address, must_be_known)
+        if quantizer is not None:
+            _require_recording(frame, address)
+        return quantizer
+
+    def _is_passed_over(self, address: str, frame: Frame) -> bool:
+        """Whether the call is a ReLU in training whose quantizer clips as it does: see `StreamQuantizers`."""
+        if not frame.training:
+            return False
+        quantizer = self.quantizers.relus.get(address)
+        return quantizer is not None and quantizer.clips_as_relu()
 
     def _multiply(
         self,
@@ -237,16 +249,20 @@ class PointMode(TorchFunctionMode):
     ) -> Any:
         """A convolution or linear call outside quantized layers."""
         address = self._address(frame, kind)
-        operands = self.quantizers.operands_at(address) if address else None
-        if operands is not None:
+        if not address:
+            return func(*args, **kwargs)
+        operands = self.quantizers.operands_at(address)
+        if operands is None:
+            out = func(*args, **kwargs)
+        else:
             _require_recording(frame, address)
             args, kwargs = operands.quantized(args, kwargs)
-        with recomputed(*args[:2]) if operands is not None else NOTHING:
-            out = func(*args, **kwargs)
-        quantizer = (
-            self.quantizers.at(address, must_be_known=False) if address else None
-        )
-        return out if quantizer is None else quantizer(out)
+            with recomputed(*args[:2]):
+                out = func(*args, **kwargs)
+        quantizer = self.quantizers.at(address, must_be_known=False)
+        if quantizer is None:
+            return out
+        return quantizer(out)
 
     def _address(self, frame: Frame, kind: str) -> str:
         """The call's address as eval mode counts it; empty for a call that only training makes."""
@@ -271,24 +287,37 @@ def _require_recording(frame: Frame, address: str) -> None:
         )
 
 
+def _computed(
+    function: Any, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The function's own result; quantized operands that it keeps for backward are made again there."""
+    with recomputed(*args[:2]) if kind in KEEPING else NOTHING:
+        return function(*args, **kwargs)
+
+
 def _quantized(out: Any, quantizer: LSQ) -> Any:
     """A result quantized; of several results, such as a sort's, those in floating point."""
+
+    def quantize(tensor: Tensor) -> Tensor:
+        return quantizer(tensor) if tensor.is_floating_point() else tensor
+
     if isinstance(out, Tensor):
         return quantizer(out)
-    return with_tensors(
-        out, lambda tensor: quantizer(tensor) if tensor.is_floating_point() else tensor
-    )
+    return with_tensors(out, quantize)
 
 
 def _merges_tensors(args: tuple[Any, ...]) -> bool:
-    operands = args[0] if args and isinstance(args[0], (list, tuple)) else args[:2]
-    return (
-        sum(
-            isinstance(a, Tensor) and a.dim() > 1 and a.is_floating_point()
-            for a in operands
-        )
-        > 1
-    )
+    """Whether two operands at least may be activations: tensors of real numbers with an axis beside the batch."""
+    operands: Sequence[Any] = args[:2]
+    if args and isinstance(args[0], (list, tuple)):
+        operands = args[0]
+    activations = 0
+    for operand in operands:
+        if not isinstance(operand, Tensor):
+            continue
+        if operand.dim() > 1 and operand.is_floating_point():
+            activations += 1
+    return activations > 1
 
 
 class Entry:
@@ -297,7 +326,9 @@ class Entry:
     def __init__(
         self, path: str, location: Location, quantizers: StreamQuantizers
     ) -> None:
-        self.path, self.location, self.quantizers = path, location, quantizers
+        self.path = path
+        self.location = location
+        self.quantizers = quantizers
 
     def run(
         self,
@@ -311,40 +342,47 @@ class Entry:
         stack = self.location.stack
         depth = len(stack)
         start = self.quantizers.known.starts.get((self.path, name))
-        within = depth > 0 and stack[-1].path == self.path
-        if within and (stack[-1].is_known or start is None):
+        is_within = depth > 0 and stack[-1].path == self.path
+        if is_within and (stack[-1].is_known or start is None):
             out = method(module, *args, **kwargs)
             self._check_tally(stack[-1], name)
             return out
-        is_known = start is not None or (
-            name == "forward" and not (depth == 0 and self.path in self._repeated)
-        )
-        frame = Frame(
-            self.path, module.training, None if start is None else dict(start), is_known
-        )
-        quantizers = module.stream_quantizers if self.path == "" else self.quantizers
-        if depth == 0:
+
+        is_outermost = depth == 0
+        mode: AbstractContextManager[Any] = NOTHING
+        if is_outermost:
             _refuse_tracers(args)
+            quantizers = self._quantizers_for(module)
             args, kwargs = self._with_images(quantizers, name, args, kwargs)
+            mode = PointMode(quantizers, self.location)
+        frame = self._frame(module, name, is_outermost)
         stack.append(frame)
         try:
-            if depth:
+            with mode:
                 out = method(module, *args, **kwargs)
-            else:
-                with PointMode(quantizers, self.location):  # type: ignore[arg-type]
-                    out = method(module, *args, **kwargs)
             self._check_tally(frame, name)
         finally:
             del stack[depth:]
         return out
 
-    @property
-    def _repeated(self) -> frozenset[str]:
-        return self.quantizers.known.repeated
+    def _quantizers_for(self, module: nn.Module) -> Any:
+        """The model's quantizers; those of a model that was copied are its own."""
+        return module.stream_quantizers if self.path == "" else self.quantizers
+
+    def _frame(self, module: nn.Module, name: str, is_outermost: bool) -> Frame:
+        """A frame for a call of the method `name`, which counts from where the method began in the model's forward."""
+        start = self.quantizers.known.starts.get((self.path, name))
+        if start is not None:
+            return Frame(self.path, module.training, dict(start), True)
+        # One call of a module that its model calls several times could be any of them
+        is_ambiguous = is_outermost and self.path in self.quantizers.known.repeated
+        is_known = name == "forward" and not is_ambiguous
+        return Frame(self.path, module.training, None, is_known)
 
     def _with_images(
         self, quantizers: Any, name: str, args: Any, kwargs: Any
     ) -> tuple[Any, Any]:
+        """The arguments of the whole model, quantized; those of a part of it as they are."""
         if self.path or not quantizers.images:
             return args, kwargs
         if name != "forward":
@@ -355,6 +393,7 @@ class Entry:
         return quantizers.quantize_images(args, kwargs)
 
     def _check_tally(self, frame: Frame, name: str) -> None:
+        """Raises RuntimeError where the module made another number of operations than when it was quantized."""
         if name != "forward" or not frame.training:
             return
         for kind, expected in self.quantizers.known.tallies.get(self.path, {}).items():
@@ -392,14 +431,14 @@ def _class_with_quantizers(
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
         "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
         "_of": (base, methods),
     }
     for name in ("forward", *methods):
         namespace[name] = _in_frame(name, getattr(base, name))
-    namespace["__reduce_ex__"] = _reduce
-    made = type(f"Quantized{base.__name__}", (base,), namespace)
-    _classes[base, methods] = made
-    return made
+    subclass = type(f"Quantized{base.__name__}", (base,), namespace)
+    _classes[base, methods] = subclass
+    return subclass
 
 
 def _in_frame(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -433,18 +472,30 @@ def run_with_points(
         quantizers, operands, relus, known, example
     )
     location = Location()
-    owners = {"", *(path_of(address) for address in (*quantizers, *operands, *relus))}
+    owners = {""}
+    for address in (*quantizers, *operands, *relus):
+        owners.add(path_of(address))
     location.watch(model, skip=Quantizer)
     for path in owners:
         module: Any = model.get_submodule(path)
-        traced = {name for owner, name in known.starts if owner == path}
-        others = {name for name in dir(type(module)) if name.startswith("forward_")}
-        methods = tuple(
-            sorted(
-                name
-                for name in traced | others
-                if callable(getattr(type(module), name, None))
-            )
-        )
+        methods = _methods_in_frames(type(module), path, known)
         module._entry = Entry(path, location, model.stream_quantizers)
         module.__class__ = _class_with_quantizers(type(module), methods)
+
+
+def _methods_in_frames(
+    module: type[nn.Module], path: str, known: Addresses
+) -> tuple[str, ...]:
+    """Beside `forward`, the methods that the model's forward used, and those that users call, such as `forward_features`."""
+    names = set()
+    for owner, name in known.starts:
+        if owner == path:
+            names.add(name)
+    for name in dir(module):
+        if name.startswith("forward_"):
+            names.add(name)
+    methods = []
+    for name in sorted(names):
+        if callable(getattr(module, name, None)):
+            methods.append(name)
+    return tuple(methods)

@@ -37,24 +37,24 @@ KEYS = {
 
 def read_rules(path: Path) -> list[tuple[str, LayerSpec]]:
     """The rules of a TOML or JSON file, in order. Raises ValueError naming file, rule and entry that cannot be used."""
+    is_json = path.suffix == ".json"
     try:
         text = read_text(path)
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        content = json.loads(text) if is_json else tomllib.loads(text)
     except FileError as error:
         raise ValueError(f"--rules {error}") from error
     except ValueError as error:
-        raise ValueError(
-            f"--rules {path}: not {'JSON' if path.suffix == '.json' else 'TOML'} ({error})"
-        ) from error
+        language = "JSON" if is_json else "TOML"
+        raise ValueError(f"--rules {path}: not {language} ({error})") from error
     rules = content.get("rules") if isinstance(content, dict) else None
     if not isinstance(rules, list) or not rules:
         raise ValueError(
             f"--rules {path}: holds no list named rules; write [[rules]] tables, each with layers = <glob>"
         )
-    return [
-        _rule(entry, f"--rules {path}: rule {number}")
-        for number, entry in enumerate(rules, 1)
-    ]
+    read = []
+    for number, entry in enumerate(rules, 1):
+        read.append(_rule(entry, f"--rules {path}: rule {number}"))
+    return read
 
 
 def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
@@ -69,12 +69,12 @@ def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
             raise ValueError(
                 f"{where}: {key} must be {KEYS[key].__name__}, got {value!r}"
             )
-    weight = source = None
+    weight = None
+    source = None
     try:
         if "weight_bits" in entry:
-            weight = QuantSpec.of_weight(
-                entry["weight_bits"], per_channel=entry.get("per_channel", True)
-            )
+            per_channel = entry.get("per_channel", True)
+            weight = QuantSpec.of_weight(entry["weight_bits"], per_channel=per_channel)
         if "input_bits" in entry:
             source = QuantSpec(entry["input_bits"], offset=entry.get("offset", False))
     except ValueError as error:
@@ -86,32 +86,32 @@ def before(
     given: Rules, others: Rules, model: nn.Module
 ) -> list[tuple[str, LayerSpec]]:
     """`given`, then those of `others` that still decide a layer of `model`: a rule that decides nothing is an error."""
-    names = [name for name, m in model.named_modules() if isinstance(m, WEIGHTED)]
+    undecided = set()
+    for name, module in model.named_modules():
+        if isinstance(module, WEIGHTED):
+            undecided.add(name)
     rules = list(given)
+    for pattern, _ in given:
+        undecided -= _matched(undecided, pattern)
     for pattern, spec in others:
-        taken = [known for known, _ in rules]
-        if any(
-            fnmatch.fnmatchcase(n, pattern) and not _matched(n, taken) for n in names
-        ):
+        decided = _matched(undecided, pattern)
+        if decided:
             rules.append((pattern, spec))
+            undecided -= decided
     return rules
 
 
-def _matched(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _matched(names: Iterable[str], pattern: str) -> set[str]:
+    return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
 
 
 def with_options(
     rules: Rules, *, weight: dict[str, Any], source: dict[str, Any]
 ) -> list[tuple[str, LayerSpec]]:
     """`rules` with fields of every weight's and every input's spec replaced."""
-    return [
-        (
-            pattern,
-            LayerSpec(
-                None if spec.weight is None else replace(spec.weight, **weight),
-                None if spec.input is None else replace(spec.input, **source),
-            ),
-        )
-        for pattern, spec in rules
-    ]
+    changed = []
+    for pattern, spec in rules:
+        new_weight = None if spec.weight is None else replace(spec.weight, **weight)
+        new_input = None if spec.input is None else replace(spec.input, **source)
+        changed.append((pattern, LayerSpec(new_weight, new_input)))
+    return changed

@@ -17,7 +17,7 @@ from qat.surgery.example import Example
 from qat.surgery.layers import LayerSpec, QuantConv2d, QuantLinear
 from qat.surgery.observe import WEIGHTED, Observation, observe
 from qat.surgery.operands import QuantOperands
-from qat.surgery.plan import Plan
+from qat.surgery.plan import Placement
 from qat.surgery.points import run_with_points
 from qat.surgery.table import QuantizationTable, table_of
 from qat.surgery.wrappers import unwrapped
@@ -44,9 +44,10 @@ def uniform_rules(
     def spec(weights: int, inputs: int) -> LayerSpec:
         return LayerSpec(QuantSpec.of_weight(weights), QuantSpec(inputs))
 
-    return [(name, spec(edge_bits, edge_bits)) for name in first_and_last] + [
-        ("*", spec(weight_bits, weight_bits if input_bits is None else input_bits))
-    ]
+    if input_bits is None:
+        input_bits = weight_bits
+    edges = [(name, spec(edge_bits, edge_bits)) for name in first_and_last]
+    return [*edges, ("*", spec(weight_bits, input_bits))]
 
 
 # Weighted shortcuts of timm's nets and ours
@@ -69,19 +70,19 @@ def binary_rules(
     keep: globs of further layers that get `edge`; those that match no layer of the model are left out.
     """
     edge = edge or LayerSpec(QuantSpec.of_weight(8), QuantSpec(8))
-    spared = list(first_and_last)
-    left = [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, WEIGHTED) and name not in spared
-    ]
-    found = [
-        glob for glob in keep if any(fnmatch.fnmatchcase(name, glob) for name in left)
-    ]
-    binary = LayerSpec(
-        QuantSpec.of_weight(weight_bits), QuantSpec(input_bits), binarizer
-    )
-    return [(name, edge) for name in (*spared, *found)] + [("*", binary)]
+    edges = list(first_and_last)
+    others = []
+    for name, module in model.named_modules():
+        if isinstance(module, WEIGHTED) and name not in edges:
+            others.append(name)
+    globs = []
+    for glob in keep:
+        if any(fnmatch.fnmatchcase(name, glob) for name in others):
+            globs.append(glob)
+    weight = QuantSpec.of_weight(weight_bits)
+    binary = LayerSpec(weight, QuantSpec(input_bits), binarizer)
+    rules = [(name, edge) for name in (*edges, *globs)]
+    return [*rules, ("*", binary)]
 
 
 def quantize_(
@@ -144,43 +145,36 @@ def apply(
     weight_init: Init,
 ) -> dict[str, nn.Module]:
     """Third step of `quantize_`: put the plan's quantizers into `model`; returns the quantized layers by name."""
-    wrapped = {
-        name: _wrap(seen.layers[name], spec, name, weight_init)
-        for name, spec in plan.wrapped.items()
-    }
-    operands = {
-        address: QuantOperands(
+    quantized: dict[str, nn.Module] = {}
+    for name, spec in plan.wrapped.items():
+        quantized[name] = _wrap(seen.layers[name], spec, name, weight_init)
+    layers = dict(quantized)
+    operands = {}
+    for address, asked in plan.operands.items():
+        module = QuantOperands(
             asked.name, asked.kind, asked.spec, asked.weight, weight_init
         )
-        for address, asked in plan.operands.items()
-    }
-    quantized = wrapped | {module.name: module for module in operands.values()}
-    for layers in plan.shared:
-        _share_weight_quantizer(
-            [quantized[name] for name in layers if name in quantized]
-        )
-    for name, layer in wrapped.items():
+        operands[address] = module
+        quantized[module.name] = module
+    for names in plan.shared:
+        sharing = [quantized[name] for name in names if name in quantized]
+        _share_weight_quantizer(sharing)
+    for name, layer in layers.items():
         for alias in seen.aliases.get(name, [name]):
-            parent, _, attribute = alias.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer)
-    points = (
-        {}
-        if stream is None
-        else {
-            address: activation_quantizer(stream, address)
-            for address in plan.placement.points
-        }
-    )
-    run_with_points(
-        model,
-        points,
-        operands,
-        _relus_taken_over(plan.placement, quantized),
-        plan.known,
-        example,
-    )
+            _replace(model, alias, layer)
+    points = {}
+    if stream is not None:
+        for address in plan.placement.points:
+            points[address] = activation_quantizer(stream, address)
+    relus = _relus_taken_over(plan.placement, quantized)
+    run_with_points(model, points, operands, relus, plan.known, example)
     _move_like(model)
     return quantized
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
 
 
 def _share_weight_quantizer(layers: Sequence[nn.Module]) -> None:
@@ -191,29 +185,38 @@ def _share_weight_quantizer(layers: Sequence[nn.Module]) -> None:
             setattr(other.weight_quantizer, name, parameter)
 
 
-def _relus_taken_over(plan: Plan, quantized: dict[str, nn.Module]) -> dict[str, LSQ]:
+def _relus_taken_over(
+    placement: Placement, quantized: dict[str, nn.Module]
+) -> dict[str, LSQ]:
     """Address of each ReLU -> the input quantizer after it, which from here on has the ReLU's upper clip."""
     relus: dict[str, LSQ] = {}
-    for address, path, ceiling in plan.relus:
+    for address, path, ceiling in placement.relus:
         quantizer = getattr(quantized.get(path), "input_quantizer", None)
-        if isinstance(quantizer, LSQ) and address not in plan.points:
-            quantizer.ceiling, relus[address] = ceiling, quantizer
+        if isinstance(quantizer, LSQ) and address not in placement.points:
+            quantizer.ceiling = ceiling
+            relus[address] = quantizer
     return relus
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """Every quantizer of the model by its name: `<layer>.weight`, `<layer>.input`, or a quantization point's address."""
-    return {m.name: m for m in model.modules() if isinstance(m, Quantizer)}
+    by_name = {}
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            by_name[module.name] = module
+    return by_name
 
 
 def quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, Quantizer]]:
     """Latent weight and weight quantizer of every layer that has one, in the model's order."""
-    layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
-    return [
-        (cast(nn.Parameter, m.weight), m.weight_quantizer)
-        for m in layers
-        if m.weight_quantizer is not None
-    ]
+    pairs = []
+    for module in model.modules():
+        if not isinstance(module, (QuantConv2d, QuantLinear)):
+            continue
+        if module.weight_quantizer is not None:
+            weight = cast(nn.Parameter, module.weight)
+            pairs.append((weight, module.weight_quantizer))
+    return pairs
 
 
 def computed_weights(model: nn.Module) -> list[QuantOperands]:
@@ -239,41 +242,54 @@ def parameter_groups(
     """
     if scale_sizes is not None and scale_lr is None:
         raise ValueError("parameter_groups: scale_sizes multiply scale_lr; give both")
-    known = {id(p) for q in quantizers(model).values() for p in q.parameters()}
-    named = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    scales_by_size = _scales_by_size(model, scale_sizes)
+    scales = {id(scale) for same in scales_by_size.values() for scale in same}
+    weights = []
+    biases_and_norms = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad or id(parameter) in scales:
+            continue
+        if parameter.dim() > 1:
+            weights.append(parameter)
+        else:
+            biases_and_norms.append(parameter)
+    decay_of_norms = weight_decay if decay_norms else 0.0
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in named if p.dim() > 1], "weight_decay": weight_decay},
-        {
-            "params": [p for p in named if p.dim() <= 1],
-            "weight_decay": weight_decay if decay_norms else 0.0,
-        },
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": biases_and_norms, "weight_decay": decay_of_norms},
     ]
-    by_size: dict[float, list[nn.Parameter]] = {}
-    grouped: set[int] = set()
-    for name, quantizer in quantizers(model).items():
-        size = 1.0 if scale_sizes is None else scale_sizes[name]
-        # Layers that share a weight share its scale
-        own = [p for p in quantizer.parameters() if id(p) not in grouped]
-        grouped |= {id(p) for p in own}
-        by_size.setdefault(size, []).extend(own)
-    for size in sorted(by_size):
-        group: dict[str, object] = {"params": by_size[size], "weight_decay": 0.0}
+    for size in sorted(scales_by_size):
+        group: dict[str, Any] = {"params": scales_by_size[size], "weight_decay": 0.0}
         if scale_lr is not None:
             group["lr"] = scale_lr * size
         groups.append(group)
     return [group for group in groups if group["params"]]
 
 
+def _scales_by_size(
+    model: nn.Module, scale_sizes: Mapping[str, float] | None
+) -> dict[float, list[nn.Parameter]]:
+    """Size -> the quantizers' parameters of that size, each once: layers that share a weight share its scale."""
+    by_size: dict[float, list[nn.Parameter]] = {}
+    grouped: set[int] = set()
+    for name, quantizer in quantizers(model).items():
+        size = 1.0 if scale_sizes is None else scale_sizes[name]
+        group = by_size.setdefault(size, [])
+        for parameter in quantizer.parameters():
+            if id(parameter) not in grouped:
+                grouped.add(id(parameter))
+                group.append(parameter)
+    return by_size
+
+
 def sizes_of_scales(model: nn.Module) -> dict[str, float]:
     """By quantizer, the power of two next to the mean magnitude of its scale; 1 where it has none yet."""
-    means = {
-        name: float(q.raw_scale.detach().abs().mean())
-        for name, q in quantizers(model).items()
-    }
-    return {
-        n: 2.0 ** round(math.log2(m)) if math.isfinite(m) and m > 0 else 1.0
-        for n, m in means.items()
-    }
+    sizes = {}
+    for name, quantizer in quantizers(model).items():
+        mean = float(quantizer.raw_scale.detach().abs().mean())
+        has_size = math.isfinite(mean) and mean > 0
+        sizes[name] = 2.0 ** round(math.log2(mean)) if has_size else 1.0
+    return sizes
 
 
 def _open_attention(model: nn.Module) -> None:

@@ -70,17 +70,24 @@ class QuantizationTable:
     @property
     def multiplications(self) -> int:
         """All of one sample."""
-        return sum(r.macs for r in self.rows) + sum(
-            r.multiplications for r in (*self.products, *self.in_float)
-        )
+        count = sum(row.macs for row in self.rows)
+        for operation in (*self.products, *self.in_float):
+            count += operation.multiplications
+        return count
 
     @property
     def float_share(self) -> float:
         """Share of the multiplications that stay in floating point, layers under a FLOAT rule included."""
-        layers = sum(r.macs for r in self.rows if r.weight is None)
-        return (layers + sum(r.multiplications for r in self.in_float)) / max(
-            self.multiplications, 1
-        )
+        count = sum(row.macs for row in self.rows if row.weight is None)
+        count += sum(operation.multiplications for operation in self.in_float)
+        return count / max(self.multiplications, 1)
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the layers' MACs that are of quantized layers."""
+        all_macs = sum(row.macs for row in self.rows)
+        quantized = sum(row.macs for row in self.rows if row.weight is not None)
+        return quantized / max(all_macs, 1)
 
     def __str__(self) -> str:
         width = max((len(r.name) for r in self.rows), default=5)
@@ -93,11 +100,9 @@ class QuantizationTable:
             lines.append(
                 f"{row.name:<{width}}  {row.kind:<8} {weight:>9} {source:>7} {row.macs:>12,} {row.weights:>10,}"
             )
-        low = sum(r.macs for r in self.rows if r.weight is not None) / max(
-            sum(r.macs for r in self.rows), 1
-        )
         lines.append(
-            f"{len(self.rows)} layers, {low:.1%} of the MACs quantized; {len(self.points)} stream quantizers of 8 bits"
+            f"{len(self.rows)} layers, {self.quantized_share:.1%} of the MACs quantized; {len(self.points)} stream "
+            "quantizers of 8 bits"
         )
         if self.products:
             lines.append(
@@ -120,20 +125,18 @@ def table_of(
     seen: Observation, plan: QuantizationPlan, quantized: Mapping[str, nn.Module]
 ) -> QuantizationTable:
     """What was done to an observed model by a plan that gave these quantized layers."""
-    rows = tuple(
-        _row(name, seen, plan, quantized)
-        for name in plan.specs
-        if name in seen.layers or name in seen.calls
-    )
+    rows = []
+    for name in plan.specs:
+        if name in seen.layers or name in seen.calls:
+            rows.append(_row(name, seen, plan, quantized))
     products, in_float = _operations(seen, plan)
-    witnessed = sum(seen.witnessed.values()) // seen.samples
     return QuantizationTable(
-        rows,
-        plan.placement.points,
-        products,
-        in_float,
-        witnessed,
-        Explanation(seen, plan),
+        rows=tuple(rows),
+        points=plan.placement.points,
+        products=products,
+        in_float=in_float,
+        witnessed=sum(seen.witnessed.values()) // seen.samples,
+        explanation=Explanation(seen, plan),
     )
 
 
@@ -143,20 +146,26 @@ def _row(
     plan: QuantizationPlan,
     quantized: Mapping[str, nn.Module],
 ) -> LayerRow:
-    spec, calls = (
-        plan.specs[name],
-        seen.calls.get(name) or seen.unquantizable.get(name, []),
+    spec = plan.specs[name]
+    calls = seen.calls.get(name) or seen.unquantizable.get(name, [])
+    is_linear = isinstance(seen.layers.get(name), nn.Linear)
+    if calls:
+        is_linear = calls[0].kind == "linear"
+    reads_stream = False
+    if name in quantized:
+        reads_stream = getattr(quantized[name], "input_quantizer", None) is None
+    weights = 0
+    if name in seen.layers:
+        weights = math.prod(seen.layers[name].weight.shape)  # type: ignore[arg-type]
+    return LayerRow(
+        name=name,
+        kind=seen.asleep.get(name, "linear" if is_linear else "conv"),
+        weight=spec.weight,
+        input=spec.input,
+        reads_stream=reads_stream,
+        macs=sum(call.multiplications for call in calls) // seen.samples,
+        weights=weights,
     )
-    linear = (
-        calls[0].kind == "linear" if calls else isinstance(seen.layers[name], nn.Linear)
-    )
-    kind = seen.asleep.get(name, "linear" if linear else "conv")
-    reads_stream = (
-        name in quantized and getattr(quantized[name], "input_quantizer", None) is None
-    )
-    weights = math.prod(seen.layers[name].weight.shape) if name in seen.layers else 0  # type: ignore[arg-type]
-    macs = sum(call.multiplications for call in calls) // seen.samples
-    return LayerRow(name, kind, spec.weight, spec.input, reads_stream, macs, weights)
 
 
 def _operations(
@@ -165,46 +174,48 @@ def _operations(
     """Products of activations that run on integers, and what multiplies in floating point."""
     products: list[OperationRow] = []
     in_float: list[OperationRow] = []
-    others = {call.address for calls in seen.unquantizable.values() for call in calls}
+    placement = plan.placement
+    counted = set(placement.absorbed)
+    for calls in seen.unquantizable.values():
+        counted.update(call.address for call in calls)
     for call in seen.trace.calls:
-        row = OperationRow(
-            call.address, call.kind, call.multiplications // seen.samples
-        )
-        is_layer = call.kind in MULTIPLIES or call.address in others
-        if (
-            row.multiplications
-            and not is_layer
-            and call.address not in plan.placement.absorbed
-        ):
-            (products if is_merge(call) and plan.placement.points else in_float).append(
-                row
-            )
+        multiplications = call.multiplications // seen.samples
+        is_layer = call.kind in MULTIPLIES
+        if not multiplications or is_layer or call.address in counted:
+            continue
+        row = OperationRow(call.address, call.kind, multiplications)
+        if is_merge(call) and placement.points:
+            products.append(row)
+        else:
+            in_float.append(row)
     for name, calls in seen.unquantizable.items():
         if name not in seen.layers:
-            multiply_adds = _witnessed_in(name, calls[0].path, seen)
-            in_float.append(
-                OperationRow(name, calls[0].kind, multiply_adds // seen.samples)
-            )
+            first = calls[0]
+            multiply_adds = _witnessed_in(name, first.path, seen)
+            row = OperationRow(name, first.kind, multiply_adds // seen.samples)
+            in_float.append(row)
     return tuple(products), tuple(in_float)
 
 
 def _witnessed_in(name: str, path: str, seen: Observation) -> int:
-    if name == path:
-        return sum(
-            count
-            for where, count in seen.witnessed.items()
-            if f"{where}.".startswith(f"{path}.")
-        )
-    return sum(call.multiplications for call in seen.unquantizable[name])
+    """Multiply-adds of a module and all in it; of an operation that the model makes itself, its own."""
+    if name != path:
+        return sum(call.multiplications for call in seen.unquantizable[name])
+    count = 0
+    for where, multiply_adds in seen.witnessed.items():
+        if f"{where}.".startswith(f"{path}."):
+            count += multiply_adds
+    return count
 
 
 def _by_kind(rows: tuple[OperationRow, ...], total: int) -> str:
     """Number of operations and share of all multiplications, kind by kind, the largest first."""
-    counts = Counter(row.kind for row in rows)
-    shares = Counter[str]()
+    counts = Counter[str]()
+    multiplications = Counter[str]()
     for row in rows:
-        shares[row.kind] += row.multiplications
-    return ", ".join(
-        f"{counts[kind]} {kind} {share / total:.2%}"
-        for kind, share in shares.most_common()
-    )
+        counts[row.kind] += 1
+        multiplications[row.kind] += row.multiplications
+    parts = []
+    for kind, count in multiplications.most_common():
+        parts.append(f"{counts[kind]} {kind} {count / total:.2%}")
+    return ", ".join(parts)

@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -26,37 +26,36 @@ from qat.surgery.frames import Location
 from qat.surgery.open_forms import Unquantizable, is_weight, open_form
 
 MULTIPLIES = {"conv1d", "conv2d", "linear"}  # of an activation and a weight
+# Names of one operation: a function's, its operators' and its properties'.
 ALIASES = {
     "iadd": "add",
     "radd": "add",
+    "isub": "sub",
+    "rsub": "sub",
     "imul": "mul",
     "rmul": "mul",
     "multiply": "mul",
+    "itruediv": "div",
+    "truediv": "div",
     "matmul": "matmul",
-}
-ALIASES |= {
     "rmatmul": "matmul",
     "bmm": "matmul",
     "mm": "matmul",
     "concat": "cat",
     "concatenate": "cat",
-    "hardtanh": "clip",
-}
-ALIASES |= {
+    "relu": "clip",
     "relu6": "clip",
+    "hardtanh": "clip",
     "clamp": "clip",
     "clamp_min": "clip",
     "clamp_max": "clip",
-    "relu": "clip",
-}
-ALIASES |= {
     "native_batch_norm": "batch_norm",
-    "isub": "sub",
-    "rsub": "sub",
-    "itruediv": "div",
-    "truediv": "div",
+    "T": "t",
+    "H": "t",
+    "mT": "transpose",
+    "mH": "transpose",
+    "data": "detach",
 }
-ALIASES |= {"T": "t", "mT": "transpose", "H": "t", "mH": "transpose", "data": "detach"}
 # Where a value leaves PyTorch, so that nothing can follow it.
 LEAVES = {
     "numpy",
@@ -163,7 +162,19 @@ class _Value:
     written_by: str = ""
 
 
+@dataclass(frozen=True)
+class _Operation:
+    """A function of PyTorch as the model calls it."""
+
+    function: Any
+    kind: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class _Recorder(TorchFunctionMode):
+    """Runs every operation as it is, numbers the tensors it reads and makes, and notes it in `trace`."""
+
     def __init__(
         self,
         location: Location,
@@ -172,7 +183,8 @@ class _Recorder(TorchFunctionMode):
         training: bool,
     ) -> None:
         super().__init__()
-        self.location, self.layers = location, layers
+        self.location = location
+        self.layers = layers
         # Where a loss may be logged: what leaves PyTorch then is not in the file
         self.training = training
         self.parameter_names = {id(p): name for name, p in model.named_parameters()}
@@ -198,9 +210,10 @@ class _Recorder(TorchFunctionMode):
 
         Raises ValueError when something else was written into its memory since.
         """
-        value, memory = self.values.get(id(tensor)), _memory(tensor)
-        known = 0 if value is None else value.writes
-        if self.writes.get(memory, 0) > known:
+        value = self.values.get(id(tensor))
+        memory = _memory(tensor)
+        known_writes = 0 if value is None else value.writes
+        if self.writes.get(memory, 0) > known_writes:
             raise ValueError(
                 f"{self.writers[memory]}: writes in place into a tensor that is read again through another view of it; "
                 "quantize_ cannot follow that, write it as an expression (torch.cat, torch.where, x = x + y)"
@@ -224,62 +237,82 @@ class _Recorder(TorchFunctionMode):
         if opened is not None:
             with self:
                 return _in_the_open(opened, self.location.path, args, kwargs)
-        tensors = list(tensors_in((args, kwargs)))
-        inputs = tuple(number for t in tensors if (number := self.read(t)) is not None)
-        if kind in LEAVES and inputs and not self.training:
-            raise ValueError(
-                f"{_words(self.location.path)}: takes what depends on the image out of PyTorch ({func.__name__}), where "
-                "quantize_ cannot follow it; write it with tensor operations (torch.where for a decision)"
-            )
-        versions = [_version(t) for t in tensors]
+        operation = _Operation(func, kind, args, kwargs)
+        operands = list(tensors_in((args, kwargs)))
+        inputs = self.read_all(operands)
+        sees_image = bool(inputs)
+        if kind in LEAVES and sees_image and not self.training:
+            raise _leaves_pytorch(self.location.path, func)
+
+        versions = [_version(operand) for operand in operands]
         out = func(*args, **kwargs)
-        written = [
-            t
-            for t, version in zip(tensors, versions, strict=True)
-            if _version(t) != version
-        ]
-        produced = list(tensors_in(out))
-        if kind == "set" or (written and not produced):
-            produced = written
+        written = _written(operands, versions)
+        produced = _produced(kind, out, written)
+
         address = self._next_address(kind, bool(produced))
-        layer = (
-            self._note_weight(address, args, kwargs, bool(inputs))
-            if kind in MULTIPLIES
-            else ""
-        )
+        layer = ""
+        if kind in MULTIPLIES:
+            layer = self._note_weight(address, args, kwargs, sees_image)
         if not produced:
             return out
-        if not inputs:
+        if not sees_image:
             self.trace.constant.add(address)
             return out
         if kind in STATISTICS:
             written = []
         if written:
             out, produced = self._note_writes(written, out, produced, address)
-        outputs = tuple(self.number(t) for t in produced)
-        self._same_value(written, produced[0], address)
+        outputs = tuple(self.number(result) for result in produced)
         first = produced[0]
-        flow_kind = _flow_kind(kind, kwargs, tensors[0], first)
-        call = Call(
-            address=address,
+        self._same_value(written, first, address)
+        call = self._call(operation, operands, inputs, outputs, first)
+        self.trace.calls.append(replace(call, address=address, layer=layer))
+        return out
+
+    def read_all(self, operands: list[Tensor]) -> tuple[int, ...]:
+        """The numbers of those operands that depend on the image."""
+        numbers = []
+        for operand in operands:
+            number = self.read(operand)
+            if number is not None:
+                numbers.append(number)
+        return tuple(numbers)
+
+    def _call(
+        self,
+        operation: _Operation,
+        operands: list[Tensor],
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        result: Tensor,
+    ) -> Call:
+        """What the plan needs to know of an operation, without its address and layer; `result` is its first one."""
+        args = operation.args
+        kwargs = operation.kwargs
+        flow_kind = _flow_kind(operation.kind, kwargs, operands[0], result)
+        if operation.kind == "copy":
+            # What was there before is gone
+            inputs = inputs[-1:]
+        return Call(
+            address="",
             path=self.location.path,
             kind=flow_kind,
-            # What was there before a copy is gone
-            inputs=inputs[-1:] if kind == "copy" else inputs,
+            inputs=inputs,
             outputs=outputs,
-            parameters=tuple(
-                self.parameter_names[id(t)]
-                for t in tensors
-                if id(t) in self.parameter_names
-            ),
-            pools_space=_pools_space(kind, args, first),
-            ceiling=_ceiling(func, args, kwargs),
-            output_shape=tuple(first.shape),
-            layer=layer,
-            multiplications=multiplications(flow_kind, args, kwargs, first),
+            parameters=self._parameters_among(operands),
+            pools_space=_pools_space(operation.kind, args, result),
+            ceiling=_ceiling(operation.function, args, kwargs),
+            output_shape=tuple(result.shape),
+            multiplications=multiplications(flow_kind, args, kwargs, result),
         )
-        self.trace.calls.append(call)
-        return out
+
+    def _parameters_among(self, operands: list[Tensor]) -> tuple[str, ...]:
+        """Names of those operands that are parameters of the model."""
+        names = []
+        for operand in operands:
+            if id(operand) in self.parameter_names:
+                names.append(self.parameter_names[id(operand)])
+        return tuple(names)
 
     def _next_address(self, kind: str, is_located: bool) -> str:
         """Address of the operation that was just made; notes the code that made it, where it gave a tensor."""
@@ -316,8 +349,9 @@ class _Recorder(TorchFunctionMode):
         """Count the writes. Gives the result another Python object, which tells its readers from those of the tensor that
         was written to."""
         for tensor in written:
-            self.writes[_memory(tensor)] += 1
-            self.writers[_memory(tensor)] = address
+            memory = _memory(tensor)
+            self.writes[memory] += 1
+            self.writers[memory] = address
         if isinstance(out, Tensor) and any(out is tensor for tensor in written):
             out = out.view_as(out)
             produced = [out]
@@ -348,13 +382,11 @@ class _Recorder(TorchFunctionMode):
     def _note_method(
         self, frame: FrameType, module: nn.Module | None, counts: dict[str, int]
     ) -> None:
+        """Note how many operations of each kind `module` had made when it began this method, once per method call."""
         name = frame.f_code.co_name
-        if (
-            module is None
-            or id(frame) in self.methods
-            or name == "forward"
-            or not hasattr(type(module), name)
-        ):
+        if module is None or id(frame) in self.methods:
+            return
+        if name == "forward" or not hasattr(type(module), name):
             return
         if frame.f_locals.get("self") is not module:
             return
@@ -375,18 +407,18 @@ class _Recorder(TorchFunctionMode):
     def layer_of(self, weight: Tensor, address: str) -> str:
         """Name of a convolution or linear after its weight; see `Call`."""
         path = self.location.path
-        if (
-            path in self.layers
-            and getattr(self.modules[path], "weight", None) is weight
-        ):
+        is_layer = path in self.layers
+        if is_layer and getattr(self.modules[path], "weight", None) is weight:
             return path
         name = self.parameter_names.get(id(weight))
         owner = None if name is None else name.rpartition(".")[0]
         if owner in self.layers and name == f"{owner}.weight":
             return owner
-        if path in self.layers:
+        if is_layer:
             return path  # it computes its weight from its parameters
-        return name or address.replace("#", "." if path else "")
+        if name is not None:
+            return name
+        return address.replace("#", "." if path else "")
 
 
 def _in_the_open(
@@ -402,9 +434,8 @@ def _flow_kind(
     kind: str, kwargs: Mapping[str, Any], source: Tensor, result: Tensor
 ) -> str:
     """The kind as the plan reads it: casts that round and interpolation that only repeats values have names apart."""
-    if kind in CASTS and not (
-        source.is_floating_point() and result.is_floating_point()
-    ):
+    stays_real = source.is_floating_point() and result.is_floating_point()
+    if kind in CASTS and not stays_real:
         return "cast"  # to integers or back
     if kind == "interpolate" and "nearest" in str(kwargs.get("mode", "nearest")):
         return "nearest"
@@ -422,6 +453,30 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _leaves_pytorch(path: str, function: Any) -> ValueError:
+    return ValueError(
+        f"{_words(path)}: takes what depends on the image out of PyTorch ({function.__name__}), where quantize_ cannot "
+        "follow it; write it with tensor operations (torch.where for a decision)"
+    )
+
+
+def _produced(kind: str, out: Any, written: list[Tensor]) -> list[Tensor]:
+    """The tensors that an operation makes: those it returns, or those it wrote to."""
+    returned = list(tensors_in(out))
+    if kind == "set" or (written and not returned):
+        return written
+    return returned
+
+
+def _written(operands: list[Tensor], versions: list[int]) -> list[Tensor]:
+    """The operands whose memory was written to since they had these versions."""
+    written = []
+    for operand, version in zip(operands, versions, strict=True):
+        if _version(operand) != version:
+            written.append(operand)
+    return written
+
+
 def _words(path: str) -> str:
     return f"module {path!r}" if path else "the model's own forward"
 
@@ -434,19 +489,24 @@ def weight_operand(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def _ceiling(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> float | None:
+    """Of a ReLU, its upper clip, inf where it has none; None for any other function."""
     match getattr(function, "__name__", "").strip("_"):
         case "relu":
             return math.inf
         case "relu6":
             return 6.0
         case "hardtanh":
-            low, high = (
-                *args[1:3],
-                kwargs.get("min_val", -1.0),
-                kwargs.get("max_val", 1.0),
-            )[:2]
-            return float(high) if low == 0 and len(args) != 2 else None
+            return _upper_clip(args, kwargs)
     return None
+
+
+def _upper_clip(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The upper clip of a `hardtanh` that clips below at 0; None for one that does not."""
+    if len(args) == 2:
+        return None  # the lower clip by position, and the upper one by name
+    by_name = (kwargs.get("min_val", -1.0), kwargs.get("max_val", 1.0))
+    low, high = args[1:3] or by_name
+    return float(high) if low == 0 else None
 
 
 def _pools_space(kind: str, args: tuple[Any, ...], out: Tensor) -> bool:
@@ -486,12 +546,10 @@ def trace_calls(
         )
         with recorder:
             out = model(*args, **kwargs)
-        numbers = [recorder.read(tensor) for tensor in tensors_in(out)]
+        results = recorder.read_all(list(tensors_in(out)))
     recorder.methods.clear()
     recorder.trace.model_inputs = sources
-    recorder.trace.model_outputs = tuple(
-        number for number in numbers if number is not None
-    )
+    recorder.trace.model_outputs = results
     return recorder.trace
 
 
@@ -511,14 +569,16 @@ def watched(location: Location, model: nn.Module) -> Iterator[None]:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Run `model` in training or eval mode without a trace: modes, buffers and random numbers are put back."""
     modes = {module: module.training for module in model.modules()}
-    buffers = (
-        [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
-    )
-    devices = sorted(
-        {p.device for p in model.parameters() if p.device.type == "cuda"}, key=str
-    )
+    buffers = []
+    if training:
+        for buffer in model.buffers():
+            buffers.append((buffer, buffer.clone()))
+    gpus = set()
+    for parameter in model.parameters():
+        if parameter.device.type == "cuda":
+            gpus.add(parameter.device)
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(sorted(gpus, key=str)):
             model.train(training)
             yield
     finally:

@@ -47,11 +47,13 @@ def in_training(
 
 def tallies(trained: Trace, addresses: Collection[str]) -> dict[str, dict[str, int]]:
     """How many operations of each kind a call of each module makes in training, for the kinds that have quantizers."""
-    found: dict[str, dict[str, int]] = defaultdict(dict)
+    counts: dict[str, dict[str, int]] = defaultdict(dict)
     by_kind = _by_kind(trained)
-    for path, kind in {(path_of(address), kind_in(address)) for address in addresses}:
-        found[path][kind] = len(by_kind[path, kind])
-    return dict(found)
+    for address in addresses:
+        path = path_of(address)
+        kind = kind_in(address)
+        counts[path][kind] = len(by_kind[path, kind])
+    return dict(counts)
 
 
 def _by_kind(trace: Trace) -> dict[Kind, list[str]]:

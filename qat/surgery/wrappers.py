@@ -33,16 +33,15 @@ def require_float32(model: nn.Module, what: str) -> None:
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model whose modules keep tensors of their last forward pass with its graph, as the hooks of
     `torch.nn.utils.weight_norm`, `spectral_norm` and `prune` do: these are copied without it, and made anew when it runs."""
-    kept = [
-        (vars(module), name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    with_graph = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                with_graph.append((vars(module), name, value))
     try:
-        for attributes, name, value in kept:
+        for attributes, name, value in with_graph:
             attributes[name] = value.detach()
         return copy.deepcopy(model)
     finally:
-        for attributes, name, value in kept:
+        for attributes, name, value in with_graph:
             attributes[name] = value

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeqat.files import write_json, write_text
+from edgeqat.files import read_json, write_json, write_text
 from qat.runs.given import OF_ONE_RUN
 from qat.runs.parts import RecipeError
-from qat.runs.recipe import to_json
+from qat.runs.recipe import from_json, to_json
 from qat.sweep.spec import Cell, Sweep
 
 Engine = Literal["here", "submitit-local", "slurm"]
@@ -98,7 +98,9 @@ def _prepare(sweep: Sweep, cell: Cell) -> None:
     if not file.exists():
         write_json(file, values)
         return
-    before = json.loads(file.read_text())
+    # Entries that came after the file have the values they were run with by default
+    before = to_json(from_json(read_json(file), file))
+    before = json.loads(json.dumps(before))
     different = sorted(n for n in values if before.get(n) != values[n])
     if different:
         name = different[0]

@@ -24,6 +24,7 @@ steps = 4000
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ RULES: dict[str, SelectionRule] = {
     "oracle": ORACLE,
 }
 TABLES = ("values", "method", "preset", "slurm")
+# Entry -> what it is a list of
+LISTS: dict[str, type] = {
+    "methods": str,
+    "bits": int,
+    "targets": str,
+    "seeds": int,
+    "presets": str,
+    "draws": int,
+}
 
 
 @dataclass(frozen=True)
@@ -93,24 +103,21 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """Every cell, those that others start from first. Raises RecipeError naming the file and the entry at fault."""
-        starts = [self.start] if self._is_started() else []
-        found: dict[str, Cell] = {}
-        for preset in self.presets:
-            for seed in self.seeds:
-                for target in self.targets:
-                    cells: list[Cell] = []
-                    for method in starts:
-                        cells += self._of(
-                            method, target, seed, self.start_preset or preset
-                        )
-                    for method, draw in itertools.product(self.methods, self.draws):
-                        cells += self._of(method, target, seed, preset, draw)
-                    found |= {
-                        cell.name: cell for cell in cells if cell.name not in found
-                    }
-        return list(found.values())
+        by_name: dict[str, Cell] = {}
+        places = itertools.product(self.presets, self.seeds, self.targets)
+        for preset, seed, target in places:
+            cells: list[Cell] = []
+            if self._is_started():
+                of_start = self.start_preset or preset
+                cells += self._of(self.start, target, seed, of_start)
+            for method, draw in itertools.product(self.methods, self.draws):
+                cells += self._of(method, target, seed, preset, draw)
+            for cell in cells:
+                by_name.setdefault(cell.name, cell)
+        return list(by_name.values())
 
     def _is_started(self) -> bool:
+        """Whether any method starts from another one's run."""
         return any(KNOWN[method].quantization is not None for method in self.methods)
 
     def _of(
@@ -118,20 +125,18 @@ class Sweep:
     ) -> list[Cell]:
         """The cells of one method at one place of the grid, one for each number of bits."""
         has_bits = KNOWN[method].grids is not None
+        after = ""
+        if KNOWN[method].quantization is not None:
+            of_start = self.start_preset or preset
+            after = cell_name(self.start, None, target, seed, of_start)
         cells = []
         for bits in self.bits if has_bits else (None,):
             name = cell_name(method, bits, target, seed, preset, draw)
-            starts = KNOWN[method].quantization is not None
-            of_start = self.start_preset or preset
-            after = (
-                cell_name(self.start, None, target, seed, of_start) if starts else ""
-            )
             placed: dict[str, Any] = {"test_domain": target, "seed": seed}
             if bits is not None:
                 placed["bits"] = bits
-            recipe = self._recipe(
-                method, preset, placed | self._drawn(method, seed, draw)
-            )
+            placed |= self._drawn(method, seed, draw)
+            recipe = self._recipe(method, preset, placed)
             recipe = recipe.changed(out=self.out / name)
             if after:
                 recipe = recipe.changed(init_from=self.out / after)
@@ -145,27 +150,29 @@ class Sweep:
         """Hyper-parameters of draw `draw` that the method has; its own for draw 0."""
         if draw == 0:
             return {}
-        is_flat = KNOWN[method].sharpness is not None
-        drawn = hyperparameters(
-            draw, algorithm="sagm" if is_flat else "erm", trial_seed=seed
-        )
-        known = KNOWN[method].entries()
-        return {name: value for name, value in drawn.items() if name in known}
+        algorithm = "erm" if KNOWN[method].sharpness is None else "sagm"
+        drawn = hyperparameters(draw, algorithm=algorithm, trial_seed=seed)
+        return _known_of(KNOWN[method], drawn)
 
     def _recipe(self, method: str, preset: str, placed: dict[str, Any]) -> Recipe:
+        """placed: the values that a cell's place in the grid decides."""
         recipe = TRAINED[method]
-        known = recipe.entries()
-        given: dict[str, Any] = {}
-        # Of what all cells share, each takes what it has; what names a method or a preset must fit
-        given |= {key: v for key, v in self.values.items() if key in known}
-        given |= {k: v for k, v in self.values_of(preset).items() if k in known}
-        given |= self.method.get(method, {})
-        recipe = with_entries(recipe, given | placed, self.source)
+        # Of what all cells share, each takes what it has; what names a method must fit
+        values = _known_of(recipe, self.values)
+        values |= _known_of(recipe, self.values_of(preset))
+        values |= self.method.get(method, {})
+        recipe = with_entries(recipe, values | placed, self.source)
         try:
             check(recipe.changed(image_size=recipe.model.image_size or 224))
         except RecipeError as error:
             raise RecipeError(f"{self.source}: {method}: {error}") from None
         return recipe
+
+
+def _known_of(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that the recipe has flags for."""
+    known = recipe.entries()
+    return {name: value for name, value in values.items() if name in known}
 
 
 def cell_name(
@@ -190,21 +197,12 @@ def read_sweep(path: Path, **flags: Any) -> Sweep:
     if unknown:
         raise RecipeError(f"{path}: unknown entries {', '.join(sorted(unknown))}")
     for name in TABLES:
-        values[name] = _table(
-            path, name, values.get(name, {}), nested=name in ("method", "preset")
-        )
+        is_nested = name in ("method", "preset")
+        values[name] = _table(path, name, values.get(name, {}), nested=is_nested)
     for name in ("out", "start", "start_preset", "rule"):
         if not isinstance(values.get(name, ""), (str, Path)):
             raise RecipeError(f"{path}: {name} must be a word, got {values[name]!r}")
-    lists = {
-        "methods": str,
-        "bits": int,
-        "targets": str,
-        "seeds": int,
-        "presets": str,
-        "draws": int,
-    }
-    for name, kind in lists.items():
+    for name, kind in LISTS.items():
         if name in values:
             values[name] = _list(path, name, values[name], kind)
     out = Path(values.pop("out", path.with_suffix("")))
@@ -217,12 +215,13 @@ def _table(path: Path, name: str, value: Any, *, nested: bool) -> dict[str, Any]
     """A table of flags, or a table of such tables; flags under their names in Python."""
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: {name} must be a table, [{name}]")
-    if nested:
-        return {
-            key: _table(path, f"{name}.{key}", inner, nested=False)
-            for key, inner in value.items()
-        }
-    return {key.replace("-", "_"): inner for key, inner in value.items()}
+    table = {}
+    for key, inner in value.items():
+        if nested:
+            table[key] = _table(path, f"{name}.{key}", inner, nested=False)
+        else:
+            table[key.replace("-", "_")] = inner
+    return table
 
 
 def _list(path: Path, name: str, value: Any, kind: type) -> tuple[Any, ...]:
@@ -257,7 +256,9 @@ def _require_known(sweep: Sweep) -> None:
     for preset in (*sweep.presets, sweep.start_preset or DEFAULT):
         if preset not in (DEFAULT, *sweep.preset, *PRESETS):
             raise RecipeError(f"{sweep.source}: has no table [preset.{preset}]")
-    known = set().union(*(KNOWN[m].entries() for m in (*sweep.methods, sweep.start)))
+    known: set[str] = set()
+    for method in (*sweep.methods, sweep.start):
+        known.update(KNOWN[method].entries())
     for name, table in (("values", sweep.values), *sweep.preset.items()):
         unknown = table.keys() - known
         if unknown:

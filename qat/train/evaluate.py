@@ -27,14 +27,14 @@ def accuracy(
 @torch.no_grad()
 def mean_loss(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Mean cross entropy over (images N_3_H_W float32, labels N int64)."""
-    total = seen = 0.0
+    total = 0.0
+    count = 0
     for images, labels in batches:
         logits = predict(images)
-        total += float(
-            F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-        )
-        seen += len(labels)
-    return total / seen
+        losses = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        total += float(losses)
+        count += len(labels)
+    return total / count
 
 
 @torch.no_grad()
@@ -42,10 +42,12 @@ def predictions(
     predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """(predicted classes, labels), int64 N each, in the loader's order."""
-    found = [
-        (predict(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches
-    ]
-    return torch.cat([p for p, _ in found]), torch.cat([label for _, label in found])
+    predicted = []
+    expected = []
+    for images, labels in batches:
+        predicted.append(predict(images).argmax(1).cpu())
+        expected.append(labels.cpu())
+    return torch.cat(predicted), torch.cat(expected)
 
 
 def predictor(model: nn.Module, device: torch.device) -> Predict:

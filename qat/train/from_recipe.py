@@ -58,43 +58,41 @@ def training_step(
 ) -> TrainingStep:
     """The step that `recipe` describes. model: what is run; own: the model itself; classes: how many the images have, which
     mixup asks for; teacher: distils into it."""
-    parameters: list[Parameter] = [
-        p for group in optimizer.param_groups for p in group["params"]
-    ]
+    optimization = recipe.optimization
+    parameters: list[Parameter] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     step = TrainingStep(
         model,
         own,
         optimizer,
         precision,
         objective=objective_of(recipe.sharpness, own, parameters),
-        loss=LOSSES[recipe.optimization.domain_loss](domains),
+        loss=LOSSES[optimization.domain_loss](domains),
         domains=domains,
-        accumulate=recipe.optimization.accumulate,
-        memory_format=torch.channels_last
-        if recipe.model.channels_last
-        else torch.contiguous_format,
-        clip=recipe.optimization.clip,
-        clip_mode=recipe.optimization.clip_mode,
+        accumulate=optimization.accumulate,
+        clip=optimization.clip,
+        clip_mode=optimization.clip_mode,
         schedule=schedule,
     )
-    optimization = recipe.optimization
+    if recipe.model.channels_last:
+        step.memory_format = torch.channels_last
     if optimization.label_smoothing:
         step.loss = smoothed_loss(optimization.label_smoothing)
     if optimization.mixup:
         step.mix = Mixup(optimization.mixup, classes, optimization.seed)
     head = own.get_submodule(first_and_last(own)[-1])
-    if recipe.optimization.domain_loss != "erm":
+    if optimization.domain_loss != "erm":
         step.features, _ = head_features(own, head)
-    if recipe.optimization.clip_mode == "agc":
+    if optimization.clip_mode == "agc":
         step.leave_unclipped(list(head.parameters()))
-    threshold = recipe.optimization.and_mask
-    if threshold is not None:
-        step.over_domains = partial(and_mask, threshold=threshold)
+    if optimization.and_mask is not None:
+        step.over_domains = partial(and_mask, threshold=optimization.and_mask)
     if recipe.sharpness is not None:
         if recipe.sharpness.per_domain:
             replays = partial(replay_of, own, step.device)
             step.over_domains = per_domain(step.objective, replays)
-        step.freezer = freezer_of(recipe.freezing, own, recipe.optimization.seed)
+        step.freezer = freezer_of(recipe.freezing, own, optimization.seed)
     if recipe.freezing is not None and step.freezer is not None:
         step.combine = _combination(recipe.freezing, own, step.freezer)
     if recipe.distillation is not None and teacher is not None:
@@ -106,7 +104,7 @@ def training_step(
     step.penalties = _penalties(recipe, own)
     binarization = recipe.binarization
     if binarization is not None and binarization.stage == 1:
-        step.before = _frequency_mover(binarization, own, recipe.optimization.steps)
+        step.before = _frequency_mover(binarization, own, optimization.steps)
     return step
 
 
@@ -200,15 +198,16 @@ def freezer_of(
     freezing: Freezing | None, model: nn.Module, seed: int
 ) -> ScaleFreezer | None:
     """Follows every quantizer's scale; freezes by the rule of `freezing`, or nothing without it. None where none are."""
-    found = quantizers(model)
-    if not found:
+    by_name = quantizers(model)
+    if not by_name:
         return None
+    rule = FreezeRule(policy="never") if freezing is None else rule_of(freezing)
     return ScaleFreezer(
-        list(found),
-        [q.raw_scale for q in found.values()],
-        [q.is_weight for q in found.values()],
-        FreezeRule(policy="never") if freezing is None else rule_of(freezing),
-        seed,
+        names=list(by_name),
+        scales=[quantizer.raw_scale for quantizer in by_name.values()],
+        is_weight=[quantizer.is_weight for quantizer in by_name.values()],
+        rule=rule,
+        seed=seed,
     )
 
 

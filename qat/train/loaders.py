@@ -34,6 +34,22 @@ EVAL_BATCH = 64
 SAMPLES = 128
 
 
+def _sampler(
+    split: Split, recipe: Recipe, start_step: int
+) -> EqualDomainBatches | EpochBatches:
+    """Positions of the images in every batch: as many of each source domain, or all images once an epoch."""
+    optimization = recipe.optimization
+    sizes = [len(subset) for subset in split.train]
+    images_per_step = optimization.batch_size * optimization.accumulate
+    steps: dict[str, Any] = {"start_step": start_step, "steps": optimization.steps}
+    if optimization.epochs is not None:
+        return EpochBatches(sum(sizes), images_per_step, optimization.seed, **steps)
+    weights = _weights(split) if recipe.images.balanced else None
+    return EqualDomainBatches(
+        sizes, images_per_step, optimization.seed, weights=weights, **steps
+    )
+
+
 def train_loader(
     split: Split,
     recipe: Recipe,
@@ -45,28 +61,9 @@ def train_loader(
 ) -> DataLoader[Any]:
     """Batches start_step .. steps-1 of (images, labels, domains): as many images from every source domain, or epochs. A batch
     is all that one optimizer step sees, however many microbatches it is cut into. Each of several processes has its share."""
-    steps: dict[str, Any] = {
-        "start_step": start_step,
-        "steps": recipe.optimization.steps,
-    }
-    sizes, images_a_step = (
-        [len(s) for s in split.train],
-        recipe.optimization.batch_size * recipe.optimization.accumulate,
-    )
-    sampler = (
-        EqualDomainBatches(
-            sizes,
-            images_a_step,
-            recipe.optimization.seed,
-            weights=_weights(split) if recipe.images.balanced else None,
-            **steps,
-        )
-        if recipe.optimization.epochs is None
-        else EpochBatches(sum(sizes), images_a_step, recipe.optimization.seed, **steps)
-    )
-    augmented = AUGMENTATIONS[recipe.images.augmentation](
-        recipe.model.image_size, built.mean, built.std
-    )
+    sampler = _sampler(split, recipe, start_step)
+    augmentation = AUGMENTATIONS[recipe.images.augmentation]
+    augmented = augmentation(recipe.model.image_size, built.mean, built.std)
     images = TrainImages(split.train, augmented)
     return DataLoader(
         images,

@@ -72,7 +72,8 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     check(recipe)
     check_out(recipe)
     split = data if isinstance(data, Split) else split_domains(recipe.images, data)
-    written, recipe = recipe, in_steps(recipe, split)
+    written = recipe
+    recipe = in_steps(recipe, split)
     set_seed(recipe.optimization.seed)
     _require_trackers(recipe.tracking.trackers)
     accelerator = Accelerator(
@@ -82,38 +83,43 @@ def run(recipe: Recipe, data: Sequence[Domain] | Split) -> RunFolder:
     processes = Processes(accelerator)
     processes.require_even(recipe.optimization)
     start = start_state(recipe, split)
-    # Loaded before the model is quantized
-    before = None if takes_over(recipe) else start
+    is_taken_over = start is not None and takes_over(recipe)
     built = build(
         recipe,
         len(split.classes),
         load_weights=start is None and not recipe.tracking.resume,
-        start=before,
+        # Of full precision: loaded before the model is quantized
+        start=None if is_taken_over else start,
     )
     teacher = teacher_of(recipe, split, built)
     rows = None
-    if start is not None and before is None:
+    if is_taken_over:
         source = Path(str(recipe.init_from)) / "checkpoint.pt"
         load_state(built.model, {"model": start}, source)
     elif recipe.quantization is not None and not recipe.tracking.resume:
         rows = calibrated(recipe, built, split, processes)
     processes.wait()  # all have looked at --out, which process 0 is about to fill
-    folder = RunFolder.create(written) if processes.writes else None
-    path = processes.from_first(Path() if folder is None else folder.path)
-    if folder is None:
-        folder = RunFolder(path, writes=False)
+    folder = _shared_folder(written, processes)
     try:
         if rows is not None and processes.writes:
-            write_json(
-                folder / "calibration.json",
-                [vars(row) | {"spec": str(row.spec)} for row in rows],
-            )
+            entries = [vars(row) | {"spec": str(row.spec)} for row in rows]
+            write_json(folder / "calibration.json", entries)
         trainer = _Trainer(recipe, split, built, processes, folder, teacher)
     except BaseException:
         folder.discard()
         raise
     trainer.fit()
     return folder
+
+
+def _shared_folder(recipe: Recipe, processes: Processes) -> RunFolder:
+    """The run folder that process 0 makes, for all to read."""
+    if processes.writes:
+        folder = RunFolder.create(recipe)
+        processes.from_first(folder.path)
+        return folder
+    path = processes.from_first(Path())
+    return RunFolder(path, writes=False)
 
 
 def _require_trackers(names: Sequence[str]) -> None:
@@ -138,6 +144,8 @@ class _Progress:
 
 
 class _Trainer:
+    """Takes the steps of a run and measures in between: evaluation, selection, averages, what is logged and saved."""
+
     def __init__(
         self,
         recipe: Recipe,
@@ -147,8 +155,12 @@ class _Trainer:
         folder: RunFolder,
         teacher: nn.Module | None,
     ) -> None:
-        self.recipe, self.split, self.built, self.folder = recipe, split, built, folder
-        self.processes, self.progress = processes, _Progress()
+        self.recipe = recipe
+        self.split = split
+        self.built = built
+        self.folder = folder
+        self.processes = processes
+        self.progress = _Progress()
         self.accelerator = processes.accelerator
         self.described = to_json(folder.recipe())
         self.clock = time.perf_counter()
@@ -157,22 +169,16 @@ class _Trainer:
             built.model.to(memory_format=torch.channels_last)
         set_norm_mode(built.model, recipe.model.norms)
         resumed = folder.load("last.pt") if recipe.tracking.resume else None
-        self.scale_sizes = (
-            sizes_of_scales(built.model) if resumed is None else resumed["scale_sizes"]
-        )
-        groups = groups_of(recipe, built.model, self.scale_sizes)
-        optimizer = create_optimizer(
-            recipe.optimization.optimizer, groups, recipe.optimization.lr
-        )
+        if resumed is None:
+            self.scale_sizes = sizes_of_scales(built.model)
+        else:
+            self.scale_sizes = resumed["scale_sizes"]
+        optimizer = self._make_optimizer()
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, schedule_of(recipe.optimization)
         )
         if resumed is not None:
-            load_state(built.model, resumed, folder / "last.pt")
-            optimizer.load_state_dict(resumed["optimizer"])
-            self.schedule.load_state_dict(resumed["schedule"])
-            follow(self.schedule)
-            self.progress = _Progress(**resumed["progress"])
+            self._load_model_and_optimizer(resumed, optimizer)
         self.quant_start = 0 if recipe.delay is None else recipe.delay.quant_start_step
         if self.progress.step < self.quant_start:
             pause(built.model)
@@ -196,35 +202,49 @@ class _Trainer:
             teacher=teacher,
             schedule=self.schedule,
         )
-        self.average, self.valley = (
-            Average(
-                recipe.averaging.ema_decay
-                if recipe.averaging.averaging == "ema"
-                else None
-            ),
-            VALLEYS.get(recipe.averaging.averaging, LossValley)(),
+        averaging = recipe.averaging
+        self.average = Average(
+            averaging.ema_decay if averaging.averaging == "ema" else None
         )
+        self.valley = VALLEYS.get(averaging.averaging, LossValley)()
         if resumed is not None:
-            self.step.load_state_dict(resumed["step"])
-            self.average.load_state_dict(resumed["average"])
-            self.valley.load_state_dict(resumed["valley"])
-            self.cross_entropies = list(resumed.get("cross_entropies", []))
-            restore_randomness(resumed, processes)
-            if self.accelerator.scaler is not None and resumed.get("scaler"):
-                self.accelerator.scaler.load_state_dict(resumed["scaler"])
+            self._load_step_and_averages(resumed)
         elif processes.rank:
             # Dropout is drawn apart in each process
             torch.manual_seed(recipe.optimization.seed + processes.rank)
 
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        optimization = self.recipe.optimization
+        groups = groups_of(self.recipe, self.built.model, self.scale_sizes)
+        return create_optimizer(optimization.optimizer, groups, optimization.lr)
+
+    def _load_model_and_optimizer(
+        self, resumed: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """First half of what last.pt holds, before accelerate wraps the model and the optimizer."""
+        load_state(self.built.model, resumed, self.folder / "last.pt")
+        optimizer.load_state_dict(resumed["optimizer"])
+        self.schedule.load_state_dict(resumed["schedule"])
+        follow(self.schedule)
+        self.progress = _Progress(**resumed["progress"])
+
+    def _load_step_and_averages(self, resumed: dict[str, Any]) -> None:
+        """Second half of what last.pt holds, once the step and the averages are made."""
+        self.step.load_state_dict(resumed["step"])
+        self.average.load_state_dict(resumed["average"])
+        self.valley.load_state_dict(resumed["valley"])
+        self.cross_entropies = list(resumed.get("cross_entropies", []))
+        restore_randomness(resumed, self.processes)
+        scaler = self.accelerator.scaler
+        if scaler is not None and resumed.get("scaler"):
+            scaler.load_state_dict(resumed["scaler"])
+
     def fit(self) -> None:
-        recipe, freezer = self.recipe, self.step.freezer
+        """Take all steps that are left, then measure what was selected. Raises Interrupted after a signal."""
+        recipe = self.recipe
         services = recipe.tracking.trackers
         if services:
-            config = {
-                name: value if isinstance(value, (int, float)) else str(value)
-                for name, value in recipe.entries().items()
-            }
-            self.accelerator.init_trackers("edgeqat", config)
+            self._start_trackers()
         tracker = Tracker(
             self.folder.path,
             services=self.accelerator.log if services else None,
@@ -233,10 +253,7 @@ class _Trainer:
             resume_at=self.progress.step,
             writes=self.processes.writes,
         )
-        scales = None
-        if freezer is not None and self.processes.writes:
-            path, window = self.folder.path, freezer.rule.window
-            scales = ScaleLog(path, freezer.names, window, self.progress.step)
+        scales = self._scale_log()
         with tracker, nullcontext() if scales is None else closing(scales):
             with StopRequest() as stop:
                 self._take_steps(tracker, scales, stop)
@@ -245,6 +262,22 @@ class _Trainer:
         self._finish()
         if services:
             self.accelerator.end_training()
+
+    def _start_trackers(self) -> None:
+        """Tell accelerate's trackers what the run is."""
+        config = {}
+        for name, value in self.recipe.entries().items():
+            is_number = isinstance(value, (int, float))
+            config[name] = value if is_number else str(value)
+        self.accelerator.init_trackers("edgeqat", config)
+
+    def _scale_log(self) -> ScaleLog | None:
+        """Where the scales' gradients are logged: for GAQAT, in the process that writes."""
+        freezer = self.step.freezer
+        if freezer is None or not self.processes.writes:
+            return None
+        window = freezer.rule.window
+        return ScaleLog(self.folder.path, freezer.names, window, self.progress.step)
 
     def _take_steps(
         self, tracker: Tracker, scales: ScaleLog | None, stop: StopRequest
@@ -279,63 +312,49 @@ class _Trainer:
         tracker: Tracker,
         scales: ScaleLog | None,
     ) -> None:
+        """One step; `tracker` and `scales` record it."""
         if self.quant_start and self.progress.step == self.quant_start:
-            assert self.recipe.quantization is not None
-            calibration = some_images(
-                self.split,
-                self.recipe,
-                self.built,
-                self.recipe.quantization.calibration_batches,
-            )
-            begin(self.built.model, calibration, self.recipe.quantization.scale_init)
-            if self.step.oscillation is not None:
-                self.step.oscillation.restart()
+            self._begin_quantization()
         began = time.perf_counter()
         outcome = self.step(images, labels, domains)
         self.progress.step += 1
-        if (
-            self.recipe.averaging.averaging != "none"
-            and self.progress.step > self.quant_start
-        ):
+        is_averaging = self.recipe.averaging.averaging != "none"
+        if is_averaging and self.progress.step > self.quant_start:
             self.average.update(self.built.model)
         if scales is not None and outcome.seen is not None:
             scales.write(outcome.seen)
         self._report(outcome, labels, time.perf_counter() - began, tracker)
 
+    def _begin_quantization(self) -> None:
+        """Calibrate the quantizers that the recipe delays, and let them round from here on."""
+        quantization = self.recipe.quantization
+        assert quantization is not None
+        batches = self._source_batches(quantization.calibration_batches)
+        begin(self.built.model, batches, quantization.scale_init)
+        if self.step.oscillation is not None:
+            self.step.oscillation.restart()
+
     def _report(
         self, outcome: Outcome, labels: Tensor, seconds: float, tracker: Tracker
     ) -> None:
+        """Log what a step showed. Raises RecipeError for a loss or gradient that is not finite."""
         loss = float(outcome.loss)
-        if not math.isfinite(loss):
-            raise RecipeError(
-                f"step {self.progress.step}: the loss is {loss}; {self._what_to_change()}"
-            )
         norm = float(outcome.norm)
-        # Whose scaler leaves such steps out
-        if (
-            not math.isfinite(norm)
-            and self.recipe.optimization.mixed_precision != "fp16"
-        ):
-            raise RecipeError(
-                f"step {self.progress.step}: the loss is finite, and the norm of its gradient is {norm}; "
-                f"{self._what_to_change()}"
-            )
-        shown = [
-            loss,
-            float(cross_entropy(outcome.logits.float(), labels)),
-            float((outcome.logits.argmax(1) == labels).float().mean()),
-        ]
-        loss, entropy, accuracy_of_step = self.processes.mean(shown)
-        self.cross_entropies.append(entropy)
+        self._require_finite_step(loss, norm)
+        entropy = cross_entropy(outcome.logits.float(), labels)
+        is_right = outcome.logits.argmax(1) == labels
+        mine = [loss, float(entropy), float(is_right.float().mean())]
+        mean_loss, mean_entropy, accuracy_of_step = self.processes.mean(mine)
+        self.cross_entropies.append(mean_entropy)
+        images = len(labels) * self.processes.count
         values: dict[str, float | Mapping[str, float]] = {
-            "loss": loss,
+            "loss": mean_loss,
             "accuracy": accuracy_of_step,
-            "images_per_second": len(labels)
-            * self.processes.count
-            / max(seconds, 1e-9),
+            "images_per_second": images / max(seconds, 1e-9),
         }
         tracker.show(self.progress.step, **values)  # type: ignore[arg-type]
-        values |= {"gradient_norm": norm, "gradient_l1_norm": float(outcome.l1_norm)}
+        values["gradient_norm"] = norm
+        values["gradient_l1_norm"] = float(outcome.l1_norm)
         values["learning_rate"] = outcome.rate
         if outcome.swung is not None:
             values["oscillating"] = outcome.swung
@@ -343,10 +362,25 @@ class _Trainer:
             values |= scale_scalars(outcome.seen, self.step.freezer)
         tracker.log(self.progress.step, values)
 
+    def _require_finite_step(self, loss: float, norm: float) -> None:
+        step = self.progress.step
+        if not math.isfinite(loss):
+            raise RecipeError(
+                f"step {step}: the loss is {loss}; {self._what_to_change()}"
+            )
+        # fp16's scaler leaves out steps whose gradients are not finite
+        may_overflow = self.recipe.optimization.mixed_precision == "fp16"
+        if not math.isfinite(norm) and not may_overflow:
+            raise RecipeError(
+                f"step {step}: the loss is finite, and the norm of its gradient is {norm}; {self._what_to_change()}"
+            )
+
     def _what_to_change(self) -> str:
         advice = f"lower --lr (now {self.recipe.optimization.lr:g}) or clip gradients with --clip"
-        kept = self.folder / "last.pt"
-        return f"{advice}. The last good state is {kept}" if kept.exists() else advice
+        last = self.folder / "last.pt"
+        if not last.exists():
+            return advice
+        return f"{advice}. The last good state is {last}"
 
     def _how_to_go_on(self) -> str:
         return (
@@ -358,10 +392,8 @@ class _Trainer:
         """Raises RecipeError where the steps since the last evaluation were far worse than guessing, on average."""
         if not self.cross_entropies:
             return
-        mean, guessing = (
-            float(np.mean(self.cross_entropies)),
-            math.log(len(self.split.classes)),
-        )
+        mean = float(np.mean(self.cross_entropies))
+        guessing = math.log(len(self.split.classes))
         if mean > DIVERGED * guessing:
             raise RecipeError(
                 f"step {self.progress.step}: training has diverged, the cross entropy of the last "
@@ -371,44 +403,30 @@ class _Trainer:
 
     def _require_finite_parameters(self) -> None:
         """Raises RecipeError where the last steps left nan or an infinity, which must not be saved over a good state."""
-        name = next(
-            (
-                n
-                for n, p in self.built.model.named_parameters()
-                if not bool(p.isfinite().all())
-            ),
-            "",
-        )
-        if name:
-            raise RecipeError(
-                f"step {self.progress.step}: {name} holds values that are nan or infinite; {self._what_to_change()}"
-            )
+        for name, parameter in self.built.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise RecipeError(
+                    f"step {self.progress.step}: {name} holds values that are nan or infinite; {self._what_to_change()}"
+                )
 
     def _evaluate(self, tracker: Tracker) -> None:
+        """Measure on the held-out images of the source domains, save the best net so far, and what the run goes on from."""
         self._require_convergence()
         self._require_finite_parameters()
         self.processes.agree_on_buffers(self.built.model)
         with self._averaged():
-            found = {}
+            accuracies = {}
             for subset in self.split.validation:
                 tracker.measuring(subset.name)
-                found[subset.name] = self._accuracy(subset)
-            mean = float(np.mean(list(found.values())))
+                accuracies[subset.name] = self._accuracy(subset)
+            mean = float(np.mean(list(accuracies.values())))
             tracker.measured(self.progress.step, mean)
-            better = (
-                mean > self.progress.best_accuracy
-                or self.recipe.tracking.select == "last"
-            )
-            if better and (
-                self.progress.step > self.quant_start or not self.quant_start
-            ):
-                self.progress.best_accuracy, self.progress.best_step = (
-                    mean,
-                    self.progress.step,
-                )
+            if self._is_selected(mean):
+                self.progress.best_accuracy = mean
+                self.progress.best_step = self.progress.step
                 self.folder.save("checkpoint.pt", self._state())
         entry: dict[str, float | Mapping[str, float]] = {
-            "source_validation": found,
+            "source_validation": accuracies,
             "source_mean": mean,
         }
         if self.recipe.averaging.averaging in VALLEYS and self.average.count:
@@ -418,10 +436,18 @@ class _Trainer:
             entry["source_loss"] = loss
         if self.step.oscillation is not None:
             entry["oscillating_often"] = self.step.oscillation.share_above()
-        tracker.log(
-            self.progress.step, entry | {"scales": mean_scales(self.built.model)}
-        )
+        entry["scales"] = mean_scales(self.built.model)
+        tracker.log(self.progress.step, entry)
         self._save_progress()
+
+    def _is_selected(self, mean_accuracy: float) -> bool:
+        """Whether the net of this step takes the place of the one in checkpoint.pt."""
+        is_delayed = self.quant_start and self.progress.step <= self.quant_start
+        if is_delayed:
+            return False  # not quantized yet
+        if self.recipe.tracking.select == "last":
+            return True
+        return mean_accuracy > self.progress.best_accuracy
 
     def _save_progress(self) -> None:
         """Write last.pt, from which the run can go on bit for bit."""
@@ -429,13 +455,19 @@ class _Trainer:
         self.progress.seconds += now - self.clock
         self.clock = now
         scaler = self.accelerator.scaler
-        full = self._state() | states_of_randomness(self.processes) | {
-            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(), "progress": vars(self.progress),
-            "step": self.step.state_dict(), "average": self.average.state_dict(), "valley": self.valley.state_dict(),
-            "scale_sizes": self.scale_sizes, "cross_entropies": self.cross_entropies,
-        }  # fmt: skip
-        self.folder.save("last.pt", full)
+        state = self._state() | states_of_randomness(self.processes)
+        state |= {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "progress": vars(self.progress),
+            "step": self.step.state_dict(),
+            "average": self.average.state_dict(),
+            "valley": self.valley.state_dict(),
+            "scale_sizes": self.scale_sizes,
+            "cross_entropies": self.cross_entropies,
+        }
+        self.folder.save("last.pt", state)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -443,23 +475,26 @@ class _Trainer:
         if self.recipe.averaging.averaging != "ema" or not self.average.count:
             yield
             return
-        kept = {
-            name: value.clone()
-            for name, value in self.built.model.state_dict().items()
-            if isinstance(value, Tensor)
-        }
+        model = self.built.model
+        saved = {}
+        for name, value in model.state_dict().items():
+            if isinstance(value, Tensor):
+                saved[name] = value.clone()
         try:
-            self._put(self.average)
+            self._use_average(self.average)
             yield
         finally:
-            self.built.model.load_state_dict(kept, strict=False)
+            model.load_state_dict(saved, strict=False)
 
-    def _put(self, average: Average) -> None:
+    def _use_average(self, average: Average) -> None:
+        """Put an average of weights into the model, with batch norm statistics that fit it."""
         average.copy_to(self.built.model)
-        restore_norm_statistics(
-            self.built.model,
-            some_images(self.split, self.recipe, self.built, NORM_BATCHES),
-        )
+        batches = self._source_batches(NORM_BATCHES)
+        restore_norm_statistics(self.built.model, batches)
+
+    def _source_batches(self, count: int) -> Iterator[Tensor]:
+        """Images of the first training batches."""
+        return some_images(self.split, self.recipe, self.built, count)
 
     def _select_valley(self) -> str:
         """SWAD's weights become the checkpoint; returns how they were chosen."""
@@ -468,46 +503,18 @@ class _Trainer:
             return (
                 "training-domain validation (the loss found no valley to average over)"
             )
-        self._put(chosen)
+        self._use_average(chosen)
         self.folder.save("checkpoint.pt", self._state())
         what = "steps" if self.recipe.averaging.averaging == "swad" else "spans"
         return f"SWAD: mean of {chosen.count} {what} in the valley of the source validation loss"
 
     def _finish(self) -> None:
+        """Measure the selected net and write the results."""
         seconds = self.progress.seconds
-        selection = (
-            "last step"
-            if self.recipe.tracking.select == "last"
-            else "training-domain validation: best mean held-out accuracy over the source domains"
-        )
-        if self.recipe.averaging.averaging in VALLEYS:
-            selection = self._select_valley()
-        self.processes.wait()
-        self._load_checkpoint()
-        if self.recipe.averaging.norm_batches:
-            batches = some_images(
-                self.split, self.recipe, self.built, self.recipe.averaging.norm_batches
-            )
-            restore_norm_statistics(self.built.model, batches)
-            self.folder.save("checkpoint.pt", self._state())
-            selection += f"; batch norm statistics then taken again from {self.recipe.averaging.norm_batches} batches"
+        selection = self._select()
         settled = self._settle()
-        images = (
-            self.recipe.optimization.batch_size
-            * self.recipe.optimization.accumulate
-            * len(self.split.train)
-            * self.recipe.optimization.steps
-        )
-        measured = {
-            s.name: self._predictions(s)
-            for s in (*self.split.validation, self.split.target_in)
-        }
-        self.folder.write_predictions(measured)
-        right = {
-            name: float((predicted == labels).mean())
-            for name, (predicted, labels) in measured.items()
-        }
-        target = right.pop(self.split.target_in.name)
+        accuracies = self._final_accuracies()
+        target = accuracies.pop(self.split.target_in.name)
         target_out = self.split.target_out
         target_holdout = None if target_out is None else self._accuracy(target_out)
         if not self.processes.writes:
@@ -518,11 +525,11 @@ class _Trainer:
             "selection": selection,
             "settled": settled,
             "selected_step": self.progress.best_step,
-            "source_validation": right,
+            "source_validation": accuracies,
             "target": target,
             "target_holdout": target_holdout,
             "train_seconds": seconds,
-            "images_per_second": images / seconds,
+            "images_per_second": self._images_trained_on() / seconds,
             "classes": list(self.split.classes),
             "split": {
                 "trial_seed": self.recipe.images.trial_seed,
@@ -532,26 +539,58 @@ class _Trainer:
         self.folder.write_samples(collect_samples(self.split, self.recipe, self.built))
         write_json(self.folder / "results.json", results)
 
+    def _select(self) -> str:
+        """Load the net that the recipe selects into the model and checkpoint.pt; returns how it was chosen."""
+        averaging = self.recipe.averaging
+        selection = "training-domain validation: best mean held-out accuracy over the source domains"
+        if self.recipe.tracking.select == "last":
+            selection = "last step"
+        if averaging.averaging in VALLEYS:
+            selection = self._select_valley()
+        self.processes.wait()
+        self._load_checkpoint()
+        if averaging.norm_batches:
+            batches = self._source_batches(averaging.norm_batches)
+            restore_norm_statistics(self.built.model, batches)
+            self.folder.save("checkpoint.pt", self._state())
+            selection += f"; batch norm statistics then taken again from {averaging.norm_batches} batches"
+        return selection
+
+    def _final_accuracies(self) -> dict[str, float]:
+        """Accuracy on the held-out images of each source domain and on the target domain; writes the predictions."""
+        measured = {}
+        accuracies = {}
+        for subset in (*self.split.validation, self.split.target_in):
+            predicted, labels = self._predictions(subset)
+            measured[subset.name] = (predicted, labels)
+            accuracies[subset.name] = float((predicted == labels).mean())
+        self.folder.write_predictions(measured)
+        return accuracies
+
+    def _images_trained_on(self) -> int:
+        optimization = self.recipe.optimization
+        per_domain = optimization.batch_size * optimization.accumulate
+        return per_domain * len(self.split.train) * optimization.steps
+
     def _settle(self) -> dict[str, object] | None:
         """Give a quantized net the biases and scales of its file, so that everything measured from here on is of the net that
         ships; returns what that changed. A net that no target can run stays as it was trained, and the reason is kept."""
         if self.built.table is None:
             return None
         before = {s.name: self._accuracy(s) for s in self.split.validation}
-        example = torch.zeros(
-            1, 3, self.recipe.model.image_size, self.recipe.model.image_size
-        )
-        found: dict[str, object] = {}
+        size = self.recipe.model.image_size
+        example = torch.zeros(1, 3, size, size)
+        changes: dict[str, object] = {}
         if self.processes.writes:
             try:
-                found = settle_(self.built.model, example).to_json()
+                changes = settle_(self.built.model, example).to_json()
                 self.folder.save("checkpoint.pt", self._state())
             except ValueError as error:  # ExportError is one
-                found = {"reason": str(error)}
-        found = self.processes.from_first(found)
+                changes = {"reason": str(error)}
+        changes = self.processes.from_first(changes)
         if not self.processes.writes:
             self._load_checkpoint()
-        return {"source_validation_before": before} | found
+        return {"source_validation_before": before} | changes
 
     def _load_checkpoint(self) -> None:
         """The model as process 0 saved it last."""
@@ -561,9 +600,11 @@ class _Trainer:
     def _state(self) -> dict[str, Any]:
         points = list(self.built.table.points) if self.built.table else []
         return {
-            "model": self.built.model.state_dict(), "classes": list(self.split.classes), "sites": points,
+            "model": self.built.model.state_dict(),
+            "classes": list(self.split.classes),
+            "sites": points,
             "recipe": self.described,
-        }  # fmt: skip
+        }
 
     def _accuracy(self, subset: Subset) -> float:
         predicted, labels = self._predictions(subset)
@@ -606,19 +647,18 @@ def groups_of(
     recipe: Recipe, model: nn.Module, scale_sizes: dict[str, float]
 ) -> list[dict[str, Any]]:
     """The optimizer's parameter groups. scale_sizes: as they were when the run began."""
-    if recipe.quantization is None:
-        return parameter_groups(
-            model,
-            recipe.optimization.weight_decay,
-            recipe.optimization.lr,
-            decay_norms=recipe.optimization.decay_norms,
-        )
+    optimization = recipe.optimization
+    quantization = recipe.quantization
+    scale_lr = optimization.lr
+    sizes = None
+    if quantization is not None:
+        scale_lr *= quantization.scale_lr_ratio
+        if quantization.scale_lr_unit == "scale":
+            sizes = scale_sizes
     return parameter_groups(
         model,
-        recipe.optimization.weight_decay,
-        recipe.optimization.lr * recipe.quantization.scale_lr_ratio,
-        decay_norms=recipe.optimization.decay_norms,
-        scale_sizes=scale_sizes
-        if recipe.quantization.scale_lr_unit == "scale"
-        else None,
+        optimization.weight_decay,
+        scale_lr,
+        decay_norms=optimization.decay_norms,
+        scale_sizes=sizes,
     )

@@ -20,24 +20,23 @@ def scale_scalars(
 
     Within a window disorder counts few flips and says nothing.
     """
-    found = {
-        name: getattr(seen, name).double().cpu().numpy()
-        for name in ("conflict", "cosine", "frozen")
-    }
+    by_name = {}
+    for name in ("conflict", "cosine", "frozen"):
+        by_name[name] = getattr(seen, name).double().cpu().numpy()
     is_weight = freezer.is_weight.cpu().numpy()
     if freezer.step % freezer.rule.window == 0:
         disorder = seen.disorder.double().cpu().numpy()
         comparisons = np.array(freezer.sizes, np.int64) * (freezer.rule.window - 1)
         below = beyond_threshold(disorder, comparisons, is_weight, freezer.rule)
-        heard = (disorder > 0) | (found["cosine"] != 0)
-        found |= {
-            "disorder": np.where(heard, disorder, np.nan),
-            "below_threshold": np.where(heard, below, np.nan),
-        }
-    values: dict[str, float | dict[str, float]] = _means(found, np.ones_like(is_weight))  # type: ignore[assignment]
+        has_gradient = (disorder > 0) | (by_name["cosine"] != 0)
+        by_name["disorder"] = np.where(has_gradient, disorder, np.nan)
+        by_name["below_threshold"] = np.where(has_gradient, below, np.nan)
+    everything = np.ones_like(is_weight)
+    values: dict[str, float | dict[str, float]] = {}
+    values.update(_means(by_name, everything))
     for group, members in (("weights", is_weight), ("activations", ~is_weight)):
         if members.any():
-            values[group] = _means(found, members)
+            values[group] = _means(by_name, members)
     return values
 
 
@@ -48,29 +47,28 @@ def beyond_threshold(
     rule: FreezeRule,
 ) -> NDArray[np.bool_]:
     """The freezer's own decision (..., scales), in its own float32 so that ties fall alike; False for NaN."""
-    plain = np.nan if rule.threshold is None else rule.threshold
-    threshold = np.where(
-        is_weight,
-        plain if rule.weight_threshold is None else rule.weight_threshold,
-        plain,
-    )
-    values, counts, limits = (
-        torch.from_numpy(x).float() for x in (disorder, comparisons, threshold)
-    )
-    return beyond(values, counts, limits, rule).numpy()
+    of_others = np.nan if rule.threshold is None else rule.threshold
+    of_weights = of_others
+    if rule.weight_threshold is not None:
+        of_weights = rule.weight_threshold
+    thresholds = np.where(is_weight, of_weights, of_others)
+    return beyond(
+        torch.from_numpy(disorder).float(),
+        torch.from_numpy(comparisons).float(),
+        torch.from_numpy(thresholds).float(),
+        rule,
+    ).numpy()
 
 
-def _means(found: dict[str, Floats], members: NDArray[np.bool_]) -> dict[str, float]:
+def _means(by_name: dict[str, Floats], members: NDArray[np.bool_]) -> dict[str, float]:
     """Means over `members`, NaN left out, to six significant digits; without those that are NaN throughout."""
-    kept = {
-        name: of_all[members][~np.isnan(of_all[members])]
-        for name, of_all in found.items()
-    }
-    return {
-        name: float(f"{values.mean():.6g}")
-        for name, values in kept.items()
-        if len(values)
-    }
+    means = {}
+    for name, of_all in by_name.items():
+        values = of_all[members]
+        values = values[~np.isnan(values)]
+        if len(values):
+            means[name] = float(f"{values.mean():.6g}")
+    return means
 
 
 def mean_scales(model: nn.Module) -> dict[str, float]:

@@ -192,12 +192,11 @@ def refined(norms: NDArray[np.float64], steps: int, power: int) -> NDArray[np.fl
 def _gradient_norms(optimization: Optimization) -> NDArray[np.float64]:
     assert optimization.refine_from is not None
     entry = "gradient_norm" if is_sgd(optimization.optimizer) else "gradient_l1_norm"
-    found = [
-        e[entry]
-        for e in RunFolder.open(optimization.refine_from).metrics()
-        if entry in e
-    ]
-    norms = np.array(found, np.float64)
+    logged = []
+    for line in RunFolder.open(optimization.refine_from).metrics():
+        if entry in line:
+            logged.append(line[entry])
+    norms = np.array(logged, np.float64)
     if len(norms) < 2 or not ((norms > 0) & np.isfinite(norms)).all():
         raise RecipeError(
             f"--refine-from {optimization.refine_from}: its metrics.jsonl holds no usable {entry}, "

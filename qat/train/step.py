@@ -110,19 +110,15 @@ class TrainingStep:
     def __post_init__(self) -> None:
         self.taken = 0
         self.device = next(self.own.parameters()).device
-        self.parameters: list[Parameter] = [
-            p for group in self.optimizer.param_groups for p in group["params"]
-        ]
+        self.parameters: list[Parameter] = []
+        for group in self.optimizer.param_groups:
+            self.parameters += group["params"]
         self.clipped = self.parameters
 
     def leave_unclipped(self, parameters: Sequence[Parameter]) -> None:
         """Clip all but these: adaptive clipping spares the classifier."""
         left_alone = {id(parameter) for parameter in parameters}
-        self.clipped = [
-            parameter
-            for parameter in self.parameters
-            if id(parameter) not in left_alone
-        ]
+        self.clipped = [p for p in self.parameters if id(p) not in left_alone]
 
     def __call__(self, images: Tensor, labels: Tensor, domains: Tensor) -> Outcome:
         """Take a step on images N_C_H_W, labels N and domains N."""
@@ -134,11 +130,9 @@ class TrainingStep:
         gradients, logits = self._run_objective(images, labels, domains)
         if self.combine is not None:
             self.combine(gradients, self.parameters, self.taken)
-        seen = (
-            self.freezer.mask(gradients, self.parameters)
-            if self.freezer is not None
-            else None
-        )
+        seen = None
+        if self.freezer is not None:
+            seen = self.freezer.mask(gradients, self.parameters)
         l1_norm = sum_of_magnitudes(self.parameters)
         norm = clip_gradients(self.parameters, self.clipped, self.clip, self.clip_mode)
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -147,12 +141,9 @@ class TrainingStep:
             self.schedule.step()
         if isinstance(self.loss, GroupDRO):
             self.loss.advance()
-        is_quantized = not paused(self.own)
-        swung = (
-            self.oscillation.update()
-            if self.oscillation is not None and is_quantized
-            else None
-        )
+        swung = None
+        if self.oscillation is not None and not paused(self.own):
+            swung = self.oscillation.update()
         self.taken += 1
         return Outcome(gradients.loss, logits, norm, l1_norm, rate, seen, swung)
 
@@ -160,55 +151,63 @@ class TrainingStep:
         self, images: Tensor, labels: Tensor, domains: Tensor
     ) -> tuple[Gradients, Tensor]:
         """Fill `.grad`; returns what the objective saw and the logits N_K of its first pass."""
-        over_domains = self.over_domains
-        passes = self.accumulate * (1 if over_domains is None else self.domains)
-        shared_momentum = (
-            shared_norm_momentum(self.own, passes) if passes > 1 else nullcontext()
-        )
-        seen_logits: list[Tensor] = []
-        with shared_momentum:
-            if over_domains is None:
-                closure = self._closure(images, labels, domains, seen_logits)
-                gradients = self.objective(
-                    closure, self.parameters, replay_of(self.own, self.device)
-                )
-                return gradients, seen_logits[0]
-            parts = [domains == domain for domain in range(self.domains)]
-            closures = [
-                self._closure(images[part], labels[part], domains[part], seen_logits)
-                for part in parts
-            ]
-            gradients = over_domains(closures, self.parameters)
-        order = torch.cat([part.nonzero().flatten() for part in parts]).argsort()
-        passes_of_a_domain = len(seen_logits) // self.domains
-        first_passes = seen_logits[::passes_of_a_domain]
-        return gradients, torch.cat(first_passes)[order]
+        passes = self.accumulate
+        if self.over_domains is not None:
+            passes *= self.domains
+        if passes == 1:
+            return self._run_passes(images, labels, domains)
+        with shared_norm_momentum(self.own, passes):
+            return self._run_passes(images, labels, domains)
+
+    def _run_passes(
+        self, images: Tensor, labels: Tensor, domains: Tensor
+    ) -> tuple[Gradients, Tensor]:
+        seen: list[Tensor] = []  # logits of every pass
+        if self.over_domains is None:
+            closure = self._closure(images, labels, domains, seen)
+            replay = replay_of(self.own, self.device)
+            gradients = self.objective(closure, self.parameters, replay)
+            return gradients, seen[0]
+        closures = []
+        positions = []
+        for domain in range(self.domains):
+            own = domains == domain
+            closures.append(self._closure(images[own], labels[own], domains[own], seen))
+            positions.append(own.nonzero().flatten())
+        gradients = self.over_domains(closures, self.parameters)
+        passes_of_a_domain = len(seen) // self.domains
+        first_passes = torch.cat(seen[::passes_of_a_domain])
+        return gradients, first_passes[torch.cat(positions).argsort()]
 
     def _closure(
         self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]
     ) -> Closure:
-        parts = microbatches(len(labels), self.accumulate)
-        order = torch.cat([torch.arange(len(labels))[part] for part in parts]).argsort()
+        """One forward and backward pass over the images, part by part; adds its logits to `seen`."""
+        count = len(labels)
+        parts = microbatches(count, self.accumulate)
 
         def closure() -> Tensor:
             logits: list[Tensor] = []
             losses: list[Tensor] = []
-            with weight_cache(self.own) if len(parts) > 1 else nullcontext():
-                for part in parts:
-                    is_last = part is parts[-1]
-                    with nullcontext() if is_last else self._without_exchange():
-                        found, loss = self._forward(
-                            images[part], labels[part], domains[part]
-                        )
-                        # A mean over all, of parts that may differ in size
-                        loss = loss * (len(found) / len(labels))
-                        self.precision.backward(loss)
-                    logits.append(found.detach())
-                    losses.append(loss.detach())
-            seen.append(torch.cat(logits)[order] if len(parts) > 1 else logits[0])
+            for part in parts:
+                is_last = part is parts[-1]
+                with nullcontext() if is_last else self._without_exchange():
+                    of_part, loss = self._forward(
+                        images[part], labels[part], domains[part]
+                    )
+                    # A mean over all, of parts that may differ in size
+                    loss = loss * (len(of_part) / count)
+                    self.precision.backward(loss)
+                logits.append(of_part.detach())
+                losses.append(loss.detach())
+            seen.append(in_order(logits, parts, count))
             return torch.stack(losses).sum()
 
-        return closure
+        def closure_with_cache() -> Tensor:
+            with weight_cache(self.own):
+                return closure()
+
+        return closure if len(parts) == 1 else closure_with_cache
 
     def _forward(
         self, images: Tensor, labels: Tensor, domains: Tensor
@@ -231,16 +230,19 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of its steps."""
-        return {
+        state: dict[str, Any] = {
             "taken": self.taken,
-            "freezer": None if self.freezer is None else self.freezer.state_dict(),
-            "oscillation": None
-            if self.oscillation is None
-            else self.oscillation.state_dict(),
-            "domain_weights": self.loss.weights
-            if isinstance(self.loss, GroupDRO)
-            else None,
+            "freezer": None,
+            "oscillation": None,
+            "domain_weights": None,
         }
+        if self.freezer is not None:
+            state["freezer"] = self.freezer.state_dict()
+        if self.oscillation is not None:
+            state["oscillation"] = self.oscillation.state_dict()
+        if isinstance(self.loss, GroupDRO):
+            state["domain_weights"] = self.loss.weights
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
@@ -259,11 +261,17 @@ def microbatches(images: int, count: int) -> list[slice]:
     return [slice(first, None, count) for first in range(min(count, max(images, 1)))]
 
 
+def in_order(logits: list[Tensor], parts: list[slice], count: int) -> Tensor:
+    """Logits N_K of a batch of `count` images in its order, from those of its microbatches."""
+    if len(parts) == 1:
+        return logits[0]
+    positions = [torch.arange(count)[part] for part in parts]
+    return torch.cat(logits)[torch.cat(positions).argsort()]
+
+
 def sum_of_magnitudes(parameters: list[Parameter]) -> Tensor:
     """L1 norm of the gradients, what the refined schedule of Adam-like optimizers goes by."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return (
-        torch.nn.utils.get_total_norm(gradients, norm_type=1.0)
-        if gradients
-        else torch.zeros(())
-    )
+    if not gradients:
+        return torch.zeros(())
+    return torch.nn.utils.get_total_norm(gradients, norm_type=1.0)

@@ -120,7 +120,7 @@ def test_a_missing_domain_and_strangers_are_reported(tmp_path: Path) -> None:
     assert list(inventory.problems()) == [
         "domains missing: cartoon; DomainBed seeds a domain's split by its place among all, so the splits here may differ "
         "from its own",
-        "folders that are no domain of PACS, left out: comics",
+        "folders that are not domains of PACS, left out: comics",
     ]
     row = next(line for line in str(inventory).splitlines() if "cartoon " in line)
     assert row.split() == ["cartoon", "0", "14", "0", "0", "14"]

@@ -218,7 +218,7 @@ REPORTS = [
         [
             "domains missing: painting; DomainBed seeds a domain's split by its place among all, so the splits here may "
             "differ from its own",
-            "folders that are no domain of DomainNet, left out: paintings",
+            "folders that are not domains of DomainNet, left out: paintings",
         ],
     ),
     (

@@ -128,7 +128,9 @@ def test_threshold_biases_decide_as_exact_fractions_do(weight_multiplier: int, g
     done, written = with_threshold_bias(layer, source, target)
     unit = (source.scale * done.stored_scale).astype(np.float64)
     for total in range(-fan_in * 15, fan_in * 15 + 1):
-        acc = np.where(np.isin(np.arange(channels), done.dead_channels), 0, total * weight_multiplier * source.gain)
+        acc = np.where(
+            np.isin(np.arange(channels), done.bias_only_channels), 0, total * weight_multiplier * source.gain
+        )
         decided = (acc + done.bias_codes) * np.sign(unit) >= 0
         real = (
             acc * (source.scale * (scale / np.float32(weight_multiplier))).astype(np.float64)
@@ -140,7 +142,7 @@ def test_threshold_biases_decide_as_exact_fractions_do(weight_multiplier: int, g
             np.rint((acc + done.bias_codes).astype(np.float32) * (unit / written.write_scale).astype(np.float32)) + 254
         )
         assert np.array_equal(np.clip(shown, 0, 254), 254 * decided)
-    assert done.dead_channels[:2] == (0, 1) and done.bits == 2  # no 1-bit code is 0
+    assert done.bias_only_channels[:2] == (0, 1) and done.bits == 2  # no 1-bit code is 0
 
 
 def test_code_thresholds_are_the_first_code_that_reaches() -> None:

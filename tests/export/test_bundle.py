@@ -15,7 +15,7 @@ import pytest
 from export import elsewhere, session
 from export.across import Elsewhere, certify_elsewhere, compared
 from export.bundle import origins, write_bundle
-from export.bundled.check import Found, verdict
+from export.bundled.check import Computed, verdict
 from export.certificate import certify
 from export.elsewhere import machines_of
 from export.lowered import ExportError
@@ -96,7 +96,7 @@ def test_differences_are_excused_by_floating_point_and_by_what_came_before() -> 
     expected = {"tensors": tensors, "answers": [1, 0], "logits": [[0.0, 1.0], [1.0, 0.0]], "output": "logits"}
 
     def judged(**digests: str) -> tuple[str, bool]:
-        found = Found(expected)
+        found = Computed(expected)
         found.logits = [np.array([0, 1], np.float32), np.array([1, 0], np.float32)]
         found.digests = {t["name"]: [t["sha256"][0], digests.get(t["name"], t["sha256"][1])] for t in tensors}
         lines, passed = verdict(expected, found)

@@ -228,7 +228,7 @@ def wide(bias_in_units: float) -> nn.Module:
 def test_a_large_bias_keeps_its_sums(bias: float, tmp_path: Path) -> None:
     model = wide(bias)
     lowered = lower_to_integers(model, IMAGES[:1])
-    assert not lowered.layers["second.weight"].dead_channels
+    assert not lowered.layers["second.weight"].bias_only_channels
     result = certificate(model, lowered, tmp_path)
     assert not result.fidelity.unexplained, str(result)
 
@@ -247,7 +247,7 @@ def test_a_channel_that_its_bias_alone_decides_keeps_only_that(tmp_path: Path) -
         for name in ("last_norm#batch_norm0", "#mul0", "#clip1"):
             quantizers(model)[name].raw_scale.mul_(1e-3)
     lowered = lower_to_integers(model, IMAGES[:1])
-    assert lowered.layers["second.weight"].dead_channels == (0,) and "only the bias decides" in lowered.notes[0]
+    assert lowered.layers["second.weight"].bias_only_channels == (0,) and "only the bias decides" in lowered.notes[0]
     assert not certificate(model, lowered, tmp_path).fidelity.unexplained
 
 

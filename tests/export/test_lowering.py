@@ -86,7 +86,7 @@ def test_a_silenced_channel_keeps_its_bias_alone() -> None:
     model.bn.weight.data[3] = 1e-30
     lowered = lower_to_integers(model, IMAGES)
     layer = lowered.layers["stem.weight"]
-    assert layer.dead_channels == (2, 3)
+    assert layer.bias_only_channels == (2, 3)
     assert not layer.codes[[2, 3]].any()
     unit = np.float32(lowered.quantizers["stem.input"].scale) * layer.stored_scale
     assert np.allclose((layer.bias_codes * unit)[[2, 3]], model.bn.bias.detach().numpy()[[2, 3]], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Tensors that are no images: sequences (N, C, L), and codes whose batch is not the first axis."""
+"""Tensors that are not images: sequences (N, C, L), and codes whose batch is not the first axis."""
 
 import numpy as np
 import onnx

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from qat.objectives.oscillation import Oscillation, damping, spread
+from qat.objectives.oscillation import Oscillation, damping, scale_over
 from qat.quantizers.lsq import LSQWeight
 from qat.quantizers.spec import QuantSpec
 from tests.narrow import gradient
@@ -111,7 +111,7 @@ def test_damping_against_numpy_pulls_to_the_grid_inside_and_not_outside(
     weight, quantizer = quantized(shape, bits=3, axis=axis, scale=0.2)
     value = damping([weight, weight], [quantizer, quantizer])
     value.backward()
-    w, s = weight.detach().double().numpy(), spread(quantizer, weight).double().numpy()
+    w, s = weight.detach().double().numpy(), scale_over(quantizer, weight).double().numpy()
     point = np.clip(np.rint(w / s), -4, 3) * s
     inside = (w > -4 * s) & (w < 3 * s)
     assert 0 < inside.mean() < 1

@@ -239,7 +239,7 @@ def test_an_operation_that_appears_later_raises_with_its_address() -> None:
 
 
 class Counted(TinyNet):
-    """Computes positions in integers, as token pools do: two integer tensors that meet are no join of the stream."""
+    """Computes positions in integers, as token pools do: two integer tensors that meet are not a merge."""
 
     def forward(self, x: Tensor) -> Tensor:
         row = torch.arange(x.shape[3])[None, :]

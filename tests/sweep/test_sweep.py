@@ -136,6 +136,20 @@ def test_submitit_runs_the_same_cells(tmp_path: Path, trained: Any) -> None:
     assert len(progress.done) == 2 and ran(sweep) == {"fp-photo-s0": 1, "lsq-4bit-photo-s0": 1}
 
 
+def test_a_grid_begun_before_a_flag_existed_goes_on(tmp_path: Path, trained: Any) -> None:
+    sweep = sweep_of(tmp_path)
+    trained()
+    run_sweep(sweep, say=lambda line: None)
+    for cell in sweep.cells():
+        file = sweep.out / cell.name / engine.CELL
+        values = json.loads(file.read_text())
+        del values["mixup"]
+        file.write_text(json.dumps(values))
+    before = ran(sweep)
+    run_sweep(sweep, say=lambda line: None)
+    assert ran(sweep) == before
+
+
 def test_a_changed_grid_is_refused_before_anything_runs(tmp_path: Path, trained: Any) -> None:
     trained()
     run_sweep(sweep_of(tmp_path, seeds=(0,)), say=lambda line: None)

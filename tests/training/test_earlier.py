@@ -25,6 +25,10 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+# Flags that came later, which neither recipe.json nor a checkpoint of then has
+LATER = ("label_smoothing", "mixup", "trackers", "input_scales", "edges")
+
+
 def as_before(folder: Path) -> None:
     """Give every file the names that it had: written out here, by hand, as they stand in a folder of version 0.1."""
     text = (folder / "recipe.json").read_text()
@@ -33,6 +37,8 @@ def as_before(folder: Path) -> None:
         text = text.replace(f'"{now}"', f'"{then}"')
     recipe = json.loads(text)
     recipe["step_lr_unit"] = "step"
+    for name in LATER:
+        recipe.pop(name)
     (folder / "recipe.json").write_text(json.dumps(recipe))
     log = (folder / "metrics.jsonl").read_text()
     assert '"scales": {' in log
@@ -45,6 +51,8 @@ def as_before(folder: Path) -> None:
         if "recipe" in state:
             state["recipe"] = {key.replace("scale_lr", "step_lr"): value for key, value in state["recipe"].items()}
             state["recipe"]["step_lr_unit"] = "step"
+            for name in LATER:
+                state["recipe"].pop(name)
         torch.save(state, folder / name)
 
 
