@@ -206,6 +206,9 @@ class Sweep:
     """Where cells run: processes of this machine, or jobs of submitit."""
     table_only: bool = False
     """Run nothing; write the table of what is done."""
+    target: str | None = None
+    """Also export the first finished cell of every quantized row for this target, measure its size and latency, once, for
+    the report."""
 
 
 @dataclass(frozen=True)
@@ -459,6 +462,11 @@ def _sweep(command: Sweep) -> int:
         )
         say(progress)
         code = 1 if progress.failed or progress.left else 0
+    if command.target is not None:
+        from qat.deploy import measure_sweep
+
+        for name, reason in measure_sweep(sweep, command.target).items():
+            say(f"{name}: not measured: {reason}")
     table, report = write_tables(sweep)
     say(f"\n{table.markdown()}\n{report}")
     return code

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from export.lowered import LoweredModel
     from export.metadata import Preprocessing
     from qat.analysis.compare import Comparison, Measured
+    from qat.sweep.spec import Sweep
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
@@ -121,11 +122,11 @@ def bundle_run(run: Path, model: Path, out: Path, images: int = 16) -> Path:
         raise ExportError(
             f"{model}: a file of target {target.name} has no one arithmetic that a bundle could prove"
         )
+    samples = RunFolder.open(run).samples()
     lowered = lowered_for(run, model)
     if different := compare_stored(lowered, proto):
         layer, what = next(iter(different.items()))
         raise ExportError(f"{model}: is not a file of {run}: layer {layer!r}: {what}")
-    samples = RunFolder.open(run).samples()
     make_folder(out.parent)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
         folder = Path(place) / "bundle"
@@ -193,13 +194,14 @@ def certificate_of(
     from qat.train.loaders import samples_of_test
 
     machines = machines_of(on)
-    lowered = lowered_for(run, model)
     folder, recipe, built = load_run(run)
+    # Before the net is lowered, which takes most of the time
     samples = (
         folder.samples()
         if images is None
         else samples_of_test(split_of(recipe, data_root), recipe, built, images)
     )
+    lowered = lowered_for(run, model)
 
     def trained(
         images: NDArray[np.float32],
@@ -371,6 +373,24 @@ def measure_run(run: Path, model: Path) -> list[Latency]:
         folder / "latency.json", [dataclasses.asdict(entry) for entry in latencies]
     )
     return latencies
+
+
+def measure_sweep(sweep: Sweep, target: str) -> dict[str, str]:
+    """Export and measure the first finished cell of every quantized row of `sweep` that has none measured; returns the cells
+    that have no file for `target`, and why."""
+    from qat.sweep.report import finished_cells
+
+    left: dict[str, str] = {}
+    for cells in finished_cells(sweep).values():
+        run = sweep.out / cells[0].name
+        is_measured = (run / "latency.json").exists()
+        if cells[0].recipe.quantization is None or is_measured:
+            continue
+        try:
+            measure_run(run, export_run(run, target))
+        except ValueError as error:  # ExportError is one
+            left[cells[0].name] = str(error)
+    return left
 
 
 def write_report(

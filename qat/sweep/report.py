@@ -7,12 +7,15 @@ import numpy as np
 
 import qat
 from edgeqat.extras import require
-from edgeqat.files import write_text
+from edgeqat.files import read_json, write_text
+from qat.analysis.hardest import HardImage, hardest_images
 from qat.domains.selection import mean_and_standard_error
+from qat.runs.parts import RecipeError
+from qat.runs.recipe import KNOWN
 from qat.runs.records import results_of
 from qat.runs.run_folder import RunFolder
-from qat.sweep.spec import Sweep
-from qat.sweep.table import Table, table_of
+from qat.sweep.spec import Cell, Sweep
+from qat.sweep.table import RowKey, Table, table_of
 
 
 def write_tables(sweep: Sweep) -> tuple[Table, Path]:
@@ -46,7 +49,92 @@ def _html(sweep: Sweep, table: Table) -> str:
         tests=table.tests(),
         runs=_runs(sweep),
         bars=_bars(table),
+        frontier=_frontier(sweep, table),
+        disorder=_disorder(sweep),
+        hardest=_hardest(sweep),
     )
+
+
+def finished_cells(sweep: Sweep) -> dict[RowKey, list[Cell]]:
+    """The cells with results, by the row of the table that they are in."""
+    found: dict[RowKey, list[Cell]] = {}
+    for cell in sweep.cells():
+        if (sweep.out / cell.name / "results.json").exists():
+            found.setdefault((cell.method, cell.bits, cell.preset), []).append(cell)
+    return found
+
+
+def _frontier(sweep: Sweep, table: Table) -> Any:
+    """Size, accuracy and latency of the rows of which a cell has been measured; None where none has."""
+    from markupsafe import Markup
+
+    from qat.analysis.figures import size_accuracy_latency
+
+    rows: list[dict[str, Any]] = []
+    accuracy: dict[str, float] = {}
+    measured: dict[RowKey, list[dict[str, Any]]] = {}  # in full precision, quantized
+    for key, cells in finished_cells(sweep).items():
+        file = sweep.out / cells[0].name / "latency.json"
+        if file.exists():
+            measured[key] = read_json(file)
+    for row in table.rows:
+        averages = row.averages(table.targets)
+        files = measured.get(row.key)
+        if files is not None:
+            found = files[-1]
+        elif KNOWN[row.key[0]].quantization is None and measured:
+            found = next(iter(measured.values()))[0]
+        else:
+            continue
+        if averages:
+            rows.append(found | {"name": row.name})
+            accuracy[row.name] = mean_and_standard_error(averages)[0]
+    if not rows:
+        return None
+    return Markup(size_accuracy_latency(rows, accuracy))
+
+
+def _disorder(sweep: Sweep) -> list[tuple[str, Any]]:
+    """(cell, figure) of the first cell of every row that kept a scale log."""
+    from markupsafe import Markup
+
+    from qat.analysis.scale_figures import disorder_curves
+    from qat.analysis.scale_view import open_view
+
+    figures = []
+    for cells in finished_cells(sweep).values():
+        path = sweep.out / cells[0].name
+        if not (path / "scales.json").exists():
+            continue
+        try:
+            view = open_view(path)
+        except RecipeError:  # a run of one step
+            continue
+        figures.append((cells[0].name, Markup(disorder_curves(view))))
+    return figures
+
+
+def _hardest(sweep: Sweep) -> list[tuple[str, str, list[HardImage]]]:
+    """For every target (its name, why there are no images, images that most cells answer wrongly).
+
+    Cells of one target and one split of it are taken together, those of the first seed."""
+    found = []
+    for target in sweep.targets:
+        of_target = []
+        for cells in finished_cells(sweep).values():
+            of_target += [c for c in cells if c.target == target]
+        if not of_target:
+            continue
+        trial = of_target[0].recipe.images.trial_seed
+        folders = []
+        for cell in of_target:
+            if cell.recipe.images.trial_seed == trial:
+                folders.append(RunFolder.open(sweep.out / cell.name))
+        try:
+            found.append((target, "", hardest_images(folders)))
+        except RecipeError as error:
+            found.append((target, str(error), []))
+    return found
 
 
 def _runs(sweep: Sweep) -> list[dict[str, Any]]:

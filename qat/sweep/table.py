@@ -1,5 +1,6 @@
 """The table of a sweep: a row for each method, bits and preset; a column for each target; paired tests between rows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ RowKey = tuple[str, int | None, str]
 Place = tuple[str, int]  # target and seed
 # Below so many pairs every assignment of signs is counted, above it this many are drawn
 EXACT_PAIRS, DRAWS = 14, 20_000
+NORMAL_95 = (
+    1.96  # standard deviations to either side that hold 95 % of a normal distribution
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Test:
-    """A paired comparison. difference: mean of first − second over pairs, in points; p: two-sided, by random signs."""
+    """A paired comparison of two rows, in points.
+
+    difference: mean of first − second over pairs. spread: standard deviation of the pairs' differences. p: two-sided, by
+    random signs.
+    """
 
     first: str
     second: str
     pairs: int
     difference: float
+    spread: float
     p: float
+
+    @property
+    def pairs_for_one_point(self) -> int:
+        """Pairs from which the mean's 95 % interval reaches one point to either side, at this spread: (1.96 · spread)²."""
+        return max(2, math.ceil((NORMAL_95 * self.spread) ** 2))
 
 
 @dataclass(frozen=True)
@@ -124,11 +138,20 @@ class Table:
                 pairs = [first.accuracy[k] - second.accuracy[k] for k in shared]
                 points = 100 * np.array(pairs)
                 mean, p = float(points.mean()), sign_test(points)
-                found.append(Test(first.name, second.name, len(points), mean, p))
+                spread = float(points.std(ddof=1))
+                found.append(
+                    Test(first.name, second.name, len(points), mean, spread, p)
+                )
         return found
 
 
-TEST_HEADER = ["paired over targets and seeds", "difference, points", "n", "p"]
+TEST_HEADER = [
+    "paired over targets and seeds",
+    "difference, points",
+    "pairs",
+    "p",
+    "pairs for ± 1 point",
+]
 
 
 def table_of(sweep: Sweep) -> Table:
@@ -195,7 +218,13 @@ def _with_error(values: list[float]) -> str:
 
 def _test_entries(test: Test) -> list[str]:
     names = f"{test.first} − {test.second}"
-    return [names, f"{test.difference:+.2f}", str(test.pairs), f"{test.p:.3f}"]
+    return [
+        names,
+        f"{test.difference:+.2f}",
+        str(test.pairs),
+        f"{test.p:.3f}",
+        str(test.pairs_for_one_point),
+    ]
 
 
 def _bars(entries: Sequence[str]) -> str:

@@ -191,6 +191,11 @@ def test_the_table_has_means_and_standard_errors_over_seeds(tmp_path: Path, trai
     ]
     (test,) = table.tests()
     assert test.pairs == 6 and test.difference == pytest.approx(sum(difference) / 6)
+    variance = sum((value - test.difference) ** 2 for value in difference) / 5
+    assert test.spread == pytest.approx(variance**0.5)
+    # At so many pairs of this spread the interval is one point to either side, at one fewer it is more
+    interval = [1.96 * (variance / count) ** 0.5 for count in (test.pairs_for_one_point, test.pairs_for_one_point - 1)]
+    assert interval[0] <= 1 < interval[1]
     assert (sweep.out / "table.csv").read_text().count("\n") == 13 and "lsq 4 bit" in (
         sweep.out / "table.tex"
     ).read_text()

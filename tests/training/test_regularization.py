@@ -68,7 +68,9 @@ def test_mixup_mixes_every_image_with_its_mirror_in_the_batch(count: int) -> Non
 
 def test_mixup_follows_from_seed_and_step_and_leaves_generators_alone() -> None:
     images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 1])
-    drawn = [float(Mixup(1.0, 3, seed)(images, labels, step)[1][0, 0]) for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    drawn = [
+        float(Mixup(1.0, 3, seed)(images, labels, step)[1][0, 0]) for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
     assert drawn[0] == drawn[3] and len(set(drawn)) == 3
     before = torch.get_rng_state()
     Mixup(1.0, 3, 0)(images, labels, 5)
@@ -88,7 +90,13 @@ def test_randaugment_changes_images_by_torchs_generator_alone() -> None:
 
 
 def test_a_run_with_all_of_them_differs_from_one_without_and_resumes_to_the_same(tmp_path: Path) -> None:
-    flags = TINY | {"mixup": 0.3, "label_smoothing": 0.1, "augmentation": "randaugment", "steps": 4, "evaluate_every": 2}
+    flags = TINY | {
+        "mixup": 0.3,
+        "label_smoothing": 0.1,
+        "augmentation": "randaugment",
+        "steps": 4,
+        "evaluate_every": 2,
+    }
     whole = run(recipe_of("fp", **flags, out=tmp_path / "whole"), DOMAINS)
     plain = run(recipe_of("fp", **(flags | {"mixup": 0.0}), out=tmp_path / "plain"), DOMAINS)
     run(recipe_of("fp", **(flags | {"steps": 2}), schedule="constant", out=tmp_path / "half"), DOMAINS)
@@ -158,7 +166,7 @@ def test_a_service_that_is_not_installed_is_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "get_available_trackers", lambda: ["tensorboard"])
-    with pytest.raises(RecipeError, match="--trackers comet_ml: comet-ml is not installed.*pip install comet-ml"):
+    with pytest.raises(RecipeError, match=r"--trackers comet_ml: comet-ml is not installed.*pip install comet-ml"):
         run(recipe_of("fp", **TINY, trackers=("comet_ml",), out=tmp_path / "run"), DOMAINS)
     assert not (tmp_path / "run").exists()
 
