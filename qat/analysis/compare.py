@@ -29,7 +29,7 @@ Predictions = Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
 @dataclass(frozen=True)
 class Row:
     """One group of images. Accuracies and `drop` in percent; `beyond`: bootstrap probability that the drop does not exceed
-    the allowance; `mcnemar`: two-sided p-value that both are equally often right."""
+    the allowance; `mcnemar`: two-sided p-value that both are equally often right; `gated`: whether it may fail the gate."""
 
     name: str
     images: int
@@ -38,6 +38,7 @@ class Row:
     beyond: float
     mcnemar: float
     failed: bool
+    gated: bool
 
     @property
     def drop(self) -> float:
@@ -52,6 +53,11 @@ class Comparison:
     rows: tuple[Row, ...]
     max_drop: float
     alpha: float
+
+    @property
+    def gated(self) -> tuple[Row, ...]:
+        """The rows that may fail: the source domains together, and the target."""
+        return tuple(row for row in self.rows if row.gated)
 
     @property
     def passed(self) -> bool:
@@ -309,6 +315,7 @@ def _row(
         within,
         mcnemar(lost, won),
         failed,
+        gate,
     )
 
 
