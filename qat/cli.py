@@ -157,6 +157,8 @@ class Report:
     """Full-precision run folder to show beside it; by default the run it started from."""
     beside: tuple[Path, ...] = ()
     """More run folders of the same test domain, shown side by side with this one."""
+    max_drop: float = 1.0
+    """Percentage points of accuracy that the verdict allows against the baseline."""
 
 
 @dataclass(frozen=True)
@@ -404,8 +406,8 @@ def execute(command: Any) -> int:
             return _compare(command)
         case Ensemble():
             return _ensemble(command)
-        case Report(run, baseline, beside):
-            say(deploy.write_report(run, baseline, beside))
+        case Report(run, baseline, beside, max_drop):
+            say(deploy.write_report(run, baseline, beside, max_drop))
         case Inspect():
             return _inspect(command)
         case Explain(run, name):

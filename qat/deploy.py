@@ -394,11 +394,15 @@ def measure_sweep(sweep: Sweep, target: str) -> dict[str, str]:
 
 
 def write_report(
-    run: Path, baseline: Path | None = None, beside: Sequence[Path] = ()
+    run: Path,
+    baseline: Path | None = None,
+    beside: Sequence[Path] = (),
+    max_drop: float = 1.0,
 ) -> Path:
     """Write `report.html` into the run folder, from what the folder holds; returns its path.
 
-    beside: more runs to show side by side. Raises RecipeError when they or the baseline were tested on another domain.
+    beside: more runs to show side by side. max_drop: percentage points that the verdict allows against the baseline.
+    Raises RecipeError when they or the baseline were tested on another domain.
     """
     from qat.analysis.report import render
 
@@ -411,6 +415,7 @@ def write_report(
         folder,
         RunFolder.open(baseline) if baseline else None,
         [RunFolder.open(other) for other in beside],
+        max_drop,
     )
     write_text(path, html)
     return path

@@ -73,7 +73,7 @@ def quickstart(flags: Quickstart) -> int:
     latencies = measure_run(quantized.path, model)
     say("5/5  comparing and reporting")
     comparison = compare_runs(baseline.path, quantized.path, flags.max_drop)
-    report = write_report(quantized.path)
+    report = write_report(quantized.path, max_drop=flags.max_drop)
     say(f"\n{certificate}\n\n{comparison}\n")
     fp32, small = latencies
     say(f"size     {fp32.size / 1e6:.2f} MB -> {small.size / 1e6:.2f} MB ({small.size / fp32.size:.1%})")

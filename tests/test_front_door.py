@@ -218,15 +218,3 @@ def test_every_extra_is_in_the_project_file() -> None:
         names = [re.split(r"[<>=\[]", entry)[0].replace("-", "_") for entry in project[extra]]
         assert library in names, f"{library} is not in extra {extra}"
     assert {"train", "report", "brevitas", "export", "all"} <= project.keys()
-
-
-def test_the_loop_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text.split("## Your own model, your own loop")[1], re.S)
-    assert len(blocks[0].strip().splitlines()) <= 15 + 4  # the loop itself is four lines
-    names: dict[str, Any] = {"torch": torch, "example": X, "loader": DataLoader(TensorDataset(X, Y), batch_size=4)}
-    exec(blocks[0], names | {"model": with_random_norms(TinyNet())})
-    assert (tmp_path / "model.onnx").exists()
-    rules = blocks[1].replace('"conv1"', '"stem"').replace('["fc"]', '["head"]').replace("layer1.0#add0", "block#add0")
-    exec(rules, {"qat": qat, "example": X, "model": with_random_norms(TinyNet())})

@@ -32,7 +32,7 @@ Predictions = Mapping[str, Answers]
 @dataclass(frozen=True)
 class Row:
     """One group of images. Accuracies and `drop` in percent; `beyond`: bootstrap probability that the drop does not exceed
-    the allowance; `mcnemar`: two-sided p-value that both are equally often right."""
+    the allowance; `mcnemar`: two-sided p-value that both are equally often right; `gated`: whether it may fail the gate."""
 
     name: str
     images: int
@@ -41,6 +41,7 @@ class Row:
     beyond: float
     mcnemar: float
     failed: bool
+    gated: bool
 
     @property
     def drop(self) -> float:
@@ -55,6 +56,11 @@ class Comparison:
     rows: tuple[Row, ...]
     max_drop: float
     alpha: float
+
+    @property
+    def gated(self) -> tuple[Row, ...]:
+        """The rows that may fail: the source domains together, and the target."""
+        return tuple(row for row in self.rows if row.gated)
 
     @property
     def passed(self) -> bool:
@@ -316,6 +322,7 @@ def _row(
         beyond=within,
         mcnemar=mcnemar(lost, won),
         failed=gate and within < alpha,
+        gated=gate,
     )
 
 

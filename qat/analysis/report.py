@@ -16,9 +16,15 @@ from edgeqat.files import read_json
 from edgeqat.terminal import printable
 from qat import __version__
 from qat.analysis import figures, scale_figures
-from qat.analysis.compare import require_same_classes
+from qat.analysis.compare import (
+    Comparison,
+    Predictions,
+    compare_predictions,
+    require_same_classes,
+)
 from qat.analysis.inspection import conflicted, threshold_text
 from qat.analysis.scale_view import open_view
+from qat.analysis.verdict import class_accuracies, class_losses_of, judge
 from qat.quantizers.contract import Quantizer
 from qat.runs.build import load_run
 from qat.runs.parts import RecipeError
@@ -40,19 +46,25 @@ from qat.train.scale_scalars import mean_scales
 
 HISTOGRAMS = 4
 MOST_CONFLICTED = 10
+MOST_CLASSES = 12
 
 TEMPLATE = "report.html.j2"
+MAX_DROP = 1.0  # percentage points
 
 
 def render(
-    folder: RunFolder, baseline: RunFolder | None, beside: Sequence[RunFolder] = ()
+    folder: RunFolder,
+    baseline: RunFolder | None,
+    beside: Sequence[RunFolder] = (),
+    max_drop: float = MAX_DROP,
 ) -> str:
     """The page as text. What the folder does not hold (scale log, certificate, latency) is left out.
 
     beside: more runs, shown side by side with this one and the baseline. Raises RecipeError when any of them was tested on
     another domain, or is not finished.
+    max_drop: percentage points that the verdict allows against the baseline.
     """
-    _, _, built = load_run(folder.path)
+    _, recipe, built = load_run(folder.path)
     results = results_of(folder)
     baseline_results = None if baseline is None else results_of(baseline)
     baselines = [] if baseline is None else [baseline]
@@ -61,8 +73,24 @@ def render(
     recipe_values = read_json(folder / "recipe.json")
     require(recipe_values, RECIPE, folder / "recipe.json")
     latencies = optional(folder, "latency.json", LATENCIES) or []
+    certificate = optional(folder, "certificate.json", CERTIFICATE)
+    pairs = _predictions(folder, baseline)
+    classes = results.get("classes") or ()
+    losses_by_class: Sequence[str] = ()
+    if pairs is not None:
+        losses_by_class = class_losses_of(*pairs, results["test_domain"], classes)
+    verdict = judge(
+        results,
+        recipe_values,
+        _comparison(pairs, results, max_drop),
+        certificate,
+        latencies,
+        built.table.float_share if built.table else None,
+        losses_by_class,
+    )
+    method = " ".join([recipe_values["method"], *recipe.precision.split()])
     page: dict[str, Any] = {
-        "title": f"{recipe_values['backbone']} · {recipe_values['method']} · target {results['test_domain']}",
+        "title": f"{recipe_values['backbone']} · {method} · target {results['test_domain']}",
         "version": __version__,
         "recipe": recipe_values,
         "recipe_text": json.dumps(recipe_values, indent=2),
@@ -72,10 +100,13 @@ def render(
         "beside": None,
         "latencies": latencies,
         "latency_figure": "",
-        "certificate": optional(folder, "certificate.json", CERTIFICATE),
+        "certificate": certificate,
+        "verdict": verdict,
         "table": str(built.table) if built.table else "",
     }
     page |= _curves(folder, baseline)
+    colours = _colours(baseline)
+    page["class_figure"] = _class_figure(pairs, results, colours)
     page |= _pictures_of_model(folder, built.model)
     if beside:
         page["beside"] = _side_by_side([*baselines, folder, *beside])
@@ -90,15 +121,19 @@ def render(
 def _curves(folder: RunFolder, baseline: RunFolder | None) -> dict[str, Markup]:
     """Accuracy and loss of the run, beside those of its baseline if it has one."""
     runs = {"this run": folder}
-    colours = [figures.RUN]
     if baseline is not None:
         runs = {"full precision": baseline, "this run": folder}
-        colours = [figures.BASELINE, figures.RUN]
+    colours = _colours(baseline)
     losses = figures.loss_curves(_metrics(runs), colours)
     return {
         "accuracy_figure": _accuracy_figure(runs, colours),
         "loss_figure": Markup(losses),
     }
+
+
+def _colours(baseline: RunFolder | None) -> list[str]:
+    """Of the baseline, if there is one, and of the run."""
+    return [figures.RUN] if baseline is None else [figures.BASELINE, figures.RUN]
 
 
 def _pictures_of_model(folder: RunFolder, model: nn.Module) -> dict[str, Any]:
@@ -124,6 +159,48 @@ def _metrics(runs: Mapping[str, RunFolder]) -> dict[str, list[dict[str, Any]]]:
     for name, run in runs.items():
         metrics[name] = metrics_of(run)
     return metrics
+
+
+def _predictions(
+    folder: RunFolder, baseline: RunFolder | None
+) -> tuple[Predictions, Predictions] | None:
+    """Those of the baseline and of the run; None where there is no baseline, or other images were tested."""
+    if baseline is None:
+        return None
+    first, second = baseline.predictions(), folder.predictions()
+    if first.keys() != second.keys():
+        return None
+    for name in first:
+        if not np.array_equal(first[name][1], second[name][1]):
+            return None
+    return first, second
+
+
+def _comparison(
+    pairs: tuple[Predictions, Predictions] | None,
+    results: Mapping[str, Any],
+    max_drop: float,
+) -> Comparison | None:
+    if pairs is None:
+        return None
+    return compare_predictions(*pairs, results["test_domain"], max_drop)
+
+
+def _class_figure(
+    pairs: tuple[Predictions, Predictions] | None,
+    results: Mapping[str, Any],
+    colours: Sequence[str],
+) -> Markup:
+    """Accuracy per class on the target; empty without a baseline, and for more classes than a picture can name."""
+    classes = results.get("classes") or ()
+    domain = results["test_domain"]
+    if pairs is None or not 0 < len(classes) <= MOST_CLASSES or domain not in pairs[0]:
+        return Markup("")
+    percents = {}
+    for name, predictions in zip(("full precision", "this run"), pairs, strict=True):
+        found = class_accuracies(predictions, domain, len(classes))
+        percents[name] = [0.0 if value is None else value for value in found]
+    return Markup(figures.accuracy_bars(classes, percents, colours))
 
 
 def _shown(value: Any) -> Any:
