@@ -209,7 +209,7 @@ def differing_tensors(
     wrong = []
     in_float = []
     after = []
-    differing = set()
+    differing: set[str] = set()
     for tensor in expected["tensors"]:
         name = tensor["name"]
         count = 0

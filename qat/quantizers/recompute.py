@@ -72,7 +72,7 @@ def remember(
 ) -> None:
     """Note on `out` that it is x quantized."""
     before = origin_of(x)
-    quantizations = ((Kept(raw_scale), grid),)
+    quantizations: tuple[tuple[Kept, Grid], ...] = ((Kept(raw_scale), grid),)
     if before is None:
         origin = Origin(Kept(x), quantizations, quantize)
     else:

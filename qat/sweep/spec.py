@@ -27,7 +27,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qat.domains.hyperparameters import hyperparameters
 from qat.domains.selection import ORACLE, TRAINING_DOMAIN, SelectionRule
@@ -150,7 +150,9 @@ class Sweep:
         """Hyper-parameters of draw `draw` that the method has; its own for draw 0."""
         if draw == 0:
             return {}
-        algorithm = "erm" if KNOWN[method].sharpness is None else "sagm"
+        algorithm: Literal["erm", "sagm"] = "sagm"
+        if KNOWN[method].sharpness is None:
+            algorithm = "erm"
         drawn = hyperparameters(draw, algorithm=algorithm, trial_seed=seed)
         return _known_of(KNOWN[method], drawn)
 
