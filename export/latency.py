@@ -39,6 +39,37 @@ def compare(
     threads: of every file, or by name. The speed-up is the median of the per-round ratios: both terms of a ratio are
     measured milliseconds apart.
     """
+    times = interleaved(models, images, threads=threads, rounds=rounds, warmup=warmup)
+    baseline = next(iter(times))
+    return [
+        Latency(
+            name,
+            float(np.median(taken)),
+            float(np.percentile(taken, 95)),
+            models[name].ByteSize(),
+            speedup(times, name, baseline),
+        )
+        for name, taken in times.items()
+    ]
+
+
+def speedup(times: Mapping[str, NDArray[np.float64]], name: str, over: str) -> float:
+    """How many times faster than `over` the file `name` is: the median of the ratios of each round of `interleaved`."""
+    return float(np.median(times[over] / times[name]))
+
+
+def interleaved(
+    models: Mapping[str, onnx.ModelProto],
+    images: NDArray[np.float32],
+    *,
+    threads: int | Mapping[str, int] = 1,
+    rounds: int = 50,
+    warmup: int = 5,
+) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of every file in each of `rounds` rounds, in which the files take turns; by name, float64 (rounds,).
+
+    images: one batch. threads: of every file, or by name. warmup: rounds before those that count.
+    """
     counts = dict.fromkeys(models, threads) if isinstance(threads, int) else threads
     loaded = {}
     times: dict[str, list[float]] = {}
@@ -54,15 +85,4 @@ def compare(
             file.run(images)
             if turn >= warmup:
                 times[name].append((time.perf_counter() - began) * 1e3)
-    baseline = np.array(next(iter(times.values())))
-    latencies = []
-    for name, measured in times.items():
-        latency = Latency(
-            name=name,
-            median_ms=float(np.median(measured)),
-            p95_ms=float(np.percentile(measured, 95)),
-            size=models[name].ByteSize(),
-            speedup=float(np.median(baseline / np.array(measured))),
-        )
-        latencies.append(latency)
-    return latencies
+    return {name: np.array(taken) for name, taken in times.items()}
