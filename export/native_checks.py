@@ -58,14 +58,31 @@ OPERATORS: dict[str, Operator] = {
         2,
         1 + MOST_TABLES,
     ),
+    "QMul": Operator(
+        (("first factor", BYTES), ("second factor", BYTES), ("tables", BYTES)),
+        2,
+        1 + MOST_TABLES,
+    ),
+    "QLayerNorm": Operator(
+        (
+            ("codes", BYTES),
+            ("gain", FLOATS),
+            ("shift", FLOATS),
+            ("tables", BYTES),
+        ),
+        3,
+        1 + MOST_TABLES,
+    ),
     "QTables": Operator(_POOL, 2, MOST_TABLES),
     "QImage": Operator((("images", FLOATS),), 1, 1),
 }
+OF_ANY_RANK = ("QAdd", "QMul", "QLayerNorm", "QTables")
 WINDOWED = ("QConv", "QConvFloat", "QMaxPool", "QAveragePool")
 # Attribute -> its possible numbers, wherever it stands.
 RANGES = {
     "bits": range(1, 9), "carry": range(1, 128), "channels_in": range(1, 1 << 20), "channels_out": range(1, 1 << 20),
     "groups": range(1, 1 << 20), "x_zero": BYTE, "x_high": range(1, 256), "y_zero": BYTE, "y_low": BYTE, "y_high": BYTE,
+    "a_zero": BYTE, "b_zero": BYTE,
     "sum_low": BYTE, "sum_high": BYTE, "one_bit": FLAG, "threshold": FLAG, "other_first": FLAG, "count_include_pad": FLAG,
     "rank": range(1, 9), "out_h": range(1, 1 << 16), "out_w": range(1, 1 << 16),
     **{f"{what}_{axis}": WINDOW for what in ("kernel", "stride", "dilation") for axis in "hw"},
@@ -121,9 +138,8 @@ def native_outputs(
             )
     numbers = {a.name: a.i for a in node.attribute if a.type == AttributeProto.INT}
     shape = types[node.input[0]][1]
-    rank = {"QGemm": 2, "QGemmFloat": 2, "QAdd": len(shape), "QTables": len(shape)}.get(
-        node.op_type, 4
-    )
+    ranks = {"QGemm": 2, "QGemmFloat": 2} | dict.fromkeys(OF_ANY_RANK, len(shape))
+    rank = ranks.get(node.op_type, 4)
     if len(shape) != rank:
         raise ExportError(
             f"{where}: its input {node.input[0]!r} has {len(shape)} axes, not {rank}"
