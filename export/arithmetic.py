@@ -8,11 +8,14 @@ The definition says how results become codes:
     global pool    q = clip(rint(fp32(sum of centred codes) · fp32(s_x / (s_y · n))) + z, low, high)
     average pool   q = clip(rint((((x_1 + x_2) + x_3) + ...) / n / s_y + z)), x = fp32((q_x - z_x) · s_x), row by row
     one bit        q = 254 where acc + bias >= 0 (<= 0 where m < 0), or where a code reaches its threshold, else 0
+    layer norm     q = clip(rint(fp32(d) · r · g + h) + z, low, high), edgeqat's kernels alone (export/norms.py);
+                   d = n q - Σq, r = fp32(1 / sqrt(n Σq² - (Σq)² + e)) in float64, e = fp32(epsilon n² / s_x²),
+                   g = fp32(gain / s_y), h = fp32(shift / s_y)
     requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
 
 acc is the exact integer sum; all multipliers are float32; rint rounds half to even. `terms_of_sum`, `ratio_of_product`,
-`multiplier_of_mean` and `requantized` are what all that compute or write it share: `export/reference.py` runs it on whole
-nets, `export/native_graph.py` writes it into files.
+`multiplier_of_mean`, `terms_of_norm` and `requantized` are what all that compute or write it share: `export/reference.py`
+runs it on whole nets, `export/native_graph.py` writes it into files.
 
 The ONNX Runtime builds for x86, 64-bit ARM and WebAssembly give the same integer sums for a layer and requantize them
 alike, but they differ in sums, products, requantizations and pools of codes: in the order of additions, in whether a
@@ -110,6 +113,43 @@ def multiplier_of_mean(
 ) -> np.float32:
     """What the definition multiplies a sum of `count` centred codes with: fp32(s_x / fp32(s_y · n))."""
     return one(source.scale / one(out.scale * one(count)))
+
+
+class TermsOfNorm(NamedTuple):
+    """What the definition of a layer norm computes with, float32: epsilon for the integer variance, gain and shift (n,)."""
+
+    epsilon: np.float32
+    gain: Floats
+    shift: Floats
+
+
+def terms_of_norm(
+    gain: Floats,
+    shift: Floats,
+    epsilon: float,
+    source: LoweredQuantizer,
+    out: LoweredQuantizer,
+) -> TermsOfNorm:
+    """The trained gain and shift in units of the output's scale, and epsilon in those of n² squared codes."""
+    codes = len(gain) / float(source.scale)
+    scale = float(out.scale)
+    return TermsOfNorm(
+        one(epsilon * codes * codes),
+        (gain.astype(np.float64) / scale).astype(one),
+        (shift.astype(np.float64) / scale).astype(one),
+    )
+
+
+def normalized(codes: Integers, terms: TermsOfNorm, out: LoweredQuantizer) -> Integers:
+    """The definition's results for rows of codes (..., n), with or without their zero point, before the clip."""
+    count = codes.shape[-1]
+    total = codes.sum(-1, keepdims=True)
+    centred = count * codes - total
+    variance = count * (codes * codes).sum(-1, keepdims=True) - total * total
+    root = np.sqrt(variance.astype(np.float64) + np.float64(terms.epsilon))
+    reciprocal = (1 / root).astype(one)
+    scaled = centred.astype(one) * reciprocal * terms.gain + terms.shift
+    return rounded_outside(scaled, out.zero_point)
 
 
 def requantized(

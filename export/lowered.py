@@ -183,6 +183,8 @@ class LoweredModel:
     trained_at: quantizers that were moved before layout operations -> the value that now carries their codes in the
                 order in which the trained net has them.
     repeated: marks of quantizers that run again -> the mark of their first run.
+    exact_norms: whether the target computes layer norms of codes as `export/arithmetic.py` defines them; elsewhere they are
+                 the runtime's own, in floating point.
     """
 
     skeleton: ir.Model
@@ -193,6 +195,7 @@ class LoweredModel:
     multiply_adds: int = 0
     trained_at: dict[str, ir.Value] = field(default_factory=dict)
     repeated: dict[str, str] = field(default_factory=dict)
+    exact_norms: bool = False
 
     def layer(self, name: str) -> LoweredLayer:
         """The layer of this name."""

@@ -58,11 +58,33 @@ OPERATORS: dict[str, Operator] = {
         2,
         1 + MOST_TABLES,
     ),
+    "QMul": Operator(
+        (("first factor", BYTES), ("second factor", BYTES), ("tables", BYTES)),
+        2,
+        1 + MOST_TABLES,
+    ),
+    "QLayerNorm": Operator(
+        (
+            ("codes", BYTES),
+            ("gain", FLOATS),
+            ("shift", FLOATS),
+            ("tables", BYTES),
+        ),
+        3,
+        1 + MOST_TABLES,
+    ),
     "QTables": Operator(_POOL, 2, MOST_TABLES),
     "QImage": Operator((("images", FLOATS),), 1, 1),
 }
 # Axes of the first input, 4 where it is not here; None: any number of them
-RANKS = {"QGemm": 2, "QGemmFloat": 2, "QAdd": None, "QTables": None}
+RANKS = {
+    "QGemm": 2,
+    "QGemmFloat": 2,
+    "QAdd": None,
+    "QMul": None,
+    "QLayerNorm": None,
+    "QTables": None,
+}
 # Axis -> the attributes of its padding
 SIDES = {"h": ("pad_top", "pad_bottom"), "w": ("pad_left", "pad_right")}
 WINDOWED = ("QConv", "QConvFloat", "QMaxPool", "QAveragePool")
@@ -70,6 +92,7 @@ WINDOWED = ("QConv", "QConvFloat", "QMaxPool", "QAveragePool")
 RANGES = {
     "bits": range(1, 9), "carry": range(1, 128), "channels_in": range(1, 1 << 20), "channels_out": range(1, 1 << 20),
     "groups": range(1, 1 << 20), "x_zero": BYTE, "x_high": range(1, 256), "y_zero": BYTE, "y_low": BYTE, "y_high": BYTE,
+    "a_zero": BYTE, "b_zero": BYTE,
     "sum_low": BYTE, "sum_high": BYTE, "one_bit": FLAG, "threshold": FLAG, "other_first": FLAG, "count_include_pad": FLAG,
     "rank": range(1, 9), "out_h": range(1, 1 << 16), "out_w": range(1, 1 << 16),
     **{f"{what}_{axis}": WINDOW for what in ("kernel", "stride", "dilation") for axis in "hw"},

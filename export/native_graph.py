@@ -5,11 +5,12 @@ layer, the residual sum that follows it and every quantizer that reads the resul
 
     own codes | codes of the sum | codes of each reader's quantizer, through a table of 256 bytes
 
+A function of one code between two quantizers (a sigmoid, GELU) is part of such a table (`export/functions.py`).
 Outputs that nobody reads have no name and are not written; the attribute `codes` says which quantizer each one is, so that
 `export/native_file.py` can name and show it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +19,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper
 
-from export.arithmetic import multiplier_of_mean, requantized, terms_of_sum
+from export.arithmetic import (
+    multiplier_of_mean,
+    ratio_of_product,
+    requantized,
+    terms_of_norm,
+    terms_of_sum,
+)
+from export.functions import CodeFunction, function_before
 from export.graph import Emitter, emit_qdq
 from export.lowered import DOMAIN, LoweredLayer, LoweredModel, LoweredQuantizer
 from export.names import bias_of, native_codes_of, plane_of, weight_of, weight_scale_of
+from export.norms import LayerNorm, norm_on_codes
 from export.packing import pack
 from export.qdq import emit_plain_qdq
 from export.skeleton import (
@@ -35,6 +44,7 @@ from export.skeleton import (
 )
 from export.targets import Target
 from export.thresholds import WRITE_ZERO_POINT, code_thresholds
+from export.ties import function as tried_function
 from export.writer import Writer, value_name
 
 MOST_TABLES = 4
@@ -93,7 +103,10 @@ class ResidualSum(NamedTuple):
 
 
 class NativeEmitter:
-    """Emits nodes in the skeleton's order; what a native node computed ahead is in `done`."""
+    """Emits nodes in the skeleton's order; what a native node computed ahead is in `done`.
+
+    functions: by mark, the function of one code that a table computes together with the quantizer.
+    """
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
@@ -101,6 +114,8 @@ class NativeEmitter:
         self.ordinary = Emitter(writer)
         self.native: dict[str, NativeCodes] = {}  # by skeleton value
         self.done: set[ir.Node] = set()
+        self.functions = _functions_in_tables(self.model)
+        self.replaced = _only_for(self.functions, self.model.skeleton.graph)
         self.handlers: dict[str, Callable[[ir.Node], bool]] = {
             "Conv": self._layer,
             "Gemm": self._layer,
@@ -108,14 +123,17 @@ class NativeEmitter:
             "AveragePool": self._average_pool,
             "GlobalAveragePool": self._global_pool,
             "Add": self._add_codes,
+            "Mul": self._multiply_codes,
             "Concat": self._concat,
             "Reshape": self._flat,
             "Flatten": self._flat,
+            "Transpose": self._transpose,
+            "LayerNormalization": self._layer_norm,
         }
 
     def emit(self, node: ir.Node) -> None:
         """Append the nodes of one of the skeleton's, all before which are there already."""
-        if node in self.done or self._is_native(node):
+        if node in self.done or node in self.replaced or self._is_native(node):
             return
         for value in node.inputs:
             self._to_ordinary(value)
@@ -247,43 +265,65 @@ class NativeEmitter:
         if written.tensor:
             self.native[value_name(last.outputs[0])] = written
         readers = self._table_readers(last.outputs[0])
-        grids = [self.model.quantizers[mark_name(reader)] for reader in readers]
-        for reader, grid in zip(readers, grids, strict=True):
+        for reader in readers:
+            grid = self.model.quantizers[mark_name(reader)]
             codes = NativeCodes(native_codes_of(grid.name), grid)
             self.native[value_name(reader.outputs[0])] = codes
             outputs.append(codes.tensor)
             labels.append(grid.name)
         self.done.update(readers)
-        inputs = [*inputs, *self._tables(written.grid, grids)]
+        inputs = [*inputs, *self._tables(written.grid, readers)]
         self._custom(kind, inputs, outputs, attributes | {"codes": labels}, name)
 
-    def _table_readers(self, value: ir.Value) -> list[ir.Node]:
-        """The marks that read `value` and whose codes a table gives."""
-        readers = []
+    def _readers(self, value: ir.Value) -> list[ir.Node]:
+        """What reads `value`; of a function that tables compute, the quantizers behind it."""
+        readers: list[ir.Node] = []
         for use in value.uses():
-            if not is_mark(use.node):
-                continue
-            quantizer = self.model.quantizers.get(mark_name(use.node))
-            if quantizer is not None and _fits_table(quantizer):
+            if use.node in self.replaced:
+                readers += self._readers(use.node.outputs[0])
+            else:
                 readers.append(use.node)
+        return list(dict.fromkeys(readers))
+
+    def _table_readers(self, value: ir.Value) -> list[ir.Node]:
+        """The marks that read `value`, through a function or not, and whose codes a table gives."""
+        readers = []
+        for node in self._readers(value):
+            if not is_mark(node):
+                continue
+            function = self.functions.get(node)
+            quantizer = self.model.quantizers.get(mark_name(node))
+            reads_value = function is None or function.sources == {value}
+            if quantizer is not None and _fits_table(quantizer) and reads_value:
+                readers.append(node)
         return readers[:MOST_TABLES]
 
     def _tables(
-        self, source: LoweredQuantizer, grids: Sequence[LoweredQuantizer]
+        self, source: LoweredQuantizer, readers: Sequence[ir.Node]
     ) -> list[str]:
-        """Name of the tensor (grids, 256) of requantizing tables, in a list; an empty one where there are none."""
-        if not grids:
+        """Name of the tensor (readers, 256) of the tables of marks that read codes on `source`, in a list; an empty one where
+        there are none."""
+        if not readers:
             return []
-        source_name = self.writer.scales[source.name]
-        grid_names = "+".join(self.writer.scales[grid.name] for grid in grids)
-        tables = np.stack([requantizing_table(source, grid) for grid in grids])
-        return [self.writer.constant(f"tables/{source_name}>{grid_names}", tables)]
+        names = []
+        tables = []
+        for reader in readers:
+            grid = self.model.quantizers[mark_name(reader)]
+            function = self.functions.get(reader)
+            if function is None:
+                names.append(self.writer.scales[grid.name])
+                tables.append(requantizing_table(source, grid))
+            else:
+                names.append(f"f({self.writer.scales[grid.name]})")
+                tables.append(function.table(grid))
+        name = f"tables/{self.writer.scales[source.name]}>{'+'.join(names)}"
+        return [self.writer.constant(name, np.stack(tables))]
 
     def _name_if_read(self, node: ir.Node) -> str:
         """A name for the codes that `node` gives, or none where tables serve all that read them."""
         value = node.outputs[0]
         served = self._table_readers(value)
-        all_served = all(use.node in served for use in value.uses())
+        all_served = all(reader in served for reader in self._readers(value))
         if all_served and not value.is_graph_output():
             return ""
         return native_codes_of(mark_name(node) if is_mark(node) else value_name(value))
@@ -341,11 +381,16 @@ class NativeEmitter:
         """A quantizer of codes (a table), or of the images."""
         grid = self.model.quantizers[mark_name(node)]
         value = node.inputs[0]
+        if node in self.functions:
+            (value,) = self.functions[node].sources
         source = self._codes(value)
         result = NativeCodes(native_codes_of(grid.name), grid)
         if source is not None and _fits_table(grid):
             rank = len(_sizes(value))
-            self._requantize(source, result, {"codes": [grid.name], "rank": rank})
+            tables = self._tables(source.grid, [node])
+            self._translate(
+                source, result, tables, {"codes": [grid.name], "rank": rank}
+            )
         elif _is_image(value) and not grid.is_binary:
             assert value is not None
             attributes = _written(grid) | {"codes": [grid.name]}
@@ -355,11 +400,14 @@ class NativeEmitter:
         self.native[value_name(node.outputs[0])] = result
         return True
 
-    def _requantize(
-        self, source: NativeCodes, result: NativeCodes, attributes: Attributes
+    def _translate(
+        self,
+        source: NativeCodes,
+        result: NativeCodes,
+        tables: Sequence[str],
+        attributes: Attributes,
     ) -> None:
         """A node that puts codes through a table."""
-        tables = self._tables(source.grid, [result.grid])
         inputs = [source.tensor, *tables]
         self._custom("QTables", inputs, [result.tensor], attributes)
 
@@ -424,6 +472,31 @@ class NativeEmitter:
         self._to_codes("QAdd", tensors, mark, attributes)
         return True
 
+    def _multiply_codes(self, node: ir.Node) -> bool:
+        """A product of codes of one shape, or of codes and a gate that is spread over some of their axes."""
+        mark = self._quantizer_after(node)
+        if mark is None:
+            return False
+        first, second = node.inputs
+        if _sizes(first) != _sizes(node.outputs[0]):
+            first, second = second, first
+        if not _is_spread(_sizes(second), _sizes(first)):
+            return False
+        operands = [self._codes(first), self._codes(second)]
+        known = [operand for operand in operands if operand is not None]
+        if len(known) < len(operands) or any(x.grid.is_binary for x in known):
+            return False
+        a, b = known
+        grid = self.model.quantizers[mark_name(mark)]
+        attributes = _written(grid) | {
+            "a_zero": a.grid.zero_point,
+            "b_zero": b.grid.zero_point,
+            "ratio": float(ratio_of_product(a.grid, b.grid, grid)),
+            "rank": len(_sizes(first)),
+        }
+        self._to_codes("QMul", [a.tensor, b.tensor], mark, attributes)
+        return True
+
     def _to_codes(
         self, kind: str, inputs: Sequence[str], mark: ir.Node, attributes: Attributes
     ) -> None:
@@ -432,6 +505,47 @@ class NativeEmitter:
         result = NativeCodes(self._name_if_read(mark), grid)
         self._native(kind, inputs, [result], mark, attributes)
         self.done.add(mark)
+
+    def _layer_norm(self, node: ir.Node) -> bool:
+        """Over the last axis of codes as the net orders them: one node for each quantizer that reads the results."""
+        norm = norm_on_codes(node, self.model)
+        if norm is None:
+            return False
+        self._to_ordinary(norm.source)
+        codes = self.writer.codes_of(norm.source)
+        if codes is None:
+            return False
+        tensor, _ = codes
+        for use in node.outputs[0].uses():
+            self._normalize(tensor, norm, use.node)
+        return True
+
+    def _normalize(self, tensor: str, norm: LayerNorm, mark: ir.Node) -> None:
+        grid = self.model.quantizers[mark_name(mark)]
+        terms = terms_of_norm(norm.gain, norm.shift, norm.epsilon, norm.grid, grid)
+        gain = self.writer.constant(f"{grid.name}/gain", terms.gain)
+        shift = self.writer.constant(f"{grid.name}/shift", terms.shift)
+        attributes = _written(grid) | {"epsilon": float(terms.epsilon)}
+        self._custom("QLayerNorm", [tensor, gain, shift], [grid.name], attributes)
+        self.writer.codes[value_name(mark.outputs[0])] = (grid.name, grid)
+        self.done.add(mark)
+
+    def _transpose(self, node: ir.Node) -> bool:
+        """Nothing to do where a net reads images channels last, or goes on with such: native codes lie like that."""
+        source, result = node.inputs[0], node.outputs[0]
+        if source is None:
+            return False
+        order = tuple(node.attributes["perm"].as_ints())
+        if order == TO_NHWC and value_name(source) in self.native:
+            codes, grid = self.native[value_name(source)]
+            self.writer.codes[value_name(result)] = (codes, grid)
+            return True
+        ordinary = self.writer.codes_of(source)
+        if order == TO_NCHW and ordinary is not None:
+            tensor, grid = ordinary
+            self.native[value_name(result)] = NativeCodes(tensor, grid)
+            return True
+        return False
 
     def _concat(self, node: ir.Node) -> bool:
         """Along the channels: every part goes through a table onto the result's grid."""
@@ -447,7 +561,11 @@ class NativeEmitter:
         joined = []
         for part in known:
             result = NativeCodes(self.writer.fresh(), grid)
-            self._requantize(part, result, {"codes": [""], "rank": 4})
+            source_name = self.writer.scales[part.grid.name]
+            name = f"tables/{source_name}>{self.writer.scales[grid.name]}"
+            table = requantizing_table(part.grid, grid)
+            tables = [self.writer.constant(name, table[np.newaxis])]
+            self._translate(part, result, tables, {"codes": [""], "rank": 4})
             joined.append(result.tensor)
         name = native_codes_of(grid.name)
         self.writer.nodes.append(helper.make_node("Concat", joined, [name], axis=3))
@@ -520,6 +638,43 @@ class NativeEmitter:
         self.writer.nodes.append(made)
 
 
+def _functions_in_tables(model: LoweredModel) -> dict[ir.Node, CodeFunction]:
+    """The functions of one code that tables compute, by the mark behind them.
+
+    Not those with a result so near a tie that a runtime may compute another code than the table holds: the grid's scale is a
+    power of two then, and stays where it is.
+    """
+    found: dict[ir.Node, CodeFunction] = {}
+    for node in model.skeleton.graph:
+        if not is_mark(node) or mark_name(node) not in model.quantizers:
+            continue
+        grid = model.quantizers[mark_name(node)]
+        function = None if grid.is_binary else function_before(node, model)
+        if function is None or not function.keeps_places:
+            continue
+        (source,) = function.sources
+        same_shape = _sizes(node.inputs[0]) == _sizes(source)
+        if same_shape and tried_function(function).ties(grid) == 0:
+            found[node] = function
+    return found
+
+
+def _only_for(
+    functions: Mapping[ir.Node, CodeFunction], graph: ir.Graph
+) -> set[ir.Node]:
+    """The nodes that compute `functions` and nothing else."""
+    parts = {node for function in functions.values() for node in function.nodes}
+    replaced: set[ir.Node] = set()
+    for node in reversed(graph):
+        result = node.outputs[0]
+        if node not in parts or result.is_graph_output():
+            continue
+        readers = {use.node for use in result.uses()}
+        if readers <= replaced | functions.keys():
+            replaced.add(node)
+    return replaced
+
+
 def _fits_table(quantizer: LoweredQuantizer) -> bool:
     """Whether the quantizer gives one code for each code it reads, whatever the channel."""
     return len(quantizer.thresholds) <= 1
@@ -585,6 +740,14 @@ def _sizes(value: ir.Value | None) -> list[object]:
     if value is None or value.shape is None:
         return []
     return [size if isinstance(size, int) else str(size) for size in value.shape]
+
+
+def _is_spread(sizes: Sequence[object], over: Sequence[object]) -> bool:
+    """Whether a tensor of `sizes` is, or is repeated to, one of the sizes `over`, of at most four axes as it has itself."""
+    if len(sizes) != len(over) or len(over) > 4:
+        return False
+    pairs = zip(sizes, over, strict=True)
+    return all(size in (1, whole) for size, whole in pairs)
 
 
 def _static_size(value: ir.Value | None) -> tuple[int, int] | None:

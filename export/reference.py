@@ -16,9 +16,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.arithmetic import multiplier_of_mean, ratio_of_product, terms_of_sum
+from export.arithmetic import (
+    multiplier_of_mean,
+    normalized,
+    ratio_of_product,
+    terms_of_norm,
+    terms_of_sum,
+)
 from export.feeds import Feeds, named
 from export.lowered import ExportError, LoweredLayer, LoweredModel, LoweredQuantizer
+from export.norms import LayerNorm, norm_on_codes
 from export.skeleton import (
     code_of_fill,
     constant,
@@ -209,7 +216,39 @@ class WindowMean:
         return x[:, :, rows, columns]
 
 
-Value = Tensor | Codes | Accumulator | Sum | Product | Joined | Mean | WindowMean
+@dataclass(frozen=True)
+class Normalized:
+    """Layer norm of codes over their last axis, not yet rounded to a grid."""
+
+    source: Codes
+    norm: LayerNorm
+
+    def real(self) -> Tensor:
+        """In floating point."""
+        gain = torch.from_numpy(self.norm.gain)
+        shift = torch.from_numpy(self.norm.shift)
+        x = self.source.real()
+        return F.layer_norm(x, gain.shape, gain, shift, self.norm.epsilon)
+
+    def on(self, grid: LoweredQuantizer) -> Tensor:
+        """Storage codes before the clip, float32 integers."""
+        norm = self.norm
+        terms = terms_of_norm(norm.gain, norm.shift, norm.epsilon, norm.grid, grid)
+        codes = self.source.stored.numpy().astype(np.int64)
+        return torch.from_numpy(normalized(codes, terms, grid)).float()
+
+
+Value = (
+    Tensor
+    | Codes
+    | Accumulator
+    | Sum
+    | Product
+    | Joined
+    | Mean
+    | WindowMean
+    | Normalized
+)
 Follow = Callable[[ir.Node, dict[ir.Value, "Value"]], None]
 
 
@@ -322,6 +361,9 @@ class IntegerReference:
             shape = constant(node.inputs[1])
             if shape is not None:
                 return [_reshaped(node, x, shape)]
+        norm = norm_on_codes(node, self.model)
+        if norm is not None:
+            return [Normalized(_codes(x, node), norm)]
         codes = [operand for operand in operands if isinstance(operand, Codes)]
         if len(codes) == len(operands):
             result = _on_codes(node, codes)
@@ -480,6 +522,8 @@ def _unclipped(value: Value, grid: LoweredQuantizer) -> Tensor:
             multiplier = torch.tensor(float(multiplier_of_mean(x.grid, count, grid)))
             sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
             return torch.round(sums * multiplier) + grid.zero_point
+        case Normalized():
+            return value.on(grid)
         case WindowMean():
             # Added before rounding: it decides near ties
             return torch.round(value.real() / scale + grid.zero_point)

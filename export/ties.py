@@ -23,18 +23,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx.reference import ReferenceEvaluator
 
 from export import arithmetic
 from export.arithmetic import disagreements, one
+from export.functions import CodeFunction, function_before
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer, Tried
 from export.skeleton import (
     CODE_OPS,
-    constant,
-    fill_of,
     grid_of,
     ints_of,
     is_mark,
@@ -43,7 +40,6 @@ from export.skeleton import (
     weight_layer,
 )
 
-OPSET = 20  # of the skeleton's operators
 PPM = 1e-6
 FARTHEST = 1000  # parts per million
 FLOAT32_ERROR = 2.0**-24  # of one operation in float32, relative to its result
@@ -56,10 +52,7 @@ FEWEST_SUMS = 1024
 # Of any known arithmetic, relative to the largest value in it: fixed point has 21 bits
 LARGEST_ERROR = 2.0**-19
 
-# Operations on floats that are computed element by element; the functions among them differ between runtimes.
-FUNCTIONS = {
-    "Celu", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Selu", "Sigmoid", "Softplus", "Tanh",
-}  # fmt: skip
+# Each of these rounds once, alike everywhere
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "Clip", "Neg", "Abs"}
 
 Ties = Callable[[LoweredQuantizer], int]
@@ -153,7 +146,7 @@ def operation_before(mark: ir.Node, model: LoweredModel) -> Operation | None:
     grids = [model.quantizers.get(grid_of(operand) or "") for operand in node.inputs]
     known = [grid for grid in grids if grid is not None]
     if len(known) < len(grids):
-        return function(node, model)
+        return _function(mark, model)
     match node.op_type:
         case "Add":
             first, second = known
@@ -168,7 +161,12 @@ def operation_before(mark: ir.Node, model: LoweredModel) -> Operation | None:
         case "AveragePool":
             return average_pool(known[0], _window_sizes(node))
         case _:
-            return function(node, model)
+            return _function(mark, model)
+
+
+def _function(mark: ir.Node, model: LoweredModel) -> Operation | None:
+    found = function_before(mark, model)
+    return None if found is None else function(found)
 
 
 def float_quantizers(model: LoweredModel) -> list[str]:
@@ -283,16 +281,11 @@ def average_pool(source: LoweredQuantizer, window_sizes: list[int]) -> Operation
     return Operation("average pool", len(means), ties)
 
 
-def function(node: ir.Node, model: LoweredModel) -> Operation | None:
-    """What is computed from single codes of one grid in floating point, if a function is part of it."""
-    nodes = _elementwise_nodes(node)
-    sources = {grid_of(v) for n in nodes for v in n.inputs} - {None}
-    if len(sources) != 1 or not any(n.op_type in FUNCTIONS for n in nodes):
-        return None
-    source = model.quantizers[sources.pop() or ""]
-    codes = _codes(source)
-    real = codes.astype(np.float64) * float(source.scale)
-    result = _evaluate(nodes, real)
+def function(found: CodeFunction) -> Operation:
+    """Every code through what is computed from it in floating point."""
+    codes = _codes(found.grid)
+    real = codes.astype(np.float64) * float(found.grid.scale)
+    result = found.of(real)
     size = np.maximum(np.abs(real), np.abs(result))
 
     def ties(out: LoweredQuantizer) -> int:
@@ -318,98 +311,6 @@ def _near_ties(
     tie = np.floor(scaled) + 0.5
     between_codes = (tie > out.low - out.zero_point) & (tie < out.high - out.zero_point)
     return between_codes & (np.abs(scaled - tie) <= error)
-
-
-def _elementwise_nodes(last: ir.Node) -> list[ir.Node]:
-    """The nodes from codes to `last`, in order, or none where one of them is not elementwise or reads a constant tensor."""
-    found: list[ir.Node] = []
-
-    def visit(node: ir.Node) -> bool:
-        if node in found:
-            return True
-        if node.domain != "" or node.op_type not in FUNCTIONS | ARITHMETIC | CODE_OPS:
-            return False
-        if node.op_type == "Pad" and fill_of(node) != 0.0:
-            return False
-        operands = node.inputs[:1] if node.op_type in CODE_OPS else node.inputs
-        for value in filter(None, operands):
-            if grid_of(value) is not None:
-                continue
-            fixed = constant(value)
-            if fixed is not None and fixed.size == 1:
-                continue
-            producer = value.producer()
-            if fixed is not None or producer is None or not visit(producer):
-                return False
-        found.append(node)
-        return True
-
-    return found if visit(last) else []
-
-
-def _evaluate(nodes: list[ir.Node], codes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The last of `nodes` in float64, given the real values `codes` wherever codes are read.
-
-    The nodes are elementwise and `codes` has one axis, so that layout operations are left out.
-    """
-    graph = _ScalarGraph()
-    for node in nodes:
-        graph.append(node)
-    result = graph.name_of(nodes[-1].outputs[0])
-    model = graph.model(result, len(codes))
-    (values,) = ReferenceEvaluator(model).run(None, {"codes": codes})
-    return np.asarray(values, np.float64)
-
-
-class _ScalarGraph:
-    """Elementwise nodes in float64 on one input `codes` of one axis."""
-
-    def __init__(self) -> None:
-        self.names: dict[ir.Value, str] = {}
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-
-    def append(self, node: ir.Node) -> None:
-        """Add a node; a layout operation is left out."""
-        result = node.outputs[0]
-        if node.op_type in CODE_OPS:
-            self.names[result] = self.name_of(node.inputs[0])
-            return
-        inputs = [self.name_of(value) for value in node.inputs]
-        self.names[result] = f"value{len(self.nodes)}"
-        copied = onnx.helper.make_node(node.op_type, inputs, [self.names[result]])
-        for attribute in node.attributes.values():
-            copied.attribute.append(ir.to_proto(attribute))
-        self.nodes.append(copied)
-
-    def name_of(self, value: ir.Value | None) -> str:
-        """Name of a value here: a node's result, a constant, or the input where it is neither."""
-        if value is None:
-            return ""
-        if value not in self.names:
-            fixed = constant(value)
-            self.names[value] = "codes" if fixed is None else self._constant(fixed)
-        return self.names[value]
-
-    def _constant(self, value: NDArray[np.generic]) -> str:
-        name = f"constant{len(self.constants)}"
-        scalar = np.asarray(value, np.float64).reshape(())
-        self.constants.append(onnx.numpy_helper.from_array(scalar, name))
-        return name
-
-    def model(self, result: str, size: int) -> onnx.ModelProto:
-        """The model from `size` codes to the value `result`."""
-        double = onnx.TensorProto.DOUBLE
-        graph = onnx.helper.make_graph(
-            self.nodes,
-            "function",
-            [onnx.helper.make_tensor_value_info("codes", double, [size])],
-            [onnx.helper.make_tensor_value_info(result, double, [size])],
-            self.constants,
-        )
-        opset = onnx.helper.make_opsetid("", OPSET)
-        model = onnx.helper.make_model(graph, opset_imports=[opset])
-        return onnx.shape_inference.infer_shapes(model)
 
 
 def _pixels(pool: ir.Node) -> int:

@@ -1,12 +1,19 @@
-// QMaxPool, QAveragePool, QGlobalPool, QAdd, QTables and QImage. Their last input, where it is given, is tables u8
-// [k][256]; outputs from the second on are their codes through each table.
+// QMaxPool, QAveragePool, QGlobalPool, QAdd, QMul, QLayerNorm, QTables and QImage. Their last input, where it is given,
+// is tables u8 [k][256]; outputs from the second on are their codes through each table.
+#include <algorithm>
+#include <cstring>
+
+#include "norms.hpp"
 #include "pointwise.hpp"
+#include "products.hpp"
 #include "runtime.hpp"
 
 namespace edgeqat {
 namespace {
 
 constexpr Reads kFirstRead{"first summand", abi::kUint8}, kSecondRead{"second summand", abi::kUint8};
+constexpr Reads kFirstFactor{"first factor", abi::kUint8}, kSecondFactor{"second factor", abi::kUint8};
+constexpr Reads kGainRead{"gain", abi::kFloat}, kShiftRead{"shift", abi::kFloat};
 constexpr Reads kImagesRead{"images", abi::kFloat};
 constexpr int64_t kMostPlaces = 1 << 16;
 
@@ -128,6 +135,96 @@ struct Add : Kernel {
   Tables tables;
 };
 
+// The sizes of `shape`, ones before them.
+constexpr size_t kAxes = 4;
+std::vector<int64_t> with_four_axes(const std::vector<int64_t>& shape) {
+  if (shape.size() > kAxes) refuse("multiplies codes of more than 4 axes");
+  std::vector<int64_t> sizes(kAxes - shape.size(), 1);
+  sizes.insert(sizes.end(), shape.begin(), shape.end());
+  return sizes;
+}
+
+// The second factor, of as many axes or fewer elements, is spread over the axes where it has one element.
+struct Multiply : Kernel {
+  explicit Multiply(const Info& info) : to(grid_of(info)), tables(info, 2, 1) {
+    product = {info.byte("a_zero"), info.byte("b_zero"), info.positive("ratio"), to.zero, to.low, to.high};
+  }
+  void compute(const Call& call) const override {
+    const Tensor a = call.input(0, kFirstFactor), b = call.input(1, kSecondFactor);
+    if (a.shape.size() != b.shape.size()) refuse("multiplies codes of different numbers of axes");
+    const std::vector<int64_t> sizes = with_four_axes(a.shape), spread = with_four_axes(b.shape);
+    for (size_t axis = 0; axis < kAxes; ++axis)
+      if (spread[axis] != sizes[axis] && spread[axis] != 1) refuse("multiplies codes whose shapes do not fit");
+    std::vector<uint8_t> place;
+    uint8_t* y = own_output(call, a.shape, place);
+    const MultiplyFunction multiply = chosen_multiply();
+    if (spread == sizes) {
+      multiply(a.codes(), b.codes(), size_t(a.size()), product, y);
+    } else {
+      const int64_t rows = sizes[0] * sizes[1];
+      call.pool().each(size_t(rows),
+                       [&](size_t row) { multiply_rows(a, b, sizes, spread, int64_t(row), multiply, y); });
+    }
+    tables.write(call, 1, y, a.shape);
+  }
+  // All that has the same indices on the first two axes.
+  void multiply_rows(const Tensor& a, const Tensor& b, const std::vector<int64_t>& sizes,
+                     const std::vector<int64_t>& spread, int64_t row, MultiplyFunction multiply, uint8_t* y) const {
+    const int64_t first = spread[0] == 1 ? 0 : row / sizes[1], second = spread[1] == 1 ? 0 : row % sizes[1];
+    const int64_t width = sizes[3];
+    std::vector<uint8_t> repeated(static_cast<size_t>(spread[3] == 1 ? width : 0));
+    for (int64_t i = 0; i < sizes[2]; ++i) {
+      const int64_t third = spread[2] == 1 ? 0 : i;
+      const uint8_t* factor = b.codes() + ((first * spread[1] + second) * spread[2] + third) * spread[3];
+      if (spread[3] == 1) {
+        std::memset(repeated.data(), *factor, repeated.size());
+        factor = repeated.data();
+      }
+      const int64_t at = (row * sizes[2] + i) * width;
+      multiply(a.codes() + at, factor, size_t(width), product, y + at);
+    }
+  }
+  Grid to;
+  Tables tables;
+  ProductOfCodes product;
+};
+
+// Over the last axis.
+struct LayerNorm : Kernel {
+  explicit LayerNorm(const Info& info) : to(grid_of(info)), epsilon(info.positive("epsilon")), tables(info, 3, 1) {
+    gain = constants(info, 1, kGainRead);
+    shift = constants(info, 2, kShiftRead);
+    if (gain.empty() || gain.size() != shift.size()) refuse("has gains and shifts of different numbers");
+  }
+  static std::vector<float> constants(const Info& info, size_t input, const Reads& reads) {
+    const Tensor given = info.constant(input, reads);
+    if (!given || given.size() > kMostNormed) refuse("needs constant gains and shifts, 65,536 at most");
+    return std::vector<float>(given.reals(), given.reals() + given.size());
+  }
+  void compute(const Call& call) const override {
+    const Tensor x = call.input(0, kCodesRead);
+    if (x.shape.empty() || x.shape.back() != int64_t(gain.size())) refuse("normalizes rows of another length");
+    std::vector<uint8_t> place;
+    uint8_t* y = own_output(call, x.shape, place);
+    const size_t width = gain.size();
+    const int64_t rows = x.size() / int64_t(width), in_part = std::max<int64_t>(1, 8192 / int64_t(width));
+    const NormOfCodes norm = {epsilon, gain.data(), shift.data(), to.zero, to.low, to.high};
+    const NormFunctions functions = chosen_norm_functions();
+    call.pool().each(size_t((rows + in_part - 1) / in_part), [&](size_t part) {
+      const int64_t first = int64_t(part) * in_part, last = std::min(rows, first + in_part);
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t at = row * int64_t(width);
+        normalize_row(x.codes() + at, width, functions, norm, y + at);
+      }
+    });
+    tables.write(call, 1, y, x.shape);
+  }
+  Grid to;
+  float epsilon;
+  std::vector<float> gain, shift;
+  Tables tables;
+};
+
 struct Translate : Kernel {
   explicit Translate(const Info& info) : tables(info, 1, 0) {}
   void compute(const Call& call) const override {
@@ -174,13 +271,15 @@ const Operator kMaxPool("QMaxPool", 2, 1, 1 + kMaxTables, abi::kUint8, make_max_
 const Operator kAveragePool("QAveragePool", 2, 1, 1 + kMaxTables, abi::kUint8, make_average_pool);
 const Operator kGlobalPool("QGlobalPool", 2, 1, 1 + kMaxTables, abi::kUint8, make<GlobalPool>);
 const Operator kAdd("QAdd", 3, 2, 1 + kMaxTables, abi::kUint8, make<Add>);
+const Operator kMultiply("QMul", 3, 2, 1 + kMaxTables, abi::kUint8, make<Multiply>);
+const Operator kLayerNorm("QLayerNorm", 4, 3, 1 + kMaxTables, abi::kUint8, make<LayerNorm>);
 const Operator kTranslate("QTables", 2, 2, kMaxTables, abi::kUint8, make<Translate>);
 const Operator kImage("QImage", 1, 1, 1, abi::kUint8, make<Image>);
 
 }  // namespace
 
 std::vector<const Operator*> pointwise_operators() {
-  return {&kMaxPool, &kAveragePool, &kGlobalPool, &kAdd, &kTranslate, &kImage};
+  return {&kMaxPool, &kAveragePool, &kGlobalPool, &kAdd, &kMultiply, &kLayerNorm, &kTranslate, &kImage};
 }
 
 }  // namespace edgeqat

@@ -36,6 +36,7 @@ def to_integers(
             pass
     cut_weights_off(model)
     remove_dead_nodes(model)
+    model.exact_norms = target.native
     for quantizer in model.quantizers.values():
         check_quantizer(target, quantizer)
     avoid_ties(model, may_move=not target.keeps_scales)

@@ -51,7 +51,7 @@ class Wide(nn.Module):
         x = torch.relu(self.stem(x))
         y = torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + self.short(x))
         y = y + self.conv3(y)
-        y = y * torch.sigmoid(self.gate(y))  # stays in ordinary operators
+        y = y * torch.sigmoid(self.gate(y))
         return self.head(y.mean((2, 3)))
 
 

@@ -1,0 +1,11 @@
+#include "products_loop.hpp"
+
+namespace edgeqat {
+
+#ifdef __AVX2__
+void multiply_avx2(const uint8_t* a, const uint8_t* b, size_t count, const ProductOfCodes& p, uint8_t* y) {
+  multiply_row(a, b, count, p, y);
+}
+#endif
+
+}  // namespace edgeqat

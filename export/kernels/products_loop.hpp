@@ -1,0 +1,24 @@
+// The loop of products.cpp, for each instruction set that the compiler is told of. Includes nothing of the standard
+// library (isa.hpp says why).
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "products.hpp"
+
+namespace edgeqat {
+
+// Both factors are integers below 256, so their product is exact in a float; adding 1.5 · 2^23 rounds half to even.
+static inline void multiply_row(const uint8_t* a, const uint8_t* b, size_t count, const ProductOfCodes& p, uint8_t* y) {
+  constexpr float shift = 12582912.0f;
+  const float low = float(p.low), high = float(p.high), zero = float(p.zero);
+  for (size_t i = 0; i < count; ++i) {
+    const int product = (int(a[i]) - p.zero_a) * (int(b[i]) - p.zero_b);
+    float code = float(product) * p.ratio + zero;
+    code = code > low ? code : low;
+    code = code < high ? code : high;
+    y[i] = uint8_t(int((code + shift) - shift));
+  }
+}
+
+}  // namespace edgeqat
