@@ -134,6 +134,7 @@ def _proof(certificate: dict[str, Any] | None) -> list[str]:
     images, layers = certificate["images"], certificate["layers"]
     changed = len(certificate["stored"])
     return [
-        f"Certificate: {verdict}, on ONNX Runtime {runtime} with {images} images. {changed} of {layers} layers are not stored as "
-        f"trained; {mismatches} activation codes differ from the integer definition, over all optimisation levels."
+        f"Certificate: {verdict}, on ONNX Runtime {runtime} with {images} images.",
+        f"{changed} of {layers} layers are not stored as trained; {mismatches} activation codes differ from the integer",
+        "definition, over all optimisation levels.",
     ]
