@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qat.calibrate(model, [X])
     model.eval()
     for name, target in (("model.onnx", "ort-packed"), ("native.onnx", "ort-native")):
-        said = {"classes": list("abcde"), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+        said: dict[str, Any] = {"classes": list("abcde"), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
         qat.export_onnx(model, folder / name, target=target, **said)
     return folder
 

@@ -64,7 +64,7 @@ def render(
     another domain, or is not finished.
     max_drop: percentage points that the verdict allows against the baseline.
     """
-    _, _, built = load_run(folder.path)
+    _, recipe, built = load_run(folder.path)
     results, first = results_of(folder), results_of(baseline) if baseline else None
     baselines = [baseline] if baseline else []
     for other in [*baselines, *beside]:
@@ -77,6 +77,7 @@ def render(
     classes = results.get("classes") or ()
     recipe_values = read_json(folder / "recipe.json")
     require(recipe_values, RECIPE, folder / "recipe.json")
+    method = [recipe_values["method"], *recipe.precision.split()]
     # Whatever a file says is text; only pictures, which are Markup, are HTML.
     environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown)
     shown = ({"full precision": baseline} if baseline else {}) | {"this run": folder}
@@ -84,7 +85,7 @@ def render(
     return environment.from_string(
         files("qat.analysis").joinpath(TEMPLATE).read_text()
     ).render(
-        title=f"{recipe_values['backbone']} · {recipe_values['method']} · target {results['test_domain']}",
+        title=f"{recipe_values['backbone']} · {' '.join(method)} · target {results['test_domain']}",
         version=__version__,
         verdict=judge(
             results,

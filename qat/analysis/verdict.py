@@ -77,7 +77,7 @@ def _conclude(
     elif comparison is not None and not comparison.passed:
         verdict.passed = False
         verdict.headline = (
-            f"Failed: more than {comparison.max_drop:g} points of accuracy were lost."
+            f"Failed: more accuracy was lost than {points(comparison.max_drop)}."
         )
     elif comparison is None:
         verdict.headline = (
@@ -91,7 +91,12 @@ def _conclude(
         )
     else:
         verdict.passed = True
-        verdict.headline = f"Passed: certified, and within {comparison.max_drop:g} points of full precision."
+        verdict.headline = f"Passed: certified, and within {points(comparison.max_drop)} of full precision."
+
+
+def points(number: float) -> str:
+    """`number` with its unit."""
+    return "1 point" if number == 1 else f"{number:g} points"
 
 
 def undecided(comparison: Comparison) -> list[str]:
@@ -134,10 +139,16 @@ def _judge_accuracy(
         )
         if row.failed:
             verdict.bad.append(f"{figures}. More was lost than is allowed.")
-        elif row.name in undecided(comparison):
-            verdict.bad.append(f"{figures}. So few images cannot decide.")
-        else:
+        elif row.name not in undecided(comparison):
             verdict.good.append(f"{figures}. Within what is allowed.")
+        elif row.drop <= comparison.max_drop:
+            verdict.good.append(
+                f"{figures}. Within what is allowed, but not beyond doubt."
+            )
+        else:
+            verdict.bad.append(
+                f"{figures}. That is more than is allowed, and so few images cannot decide whether it is chance."
+            )
     if not comparison.passed:
         verdict.to_do.append(
             "Win accuracy back: train for longer (--epochs, --steps), teach it with the baseline (--teacher FP_RUN), or take "

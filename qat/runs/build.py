@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
 from qat.runs.parts import Binarization, Grids, RecipeError
-from qat.runs.recipe import Recipe, to_json
+from qat.runs.recipe import Recipe, from_json, to_json
 from qat.runs.run_folder import RunFolder, different_entries
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.batchnorm import fold_norms
@@ -173,7 +173,9 @@ def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
     state = folder.load("checkpoint.pt")
     trained_with = state.get("recipe")  # checkpoints of earlier versions have none
     if trained_with is not None:
-        different = different_entries(trained_with, to_json(recipe))
+        # What an earlier version did not record has the default, as in recipe.json
+        recorded = from_json(trained_with, folder / "checkpoint.pt")
+        different = different_entries(to_json(recorded), to_json(recipe))
         if different:
             raise RecipeError(
                 f"{folder / 'recipe.json'}: was changed after training, which had {different}"

@@ -14,6 +14,7 @@ from qat.deploy import certify_run, export_run, write_report
 from qat.domains.synthetic import synthetic_domains
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.spec import QuantSpec
+from qat.runs.build import load_run
 from qat.runs.recipe import Recipe, recipe_of
 from qat.runs.run_folder import RunFolder
 from qat.train.loop import run
@@ -117,3 +118,15 @@ def test_a_state_dict_of_before_loads_into_a_model_of_now() -> None:
     assert float(fresh[1].scale) == pytest.approx(0.37)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="Missing key"):
         fresh.load_state_dict({name: value for name, value in state.items() if name != "1.raw_step"})
+
+
+def test_a_run_without_the_entries_of_newer_versions_loads(tmp_path: Path) -> None:
+    tiny = {"backbone": "test_resnet", "image_size": 32, "steps": 1, "batch_size": 4, "workers": 0}
+    folder = run(recipe_of("fp", **tiny, out=tmp_path / "run"), DOMAINS).path
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    for entries in (state["recipe"], recipe):
+        del entries["label_smoothing"]
+    torch.save(state, folder / "checkpoint.pt")
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert load_run(folder)[1].method == "fp"

@@ -59,7 +59,8 @@ def test_a_good_run_passes_with_its_figures_and_leaves_nothing_to_do() -> None:
     ("changed", "passed", "headline", "bad", "next_step"),
     [
         ({"comparison": compared(1000, 60)}, False, "Failed", "-6.00 points", "Win accuracy back"),
-        ({"comparison": compared(100, 1)}, None, "too few images", "cannot decide", "more images"),
+        ({"comparison": compared(100, 2)}, None, "too few images", "cannot decide", "more images"),
+        ({"comparison": compared(100, 1)}, None, "too few images", "", "more images"),
         ({"comparison": None}, None, "Undecided", "No full-precision baseline", "qat train fp"),
         ({"certificate": CERTIFICATE | {"passed": False, "stored": {"conv1": "x"}}}, False, "Do not ship",
          "1 of 5 layers", "Export the run again"),
