@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
 from qat.runs.parts import Binarization, Grids, RecipeError
-from qat.runs.recipe import Recipe, from_json, to_json
+from qat.runs.recipe import Recipe, recipe_of, to_json
 from qat.runs.run_folder import RunFolder, different_entries
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.batchnorm import fold_norms
@@ -174,8 +174,8 @@ def load_run(path: Path) -> tuple[RunFolder, Recipe, Built]:
     trained_with = state.get("recipe")  # checkpoints of earlier versions have none
     if trained_with is not None:
         # What an earlier version did not record has the default, as in recipe.json
-        recorded = from_json(trained_with, folder / "checkpoint.pt")
-        different = different_entries(to_json(recorded), to_json(recipe))
+        recorded = to_json(recipe_of(recipe.method)) | trained_with
+        different = different_entries(recorded, to_json(recipe))
         if different:
             raise RecipeError(
                 f"{folder / 'recipe.json'}: was changed after training, which had {different}"
