@@ -61,7 +61,7 @@ def card_text(
         f"| file | {markdown_text(model.name)}, {model.stat().st_size / 1e6:.2f} MB, target {target} |",
         f"| input | {recipe.model.image_size} × {recipe.model.image_size} pixels, RGB |",
         f"| classes | {len(results.get('classes') or ())}, named in the file |",
-        f"| trained | {recipe.method}, {results['selected_step']} steps, seed {recipe.seed}, chosen by "
+        f"| trained | {recipe.method}, {results['selected_step']} steps, seed {recipe.optimization.seed}, chosen by "
         f"{markdown_text(results['selection'])} |",
         f"| written by | edgeqat {__version__} |",
         "",
