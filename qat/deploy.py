@@ -39,13 +39,18 @@ if TYPE_CHECKING:
 
 
 def export_run(run: Path, target: str = "ort-int8", out: Path | None = None) -> Path:
-    """Write the ONNX file of `run` for `target`; returns its path. An export that fails leaves no file."""
+    """Write the ONNX file of `run` for `target`, and its model card beside it; returns the file's path. An export that fails
+    leaves no file."""
     import onnx
+
+    from qat.analysis.model_card import write_card
 
     proto = exported(run, target)
     require_valid(proto)
-    path = out or RunFolder.open(run) / "model.onnx"
+    folder = RunFolder.open(run)
+    path = out or folder / "model.onnx"
     write_atomically(path, lambda p: onnx.save(proto, str(p)))
+    write_card(folder, path, target)
     return path
 
 
@@ -91,13 +96,20 @@ def certify_run(
     to prove it on besides this machine, comma-separated.
     """
     from export.certificate import Certificate
+    from export.metadata import read_metadata
+    from export.onnx_file import read
+    from qat.analysis.model_card import card_of, write_card
 
     certificate = certificate_of(run, model, images, data_root, on)
     if not isinstance(certificate, Certificate):
         write_json(RunFolder.open(run) / "agreement.json", certificate.to_json())
         return certificate
     certificate = recorded(certificate, model)
-    write_json(RunFolder.open(run) / "certificate.json", certificate.to_json())
+    folder = RunFolder.open(run)
+    write_json(folder / "certificate.json", certificate.to_json())
+    if card_of(model).exists():
+        target = read_metadata(read(model), str(model))["target"]
+        write_card(folder, model, target, certified=True)
     return certificate
 
 

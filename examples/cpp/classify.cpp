@@ -1,54 +1,58 @@
-// Runs an exported file on one image: classify MODEL KERNELS IMAGE
-//   MODEL    file of `qat export --target ort-native`
-//   KERNELS  the library that this folder's CMakeLists.txt builds
-//   IMAGE    raw float32, 3 × H × W, normalised as the file's metadata says
+// Prints the label of a photo: classify MODEL IMAGE [KERNELS]
+//   MODEL    file of `qat export`, of an ort-… target without -vnni; it says the size, normalisation and labels of its
+//   images IMAGE    a JPEG file KERNELS  the library that CMakeLists.txt builds, for a file of target ort-native
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
-#include <fstream>
-#include <iterator>
+#include <exception>
+#include <string>
 #include <vector>
 
-#include <onnxruntime_cxx_api.h>
+#include "image.hpp"
+#include "json.hpp"
+#include "runtime.hpp"
 
 namespace {
 
-std::vector<float> read_image(const char* path, size_t expected) {
-  std::ifstream file(path, std::ios::binary);
-  std::vector<float> pixels(expected);
-  file.read(reinterpret_cast<char*>(pixels.data()), std::streamsize(expected * sizeof(float)));
-  if (size_t(file.gcount()) != expected * sizeof(float)) {
-    std::fprintf(stderr, "%s: needs %zu float32 values\n", path, expected);
-    std::exit(1);
+// The softmax probability of the largest of `logits`.
+double probability_of_best(const std::vector<float>& logits, float best) {
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(double(logit) - double(best));
+  return 1 / sum;
+}
+
+void classify(const char* model, const char* path, const char* kernels) {
+  const runtime::Session session(model, kernels);
+  const std::string metadata = session.metadata("edgeqat");
+  if (metadata.empty()) throw std::runtime_error(std::string(model) + ": was not written by `qat export`");
+  const json::Value described = json::Reader(metadata).value();
+  const json::Value& input = described.at("input");
+  const int side = int(input.at("size").number);
+  float mean[3];
+  float deviation[3];
+  for (size_t channel = 0; channel < 3; ++channel) {
+    mean[channel] = float(input.at("mean").items.at(channel).number);
+    deviation[channel] = float(input.at("std").items.at(channel).number);
   }
-  return pixels;
+
+  const image::Picture picture = image::resized(image::read_jpeg(path), side);
+  const std::vector<float> logits = session.run(image::normalised(picture, mean, deviation), {1, 3, side, side});
+
+  const auto best = std::max_element(logits.begin(), logits.end());
+  const std::string& label = input.at("classes").items.at(size_t(best - logits.begin())).text;
+  std::printf("%s: %s (%.1f%%)\n", path, label.c_str(), 100 * probability_of_best(logits, *best));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4) {
-    std::fprintf(stderr, "usage: %s MODEL KERNELS IMAGE\n", arguments[0]);
+  if (count != 3 && count != 4) {
+    std::fprintf(stderr, "usage: %s MODEL IMAGE [KERNELS]\n", arguments[0]);
     return 2;
   }
   try {
-    Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "edgeqat");
-    Ort::SessionOptions options;
-    options.SetIntraOpNumThreads(1);
-    options.RegisterCustomOpsLibrary(arguments[2]);
-    Ort::Session session(env, arguments[1], options);
-
-    std::vector<int64_t> shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
-    shape[0] = 1;
-    std::vector<float> image = read_image(arguments[3], size_t(shape[1] * shape[2] * shape[3]));
-    const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-    Ort::Value input = Ort::Value::CreateTensor<float>(memory, image.data(), image.size(), shape.data(), shape.size());
-    const char *inputs[] = {"input"}, *outputs[] = {"logits"};
-    auto results = session.Run(Ort::RunOptions{}, inputs, &input, 1, outputs, 1);
-    const float* logits = results[0].GetTensorData<float>();
-    const size_t classes = results[0].GetTensorTypeAndShapeInfo().GetElementCount();
-    const auto best = std::max_element(logits, logits + classes);
-    std::printf("class %ld, logit %.6f\n", long(best - logits), double(*best));
-  } catch (const Ort::Exception& error) {
+    classify(arguments[1], arguments[2], count == 4 ? arguments[3] : nullptr);
+  } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.quantizers.spec import QuantSpec
 from qat.runs.parts import Binarization, Grids, RecipeError
-from qat.runs.recipe import Recipe, recipe_of, to_json
+from qat.runs.recipe import Recipe, from_json, to_json
 from qat.runs.run_folder import RunFolder, different_entries
 from qat.surgery.backbones import create_backbone, first_and_last
 from qat.surgery.batchnorm import fold_norms
