@@ -5,16 +5,10 @@
 namespace edgeqat {
 namespace {
 
-constexpr int kTile = 6;                 // pixels × 16 channels of 16-bit sums: 12 registers
-constexpr int kWideTile = 4;             // pixels × 16 channels of 32-bit sums: 8 registers
-constexpr int kFewSteps = 4;             // below, sums are widened at every step
-constexpr ptrdiff_t kStep = 4 * kLanes;  // bytes of a quad's weights
-
-// Of 16 channels of a pixel.
-__m256i finished(const Product& p, __m256i sum, const int32_t* bias) {
-  if (p.weight_multiplier != 1) sum = _mm256_mullo_epi32(sum, _mm256_set1_epi32(p.weight_multiplier));
-  return _mm256_add_epi32(sum, load(bias));
-}
+constexpr int kTile = 6;        // pixels × 16 channels of 16-bit sums: 12 registers
+constexpr int kMiddleTile = 4;  // of 32-bit sums: 8 registers
+constexpr int kWideTile = 3;    // likewise, beside four of weights and two of codes
+constexpr int kFewSteps = 4;    // below, sums are widened at every step
 
 // A step adds x0·w0 + x1·w1 to a lane of 16 bits. layer_pack.cpp has shown that p.narrow_steps of them stay within 16
 // bits, so vpmaddubsw does not saturate and vpaddw does not wrap before they are widened.
@@ -72,25 +66,6 @@ void narrow_tile(const Product& p, const uint8_t* const* pixels, const int8_t* w
     }
 }
 
-// Runs `step(x, at, w, sum)` over all quads, sums of 32 bits in registers.
-template <int kPixels, typename Step>
-void tile_in_32_bits(const Product& p, const uint8_t* const* pixels, const int8_t* w, const int32_t* bias, int32_t* to,
-                     Step step) {
-  __m256i sum[kPixels][2];
-#pragma GCC unroll 8
-  for (int m = 0; m < kPixels; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-  for (int r = 0; r < p.stretches.runs; ++r) {
-    const uint8_t* x[kPixels];
-#pragma GCC unroll 8
-    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + p.stretches.offsets[r];
-    for (ptrdiff_t q = 0; q < p.stretches.quads; ++q, w += kStep) step(x, 4 * q, w, sum);
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kPixels; ++m)
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) store(to + m * kBlock + 8 * half, finished(p, sum[m][half], bias + 8 * half));
-}
-
 // For codes of which a pair of products fits 16 bits, but hardly more.
 template <int kPixels>
 void middle_tile(const Product& p, const uint8_t* const* pixels, const int8_t* w, const int32_t* bias, int32_t* to) {
@@ -133,23 +108,17 @@ void wide_tile(const Product& p, const uint8_t* const* pixels, const int8_t* w, 
       });
 }
 
-// Tiles of up to `most` pixels, all of them with the same 16 channels before the next, whose weights then stay near.
 void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
-  using Tile = void (*)(const Product&, const uint8_t* const*, const int8_t*, const int32_t*, int32_t*);
   constexpr Tile kNarrow[kTile] = {narrow_tile<1>, narrow_tile<2>, narrow_tile<3>,
                                    narrow_tile<4>, narrow_tile<5>, narrow_tile<6>};
-  constexpr Tile kMiddle[kTile] = {middle_tile<1>, middle_tile<2>, middle_tile<3>,
-                                   middle_tile<4>, middle_tile<5>, middle_tile<6>};
-  constexpr Tile kWide[kWideTile] = {wide_tile<1>, wide_tile<2>, wide_tile<3>, wide_tile<4>};
-  const bool wide = p.narrow_steps == 0;
-  const Tile* tiles = wide ? kWide : p.narrow_steps < kFewSteps ? kMiddle : kNarrow;
-  const int most = wide ? kWideTile : kTile;
-  const int8_t* w = p.weights;
-  for (int u = 0; u < p.units; ++u, w += kStep * p.stretches.runs * p.stretches.quads)
-    for (int m = 0; m < count; m += most) {
-      const int some = count - m < most ? count - m : most;
-      tiles[some - 1](p, pixels + m, w, p.bias + u * kLanes, sums + m * kBlock + u * kLanes);
-    }
+  constexpr Tile kMiddle[kMiddleTile] = {middle_tile<1>, middle_tile<2>, middle_tile<3>, middle_tile<4>};
+  constexpr Tile kWide[kWideTile] = {wide_tile<1>, wide_tile<2>, wide_tile<3>};
+  if (p.narrow_steps >= kFewSteps)
+    in_tiles(kNarrow, kTile, p, pixels, count, sums);
+  else if (p.narrow_steps > 0)
+    in_tiles(kMiddle, kMiddleTile, p, pixels, count, sums);
+  else
+    in_tiles(kWide, kWideTile, p, pixels, count, sums);
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 // What AVX2 and AVX-VNNI share; each adds its own products.
 #pragma once
+#include "avx2_binary.hpp"
 #include "avx2_depthwise.hpp"
 #include "avx2_epilogue.hpp"
+#include "avx2_tile.hpp"
 #include "avx2_vectors.hpp"
 #include "avx2_winograd.hpp"
 
@@ -15,7 +17,7 @@ inline Isa avx2_table(const char* name, ProductFunction product) {
   isa.name = name;
   for (int units = 1; units <= 4; ++units) isa.max_pixels[units] = kCallPixels;
   isa.product = product;
-  isa.binary = nullptr;
+  isa.binary = binary;
   isa.depthwise = depthwise;
   isa.depthwise_weights = DepthwiseWeights::kPairs;
   isa.finish = finish;

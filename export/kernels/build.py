@@ -28,6 +28,7 @@ AVX512 = ("f", "bw", "vl", "dq", "vnni", "vbmi", "vpopcntdq")
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx2.cpp": ("-mavx2", "-mfma"),
+        "avxvnni.cpp": ("-mavx2", "-mfma", "-mavxvnni"),
         "avx512.cpp": ("-mavx2", "-mfma", *(f"-mavx512{x}" for x in AVX512)),
     },
     # Moving loads and steps ahead of each other before registers are allotted makes a tile need more of them than there are.

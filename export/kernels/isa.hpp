@@ -138,11 +138,12 @@ struct Isa {
   int quad_pairs = 0;
 };
 
-const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod, neon-i8mm
+const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avxvnni, avx512, neon, ...
 const Isa* isa_named(const char* name);  // null: unknown, or the processor cannot run it
 
 const Isa* portable_isa();
 const Isa* avx2_isa();
+const Isa* avxvnni_isa();
 const Isa* avx512_isa();
 const Isa* neon_isa();
 const Isa* neon_dotprod_isa();
