@@ -70,7 +70,7 @@ inline __m256i to_codes(const __m256i* v, __m256i zeros, __m256i lowest, __m256i
   return in_order(_mm256_min_epu8(_mm256_max_epu8(_mm256_packus_epi16(low, high), lowest), highest));
 }
 
-template <bool kIn32Bits>
+template <bool kIn32Bits, bool kCopies>
 void finish_own(const Epilogue& e, const int32_t* sums, int count, int width) {
   const Constants k(e);
   const __m256i zeros = _mm256_set1_epi16(short(e.zero));
@@ -89,8 +89,8 @@ void finish_own(const Epilogue& e, const int32_t* sums, int count, int width) {
           codes[i] = _mm256_add_epi32(_mm256_cvtps_epi32(clamp(value, k.lowest, k.highest)), k.zeros);
       }
       const __m256i last = kIn32Bits ? to_codes(codes, zeros, lowest, highest) : to_bytes(codes);
-      if (e.own) store_some(e.own + at, some, last);
-      store_copies(e, at, some, e.high, last);
+      if (!kCopies || e.own) store_some(e.own + at, some, last);
+      if (kCopies) store_copies(e, at, some, e.high, last);
     }
 }
 
@@ -106,7 +106,11 @@ inline void finish_real(const Epilogue& e, const int32_t* sums, int count, int w
 inline void finish(const Epilogue& e, const int32_t* sums, int count, int width) {
   if (e.real) return finish_real(e, sums, count, width);
   if (e.other) return (e.other_first ? finish_sum<true> : finish_sum<false>)(e, sums, count, width);
-  (e.in_32_bits ? finish_own<true> : finish_own<false>)(e, sums, count, width);
+  const bool copies = e.tables > 0 || e.own == nullptr;
+  if (e.in_32_bits)
+    (copies ? finish_own<true, true> : finish_own<true, false>)(e, sums, count, width);
+  else
+    (copies ? finish_own<false, true> : finish_own<false, false>)(e, sums, count, width);
 }
 
 }  // namespace

@@ -23,10 +23,22 @@ inline __m256i load_some(const uint8_t* from, size_t count) {
 }
 inline void store_some(uint8_t* to, size_t count, __m256i v) {
   if (count >= 32) return store(to, v);
-  if (count == 16) return store_half(to, low_half(v));
-  alignas(32) uint8_t bytes[32];
-  store(bytes, v);
-  __builtin_memcpy(to, bytes, count);
+  __m128i rest = low_half(v);
+  if (count >= 16) {
+    store_half(to, rest);
+    rest = high_half(v);
+    to += 16;
+    count -= 16;
+  }
+  if (count >= 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), rest);
+    rest = _mm_srli_si128(rest, 8);
+    to += 8;
+    count -= 8;
+  }
+  uint8_t bytes[8];
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), rest);
+  for (size_t i = 0; i < count; ++i) to[i] = bytes[i];
 }
 
 // Four codes in every 32-bit lane.
