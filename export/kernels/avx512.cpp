@@ -194,7 +194,7 @@ void transpose_lanes(const __m512i* v, __m512i* to) {
 }
 
 // Four taps of 64 channels, interleaved to quads. The shuffles work within 128-bit lanes, so that part j of the result
-// has channels 16·l + 4·j + i in dword 4·l + i (`quads_depthwise`: the weights were packed in that order).
+// has channels 16·l + 4·j + i in dword 4·l + i (the order of DepthwiseWeights::kQuads).
 void interleave(const uint8_t* x, const ptrdiff_t* at, __m512i* quads) {
   const __m512i a = _mm512_loadu_si512(x + at[0]), b = _mm512_loadu_si512(x + at[1]);
   const __m512i c = _mm512_loadu_si512(x + at[2]), d = _mm512_loadu_si512(x + at[3]);
@@ -533,9 +533,28 @@ void pack_bits(const uint8_t* codes, size_t count, uint8_t* bits) {
   }
 }
 
-const Isa kAvx512 = {"avx512",         {0, 8, 8, 8, 6}, product,         binary,    lookup,  pack_triples,
-                     depthwise,        finish,          pack_bits,       translate, largest, quantize,
-                     interleave_three, winograd_input,  winograd_output, 1,         1};
+Isa avx512_table() {
+  Isa isa = *portable_isa();
+  isa.name = "avx512";
+  isa.max_pixels[1] = isa.max_pixels[2] = isa.max_pixels[3] = 8;
+  isa.max_pixels[4] = 6;
+  isa.product = product;
+  isa.binary = binary;
+  isa.lookup = lookup;
+  isa.pack_triples = pack_triples;
+  isa.depthwise = depthwise;
+  isa.depthwise_weights = DepthwiseWeights::kQuads;
+  isa.finish = finish;
+  isa.pack_bits = pack_bits;
+  isa.translate = translate;
+  isa.largest = largest;
+  isa.quantize = quantize;
+  isa.interleave_three = interleave_three;
+  isa.winograd_input = winograd_input;
+  isa.winograd_output = winograd_output;
+  isa.prescales = 1;
+  return isa;
+}
 
 }  // namespace
 
@@ -544,7 +563,9 @@ const Isa* avx512_isa() {
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                     __builtin_cpu_supports("avx512vpopcntdq");
-  return able ? &kAvx512 : nullptr;
+  if (!able) return nullptr;
+  static const Isa isa = avx512_table();
+  return &isa;
 }
 
 }  // namespace edgeqat

@@ -28,6 +28,7 @@ AVX512 = ("f", "bw", "vl", "dq", "vnni", "vbmi", "vpopcntdq")
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx2.cpp": ("-mavx2", "-mfma"),
+        "avxvnni.cpp": ("-mavx2", "-mfma", "-mavxvnni"),
         "norms_avx2.cpp": ("-mavx2",),
         "products_avx2.cpp": ("-mavx2",),
         "avx512.cpp": ("-mavx2", "-mfma", *(f"-mavx512{x}" for x in AVX512)),

@@ -104,7 +104,7 @@ void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) 
         for (int m = 1; m < count; ++m) pixels[m] = pixels[m - 1] + step;
         isa_.depthwise(
             {(fits ? places : copied).offsets.data(), int(quads_), aligned_weights_ + block * block_bytes_,
-             bias_.data() + channel, shares, width, w.kernel[0] <= 4 ? int(w.kernel[0]) : 4, narrow_steps_ > 0},
+             bias_.data() + channel, shares, width, w.kernel[0] <= 4 ? int(w.kernel[0]) : 4, narrow_depthwise_},
             pixels, count, sums);
         isa_.finish(epilogue, sums, count, width);
         epilogue.advance(count * c);

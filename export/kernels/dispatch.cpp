@@ -9,7 +9,8 @@
 namespace edgeqat {
 
 const Isa* isa_named(const char* name) {
-  for (const Isa* isa : {avx512_isa(), avx2_isa(), neon_i8mm_isa(), neon_dotprod_isa(), neon_isa(), portable_isa()})
+  for (const Isa* isa :
+       {avx512_isa(), avxvnni_isa(), avx2_isa(), neon_i8mm_isa(), neon_dotprod_isa(), neon_isa(), portable_isa()})
     if (isa && std::strcmp(isa->name, name) == 0) return isa;
   return nullptr;
 }
@@ -20,7 +21,7 @@ const Isa& chosen_isa() {
     if (const Isa* isa = isa_named(wanted)) return *isa;
     throw std::invalid_argument(std::string("EDGEQAT_ISA=") + wanted + ": unknown, or this processor cannot run it");
   }
-  for (const Isa* isa : {avx512_isa(), avx2_isa(), neon_i8mm_isa(), neon_dotprod_isa(), neon_isa()})
+  for (const Isa* isa : {avx512_isa(), avxvnni_isa(), avx2_isa(), neon_i8mm_isa(), neon_dotprod_isa(), neon_isa()})
     if (isa) return *isa;
   return *portable_isa();
 }

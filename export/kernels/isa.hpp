@@ -10,7 +10,8 @@ namespace edgeqat {
 
 constexpr int kBlock = 64;          // output channels that one call of an inner loop computes
 constexpr int kLanes = 16;          // channels of the unit in which a block's width is counted
-constexpr int kMaxPixels = 8;       // pixels of one call
+constexpr int kMaxPixels = 8;       // pixels of one tile
+constexpr int kCallPixels = 24;     // pixels of one call, at most: of several tiles, if an instruction set wants them
 constexpr int kWinogradTiles = 24;  // whose sums are kept at a time
 constexpr int kMaxTables = 4;       // requantized copies of one output
 
@@ -29,8 +30,10 @@ struct Product {
   const int32_t* bias;
   int units;              // 1 to 4
   int weight_multiplier;  // what sums are multiplied with; 1 where the weights were multiplied with it beforehand
-  int narrow_steps;       // quads whose sums fit 16 bits, proven in layer.cpp; 0: this product must be widened at once
-  int32_t binary_gain;    // one-bit product only: real value of one agreeing bit
+  // Quads, counted through all stretches, whose sums fit 16 bits: proven in layer_pack.cpp. 0: this product must be
+  // widened at once.
+  int narrow_steps;
+  int32_t binary_gain;  // one-bit product only: real value of one agreeing bit
   bool codes_below_128;
   const int8_t* ahead;  // weights that are wanted next, worth fetching where they come from memory
 };
@@ -42,7 +45,7 @@ struct Product {
 using ProductFunction = void (*)(const Product&, const uint8_t* const* pixels, int count, int32_t* sums);
 
 // Depthwise: `taps` stretches of one byte; 64 channels of one pixel.
-//   weights  s8 [groups of 4 taps][4][64], or [groups][64][4] for an instruction set with `quads_depthwise`
+//   weights  s8 [groups of 4 taps][4][64], or as Isa::depthwise_weights says
 struct Depthwise {
   const ptrdiff_t* offsets;  // of 4 · groups taps; weights of those that pad are 0 and their offsets valid
   int groups;
@@ -97,9 +100,16 @@ using WinogradInput = void (*)(const uint8_t* const* tile, size_t channels, int 
 using WinogradOutput = void (*)(const int32_t* sums, int units, int weight_multiplier, const int32_t* bias,
                                 int32_t* const* pixels);
 
+// Order of a depthwise group's weights, of four taps and 64 channels.
+enum class DepthwiseWeights {
+  kTaps,   // [4][64]
+  kQuads,  // [64][4], channel 16·l + 4·j + i at place 16·j + 4·l + i
+  kPairs,  // [2][64][2], of 32 channels 0 to 7, 16 to 23, 8 to 15, 24 to 31
+};
+
 struct Isa {
   const char* name;
-  int max_pixels[5];  // per units
+  int max_pixels[5];  // per units, at most kCallPixels; of `lookup` and `depthwise` kMaxPixels
   ProductFunction product;
   ProductFunction binary;  // null: one-bit layers are computed as 8-bit ones
   ProductFunction lookup;  // null: two-bit layers are computed as 8-bit ones
@@ -115,8 +125,8 @@ struct Isa {
   void (*interleave_three)(const uint8_t* planes, size_t count, uint8_t* to);  // [3][count] -> [count][3], or null
   WinogradInput winograd_input;
   WinogradOutput winograd_output;
-  int prescales;        // whether `product` wants weights multiplied with their weight multiplier
-  int quads_depthwise;  // `depthwise` wants quads of taps, channel 16·l + 4·j + i of a block at place 16·j + 4·l + i
+  int prescales;  // whether `product` wants weights multiplied with their weight multiplier
+  DepthwiseWeights depthwise_weights;
   // Whether codes are multiplied as signed bytes. Where they reach 128, `product` subtracts 128 from each, and the bias
   // makes up for it. `winograd_input` then adds no offset, and subtracts it at positions 1,1; `product` takes what it
   // made for codes below 128.
@@ -128,11 +138,12 @@ struct Isa {
   int quad_pairs = 0;
 };
 
-const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avx512, neon, neon-dotprod, neon-i8mm
+const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avxvnni, avx512, neon, ...
 const Isa* isa_named(const char* name);  // null: unknown, or the processor cannot run it
 
 const Isa* portable_isa();
 const Isa* avx2_isa();
+const Isa* avxvnni_isa();
 const Isa* avx512_isa();
 const Isa* neon_isa();
 const Isa* neon_dotprod_isa();

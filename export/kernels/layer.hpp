@@ -77,6 +77,7 @@ class Layer {
   bool pack_lookup();
   void pack_depthwise();
   std::vector<int64_t> tap_order() const;
+  int64_t depthwise_place(int64_t tap, int64_t channel) const;
   void prove_narrow_sums();
   bool pack_winograd();
   void run_winograd(const LayerTensors& t, const Pool& pool) const;
@@ -105,7 +106,8 @@ class Layer {
   const Isa& isa_;
   Kind kind_;
   int64_t runs_ = 0, length_ = 0, quads_ = 0, blocks_ = 0, block_bytes_ = 0;  // length in bytes of the packed image
-  int narrow_steps_ = 0;           // depthwise: 1 where all of a sum fits 16 bits
+  std::vector<int> steps_;         // whose sums fit 16 bits: products [groups][blocks], Winograd [blocks][16]
+  bool narrow_depthwise_ = false;  // whether all of a sum fits 16 bits
   std::vector<int32_t> bias_;      // [groups][blocks][64]
   std::vector<float> multiplier_;  // likewise
   bool in_32_bits_ = true;

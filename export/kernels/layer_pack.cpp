@@ -4,12 +4,12 @@
 #include <stdexcept>
 
 #include "layer.hpp"
+#include "narrow.hpp"
 
 namespace edgeqat {
 namespace {
 
 constexpr int64_t kLargestSum = 2147483647;
-constexpr int64_t kNarrow = 32767;
 
 int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -28,7 +28,7 @@ Layer::Layer(LayerSpec spec, const Isa& isa) : spec_(std::move(spec)), isa_(isa)
     kind_ = Kind::kLookup;
   } else {
     pack_products();
-    prove_narrow_sums();
+    if (kind_ == Kind::kProduct) prove_narrow_sums();
   }
 }
 
@@ -187,24 +187,56 @@ void Layer::pack_depthwise() {
   allot_weights(blocks_ * block_bytes_);
   int64_t largest = 0;
   for (const int8_t code : s.codes) largest = std::max<int64_t>(largest, std::abs(int(code)) * s.weight_multiplier);
-  narrow_steps_ = s.input_high < 128 && taps * largest * s.input_high <= kNarrow ? 1 : 0;
+  narrow_depthwise_ = s.input_high < 128 && taps * largest * s.input_high <= kLargestNarrow;
   for (int64_t o = 0; o < s.outputs; ++o)
     for (int64_t i = 0; i < int64_t(order.size()); ++i) {
       if (order[i] < 0) continue;
       int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + i / 4 * kBlock * 4;
-      const int64_t c = o % kBlock, shuffled = c / 4 % 4 * 16 + c / 16 * 4 + c % 4;
-      const int64_t place = isa_.quads_depthwise ? shuffled * 4 + i % 4 : i % 4 * kBlock + c;
-      group[place] = int8_t(s.codes[o * taps + order[i]] * s.weight_multiplier);
+      group[depthwise_place(i % 4, o % kBlock)] = int8_t(s.codes[o * taps + order[i]] * s.weight_multiplier);
     }
 }
 
-// 16-bit sums: one step adds two products, |x0·w0 + x1·w1| <= 2 · high · max|w| =: pair. `narrow_steps_` steps
-// therefore stay within narrow_steps_ · pair <= 32 767, whatever the codes; 0 where one pair alone could be beyond it.
+// Where in a group's weights those of tap `tap` of its four and of channel `c` of its 64 stand.
+int64_t Layer::depthwise_place(int64_t tap, int64_t c) const {
+  switch (isa_.depthwise_weights) {
+    case DepthwiseWeights::kQuads:
+      return 4 * (c / 4 % 4 * 16 + c / 16 * 4 + c % 4) + tap;
+    case DepthwiseWeights::kPairs: {
+      const int64_t eight = c % kBlock / 8, swapped = eight % 4 == 1 ? eight + 1 : eight % 4 == 2 ? eight - 1 : eight;
+      return tap / 2 * 2 * kBlock + 2 * (8 * swapped + c % 8) + tap % 2;
+    }
+    case DepthwiseWeights::kTaps:
+      break;
+  }
+  return tap * kBlock + c;
+}
+
+// 16-bit sums, per block. Signed codes (Isa::signed_codes) are bounded by the largest weight alone: one step adds two
+// products, |x0·w0 + x1·w1| <= 2 · high · max|w|.
 void Layer::prove_narrow_sums() {
-  int64_t largest = 1;
-  for (const int8_t code : spec_.codes) largest = std::max<int64_t>(largest, std::abs(int(code)));
-  if (isa_.prescales) largest *= spec_.weight_multiplier;
-  narrow_steps_ = int(std::min<int64_t>(kNarrow / (2 * spec_.input_high * largest), 1 << 20));
+  const auto& s = spec_;
+  steps_.assign(size_t(s.groups * blocks_), kMostSteps);
+  const int scale = isa_.prescales ? int(s.weight_multiplier) : 1;
+  if (isa_.signed_codes) {
+    int64_t largest = 1;
+    for (const int8_t code : s.codes) largest = std::max<int64_t>(largest, std::abs(int(code)) * scale);
+    const int64_t steps = kLargestNarrow / (2 * s.input_high * largest);
+    std::fill(steps_.begin(), steps_.end(), int(std::min<int64_t>(steps, kMostSteps)));
+    return;
+  }
+  const int64_t columns = s.window.kernel[1], taps = s.window.kernel[0] * columns, inputs = group_inputs();
+  const int64_t taps_per_run = merges_columns() ? columns : 1;
+  for (int64_t o = 0; o < s.outputs; ++o) {
+    NarrowProof proof(runs_ * quads_, s.input_high);
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t c = 0; c < inputs; ++c) {
+        const int64_t element = tap % taps_per_run * inputs + c;
+        const int64_t step = tap / taps_per_run * quads_ + element / 4;
+        proof.add(step, element % 4, s.codes[(o * inputs + c) * taps + tap] * scale);
+      }
+    int& steps = steps_[size_t(o / group_outputs() * blocks_ + o % group_outputs() / kBlock)];
+    steps = std::min(steps, proof.steps());
+  }
 }
 
 }  // namespace edgeqat

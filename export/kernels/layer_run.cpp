@@ -152,8 +152,8 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
   const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width);
   const bool binary = kind_ == Kind::kBinary, lookup = kind_ == Kind::kLookup;
   const ProductFunction multiply = binary ? isa_.binary : lookup ? isa_.lookup : isa_.product;
-  alignas(64) int32_t sums[kMaxPixels * kBlock];
-  const uint8_t* pixels[kMaxPixels];
+  alignas(64) int32_t sums[kCallPixels * kBlock];
+  const uint8_t* pixels[kCallPixels];
   for (int64_t block = place.first_block; block < place.last_block; ++block) {
     const int64_t group = block / blocks_, within = block % blocks_;
     const int width = int(std::min<int64_t>(kBlock, group_outputs() - within * kBlock));
@@ -167,7 +167,7 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
                     bias,
                     units,
                     weight_multiplier,
-                    narrow_steps_,
+                    binary || lookup ? 0 : steps_[size_t(block)],
                     int32_t(spec_.weight_multiplier * spec_.input_zero),
                     spec_.input_high < 128 || centres(image),
                     weights + block_bytes_};

@@ -148,9 +148,23 @@ void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* 
   }
 }
 
-const Isa kPortable = {"portable", {0, 4, 4, 4, 4}, product,         binary,    nullptr, nullptr,
-                       depthwise,  finish,          pack_bits,       translate, largest, quantize,
-                       nullptr,    winograd_input,  winograd_output, 0,         0};
+constexpr Isa portable_table() {
+  Isa isa = {};
+  isa.name = "portable";
+  for (int units = 1; units <= 4; ++units) isa.max_pixels[units] = 4;
+  isa.product = product;
+  isa.binary = binary;
+  isa.depthwise = depthwise;
+  isa.finish = finish;
+  isa.pack_bits = pack_bits;
+  isa.translate = translate;
+  isa.largest = largest;
+  isa.quantize = quantize;
+  isa.winograd_input = winograd_input;
+  isa.winograd_output = winograd_output;
+  return isa;
+}
+constexpr Isa kPortable = portable_table();
 
 }  // namespace
 

@@ -14,6 +14,7 @@
 #include <cstdlib>
 
 #include "layer.hpp"
+#include "narrow.hpp"
 
 namespace edgeqat {
 namespace {
@@ -57,12 +58,14 @@ bool Layer::pack_winograd() {
   block_bytes_ = kPositions * quads_ * kBlock * 4;
   allot_weights(blocks_ * block_bytes_);
   winograd_bias_.assign(size_t(blocks_ * kPositions * kBlock), 0);
+  steps_.assign(size_t(blocks_ * kPositions), kMostSteps);
   int64_t largest = 1;
   for (int64_t o = 0; o < s.outputs; ++o) {
     const int64_t block = o / kBlock, lane = o % kBlock;
     const int64_t width = (std::min<int64_t>(kBlock, s.outputs - block * kBlock) + kLanes - 1) / kLanes * kLanes;
     int8_t* packed = aligned_weights_ + block * block_bytes_;
     int64_t magnitude = 0;
+    std::vector<NarrowProof> proofs(kPositions, NarrowProof(quads_, 4 * s.input_high));
     for (int64_t c = 0; c < s.inputs; ++c) {
       int u[kPositions];
       transform_kernel(s.codes.data() + (o * s.inputs + c) * 9, u);
@@ -74,12 +77,18 @@ bool Layer::pack_winograd() {
         if (!isa_.signed_codes && p != kMiddle) bias -= int32_t(2 * s.input_high * u[p]);
         largest = std::max<int64_t>(largest, std::abs(u[p]));
         magnitude += std::abs(u[p]);
+        proofs[size_t(p)].add(c / 4, c % 4, u[p]);
       }
+    }
+    for (int64_t p = 0; p < kPositions; ++p) {
+      int& steps = steps_[size_t(block * kPositions + p)];
+      steps = std::min(steps, proofs[size_t(p)].steps());
     }
     // A sum and its bias are each at most 4h · Σ|U|, and the output transform adds up to 16 of them with signs.
     if (2 * 4 * s.input_high * magnitude > kLargestSum) return false;
   }
-  if (isa_.signed_codes) narrow_steps_ = int(32767 / (2 * 2 * s.input_high * largest));  // |V| <= 2h
+  if (isa_.signed_codes)  // |V| <= 2h
+    std::fill(steps_.begin(), steps_.end(), int(kLargestNarrow / (2 * 2 * s.input_high * largest)));
   return true;
 }
 
@@ -149,11 +158,12 @@ void Layer::winograd_strip(const LayerTensors& t, const uint8_t* transformed, in
   for (int64_t p = 0; p < kPositions; ++p) {
     const int32_t* bias = winograd_bias_.data() + (block * kPositions + p) * kBlock;
     const int64_t bytes = quads_ * units * kLanes * 4;
-    Product product{{&nowhere, 1, int(quads_)}, weights + p * bytes,      bias, units, 1, narrow_steps_, 0,
-                    isa_.signed_codes != 0,     weights + (p + 1) * bytes};
+    Product product{
+        {&nowhere, 1, int(quads_)}, weights + p * bytes,      bias, units, 1, steps_[size_t(block * kPositions + p)], 0,
+        isa_.signed_codes != 0,     weights + (p + 1) * bytes};
     for (int64_t tile = 0; tile < tiles; tile += step) {
       const int count = int(std::min<int64_t>(step, tiles - tile));
-      const uint8_t* pixels[kMaxPixels];
+      const uint8_t* pixels[kCallPixels];
       for (int m = 0; m < count; ++m) pixels[m] = transformed + p * plane + (first + tile + m) * depth;
       isa_.product(product, pixels, count, sums + (p * kWinogradTiles + tile) * kBlock);
       product.ahead = weights + (p + 1) * bytes + bytes / 2;  // a call fetches half as much as it reads

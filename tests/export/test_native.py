@@ -31,7 +31,7 @@ from tests.surgery.nets import with_random_norms
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the kernels with")
 IMAGES = torch.randn(3, 3, 33, 29, generator=torch.Generator().manual_seed(9))
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avxvnni", "avx512")
 
 
 class Wide(nn.Module):
