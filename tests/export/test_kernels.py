@@ -14,7 +14,10 @@ from export.kernels.build import HERE, library_name
 from tools.sweep_kernels import build_sweep
 
 ROOT = Path(__file__).parent.parent.parent
-ISAS = {"x86_64": ("portable", "avx2", "avxvnni", "avx512"), "aarch64": ("portable", "neon", "neon-dotprod", "neon-i8mm")}
+ISAS = {
+    "x86_64": ("portable", "avx2", "avxvnni", "avx512"),
+    "aarch64": ("portable", "neon", "neon-dotprod", "neon-i8mm"),
+}
 ARM_LIBRARIES = Path("/usr/aarch64-linux-gnu")  # where Debian's cross compiler has them
 UNKNOWN = 2  # the sweep's exit status for an instruction set that is not there
 
