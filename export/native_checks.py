@@ -63,6 +63,9 @@ OPERATORS: dict[str, Operator] = {
         2,
         1 + MOST_TABLES,
     ),
+    "QScale": Operator(
+        (("codes", BYTES), ("gain", FLOATS), ("tables", BYTES)), 2, 1 + MOST_TABLES
+    ),
     "QLayerNorm": Operator(
         (
             ("codes", BYTES),
@@ -76,7 +79,7 @@ OPERATORS: dict[str, Operator] = {
     "QTables": Operator(_POOL, 2, MOST_TABLES),
     "QImage": Operator((("images", FLOATS),), 1, 1),
 }
-OF_ANY_RANK = ("QAdd", "QMul", "QLayerNorm", "QTables")
+OF_ANY_RANK = ("QAdd", "QMul", "QScale", "QLayerNorm", "QTables")
 WINDOWED = ("QConv", "QConvFloat", "QMaxPool", "QAveragePool")
 # Attribute -> its possible numbers, wherever it stands.
 RANGES = {
