@@ -39,6 +39,37 @@ def compare(
     threads: of every file, or by name. The speed-up is the median of the per-round ratios: both terms of a ratio are
     measured milliseconds apart.
     """
+    times = interleaved(models, images, threads=threads, rounds=rounds, warmup=warmup)
+    baseline = next(iter(times))
+    return [
+        Latency(
+            name,
+            float(np.median(taken)),
+            float(np.percentile(taken, 95)),
+            models[name].ByteSize(),
+            speedup(times, name, baseline),
+        )
+        for name, taken in times.items()
+    ]
+
+
+def speedup(times: Mapping[str, NDArray[np.float64]], name: str, over: str) -> float:
+    """How many times faster than `over` the file `name` is: the median of the ratios of each round of `interleaved`."""
+    return float(np.median(times[over] / times[name]))
+
+
+def interleaved(
+    models: Mapping[str, onnx.ModelProto],
+    images: NDArray[np.float32],
+    *,
+    threads: int | Mapping[str, int] = 1,
+    rounds: int = 50,
+    warmup: int = 5,
+) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of every file in each of `rounds` rounds, in which the files take turns; by name, float64 (rounds,).
+
+    images: one batch. threads: of every file, or by name. warmup: rounds before those that count.
+    """
     counts = dict.fromkeys(models, threads) if isinstance(threads, int) else threads
     loaded = {
         name: session.load(model, threads=counts[name])
@@ -54,14 +85,4 @@ def compare(
             file.run(images)
             if turn >= warmup:
                 times[name].append((time.perf_counter() - began) * 1e3)
-    baseline = np.array(next(iter(times.values())))
-    return [
-        Latency(
-            name,
-            float(np.median(taken)),
-            float(np.percentile(taken, 95)),
-            models[name].ByteSize(),
-            float(np.median(baseline / np.array(taken))),
-        )
-        for name, taken in times.items()
-    ]
+    return {name: np.array(taken) for name, taken in times.items()}

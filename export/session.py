@@ -1,10 +1,13 @@
 """The one door to ONNX Runtime."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +31,10 @@ LEVELS = {
 }
 
 
+# How the runtime's profile calls the run of a node's kernel, after the node's name
+NODE_EVENT = "_kernel_time"
+
+
 class Session:
     """A loaded file: `run(images)` gives its outputs by name."""
 
@@ -49,6 +56,10 @@ class Session:
             ) from error
         return dict(zip(self.output_names, found, strict=True))
 
+    def end_profiling(self) -> Path:
+        """Write the times of all nodes so far, of a session that was loaded with `profile`; returns the file's path."""
+        return Path(self.session.end_profiling())
+
 
 def load(
     model: str | Path | onnx.ModelProto,
@@ -58,13 +69,15 @@ def load(
     dump: Path | None = None,
     without: Sequence[str] = (),
     name: str = "",
+    profile: Path | None = None,
 ) -> Session:
     """Load a file or a model on the CPU provider. Raises ExportError when ONNX Runtime refuses it.
 
     model: taken as it is. A file that a user named goes through `read` (`export/onnx_file.py`) first, which gives a model.
     level: one of LEVELS; "ALL" is the runtime's default. dump: where to write the optimised graph. without: names of
-    optimisers to switch off. name: what messages call a model in memory. Session options that the file's metadata asks for
-    are applied, and edgeqat's kernels are registered for a file that needs them.
+    optimisers to switch off. name: what messages call a model in memory. profile: how the path begins of the file that
+    `Session.end_profiling` writes every node's times into. Session options that the file's metadata asks for are applied,
+    and edgeqat's kernels are registered for a file that needs them.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
@@ -75,6 +88,9 @@ def load(
     options.log_severity_level = 3
     if dump is not None:
         options.optimized_model_filepath = str(dump)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     proto = model if isinstance(model, onnx.ModelProto) else parse(Path(model))
     if not name:
         name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
@@ -126,6 +142,58 @@ def optimized(
         path = Path(folder) / "optimized.onnx"
         load(model, level=level, dump=path, name=name)
         return onnx.load(str(path))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run of one node of the graph that the runtime made of a file: the node's name, its operator, microseconds, and the
+    element types of the tensors that it read and wrote, as "uint8"."""
+
+    node: str
+    operator: str
+    microseconds: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+def timed(
+    model: onnx.ModelProto, images: NDArray[np.generic], threads: int, rounds: int
+) -> list[list[Timed]]:
+    """The nodes that the runtime ran for `model`, in its order, for each of `rounds` runs after a first one.
+
+    images: one batch. Raises ExportError when ONNX Runtime cannot run it.
+    """
+    with TemporaryDirectory() as folder:
+        prefix = Path(folder) / "profile"
+        loaded = load(model, threads=threads, profile=prefix)
+        for _ in range(rounds + 1):
+            loaded.run(images)
+        events = json.loads(loaded.end_profiling().read_text())
+    runs: list[list[Timed]] = [[]]
+    for event in events:
+        if event["name"] == "model_run":  # comes after its nodes
+            runs.append([])
+        elif event["cat"] == "Node" and event["name"].endswith(NODE_EVENT):
+            runs[-1].append(_timed(event))
+    return runs[1:-1]
+
+
+def _timed(event: dict[str, Any]) -> Timed:
+    facts = event["args"]
+    return Timed(
+        event["name"].removesuffix(NODE_EVENT),
+        facts["op_name"],
+        int(event["dur"]),
+        _types(facts["input_type_shape"]),
+        _types(facts["output_type_shape"]),
+    )
+
+
+def _types(tensors: list[dict[str, list[int]]]) -> tuple[str, ...]:
+    found = []
+    for tensor in tensors:
+        found += list(tensor)
+    return tuple(found)
 
 
 class FloatOperators:

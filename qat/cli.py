@@ -103,7 +103,9 @@ class Bench:
     calibration: Literal["minmax", "entropy"] = "minmax"
     """How ONNX Runtime's static INT8 file is calibrated, on the images of the first run."""
     out: Path | None = None
-    """Folder for bench.json and bench.svg; by default the first run."""
+    """Folder for bench.json and bench.svg, or profile.json; by default the first run."""
+    profile: bool = False
+    """Instead of comparing, say where each file's time goes: nodes, layout changes, float islands and what removes them."""
 
 
 @dataclass(frozen=True)
@@ -382,21 +384,8 @@ def execute(command: Any) -> int:
             return _certify(command)
         case Bundle(run, model, out, images):
             say(deploy.bundle_run(run, model, out, images))
-        case Bench(runs, target):
-            settings = {
-                "threads": command.threads,
-                "batch": command.batch,
-                "rounds": command.rounds,
-            }
-            say(
-                deploy.bench_runs(
-                    runs,
-                    target,
-                    **settings,
-                    calibration=CALIBRATIONS[command.calibration],
-                    out=command.out,
-                )
-            )
+        case Bench():
+            _bench(command)
         case Compare():
             return _compare(command)
         case Ensemble():
@@ -502,6 +491,22 @@ def _certify(command: Certify) -> int:
     raise ValueError(
         "qat certify takes model.onnx, or RUN and model.onnx, or the RUNs of an ensemble and its file"
     )
+
+
+def _bench(command: Bench) -> None:
+    from qat import deploy
+
+    measure = deploy.profile_runs if command.profile else deploy.bench_runs
+    found = measure(
+        command.runs,
+        command.target,
+        threads=command.threads,
+        batch=command.batch,
+        rounds=command.rounds,
+        calibration=CALIBRATIONS[command.calibration],
+        out=command.out,
+    )
+    say("\n\n".join(map(str, found)) if isinstance(found, list) else found)
 
 
 def _compare(command: Compare) -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from export.latency import Latency
     from export.lowered import LoweredModel
     from export.metadata import Preprocessing
+    from export.profile import Profile
     from qat.analysis.compare import Comparison, Measured
 
 
@@ -443,6 +444,36 @@ def bench_runs(
         ),
     )
     return table
+
+
+def profile_runs(
+    runs: Sequence[Path],
+    target: str,
+    *,
+    threads: int,
+    batch: int,
+    rounds: int,
+    calibration: str = "MinMax",
+    out: Path | None = None,
+) -> list[Profile]:
+    """Where the time of exported `runs`, of FP32 and of static INT8 goes; also writes profile.json into `out`."""
+    from export.bench import FP32, STATIC
+    from export.profile import profile
+    from export.session import static_int8
+
+    if not runs:
+        raise RecipeError("qat bench: name at least one run folder")
+    where = out or runs[0]
+    make_folder(where)
+    fp32 = exported(runs[0], "fp32")
+    images = RunFolder.open(runs[0]).samples().images
+    files = {FP32: fp32, STATIC: static_int8(fp32, images, calibration)}
+    for run in runs:
+        files[run.name] = exported(run, target)
+    found = profile(files, images[:batch], threads=threads, rounds=rounds)
+    written = {"profiles": [one.to_json() for one in found]}
+    write_json(where / "profile.json", written)
+    return found
 
 
 def bit_operations(run: Path) -> dict[str, int]:
