@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # Contraction would round differently from the definition; the last two change no result but let loops be vectorised.
@@ -73,6 +73,16 @@ def run(command: list[str], scratch: Path | None = None) -> str:
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
     return done.stdout
+
+
+def accepts(command: Sequence[str], flags: Sequence[str]) -> bool:
+    """Whether a compiler knows `flags`: one that is older than an instruction set does not."""
+    empty = ["-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        run([*command, *flags, *empty])
+    except BuildError:
+        return False
+    return True
 
 
 def library_name(stem: str, made_of: Iterable[object]) -> str:

@@ -63,6 +63,9 @@ OPERATORS: dict[str, Operator] = {
         2,
         1 + MOST_TABLES,
     ),
+    "QScale": Operator(
+        (("codes", BYTES), ("gain", FLOATS), ("tables", BYTES)), 2, 1 + MOST_TABLES
+    ),
     "QLayerNorm": Operator(
         (
             ("codes", BYTES),
@@ -82,6 +85,7 @@ RANKS = {
     "QGemmFloat": 2,
     "QAdd": None,
     "QMul": None,
+    "QScale": None,
     "QLayerNorm": None,
     "QTables": None,
 }

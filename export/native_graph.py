@@ -34,6 +34,7 @@ from export.norms import LayerNorm, norm_on_codes
 from export.packing import pack
 from export.qdq import emit_plain_qdq
 from export.skeleton import (
+    constant,
     grid_of,
     ints_of,
     is_mark,
@@ -123,7 +124,7 @@ class NativeEmitter:
             "AveragePool": self._average_pool,
             "GlobalAveragePool": self._global_pool,
             "Add": self._add_codes,
-            "Mul": self._multiply_codes,
+            "Mul": self._multiply,
             "Concat": self._concat,
             "Reshape": self._flat,
             "Flatten": self._flat,
@@ -472,6 +473,35 @@ class NativeEmitter:
         self._to_codes("QAdd", tensors, mark, attributes)
         return True
 
+    def _multiply(self, node: ir.Node) -> bool:
+        """A product of codes with codes, or with a constant for each channel."""
+        return self._multiply_codes(node) or self._scale_channels(node)
+
+    def _scale_channels(self, node: ir.Node) -> bool:
+        """Codes times a constant for each channel, as a layer scale has them: what float32 operators would compute."""
+        mark = self._quantizer_after(node)
+        if mark is None:
+            return False
+        value, factor = node.inputs
+        if constant(factor) is None:
+            value, factor = factor, value
+        gain = constant(factor)
+        if gain is None or _sizes(value) != _sizes(node.outputs[0]):
+            return False
+        per_channel = _per_channel(np.asarray(gain, np.float32), _sizes(value))
+        source = self._codes(value)
+        if per_channel is None or source is None or source.grid.is_binary:
+            return False
+        grid = self.model.quantizers[mark_name(mark)]
+        attributes = _written(grid) | {
+            "x_scale": float(source.grid.scale),
+            "x_zero": source.grid.zero_point,
+            "rank": len(_sizes(value)),
+        }
+        constants = self.writer.constant(f"{grid.name}/gain", per_channel)
+        self._to_codes("QScale", [source.tensor, constants], mark, attributes)
+        return True
+
     def _multiply_codes(self, node: ir.Node) -> bool:
         """A product of codes of one shape, or of codes and a gate that is spread over some of their axes."""
         mark = self._quantizer_after(node)
@@ -740,6 +770,24 @@ def _sizes(value: ir.Value | None) -> list[object]:
     if value is None or value.shape is None:
         return []
     return [size if isinstance(size, int) else str(size) for size in value.shape]
+
+
+def _per_channel(
+    gain: NDArray[np.float32], sizes: Sequence[object]
+) -> NDArray[np.float32] | None:
+    """The constant for each channel of codes of these `sizes`, (C,), where `gain` has one for each; axis 1 of images is the
+    channels', and the last axis of anything else."""
+    axis = 1 if len(sizes) == 4 else len(sizes) - 1
+    missing = len(sizes) - gain.ndim
+    if missing < 0 or not np.isfinite(gain).all():
+        return None
+    shape = [1] * missing + list(gain.shape)
+    channels = sizes[axis]
+    expected: list[object] = [1] * len(sizes)
+    expected[axis] = channels
+    if shape != expected or not isinstance(channels, int):
+        return None
+    return gain.reshape(channels)
 
 
 def _is_spread(sizes: Sequence[object], over: Sequence[object]) -> bool:

@@ -232,8 +232,10 @@ def cure_of(operators: Sequence[str], native: bool, at_an_end: bool) -> str:
     computing = set(operators) - CONVERTERS - MOVERS
     if computing & LAYERS:
         return "a layer in floating point: a rule that gives its weight and input bits puts it on codes"
-    if computing & NORMS or "Softmax" in computing:
-        return "norms and softmax are computed in floating point on every target"
+    if "Softmax" in computing:
+        return "softmax is computed in floating point on every target"
+    if computing & NORMS:
+        return "norms: --target ort-native computes layer norms over the last axis on codes"
     if not computing and at_an_end:
         return "codes of the input or results of the output: needed"
     if native:

@@ -116,8 +116,8 @@ OPERATORS = (
     "Unsqueeze", "Transpose", "MaxPool", "AveragePool", "GlobalAveragePool", "LRN", "Einsum", "TopK", "CumSum", "NonZero",
     "Loop", "If", "Scan", "QLinearConv", "QuantizeLinear", "DequantizeLinear", "Cast", "Clip", "Identity", "Shape",
     "ReduceSum", "Softmax", "Flatten",
-    "QConv", "QGemm", "QConvFloat", "QGemmFloat", "QMaxPool", "QAveragePool", "QGlobalPool", "QAdd", "QMul", "QLayerNorm",
-    "QTables", "QImage",
+    "QConv", "QGemm", "QConvFloat", "QGemmFloat", "QMaxPool", "QAveragePool", "QGlobalPool", "QAdd", "QMul",
+    "QScale", "QLayerNorm", "QTables", "QImage",
     "RandomNormal", "DepthToSpace", "SpaceToDepth", "Trilu", "BatchNormalization", "LayerNormalization", "ConvInteger",
 )  # fmt: skip
 ENTRIES: tuple[Any, ...] = (

@@ -1,5 +1,5 @@
 // AVX-512 with VNNI: products of any width on vpdpbusd (exact: it widens before it adds), one bit on xor and vpopcntd.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512VPOPCNTDQ__)
 #include <immintrin.h>
 
 #include "isa.hpp"

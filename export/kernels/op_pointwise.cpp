@@ -1,5 +1,5 @@
-// QMaxPool, QAveragePool, QGlobalPool, QAdd, QMul, QLayerNorm, QTables and QImage. Their last input, where it is given,
-// is tables u8 [k][256]; outputs from the second on are their codes through each table.
+// QMaxPool, QAveragePool, QGlobalPool, QAdd, QMul, QScale, QLayerNorm, QTables and QImage. Their last input, where it
+// is given, is tables u8 [k][256]; outputs from the second on are their codes through each table.
 #include <algorithm>
 #include <cstring>
 
@@ -189,6 +189,37 @@ struct Multiply : Kernel {
   ProductOfCodes product;
 };
 
+// A constant for each element of the last axis.
+struct Scale : Kernel {
+  explicit Scale(const Info& info) : to(grid_of(info)), tables(info, 2, 1) {
+    scaled = {info.byte("x_zero"), info.positive("x_scale"), to.scale, to.zero, to.low, to.high};
+    const Tensor given = info.constant(1, kGainRead);
+    if (!given || given.size() == 0) refuse("needs constant gains");
+    gain.assign(given.reals(), given.reals() + given.size());
+    for (const float one : gain)
+      if (!std::isfinite(one)) refuse("has a gain that is not finite");
+  }
+  void compute(const Call& call) const override {
+    const Tensor x = call.input(0, kCodesRead);
+    if (x.shape.empty() || x.shape.back() != int64_t(gain.size())) refuse("scales rows of another length");
+    std::vector<uint8_t> place;
+    uint8_t* y = own_output(call, x.shape, place);
+    const int64_t width = int64_t(gain.size()), rows = x.size() / width;
+    const int64_t in_part = std::max<int64_t>(1, 16384 / width);
+    const ScaleFunction scale = chosen_scale();
+    call.pool().each(size_t((rows + in_part - 1) / in_part), [&](size_t part) {
+      const int64_t first = int64_t(part) * in_part, last = std::min(rows, first + in_part);
+      for (int64_t at = first * width; at < last * width; at += width)
+        scale(x.codes() + at, gain.data(), size_t(width), scaled, y + at);
+    });
+    tables.write(call, 1, y, x.shape);
+  }
+  Grid to;
+  Tables tables;
+  ScaledCodes scaled;
+  std::vector<float> gain;
+};
+
 // Over the last axis.
 struct LayerNorm : Kernel {
   explicit LayerNorm(const Info& info) : to(grid_of(info)), epsilon(info.positive("epsilon")), tables(info, 3, 1) {
@@ -272,6 +303,7 @@ const Operator kAveragePool("QAveragePool", 2, 1, 1 + kMaxTables, abi::kUint8, m
 const Operator kGlobalPool("QGlobalPool", 2, 1, 1 + kMaxTables, abi::kUint8, make<GlobalPool>);
 const Operator kAdd("QAdd", 3, 2, 1 + kMaxTables, abi::kUint8, make<Add>);
 const Operator kMultiply("QMul", 3, 2, 1 + kMaxTables, abi::kUint8, make<Multiply>);
+const Operator kScale("QScale", 3, 2, 1 + kMaxTables, abi::kUint8, make<Scale>);
 const Operator kLayerNorm("QLayerNorm", 4, 3, 1 + kMaxTables, abi::kUint8, make<LayerNorm>);
 const Operator kTranslate("QTables", 2, 2, kMaxTables, abi::kUint8, make<Translate>);
 const Operator kImage("QImage", 1, 1, 1, abi::kUint8, make<Image>);
@@ -279,7 +311,7 @@ const Operator kImage("QImage", 1, 1, 1, abi::kUint8, make<Image>);
 }  // namespace
 
 std::vector<const Operator*> pointwise_operators() {
-  return {&kMaxPool, &kAveragePool, &kGlobalPool, &kAdd, &kMultiply, &kLayerNorm, &kTranslate, &kImage};
+  return {&kMaxPool, &kAveragePool, &kGlobalPool, &kAdd, &kMultiply, &kScale, &kLayerNorm, &kTranslate, &kImage};
 }
 
 }  // namespace edgeqat

@@ -12,6 +12,10 @@ void multiply_portable(const uint8_t* a, const uint8_t* b, size_t count, const P
   multiply_row(a, b, count, p, y);
 }
 
+void scale_portable(const uint8_t* x, const float* gain, size_t count, const ScaledCodes& s, uint8_t* y) {
+  scale_row(x, gain, count, s, y);
+}
+
 }  // namespace
 
 MultiplyFunction chosen_multiply() {
@@ -19,6 +23,13 @@ MultiplyFunction chosen_multiply() {
   if (!std::strncmp(chosen_isa().name, "avx", 3)) return multiply_avx2;
 #endif
   return multiply_portable;
+}
+
+ScaleFunction chosen_scale() {
+#ifdef __x86_64__
+  if (!std::strncmp(chosen_isa().name, "avx", 3)) return scale_avx2;
+#endif
+  return scale_portable;
 }
 
 }  // namespace edgeqat

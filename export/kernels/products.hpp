@@ -1,4 +1,5 @@
-// Products of two tensors of codes, each element by element or spread over the other's axes.
+// Products of two tensors of codes, each element by element or spread over the other's axes, and of codes with a
+// constant for each channel.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -12,11 +13,24 @@ struct ProductOfCodes {
   int zero, low, high;
 };
 
+// How codes times a constant become codes, as DequantizeLinear, Mul and QuantizeLinear compute it, in float32:
+//   clip(rint(((q - x_zero) · x_scale) · gain / y_scale) + zero, low, high)
+struct ScaledCodes {
+  int x_zero;
+  float x_scale, y_scale;
+  int zero, low, high;
+};
+
 using MultiplyFunction = void (*)(const uint8_t* a, const uint8_t* b, size_t count, const ProductOfCodes& p,
                                   uint8_t* y);
 
+using ScaleFunction = void (*)(const uint8_t* x, const float* gain, size_t count, const ScaledCodes& s, uint8_t* y);
+
+void scale_avx2(const uint8_t* x, const float* gain, size_t count, const ScaledCodes& s, uint8_t* y);
 void multiply_avx2(const uint8_t* a, const uint8_t* b, size_t count, const ProductOfCodes& p, uint8_t* y);
 
-MultiplyFunction chosen_multiply();  // for the instruction set that `chosen_isa` chose
+// For the instruction set that `chosen_isa` chose
+MultiplyFunction chosen_multiply();
+ScaleFunction chosen_scale();
 
 }  // namespace edgeqat

@@ -21,4 +21,16 @@ static inline void multiply_row(const uint8_t* a, const uint8_t* b, size_t count
   }
 }
 
+static inline void scale_row(const uint8_t* x, const float* gain, size_t count, const ScaledCodes& s, uint8_t* y) {
+  constexpr float shift = 12582912.0f;
+  const float low = float(s.low - s.zero), high = float(s.high - s.zero);
+  for (size_t i = 0; i < count; ++i) {
+    const float real = float(int(x[i]) - s.x_zero) * s.x_scale;
+    float code = real * gain[i] / s.y_scale;
+    code = code > low ? code : low;
+    code = code < high ? code : high;
+    y[i] = uint8_t(int((code + shift) - shift) + s.zero);
+  }
+}
+
 }  // namespace edgeqat

@@ -78,19 +78,20 @@ class Gated(nn.Module):
 
 
 class Normed(nn.Module):
-    """Layer norms of a ConvNeXt block, over channels, and of tokens."""
+    """Layer norms and the layer scale of a ConvNeXt block, and a layer norm of rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.middle = nn.Conv2d(3, 21, 3, padding=1), nn.Conv2d(21, 21, 3, padding=1, groups=21)
         self.norm, self.norm2 = nn.LayerNorm(21), nn.LayerNorm(21)
         self.wide, self.narrow = nn.Conv2d(21, 40, 1), nn.Conv2d(40, 21, 1)
+        self.layer_scale = nn.Parameter(torch.rand(21) + 0.5)
         self.head = nn.Linear(21, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         y = self.norm(self.middle(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = x + self.narrow(F.gelu(self.wide(y)))
+        x = x + self.narrow(F.gelu(self.wide(y))) * self.layer_scale.reshape(1, -1, 1, 1)
         return self.head(self.norm2(x.mean((2, 3))))
 
 
@@ -153,12 +154,13 @@ def test_gates_stay_in_codes(bits: int, tmp_path: Path) -> None:
     assert {level.level: level.total for level in result.levels} == dict.fromkeys(session.LEVELS, 0)
 
 
-def test_layer_norms_read_and_write_codes(tmp_path: Path) -> None:
+def test_layer_norms_and_scales_read_and_write_codes(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = quantized(Normed(), 4)
     canonical, proto = native(model)
     kinds = [node.op_type for node in proto.graph.node]
-    assert ordinary(proto) <= {"Reshape", "Flatten", "Squeeze"} and kinds.count("QLayerNorm") == 2
+    assert ordinary(proto) <= {"Reshape", "Flatten", "Squeeze"}
+    assert kinds.count("QLayerNorm") == 2 and kinds.count("QScale") == 1
     result = proven(model, canonical, proto, tmp_path)
     assert result.passed, str(result)
     assert {level.level: level.total for level in result.levels} == dict.fromkeys(session.LEVELS, 0)

@@ -10,7 +10,7 @@ import pytest
 from edgeqat import cpp
 from edgeqat.cpp import compiler, machine
 from export.kernels import library as kernels_library
-from export.kernels.build import HERE, library_name
+from export.kernels.build import HERE, compile_all, library_name, sources
 from tools.sweep_kernels import build_sweep
 
 ROOT = Path(__file__).parent.parent.parent
@@ -91,3 +91,30 @@ def test_a_planted_or_damaged_library_is_compiled_again(tmp_path: Path, monkeypa
     assert find() == found and len(commands) == len(list(HERE.glob("*.cpp"))) + 1
     found.write_bytes(b"compile")
     assert find().read_bytes() == b"compiled" and len(commands) == 2 * len(list(HERE.glob("*.cpp"))) + 2
+
+
+OLD_COMPILER = """#!/bin/sh
+# Knows no AVX-VNNI, as GCC 10; makes empty object files and notes what it was asked.
+for word in "$@"; do
+  if [ "$word" = -mavxvnni ]; then echo "unrecognized command-line option '-mavxvnni'" >&2; exit 1; fi
+done
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -c) source=$2 ;;
+    -o) : > "$2" ;;
+    -mavx2) flagged=yes ;;
+  esac
+  shift
+done
+if [ -n "$source" ]; then echo "$(basename "$source") $flagged" >> "$0.log"; fi
+"""
+
+
+def test_a_compiler_older_than_an_instruction_set_builds_the_others(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text(OLD_COMPILER)
+    old.chmod(0o755)
+    made = compile_all([str(old)], sources(), tmp_path, "x86_64")
+    assert len(made) == len(sources()) and all(path.exists() for path in made)
+    asked = dict(line.split(" ") for line in (tmp_path / "old.log").read_text().splitlines())
+    assert asked["avx2.cpp"] == "yes" and asked["avx512.cpp"] == "yes" and asked["avxvnni.cpp"] == ""

@@ -1,0 +1,108 @@
+"""Native operators alone, against NumPy: products of codes, scaled channels, layer norms."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edgeqat.cpp import compiler
+from export import session
+from export.lowered import DOMAIN, ExportError
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the kernels with")
+Shape = tuple[int, ...]
+Codes = NDArray[np.uint8]
+GRID = {"y_scale": 0.25, "y_zero": 100, "y_low": 3, "y_high": 250}
+one = np.float32
+
+
+def computed(
+    kind: str, inputs: dict[str, Codes], constants: dict[str, NDArray[np.float32]], numbers: dict[str, float]
+) -> Codes:
+    """What one node gives that reads `inputs` and `constants`, in this order."""
+    node = helper.make_node(kind, [*inputs, *constants], ["y"], domain=DOMAIN, codes=["y"])
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in numbers.items())
+    graph = helper.make_graph(
+        [node],
+        "operator",
+        [helper.make_tensor_value_info(name, TensorProto.UINT8, codes.shape) for name, codes in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    (found,) = session.load(proto, threads=2).session.run(None, inputs)
+    return np.asarray(found)
+
+
+def as_codes(results: NDArray[np.floating]) -> Codes:
+    return results.clip(GRID["y_low"], GRID["y_high"]).astype(np.uint8)
+
+
+def random_codes(shape: Shape, seed: int) -> Codes:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((2, 5, 7, 33), (2, 5, 7, 33)),
+        ((2, 5, 7, 33), (2, 1, 1, 33)),
+        ((2, 5, 7, 33), (2, 5, 7, 1)),
+        ((2, 5, 7, 33), (1, 5, 1, 33)),
+        ((3, 9, 40), (3, 9, 40)),
+        ((3, 40), (1, 40)),
+    ],
+)
+def test_products_of_codes(first: Shape, second: Shape) -> None:
+    a, b = random_codes(first, 0), random_codes(second, 1)
+    numbers = GRID | {"a_zero": 128, "b_zero": 7, "ratio": 0.0123}
+    products = (a.astype(np.int64) - 128) * (b.astype(np.int64) - 7)
+    expected = as_codes(np.rint(products.astype(one) * one(0.0123) + one(100)))
+    assert len(np.unique(expected)) > 50
+    assert np.array_equal(computed("QMul", {"a": a, "b": b}, {}, numbers), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 33), (3, 9, 40), (3, 1)])
+def test_scaled_channels_are_what_three_float_operators_compute(shape: Shape) -> None:
+    x = random_codes(shape, 2)
+    gain = np.random.default_rng(3).standard_normal(shape[-1]).astype(one)
+    gain[::3] = 0.5  # exact halves: ties
+    real = (x.astype(one) - one(9)) * one(0.125)
+    expected = as_codes(np.rint(real * gain / one(0.25)) + 100)
+    numbers = GRID | {"x_scale": 0.125, "x_zero": 9}
+    assert np.array_equal(computed("QScale", {"x": x}, {"gain": gain}, numbers), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 96), (5, 1), (2, 4, 5, 67), (3, 1000)])
+def test_layer_norms_of_codes(shape: Shape) -> None:
+    x = random_codes(shape, 4)
+    x[0] = 7  # no variance
+    count = shape[-1]
+    generator = np.random.default_rng(5)
+    gain = (generator.standard_normal(count) * 30).astype(one)
+    shift = (generator.standard_normal(count) * 9).astype(one)
+    numbers = GRID | {"epsilon": 55.5}
+    expected = np.empty(shape, np.uint8)
+    for place in np.ndindex(*shape[:-1]):
+        row = [int(code) for code in x[place]]
+        total = sum(row)
+        variance = count * sum(code * code for code in row) - total * total
+        reciprocal = one(1 / np.sqrt(np.float64(variance) + 55.5))
+        for index, code in enumerate(row):
+            scaled = one(count * code - total) * reciprocal * gain[index] + shift[index]
+            expected[(*place, index)] = as_codes(np.rint(scaled) + 100)
+    found = computed("QLayerNorm", {"x": x}, {"gain": gain, "shift": shift}, numbers)
+    assert np.array_equal(found, expected)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    a, b = random_codes((2, 5, 7, 33), 0), random_codes((2, 2, 1, 33), 1)
+    numbers = GRID | {"a_zero": 0, "b_zero": 0, "ratio": 0.1}
+    with pytest.raises(Exception, match="shapes do not fit"):
+        computed("QMul", {"a": a, "b": b}, {}, numbers)
+    gain = np.ones(32, np.float32)
+    with pytest.raises(Exception, match="another length"):
+        computed("QScale", {"x": a}, {"gain": gain}, GRID | {"x_scale": 0.1, "x_zero": 0})
+    with pytest.raises(ExportError, match="different numbers"):
+        computed("QLayerNorm", {"x": a}, {"gain": gain, "shift": gain[:5]}, GRID | {"epsilon": 1.0})
