@@ -212,10 +212,14 @@ def recipe_of(method: str, **values: Any) -> Recipe:
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
-    """The same as plain data, for a JSON file: one entry for each flag."""
-    values = {"method": recipe.method}
+    """The same as plain data, for a JSON file or a checkpoint: one entry for each flag."""
+    values: dict[str, Any] = {"method": recipe.method}
     for name, value in recipe.entries().items():
-        values[name] = str(value) if isinstance(value, Path) else value
+        if isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        values[name] = value
     return values
 
 
@@ -275,7 +279,8 @@ def _value(value: Any, hint: Any, name: str, source: Path) -> Any:
             return value
         if option in (bool, int, str) and type(value) is option:
             return value
-        if get_origin(option) is tuple and isinstance(value, list):
+        # Checkpoints, unlike JSON, keep tuples; some were written with them
+        if get_origin(option) is tuple and isinstance(value, list | tuple):
             kind = get_args(option)[0]
             return tuple(_value(item, kind, name, source) for item in value)
     raise RecipeError(f"{source}: entry {name!r} cannot be {json.dumps(value)[:60]}")

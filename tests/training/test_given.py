@@ -10,7 +10,7 @@ from edgeqat.files import FileError
 from qat import cli
 from qat.runs.given import with_files
 from qat.runs.parts import RecipeError
-from qat.runs.recipe import KNOWN, TRAINED, Recipe, recipe_of, to_json
+from qat.runs.recipe import KNOWN, TRAINED, Recipe, from_json, recipe_of, to_json
 
 
 def given(method: str, *words: str, recipe: Recipe | None = None) -> dict[str, Any]:
@@ -99,3 +99,16 @@ def test_a_file_or_preset_that_is_not_there(tmp_path: Path) -> None:
         given("lsq", "--config", str(tmp_path / "a.toml"))
     with pytest.raises(RecipeError, match="--preset x: no such preset; known: domainbed"):
         given("lsq", "--preset", "x")
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_recipe_is_read_from_json_and_from_a_checkpoint_which_keeps_tuples(method: str) -> None:
+    recipe = TRAINED[method].changed(trackers=("wandb",))
+    values = to_json(recipe)
+    assert from_json(values, Path("checkpoint.pt")) == recipe
+    assert from_json(json.loads(json.dumps(values)), Path("recipe.json")) == recipe
+    values["trackers"] = ("wandb",)
+    assert from_json(values, Path("checkpoint.pt")) == recipe
+    values["trackers"] = ["nobody"]
+    with pytest.raises(RecipeError, match=r"checkpoint\.pt: entry 'trackers' cannot be \"nobody\""):
+        from_json(values, Path("checkpoint.pt"))
