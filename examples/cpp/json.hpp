@@ -132,7 +132,7 @@ class Reader {
     }
   }
 
-  // A number, true, false or null; what is no number counts as 0.
+  // A number, true, false or null; anything else counts as 0.
   Value word() {
     Value found;
     const size_t end = source_.find_first_of(",]} \t\r\n", place_);
