@@ -34,7 +34,7 @@ def test_the_card_says_what_was_measured_and_then_what_was_proven(trained: Path)
         note = " (never trained on)" if domain == results["test_domain"] else ""
         assert f"| {domain}{note} | {100 * right.mean():.2f} | {100 * error:.2f} | {len(right)} |" in card
     assert "target ort-packed" in card and "None yet" in card
-    assert certify_run(trained, model).passed  # type: ignore[union-attr]
+    assert certify_run(trained, model).passed
     proven = card_of(model).read_text()
     assert "Certificate: passed" in proven and "None yet" not in proven
 
