@@ -799,7 +799,7 @@ def _is_spread(sizes: Sequence[object], over: Sequence[object]) -> bool:
 
 
 def _static_size(value: ir.Value | None) -> tuple[int, int] | None:
-    """Height and width of images, None where they are not fixed, or `value` is no images."""
+    """Height and width of images, None where they are not fixed, or `value` holds no images."""
     sizes = _sizes(value)
     if len(sizes) != 4:
         return None
