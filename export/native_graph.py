@@ -277,7 +277,7 @@ class NativeEmitter:
         self._custom(kind, inputs, outputs, attributes | {"codes": labels}, name)
 
     def _readers(self, value: ir.Value) -> list[ir.Node]:
-        """What reads `value`; of a function that tables compute, the quantizers behind it."""
+        """What reads `value`; of a function that tables compute, the quantizers after it."""
         readers: list[ir.Node] = []
         for use in value.uses():
             if use.node in self.replaced:
@@ -669,7 +669,7 @@ class NativeEmitter:
 
 
 def _functions_in_tables(model: LoweredModel) -> dict[ir.Node, CodeFunction]:
-    """The functions of one code that tables compute, by the mark behind them.
+    """The functions of one code that tables compute, by the mark after them.
 
     Not those with a result so near a tie that a runtime may compute another code than the table holds: the grid's scale is a
     power of two then, and stays where it is.

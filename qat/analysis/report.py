@@ -28,7 +28,6 @@ from qat.analysis.verdict import class_accuracies, class_losses_of, judge
 from qat.quantizers.contract import Quantizer
 from qat.runs.build import load_run
 from qat.runs.parts import RecipeError
-from qat.runs.recipe import Recipe
 from qat.runs.records import (
     CERTIFICATE,
     LATENCIES,
@@ -301,7 +300,10 @@ def labelled(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
     for folder in folders:
         by_path[folder.path.resolve()] = folder
     different = list(by_path.values())
-    labels = [_label(folder.recipe()) for folder in different]
+    labels = []
+    for folder in different:
+        recipe = folder.recipe()
+        labels.append(f"{recipe.method} {recipe.precision}".strip())
     longer = []
     for label, folder in zip(labels, different, strict=True):
         is_alone = labels.count(label) == 1
@@ -311,10 +313,6 @@ def labelled(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
         is_alone = longer.count(label) == 1
         runs[label if is_alone else f"{label} #{number}"] = folder
     return runs
-
-
-def _label(recipe: Recipe) -> str:
-    return f"{recipe.method} {recipe.precision}".strip()
 
 
 def _scales(folder: RunFolder, model: nn.Module) -> dict[str, Any] | None:
