@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from edgeqat.files import FileError
 from qat.domains.folders import DataError
+from qat.domains.splits import Subset
 from qat.runs.parts import RecipeError
 from qat.runs.records import classes_of
 from qat.runs.run_folder import RunFolder
@@ -40,45 +42,59 @@ def hardest_images(folders: Sequence[RunFolder], count: int = 8) -> list[HardIma
     """
     first = folders[0]
     target = first.recipe().images.test_domain
-    found = [folder.predictions().get(target) for folder in folders]
-    predicted, labels = [], None
-    for folder, pair in zip(folders, found, strict=True):
-        if pair is None or (labels is not None and not np.array_equal(pair[1], labels)):
-            raise RecipeError(
-                f"{folder.path}: its predictions are not of the images that {first.path} has"
-            )
-        labels = pair[1]
-        predicted.append(pair[0])
-    assert labels is not None
-    answers = np.stack(predicted)
-    wrong = (answers != labels).sum(axis=0)
-    order = np.argsort(-wrong, kind="stable")[:count]
-    try:
-        subset = split_of(first.recipe()).target_in
-    except (DataError, FileError, RecipeError) as error:
-        raise RecipeError(f"{first.path}: its images are gone ({error})") from error
-    if len(subset) != len(labels):
-        raise RecipeError(
-            f"{first.path}: {target} has {len(subset)} images now and had {len(labels)}"
-        )
+    answers, labels = _answers(folders, target)
+    images = _images(first, len(labels))
     classes = classes_of(first)
+    is_wrong = answers != labels
+    times_wrong = is_wrong.sum(axis=0)
+    order = np.argsort(-times_wrong, kind="stable")[:count]
     hard = []
     for index in order.tolist():
-        if not wrong[index]:
+        if times_wrong[index] == 0:
             break
-        mistakes = Counter(a for a in answers[:, index].tolist() if a != labels[index])
+        mistakes = Counter(answers[is_wrong[:, index], index].tolist())
         mistaken_for, _ = mistakes.most_common(1)[0]
-        image = subset.domain.images[int(subset.indices[index])]
-        hard.append(
-            HardImage(
-                classes[int(labels[index])],
-                classes[mistaken_for],
-                int(wrong[index]),
-                len(folders),
-                _thumbnail(image),
-            )
+        source = int(images.indices[index])
+        image = HardImage(
+            label=classes[int(labels[index])],
+            mistaken_for=classes[mistaken_for],
+            wrong=int(times_wrong[index]),
+            runs=len(folders),
+            png=_thumbnail(images.domain.images[source]),
         )
+        hard.append(image)
     return hard
+
+
+def _answers(
+    folders: Sequence[RunFolder], target: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(classes that the runs predict (runs, images), labels (images,)) of the test domain."""
+    predicted: list[NDArray[np.int64]] = []
+    labels = np.empty(0, np.int64)
+    for folder in folders:
+        pair = folder.predictions().get(target)
+        is_first = not predicted
+        if pair is None or not (is_first or np.array_equal(pair[1], labels)):
+            raise RecipeError(
+                f"{folder.path}: its predictions are not of the images that {folders[0].path} has"
+            )
+        predicted.append(pair[0])
+        labels = pair[1]
+    return np.stack(predicted), labels
+
+
+def _images(folder: RunFolder, count: int) -> Subset:
+    """The `count` images that a run was tested on, from where it found them."""
+    try:
+        images = split_of(folder.recipe()).target_in
+    except (DataError, FileError, RecipeError) as error:
+        raise RecipeError(f"{folder.path}: its images are gone ({error})") from error
+    if len(images) != count:
+        raise RecipeError(
+            f"{folder.path}: its test domain has {len(images)} images now and had {count}"
+        )
+    return images
 
 
 def _thumbnail(image: Image.Image) -> str:
