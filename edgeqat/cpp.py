@@ -75,11 +75,11 @@ def run(command: list[str], scratch: Path | None = None) -> str:
     return done.stdout
 
 
-def accepts(command: Sequence[str], flags: Sequence[str]) -> bool:
-    """Whether a compiler knows `flags`: one that is older than an instruction set does not."""
+def accepts(command: Sequence[str], flags: Sequence[str], scratch: Path) -> bool:
+    """Whether a compiler knows `flags`: one that is older than an instruction set does not. scratch: see `run`."""
     empty = ["-x", "c++", "-fsyntax-only", os.devnull]
     try:
-        run([*command, *flags, *empty])
+        run([*command, *flags, *empty], scratch)
     except BuildError:
         return False
     return True

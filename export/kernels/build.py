@@ -91,7 +91,7 @@ def compile_all(
     def one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
         isa = ISA_FLAGS.get(architecture, {}).get(source.name, ())
-        if not cpp.accepts(command, isa):
+        if not cpp.accepts(command, isa, folder):
             isa = ()  # the file then says that the processor lacks the instruction set
         cpp.run(
             [

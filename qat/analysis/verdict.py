@@ -169,8 +169,9 @@ def _judge_training(
         )
     settled = results.get("settled") or {}
     before = settled.get("source_validation_before")
-    if before:
-        after = [results["source_validation"][name] for name in before]
+    now = results["source_validation"]
+    if before and before.keys() == now.keys():
+        after = [now[name] for name in before]
         lost = 100 * float(np.mean(list(before.values())) - np.mean(after))
         if lost > LOST_BY_SETTLING:
             verdict.bad.append(

@@ -73,6 +73,8 @@ def test_a_planted_or_damaged_library_is_compiled_again(tmp_path: Path, monkeypa
     commands: list[list[str]] = []
 
     def compile_nothing(command: list[str], scratch: Path) -> None:
+        if "-fsyntax-only" in command:  # asks whether the compiler knows a file's flags
+            return
         commands.append(command)
         Path(command[command.index("-o") + 1]).write_bytes(b"compiled")
 

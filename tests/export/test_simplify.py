@@ -32,7 +32,16 @@ def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(value.const_value.shape.numpy())
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "test_vit", "test_convnext", "regnetz_005"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet10t",
+        "mobilenetv3_small_050",
+        "test_vit",
+        "test_convnext",
+        pytest.param("regnetz_005", marks=pytest.mark.slow),
+    ],
+)
 def test_same_graph_as_the_exporters_own_optimiser(name: str) -> None:
     model = exported(timm.create_model(name, num_classes=4), 160 if name == "test_vit" else 64)
     expected = model.clone()

@@ -39,6 +39,7 @@ def test_the_card_says_what_was_measured_and_then_what_was_proven(trained: Path)
     assert "Certificate: passed" in proven and "None yet" not in proven
 
 
+@pytest.mark.slow
 def test_a_card_that_somebody_edited_stays(trained: Path, tmp_path: Path) -> None:
     model = export_run(trained, out=tmp_path / "net.onnx")
     card = tmp_path / "net.md"

@@ -59,6 +59,7 @@ def test_lsq_plus_with_rules_and_norms_that_stay_is_certified(tmp_path: Path) ->
     certified(path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_power_of_two_scales_after_gptq_with_statistics_taken_again_are_certified(tmp_path: Path) -> None:
     path = trained(tmp_path / "run", power_of_two=True, init="gptq", norm_batches=2)

@@ -133,6 +133,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_masks_survive_kill_and_resume(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

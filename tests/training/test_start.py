@@ -189,6 +189,7 @@ def test_begin_sets_weight_scales_from_the_weights_of_now() -> None:
             assert np.allclose(tensor(layer.weight_quantizer.scale), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_oscillation_and_damping_rest_until_quantization_begins(tmp_path: Path) -> None:
     recipe = qtdog(tmp_path / "run", freeze_oscillating=0.005, damping=1e-3)
     folder = run(recipe, DOMAINS)

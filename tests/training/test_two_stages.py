@@ -78,6 +78,7 @@ def test_both_stages_are_whole_run_folders_and_know_their_stage(finished: Path) 
     assert RunFolder.open(finished).results()["target_holdout"] is None
 
 
+@pytest.mark.slow
 def test_the_run_is_exported_certified_and_reported(finished: Path) -> None:
     file = export_run(finished, "ort-packed")
     certificate = certify_run(finished, file)
