@@ -74,10 +74,6 @@ def render(
     latencies = optional(folder, "latency.json", LATENCIES) or []
     certificate = optional(folder, "certificate.json", CERTIFICATE)
     pairs = _predictions(folder, baseline)
-    classes = results.get("classes") or ()
-    losses_by_class: Sequence[str] = ()
-    if pairs is not None:
-        losses_by_class = class_losses_of(*pairs, results["test_domain"], classes)
     verdict = judge(
         results,
         recipe_values,
@@ -85,7 +81,7 @@ def render(
         certificate,
         latencies,
         built.table.float_share if built.table else None,
-        losses_by_class,
+        _class_losses(pairs, results),
     )
     method = " ".join([recipe_values["method"], *recipe.precision.split()])
     page: dict[str, Any] = {
@@ -173,6 +169,16 @@ def _predictions(
         if not np.array_equal(first[name][1], second[name][1]):
             return None
     return first, second
+
+
+def _class_losses(
+    pairs: tuple[Predictions, Predictions] | None, results: Mapping[str, Any]
+) -> list[str]:
+    """A sentence for each class of the target that lost much against the baseline; none without one."""
+    if pairs is None:
+        return []
+    classes = results.get("classes") or ()
+    return class_losses_of(*pairs, results["test_domain"], classes)
 
 
 def _comparison(

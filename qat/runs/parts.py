@@ -181,8 +181,8 @@ class Tracking(Part):
     tensorboard: bool = False
     """Also write TensorBoard scalars into the run folder."""
     trackers: tuple[TrackerName, ...] = ()
-    """Also send scalars and the recipe to these services, through accelerate; each has settings of its own (such as
-    WANDB_MODE, MLFLOW_TRACKING_URI) and is installed by its own name."""
+    """Also send scalars and the recipe to these services, through accelerate; their own settings apply (such as
+    WANDB_MODE, MLFLOW_TRACKING_URI). Install the library that you name."""
     out: Path | None = None
     """Run folder; by default runs/<method>-<test domain>-<backbone>-s<seed>, numbered when it exists."""
     resume: bool = False

@@ -14,6 +14,7 @@ from qat.runs.parts import RecipeError
 from qat.runs.recipe import KNOWN
 from qat.runs.records import results_of
 from qat.runs.run_folder import RunFolder
+from qat.sweep.engine import is_done
 from qat.sweep.spec import Cell, Sweep
 from qat.sweep.table import RowKey, Table, table_of
 
@@ -59,7 +60,7 @@ def finished_cells(sweep: Sweep) -> dict[RowKey, list[Cell]]:
     """The cells with results, by the row of the table that they are in."""
     found: dict[RowKey, list[Cell]] = {}
     for cell in sweep.cells():
-        if (sweep.out / cell.name / "results.json").exists():
+        if is_done(sweep, cell.name):
             found.setdefault((cell.method, cell.bits, cell.preset), []).append(cell)
     return found
 
@@ -141,10 +142,9 @@ def _runs(sweep: Sweep) -> list[dict[str, Any]]:
     """What each finished cell measured."""
     found = []
     for cell in sweep.cells():
-        folder = sweep.out / cell.name
-        if not (folder / "results.json").exists():
+        if not is_done(sweep, cell.name):
             continue
-        results = results_of(RunFolder.open(folder))
+        results = results_of(RunFolder.open(sweep.out / cell.name))
         found.append(
             {
                 "name": cell.name,

@@ -89,12 +89,7 @@ def training_step(
     if optimization.and_mask is not None:
         step.over_domains = partial(and_mask, threshold=optimization.and_mask)
     if recipe.sharpness is not None:
-        if recipe.sharpness.per_domain:
-            replays = partial(replay_of, own, step.device)
-            step.over_domains = per_domain(step.objective, replays)
-        step.freezer = freezer_of(recipe.freezing, own, optimization.seed)
-    if recipe.freezing is not None and step.freezer is not None:
-        step.combine = _combination(recipe.freezing, own, step.freezer)
+        _add_two_passes(step, recipe, recipe.sharpness)
     if recipe.distillation is not None and teacher is not None:
         step.distillation = Distillation(
             teacher.to(step.device), recipe.distillation.distill_weight
@@ -106,6 +101,16 @@ def training_step(
     if binarization is not None and binarization.stage == 1:
         step.before = _frequency_mover(binarization, own, optimization.steps)
     return step
+
+
+def _add_two_passes(step: TrainingStep, recipe: Recipe, sharpness: Sharpness) -> None:
+    """Add what two passes need: their domains apart, and the record, freezing and mixing of their gradients."""
+    if sharpness.per_domain:
+        replays = partial(replay_of, step.own, step.device)
+        step.over_domains = per_domain(step.objective, replays)
+    step.freezer = freezer_of(recipe.freezing, step.own, recipe.optimization.seed)
+    if recipe.freezing is not None and step.freezer is not None:
+        step.combine = _combination(recipe.freezing, step.own, step.freezer)
 
 
 def _oscillation(part: OscillationPart, model: nn.Module) -> Oscillation | None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from edgeqat.files import write_json
 from qat.analysis.hardest import hardest_images
+from qat.deploy import measure_sweep
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.parts import RecipeError
 from qat.runs.run_folder import RunFolder
@@ -100,6 +102,23 @@ def test_the_report_has_images_disorder_and_a_frontier_once_files_are_measured(s
     _, report = write_tables(sweep)
     text = report.read_text()
     assert "Accuracy, size, latency" in text and "gaqat 4 bit, 1.00 ms" in text and "fp, 2.00 ms" in text
+    (sweep.out / quantized.name / "latency.json").unlink()
+
+
+def test_a_file_of_every_quantized_row_is_measured_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = next(cell for cell in sweep.cells() if cell.method == "gaqat")
+    (sweep.out / quantized.name / "latency.json").unlink(missing_ok=True)
+    assert measure_sweep(sweep, "ort-packed") == {}
+    fp32, packed = json.loads((sweep.out / quantized.name / "latency.json").read_text())
+    assert packed["size"] == (sweep.out / quantized.name / "model.onnx").stat().st_size < fp32["size"] / 2
+    monkeypatch.setattr("qat.deploy.export_run", lambda *given: pytest.fail("measured again"))
+    assert measure_sweep(sweep, "ort-packed") == {}
+    (sweep.out / quantized.name / "latency.json").unlink()
+
+
+def test_a_row_that_has_no_file_for_a_target_is_named(sweep: Sweep) -> None:
+    (left,) = measure_sweep(sweep, "warp").items()
+    assert left[0].startswith("gaqat-4bit-sketch") and "warp" in left[1]
 
 
 def test_every_number_of_a_table_names_its_folder_and_command(sweep: Sweep) -> None:
