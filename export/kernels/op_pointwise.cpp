@@ -116,22 +116,19 @@ struct GlobalPool : Kernel {
 };
 
 struct Add : Kernel {
-  explicit Add(const Info& info)
-      : ratio_first(info.real("ratio_first")),
-        ratio_second(info.real("ratio_second")),
-        offset(info.real("offset")),
-        to(grid_of(info)),
-        tables(info, 2, 1) {}
+  explicit Add(const Info& info) : tables(info, 2, 1) {
+    const Grid to = grid_of(info);
+    sum = {info.real("ratio_first"), info.real("ratio_second"), info.real("offset"), to.low, to.high};
+  }
   void compute(const Call& call) const override {
     const Tensor a = call.input(0, kFirstRead), b = call.input(1, kSecondRead);
     if (a.shape != b.shape) throw std::invalid_argument("adds codes of different shapes");
     std::vector<uint8_t> place;
     uint8_t* y = own_output(call, a.shape, place);
-    add_codes(a.codes(), b.codes(), a.size(), ratio_first, ratio_second, offset, to, y, call.pool());
+    add_codes(a.codes(), b.codes(), a.size(), sum, y, call.pool());
     tables.write(call, 1, y, a.shape);
   }
-  float ratio_first, ratio_second, offset;
-  Grid to;
+  SumOfTwo sum;
   Tables tables;
 };
 

@@ -120,16 +120,12 @@ void global_pool(const uint8_t* x, const PoolShape& s, int zero, float multiplie
   }
 }
 
-void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, float ratio_a, float ratio_b, float offset,
-               const Grid& to, uint8_t* y, const Pool& pool) {
-  // Both summands have 256 values: the inner multiply-add is a table, the outer one needs std::fma.
-  float inner[256];
-  for (int code = 0; code < 256; ++code) inner[code] = std::fma(float(code), ratio_b, offset);
-  in_parts((count + 4095) / 4096, 4096, pool, [&](int64_t part) {
-    for (int64_t i = part * 4096; i < std::min(count, (part + 1) * 4096); ++i) {
-      const float sum = std::fma(float(a[i]), ratio_a, inner[b[i]]);
-      y[i] = uint8_t(int(rounded(clamp(sum, float(to.low), float(to.high)))));
-    }
+void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, const SumOfTwo& sum, uint8_t* y, const Pool& pool) {
+  constexpr int64_t in_part = 4096;
+  const AddFunction add = chosen_add();
+  in_parts((count + in_part - 1) / in_part, in_part, pool, [&](int64_t part) {
+    const int64_t first = part * in_part, last = std::min(count, first + in_part);
+    add(a + first, b + first, size_t(last - first), sum, y + first);
   });
 }
 

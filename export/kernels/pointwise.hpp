@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "layer.hpp"
+#include "products.hpp"
 
 namespace edgeqat {
 
@@ -26,9 +27,7 @@ void average_pool(const uint8_t* x, const PoolShape& s, const Window& w, bool co
 // clip(rint(float(Σ (q - zero_x)) · multiplier) + zero_y) over all pixels of an image.
 void global_pool(const uint8_t* x, const PoolShape& s, int zero, float multiplier, const Grid& to, uint8_t* y);
 
-// clip(rint(fma(a, ratio_a, fma(b, ratio_b, offset))), low, high)
-void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, float ratio_a, float ratio_b, float offset,
-               const Grid& to, uint8_t* y, const Pool& pool);
+void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, const SumOfTwo& sum, uint8_t* y, const Pool& pool);
 
 // Images N_C_H_W float -> codes N_H_W_C: clip(rint(x / scale) + zero). NaN becomes the lowest code.
 void quantize_images(const float* x, const PoolShape& s, const Grid& to, uint8_t* y, const Pool& pool);

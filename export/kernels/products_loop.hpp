@@ -21,6 +21,19 @@ static inline void multiply_row(const uint8_t* a, const uint8_t* b, size_t count
   }
 }
 
+// Without an instruction for it, as before AVX2, the compiler calls the library's fmaf.
+static inline void add_row(const uint8_t* a, const uint8_t* b, size_t count, const SumOfTwo& s, uint8_t* y) {
+  constexpr float shift = 12582912.0f;
+  const float low = float(s.low), high = float(s.high);
+  for (size_t i = 0; i < count; ++i) {
+    const float inner = __builtin_fmaf(float(b[i]), s.ratio_b, s.offset);
+    float code = __builtin_fmaf(float(a[i]), s.ratio_a, inner);
+    code = code > low ? code : low;
+    code = code < high ? code : high;
+    y[i] = uint8_t(int((code + shift) - shift));
+  }
+}
+
 static inline void scale_row(const uint8_t* x, const float* gain, size_t count, const ScaledCodes& s, uint8_t* y) {
   constexpr float shift = 12582912.0f;
   const float low = float(s.low - s.zero), high = float(s.high - s.zero);

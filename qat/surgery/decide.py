@@ -91,12 +91,20 @@ def _placement(
         return Placement((), frozenset())
     one_bit_inputs = set()
     in_float = set()
+    without_table = set()
     for name, spec in specs.items():
         if spec.input is not None and spec.input.bits == 1:
             one_bit_inputs.add(name)
         if spec == FLOAT:
             in_float.add(name)
-    return plan_points(seen.trace, frozenset(one_bit_inputs), frozenset(in_float))
+        if not spec.table or spec.input is None or spec.weight is None:
+            without_table.add(name)
+    return plan_points(
+        seen.trace,
+        frozenset(one_bit_inputs),
+        frozenset(in_float),
+        frozenset(without_table),
+    )
 
 
 def _is_wrapped(name: str, seen: Observation) -> bool:

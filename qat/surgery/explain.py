@@ -7,7 +7,7 @@ from qat.surgery.decide import QuantizationPlan
 from qat.surgery.frames import image_address
 from qat.surgery.layers import FLOAT
 from qat.surgery.observe import Observation
-from qat.surgery.plan import LAYOUTS, is_integer
+from qat.surgery.plan import LAYOUTS, TABULATED, is_integer
 from qat.surgery.trace import MULTIPLIES, Call
 
 
@@ -109,6 +109,8 @@ class Explanation:
     def _result(self, call: Call) -> str:
         address = call.address
         if address in self.plan.placement.points:
+            if is_integer(call) and self._feeds_a_table(call):
+                return "quantized to 8 bits, so that the function that reads it is a table (unless a rule says table=False)"
             if is_integer(call):
                 return "quantized to 8 bits, since it is an integer operation that more than one layer's own quantizer reads"
             return "quantized to 8 bits, since it joins an integer operation or a layer with one-bit inputs"
@@ -121,6 +123,12 @@ class Explanation:
         if is_integer(call):
             return "not quantized by itself: its one reader quantizes it, or the model's output is in floating point"
         return "in floating point: it is not a product, a sum or a concat of codes"
+
+    def _feeds_a_table(self, call: Call) -> bool:
+        if call.kind not in MULTIPLIES:
+            return False
+        readers = self.seen.trace.consumers().get(call.outputs[0], [])
+        return all(reader.kind in TABULATED for reader in readers)
 
     def _source(self, value: int) -> str:
         producer = self.seen.trace.producer()

@@ -21,11 +21,16 @@ from qat.words import Init
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is quantized; None leaves that operand in floating point. `binarizer` says how one-bit operands are."""
+    """How one layer is quantized; None leaves that operand in floating point. `binarizer` says how one-bit operands are.
+
+    table: whether a function of its result alone, such as a GELU, reads 8-bit codes of it, so that a file holds the function
+           as a table. False leaves the result in floating point where a runtime could write either, as after a linear.
+    """
 
     weight: QuantSpec | None
     input: QuantSpec | None
     binarizer: Binarizer = BIPER
+    table: bool = True
 
 
 FLOAT = LayerSpec(weight=None, input=None)

@@ -17,6 +17,11 @@ PRODUCTS = {"matmul"}  # of two activations: attention's q·kᵀ and attn·v
 MERGES = {"add", "cat", "mul"} | PRODUCTS
 # The runtime's integer kernels of these can write floats, so a floating-point operation may read them unquantized.
 FLOAT_OUTPUT = {"linear"} | PRODUCTS
+# Functions of one tensor, element by element: of codes they are tables of 256 bytes (`export/functions.py`).
+TABULATED = {
+    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "leaky_relu", "mish", "selu", "sigmoid", "silu", "softplus",
+    "softsign", "sqrt", "tanh",
+}  # fmt: skip
 # Operations that only move, pick or repeat codes: quantizing before or after them is the same.
 LAYOUTS = {
     "flatten", "reshape", "view", "permute", "transpose", "contiguous", "max_pool2d", "dropout", "getitem", "squeeze",
@@ -61,13 +66,15 @@ def plan_points(
     trace: Trace,
     binary_inputs: frozenset[str] = frozenset(),
     in_float: frozenset[str] = frozenset(),
+    without_table: frozenset[str] = frozenset(),
 ) -> Placement:
     """Decide the 8-bit points of a traced model.
 
-    binary_inputs: layers that read one-bit codes. in_float: layers that are not quantized.
+    binary_inputs: layers that read one-bit codes. in_float: layers that are not quantized. without_table: layers whose
+    results functions of one tensor read in floating point.
     Raises ValueError naming a layer that would binarize the model's input.
     """
-    flow = _Flow(trace, in_float)
+    flow = _Flow(trace, in_float, without_table)
     addresses: list[str] = []
     absorbed: set[str] = set()
     for call in trace.calls:
@@ -104,10 +111,17 @@ def is_integer(call: Call) -> bool:
 
 
 class _Flow:
-    """What flows where in a traced model: who makes a value, and who reads it. in_float: layers that are not quantized."""
+    """What flows where in a traced model: who makes a value, and who reads it. in_float: layers that are not quantized;
+    without_table: see `plan_points`."""
 
-    def __init__(self, trace: Trace, in_float: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        in_float: frozenset[str] = frozenset(),
+        without_table: frozenset[str] = frozenset(),
+    ) -> None:
         self.in_float = in_float
+        self.without_table = without_table
         self.calls = trace.calls
         self.producer = trace.producer()
         self.readers = trace.consumers()
@@ -180,7 +194,26 @@ class _Flow:
         if not may_write_floats:
             return True
         readers = self.final_readers(end)
-        return any(reader is None or self.reads_codes(reader) for reader in readers)
+        if any(reader is None or self.reads_codes(reader) for reader in readers):
+            return True
+        return self.is_tabulated(call, readers)
+
+    def is_tabulated(self, call: Call, readers: list[Call | None]) -> bool:
+        """Whether what reads the result of `call` are functions of one tensor that end in codes: tables, if it has codes."""
+        if call.kind not in MULTIPLIES or not readers:
+            return False
+        if call.layer in self.in_float | self.without_table:
+            return False
+        return all(self.is_table(reader) for reader in readers)
+
+    def is_table(self, reader: Call | None) -> bool:
+        """Whether it is a function of one tensor whose results nothing reads but what computes on codes."""
+        if reader is None or reader.kind not in TABULATED:
+            return False
+        after = self.final_readers(reader.outputs[0])
+        if not after:
+            return False
+        return all(last is not None and self.reads_codes(last) for last in after)
 
     def reads_codes(self, call: Call) -> bool:
         """Whether it computes on integers; a layer that is not quantized reads floats."""

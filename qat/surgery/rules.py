@@ -6,6 +6,7 @@
     input_bits = 8            # left out: so does the input
     per_channel = true        # the default; false: one scale for the whole weight
     offset = false            # true: LSQ+ for the input
+    table = true              # the default; false: a GELU that reads the result reads floats, where runtimes can write them
 
 The same as JSON: {"rules": [{"layers": "head", "weight_bits": 8, "input_bits": 8}]}.
 """
@@ -23,7 +24,7 @@ from torch import nn
 from edgeqat.files import FileError, read_text
 from qat.quantizers.spec import QuantSpec
 from qat.surgery.decide import Rules
-from qat.surgery.layers import LayerSpec
+from qat.surgery.layers import FLOAT, LayerSpec
 from qat.surgery.observe import WEIGHTED
 
 KEYS = {
@@ -32,6 +33,7 @@ KEYS = {
     "input_bits": int,
     "per_channel": bool,
     "offset": bool,
+    "table": bool,
 }
 
 
@@ -79,7 +81,9 @@ def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
             source = QuantSpec(entry["input_bits"], offset=entry.get("offset", False))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return entry["layers"], LayerSpec(weight, source)
+    if weight is None and source is None:
+        return entry["layers"], FLOAT
+    return entry["layers"], LayerSpec(weight, source, table=entry.get("table", True))
 
 
 def before(
@@ -113,5 +117,5 @@ def with_options(
     for pattern, spec in rules:
         new_weight = None if spec.weight is None else replace(spec.weight, **weight)
         new_input = None if spec.input is None else replace(spec.input, **source)
-        changed.append((pattern, LayerSpec(new_weight, new_input)))
+        changed.append((pattern, replace(spec, weight=new_weight, input=new_input)))
     return changed

@@ -95,6 +95,21 @@ class Normed(nn.Module):
         return self.head(self.norm2(x.mean((2, 3))))
 
 
+class Tokens(nn.Module):
+    """The MLP of a transformer's block, on tokens."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.stem, self.norm = nn.Conv2d(3, 20, 3, 3), nn.LayerNorm(20)
+        self.wide, self.narrow, self.head = nn.Linear(20, 35), nn.Linear(35, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.narrow(self.function(self.wide(self.norm(x))))
+        return self.head(x)
+
+
 def quantized(model: nn.Module, bits: int) -> nn.Module:
     torch.manual_seed(bits)
     model = with_random_norms(model).eval()
@@ -136,6 +151,26 @@ def test_a_function_between_two_quantizers_is_a_table_of_its_layer(name: str, tm
     labels = next(a.strings for a in conv.attribute if a.name == "codes")
     source = canonical.quantizers[labels[0].decode()]
     target = canonical.quantizers[labels[-1].decode()]
+    for code in range(source.low, source.high + 1):
+        real = by_hand((code - source.zero_point) * float(source.scale))
+        expected = min(max(round(real / float(target.scale)) + target.zero_point, target.low), target.high)
+        assert table[code] == expected, code
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "elu"])
+def test_a_function_of_a_linear_is_a_table(name: str, tmp_path: Path) -> None:
+    torch_function, by_hand = FUNCTIONS[name]
+    torch.manual_seed(1)
+    model = quantized(Tokens(torch_function), 4)
+    canonical, proto = native(model)
+    assert ordinary(proto) <= {"Reshape", "Flatten", "Transpose"}
+    result = proven(model, canonical, proto, tmp_path)
+    assert result.passed, str(result)
+    assert {level.level: level.total for level in result.levels} == dict.fromkeys(session.LEVELS, 0)
+    (node,) = [node for node in proto.graph.node if node.op_type == "QTables"]
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    ((table,),) = [tensors[name] for name in node.input if name in tensors]
+    source, target = canonical.quantizers["wide#linear0"], canonical.quantizers["narrow.input"]
     for code in range(source.low, source.high + 1):
         real = by_hand((code - source.zero_point) * float(source.scale))
         expected = min(max(round(real / float(target.scale)) + target.zero_point, target.low), target.high)

@@ -1,4 +1,4 @@
-"""Native operators alone, against NumPy: products of codes, scaled channels, layer norms."""
+"""Native operators alone, against NumPy: sums and products of codes, scaled channels, layer norms."""
 
 import numpy as np
 import pytest
@@ -61,6 +61,17 @@ def test_products_of_codes(first: Shape, second: Shape) -> None:
     expected = as_codes(np.rint(products.astype(one) * one(0.0123) + one(100)))
     assert len(np.unique(expected)) > 50
     assert np.array_equal(computed("QMul", {"a": a, "b": b}, {}, numbers), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 33), (3, 9, 40), (3, 1), (1, 4, 4099)])
+def test_sums_of_codes(shape: Shape) -> None:
+    """Ratios of exact halves, so that many sums are ties, and ratios of many digits."""
+    a, b = random_codes(shape, 6), random_codes(shape, 7)
+    for first, second, offset in ((0.5, 0.25, 3.5), (0.7310585, -0.0123457, 11.7)):
+        numbers = GRID | {"ratio_first": first, "ratio_second": second, "offset": offset}
+        inner = (b * np.float64(one(second)) + np.float64(one(offset))).astype(one)
+        expected = as_codes(np.rint((a * np.float64(one(first)) + inner).astype(one)))
+        assert np.array_equal(computed("QAdd", {"a": a, "b": b}, {}, numbers), expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7, 33), (3, 9, 40), (3, 1)])

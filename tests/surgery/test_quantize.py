@@ -56,6 +56,32 @@ def test_sites_stand_where_integer_operations_join() -> None:
     }  # fmt: skip
 
 
+class Tokens(nn.Module):
+    """An MLP whose GELU ends in codes, and one whose result a mean in floating point reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc1, self.fc2 = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.fc3, self.fc4 = nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.fc2(F.gelu(self.fc1(x)))
+        gate = F.silu(self.fc3(x))
+        return self.fc4(gate) + gate.mean(-1, keepdim=True)
+
+
+def test_a_function_of_a_linear_reads_codes_unless_a_rule_says_floats() -> None:
+    table = quantize_(Tokens().eval(), uniform_rules(4), X)
+    assert "fc1#linear0" in table.points and "fc3#linear0" not in table.points
+    assert "is a table" in table.explain("fc1#linear0")
+    floats = LayerSpec(QuantSpec.of_weight(4), QuantSpec(4), table=False)
+    without = quantize_(Tokens().eval(), [("fc1", floats), *uniform_rules(4)], X)
+    assert set(table.points) - set(without.points) == {"fc1#linear0"}
+    in_float = quantize_(Tokens().eval(), [("fc1", FLOAT), *uniform_rules(4)], X)
+    assert "fc1#linear0" not in in_float.points
+
+
 def test_every_quantizer_gets_a_gradient_and_moves() -> None:
     model, _ = quantized()
     model.train()
