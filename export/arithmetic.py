@@ -11,11 +11,13 @@ The definition says how results become codes:
     layer norm     q = clip(rint(fp32(d) · r · g + h) + z, low, high), edgeqat's kernels alone (export/norms.py);
                    d = n q - Σq, r = fp32(1 / sqrt(n Σq² - (Σq)² + e)) in float64, e = fp32(epsilon n² / s_x²),
                    g = fp32(gain / s_y), h = fp32(shift / s_y)
+    softmax        q = clip(rint(fp32(e · fp32(fp32(1 / sum) / s_y))) + z, low, high), edgeqat's kernels alone
+                   (export/softmax.py); `exponentials` and `sum_of_lanes` say e and sum, operation by operation in float32
     requantize     q = clip(rint(fp32((q_x - z_x) · s_x) / s_y) + z, low, high)
 
 acc is the exact integer sum; all multipliers are float32; rint rounds half to even. `terms_of_sum`, `ratio_of_product`,
-`multiplier_of_mean`, `terms_of_norm` and `requantized` are what all that compute or write it share: `export/reference.py`
-runs it on whole nets, `export/native_graph.py` writes it into files.
+`multiplier_of_mean`, `terms_of_norm`, `softmax_codes` and `requantized` are what all that compute or write it share:
+`export/reference.py` runs it on whole nets, `export/native_graph.py` writes it into files.
 
 The ONNX Runtime builds for x86, 64-bit ARM and WebAssembly give the same integer sums for a layer and requantize them
 alike, but they differ in sums, products, requantizations and pools of codes: in the order of additions, in whether a
@@ -150,6 +152,56 @@ def normalized(codes: Integers, terms: TermsOfNorm, out: LoweredQuantizer) -> In
     reciprocal = (1 / root).astype(one)
     scaled = centred.astype(one) * reciprocal * terms.gain + terms.shift
     return rounded_outside(scaled, out.zero_point)
+
+
+LOG2_E = one(1.44269504)
+# ln 2 in two parts, the first of so few bits that its products with integers are exact
+LN2_HIGH = one(0.693359375)
+LN2_LOW = one(-2.12194440e-4)
+# (e^r - 1 - r) / r² for |r| <= ln(2) / 2, the highest power first
+EXPONENTIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+LOWEST_EXPONENT = one(-86)  # e to the power of it is a normal float32
+LANES = 8
+
+
+def exponentials(x: Floats) -> Floats:
+    """float32 (..., n): e^(x - largest x of the row), every operation rounded once."""
+    distances = x - x.max(-1, keepdims=True)
+    t = np.where(distances > LOWEST_EXPONENT, distances, LOWEST_EXPONENT)
+    power = np.rint(t * LOG2_E)
+    r = (t - power * LN2_HIGH) - power * LN2_LOW
+    polynomial = np.full_like(r, EXPONENTIAL[0])
+    for coefficient in EXPONENTIAL[1:]:
+        polynomial = polynomial * r + one(coefficient)
+    mantissa = (polynomial * (r * r) + r) + one(1)
+    return np.ldexp(mantissa, power.astype(np.int32)).astype(one)
+
+
+def sum_of_lanes(x: Floats) -> Floats:
+    """float32 (..., 1): sums of rows, element i added to lane i modulo 8, then the lanes to each other."""
+    missing = -x.shape[-1] % LANES
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    parts = padded.reshape(*x.shape[:-1], -1, LANES)
+    lanes = np.zeros_like(parts[..., 0, :])
+    for index in range(parts.shape[-2]):
+        lanes = lanes + parts[..., index, :]
+    halves = lanes[..., :4] + lanes[..., 4:]
+    quarters = halves[..., :2] + halves[..., 2:]
+    return quarters[..., :1] + quarters[..., 1:]
+
+
+def softmax_codes(x: Floats, out: LoweredQuantizer) -> Integers:
+    """The definition's results for rows of floats (..., n) that a softmax writes on `out`, before the clip."""
+    weights = exponentials(x)
+    factor = (one(1) / sum_of_lanes(weights)) / out.scale
+    return rounded_outside(weights * factor, out.zero_point)
 
 
 def requantized(

@@ -76,6 +76,7 @@ OPERATORS: dict[str, Operator] = {
         3,
         1 + MOST_TABLES,
     ),
+    "QSoftmax": Operator((("scores", FLOATS), ("tables", BYTES)), 1, 1 + MOST_TABLES),
     "QTables": Operator(_POOL, 2, MOST_TABLES),
     "QImage": Operator((("images", FLOATS),), 1, 1),
 }
@@ -87,6 +88,7 @@ RANKS = {
     "QMul": None,
     "QScale": None,
     "QLayerNorm": None,
+    "QSoftmax": None,
     "QTables": None,
 }
 # Axis -> the attributes of its padding
@@ -98,6 +100,7 @@ RANGES = {
     "groups": range(1, 1 << 20), "x_zero": BYTE, "x_high": range(1, 256), "y_zero": BYTE, "y_low": BYTE, "y_high": BYTE,
     "a_zero": BYTE, "b_zero": BYTE,
     "sum_low": BYTE, "sum_high": BYTE, "one_bit": FLAG, "threshold": FLAG, "other_first": FLAG, "count_include_pad": FLAG,
+    "below_zero": FLAG,
     "rank": range(1, 9), "out_h": range(1, 1 << 16), "out_w": range(1, 1 << 16),
     **{f"{what}_{axis}": WINDOW for what in ("kernel", "stride", "dilation") for axis in "hw"},
     **{f"pad_{side}": PADDING for side in ("top", "left", "bottom", "right")},

@@ -43,6 +43,7 @@ from export.skeleton import (
     only_reader,
     weight_layer,
 )
+from export.softmax import is_softmax_to_codes
 from export.targets import Target
 from export.thresholds import WRITE_ZERO_POINT, code_thresholds
 from export.ties import function as tried_function
@@ -130,6 +131,8 @@ class NativeEmitter:
             "Flatten": self._flat,
             "Transpose": self._transpose,
             "LayerNormalization": self._layer_norm,
+            "Softmax": self._softmax,
+            "PRelu": self._parametric_relu,
         }
 
     def emit(self, node: ir.Node) -> None:
@@ -479,12 +482,27 @@ class NativeEmitter:
 
     def _scale_channels(self, node: ir.Node) -> bool:
         """Codes times a constant for each channel, as a layer scale has them: what float32 operators would compute."""
-        mark = self._quantizer_after(node)
-        if mark is None:
-            return False
         value, factor = node.inputs
         if constant(factor) is None:
             value, factor = factor, value
+        return self._times_constants(node, value, factor, below_zero=False)
+
+    def _parametric_relu(self, node: ir.Node) -> bool:
+        """A PReLU with a slope for each channel. (One slope for all is a function of one code.)"""
+        value, slope = node.inputs
+        return self._times_constants(node, value, slope, below_zero=True)
+
+    def _times_constants(
+        self,
+        node: ir.Node,
+        value: ir.Value | None,
+        factor: ir.Value | None,
+        *,
+        below_zero: bool,
+    ) -> bool:
+        mark = self._quantizer_after(node)
+        if mark is None:
+            return False
         gain = constant(factor)
         if gain is None or _sizes(value) != _sizes(node.outputs[0]):
             return False
@@ -496,6 +514,7 @@ class NativeEmitter:
         attributes = _written(grid) | {
             "x_scale": float(source.grid.scale),
             "x_zero": source.grid.zero_point,
+            "below_zero": int(below_zero),
             "rank": len(_sizes(value)),
         }
         constants = self.writer.constant(f"{grid.name}/gain", per_channel)
@@ -559,6 +578,20 @@ class NativeEmitter:
         self._custom("QLayerNorm", [tensor, gain, shift], [grid.name], attributes)
         self.writer.codes[value_name(mark.outputs[0])] = (grid.name, grid)
         self.done.add(mark)
+
+    def _softmax(self, node: ir.Node) -> bool:
+        """Over the last axis of floats: one node for each quantizer that reads the results."""
+        if not is_softmax_to_codes(node, self.model):
+            return False
+        self._to_ordinary(node.inputs[0])
+        scores = self.writer.float_of(node.inputs[0])
+        for use in node.outputs[0].uses():
+            mark = use.node
+            grid = self.model.quantizers[mark_name(mark)]
+            self._custom("QSoftmax", [scores], [grid.name], _written(grid))
+            self.writer.codes[value_name(mark.outputs[0])] = (grid.name, grid)
+            self.done.add(mark)
+        return True
 
     def _transpose(self, node: ir.Node) -> bool:
         """Nothing to do where a net reads images channels last, or goes on with such: native codes lie like that."""

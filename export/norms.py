@@ -47,7 +47,7 @@ def norm_on_codes(node: ir.Node, model: LoweredModel) -> LayerNorm | None:
         return None
     if gain.size > MOST_ELEMENTS or shift.shape != gain.shape:
         return None
-    if not _only_quantized(node.outputs[0], model):
+    if not only_quantized(node.outputs[0], model):
         return None
     epsilon = 1e-5  # the operator's own
     if "epsilon" in node.attributes:
@@ -59,7 +59,7 @@ def norm_on_codes(node: ir.Node, model: LoweredModel) -> LayerNorm | None:
     )
 
 
-def _only_quantized(value: ir.Value, model: LoweredModel) -> bool:
+def only_quantized(value: ir.Value, model: LoweredModel) -> bool:
     """Whether nothing but quantizers of more than one bit reads `value`."""
     if value.is_graph_output():
         return False

@@ -233,7 +233,7 @@ def cure_of(operators: Sequence[str], native: bool, at_an_end: bool) -> str:
     if computing & LAYERS:
         return "a layer in floating point: a rule that gives its weight and input bits puts it on codes"
     if "Softmax" in computing:
-        return "softmax is computed in floating point on every target"
+        return "softmax: --target ort-native writes its codes in one node, where it is over the last axis"
     if computing & NORMS:
         return "norms: --target ort-native computes layer norms over the last axis on codes"
     if not computing and at_an_end:

@@ -20,6 +20,7 @@ from export.arithmetic import (
     multiplier_of_mean,
     normalized,
     ratio_of_product,
+    softmax_codes,
     terms_of_norm,
     terms_of_sum,
 )
@@ -36,6 +37,7 @@ from export.skeleton import (
     moves_codes,
     weight_layer,
 )
+from export.softmax import is_softmax_to_codes
 from export.thresholds import code_thresholds
 
 # Integers up to here are exact in float32, so float32 convolutions of codes are too
@@ -238,6 +240,22 @@ class Normalized:
         return torch.from_numpy(normalized(codes, terms, grid)).float()
 
 
+@dataclass(frozen=True)
+class Softmaxed:
+    """Softmax of floats over their last axis, not yet rounded to a grid."""
+
+    scores: Tensor
+
+    def real(self) -> Tensor:
+        """In floating point."""
+        return self.scores.softmax(-1)
+
+    def on(self, grid: LoweredQuantizer) -> Tensor:
+        """Storage codes before the clip, float32 integers."""
+        codes = softmax_codes(self.scores.float().numpy(), grid)
+        return torch.from_numpy(codes).float()
+
+
 Value = (
     Tensor
     | Codes
@@ -248,6 +266,7 @@ Value = (
     | Mean
     | WindowMean
     | Normalized
+    | Softmaxed
 )
 Follow = Callable[[ir.Node, dict[ir.Value, "Value"]], None]
 
@@ -364,6 +383,9 @@ class IntegerReference:
         norm = norm_on_codes(node, self.model)
         if norm is not None:
             return [Normalized(_codes(x, node), norm)]
+        if is_softmax_to_codes(node, self.model):
+            assert x is not None
+            return [Softmaxed(real_of(x))]
         codes = [operand for operand in operands if isinstance(operand, Codes)]
         if len(codes) == len(operands):
             result = _on_codes(node, codes)
@@ -522,7 +544,7 @@ def _unclipped(value: Value, grid: LoweredQuantizer) -> Tensor:
             multiplier = torch.tensor(float(multiplier_of_mean(x.grid, count, grid)))
             sums = x.centred().double().sum(dim=(2, 3), keepdim=True).float()
             return torch.round(sums * multiplier) + grid.zero_point
-        case Normalized():
+        case Normalized() | Softmaxed():
             return value.on(grid)
         case WindowMean():
             # Added before rounding: it decides near ties

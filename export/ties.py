@@ -30,6 +30,7 @@ from export import arithmetic
 from export.arithmetic import disagreements, one
 from export.functions import CodeFunction, function_before
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer, Tried
+from export.norms import norm_on_codes
 from export.skeleton import (
     CODE_OPS,
     grid_of,
@@ -183,6 +184,8 @@ def float_quantizers(model: LoweredModel) -> list[str]:
         producer = value.producer() if value is not None else None
         if producer is None or operation_before(node, model) is not None:
             continue
+        if norm_on_codes(producer, model) is not None:
+            continue  # by our own kernels, which are exact
         if weight_layer(producer, model) is None and _mixes_floats(producer, model):
             found.append(mark_name(node))
     return found

@@ -7,6 +7,10 @@ A model goes through: quantize at W4A4 -> calibrate -> two training steps, after
 finite gradient that is not zero -> export (ort-int8) -> certificate, held to 0 mismatches at the levels EXTENDED and ALL.
 Weights are random, images are noise: what is checked is arithmetic. Each model has a process, a time limit and a memory
 limit of its own; a row is written as soon as it is known.
+
+Weights are timm's own at first (`created`). Where these leave a quantizer without a gradient, the model is tried once more
+with weights as large as trained ones (`fan-in`, see `_sized_by_fan_in`), and its row says so. A quantizer whose result has
+no gradient in full precision either decides nothing in that net, such as of tokens that nobody reads: the row counts it.
 """
 
 import argparse
@@ -24,12 +28,16 @@ from typing import Any
 
 STAGES = ("create", "quantize", "calibrate", "train", "export", "certify")
 CLASSES = 10
+CREATED, FAN_IN = "created", "fan-in"
 FAULT = " " * 11  # how a certificate's lines begin that say what failed
 
 
 @dataclass
 class Row:
-    """How far one model came. `reason` is empty when it came through; shares are of all multiplies of one image."""
+    """How far one model came. `reason` is empty when it came through; shares are of all multiplies of one image.
+
+    weights: CREATED or FAN_IN. idle: quantizers that decide nothing, in full precision either.
+    """
 
     family: str
     model: str
@@ -44,6 +52,8 @@ class Row:
     stage: str = "create"
     reason: str = ""
     seconds: float = 0.0
+    weights: str = CREATED
+    idle: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -52,12 +62,25 @@ class Row:
     def __str__(self) -> str:
         inexact = f", {self.float_level_mismatches} at DISABLE and BASIC" if self.float_level_mismatches else ""
         verdict = f"ok, {self.codes:,} codes{inexact}" if self.passed else f"{self.stage}: {self.reason}"
+        verdict += self.remarks
         kinds = ", ".join(self.float_kinds)
         return (
             f"{self.family:<24} {self.model:<34} {self.parameters / 1e6:6.1f}M {self.image_size:4d} px "
             f"{self.layers:4d} layers {self.products:3d} products  float {self.float_share:6.2%} ({kinds})  "
             f"{self.seconds:4.0f} s  {verdict}"
         )
+
+    @property
+    def remarks(self) -> str:
+        """What was special about the weights and the quantizers."""
+        text = "" if self.weights == CREATED else f", weights {self.weights}"
+        if self.idle:
+            text += f", {len(self.idle)} quantizers idle in full precision too"
+        return text
+
+
+class NoGradient(ValueError):
+    """Quantizer parameters that had none within the steps, though the net's results depend on them."""
 
 
 def smallest_models(cache: Path) -> dict[str, str]:
@@ -90,12 +113,18 @@ def check(family: str, name: str, options: argparse.Namespace) -> Row:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    row, began = Row(family, name), time.perf_counter()
-    try:
-        _go_through(row, options)
-    except Exception as error:
-        row.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    began = time.perf_counter()
+    row = Row(family, name)
+    for weights in (CREATED, FAN_IN):
+        torch.manual_seed(0)
+        row = Row(family, name, weights=weights)
+        try:
+            _go_through(row, options)
+        except Exception as error:
+            row.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            if isinstance(error, NoGradient):
+                continue
+        break
     row.seconds = time.perf_counter() - began
     return row
 
@@ -118,10 +147,12 @@ def _go_through(row: Row, options: argparse.Namespace) -> None:
     row.layers, row.products = len(table.rows), len(table.products)
     row.float_share, row.float_kinds = table.float_share, sorted({r.kind for r in table.in_float})
     row.stage = "calibrate"
+    if row.weights == FAN_IN:
+        _sized_by_fan_in(model)
     _as_if_trained(model, images)
     calibrate(model, [images])
     row.stage = "train"
-    _train(model, images)
+    row.idle = _train(model, images)
     row.stage = "settle"
     settle_(model.eval(), images[:1])
     row.stage = "export"
@@ -171,6 +202,27 @@ def _as_if_trained(model: Any, images: Any) -> None:
         restore_norm_statistics(model, [images])
 
 
+def _sized_by_fan_in(model: Any) -> None:
+    """Weights of variance 1 / fan-in, so that no branch is lost beside its stream, as it is by timm's deviation of 0.02 in
+    narrow layers; shifts of layer norms that tell one channel from the next.
+
+    A depthwise convolution that is added to what it reads, as positional encodings are, would lengthen it in every block:
+    the magnitudes of its taps add up to 1/4.
+    """
+    import torch
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm) and module.bias is not None:
+                module.bias.normal_(std=0.5)
+            if not isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Linear)):
+                continue
+            weight = module.weight
+            weight.normal_(std=weight[0].numel() ** -0.5)
+            if weight.dim() == 4 and weight.shape[1] == 1 and module.groups > 1:
+                weight.mul_(0.25 / weight.abs().flatten(1).sum(1).view(-1, 1, 1, 1))
+
+
 def _create(create: Callable[..., Any], name: str, wanted: int) -> tuple[Any, int]:
     """The model for images of `wanted` pixels, or where it takes no such images, for those it was designed for."""
     import torch
@@ -188,8 +240,12 @@ def _create(create: Callable[..., Any], name: str, wanted: int) -> tuple[Any, in
     return model, config.image_size
 
 
-def _train(model: object, images: object) -> None:
-    """Two AdamW steps; raises ValueError naming a quantizer parameter that had no, or only zero, or no finite gradient."""
+def _train(model: object, images: object) -> list[str]:
+    """Two AdamW steps; returns the quantizers that decide nothing in full precision either.
+
+    Raises NoGradient naming a quantizer parameter that had no gradient, or zeros alone, though the full-precision net has
+    one there; ValueError where one is not finite.
+    """
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
@@ -210,8 +266,49 @@ def _train(model: object, images: object) -> None:
                 raise ValueError(f"the gradient of {name} is not finite")
             moved[name] |= gradient is not None and bool(gradient.any())
         optimizer.step()
-    if still := [name for name, has in moved.items() if not has]:
-        raise ValueError(f"{len(still)} of {len(moved)} quantizer parameters had no gradient: {', '.join(still[:3])}")
+    still = [name for name, has in moved.items() if not has]
+    if not still:
+        return []
+    idle = _idle_in_full_precision(model, images)
+    lost = [name for name in still if name.rpartition(".")[0] not in idle]
+    if lost:
+        raise NoGradient(f"{len(lost)} of {len(moved)} quantizer parameters had no gradient: {', '.join(lost[:3])}")
+    return sorted({name.rpartition(".")[0] for name in still})
+
+
+def _idle_in_full_precision(model: Any, images: Any) -> set[str]:
+    """Quantizers whose results have a gradient of exactly zero where all of them pass everything through."""
+    import torch
+    import torch.nn.functional as F
+
+    from qat.surgery.calibrate import in_full_precision
+    from qat.surgery.swap import quantizers
+
+    by_name = quantizers(model)
+    idle: set[str] = set()
+    busy: set[str] = set()
+
+    def watch(name: str) -> Callable[..., Any]:
+        def note(gradient: Any) -> None:
+            found = busy if bool(gradient.any()) else idle
+            found.add(name)
+
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            # What passes through is the tensor that others read too
+            own = output.view_as(output)
+            if own.requires_grad:
+                own.register_hook(note)
+            return own
+
+        return hook
+
+    handles = [quantizer.register_forward_hook(watch(name)) for name, quantizer in by_name.items()]
+    with in_full_precision(model):
+        F.cross_entropy(model(images), torch.arange(len(images)) % CLASSES).backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return idle - busy
 
 
 def _export_and_certify(row: Row, model: object, images: object, path: Path) -> None:
@@ -302,7 +399,7 @@ def summary(rows: Iterable[Row]) -> str:
     ]
     for row in rows:
         share = f"{row.float_share:.2%} {', '.join(row.float_kinds)}"
-        reason = "ok" if row.passed else f"{row.stage}: {row.reason}".replace("|", "/")[:160]
+        reason = f"ok{row.remarks}" if row.passed else f"{row.stage}: {row.reason}".replace("|", "/")[:160]
         cells = (row.family, row.model, row.image_size, row.layers, row.products, share, f"{row.codes:,}", reason)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     through = sum(row.passed for row in rows)

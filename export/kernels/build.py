@@ -31,6 +31,7 @@ ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "avxvnni.cpp": ("-mavx2", "-mfma", "-mavxvnni"),
         "norms_avx2.cpp": ("-mavx2",),
         "products_avx2.cpp": ("-mavx2", "-mfma"),
+        "softmax_avx2.cpp": ("-mavx2",),
         "avx512.cpp": ("-mavx2", "-mfma", *(f"-mavx512{x}" for x in AVX512)),
     },
     # Moving loads and steps ahead of each other before registers are allotted makes a tile need more of them than there are.

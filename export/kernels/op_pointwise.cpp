@@ -186,10 +186,11 @@ struct Multiply : Kernel {
   ProductOfCodes product;
 };
 
-// A constant for each element of the last axis.
+// A constant for each element of the last axis, for all codes or, as a PReLU has it, for those below zero.
 struct Scale : Kernel {
   explicit Scale(const Info& info) : to(grid_of(info)), tables(info, 2, 1) {
-    scaled = {info.byte("x_zero"), info.positive("x_scale"), to.scale, to.zero, to.low, to.high};
+    scaled = {info.byte("x_zero"),    info.positive("x_scale"), to.scale, to.zero, to.low, to.high,
+              info.flag("below_zero")};
     const Tensor given = info.constant(1, kGainRead);
     if (!given || given.size() == 0) refuse("needs constant gains");
     gain.assign(given.reals(), given.reals() + given.size());

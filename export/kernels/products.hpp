@@ -15,10 +15,12 @@ struct ProductOfCodes {
 
 // How codes times a constant become codes, as DequantizeLinear, Mul and QuantizeLinear compute it, in float32:
 //   clip(rint(((q - x_zero) · x_scale) · gain / y_scale) + zero, low, high)
+// With `below_zero` only what is below zero is multiplied, as a PReLU does.
 struct ScaledCodes {
   int x_zero;
   float x_scale, y_scale;
   int zero, low, high;
+  bool below_zero;
 };
 
 // How a sum becomes a code: clip(rint(fma(a, ratio_a, fma(b, ratio_b, offset))), low, high)

@@ -39,7 +39,9 @@ static inline void scale_row(const uint8_t* x, const float* gain, size_t count, 
   const float low = float(s.low - s.zero), high = float(s.high - s.zero);
   for (size_t i = 0; i < count; ++i) {
     const float real = float(int(x[i]) - s.x_zero) * s.x_scale;
-    float code = real * gain[i] / s.y_scale;
+    const float scaled = real * gain[i];
+    const bool is_scaled = !s.below_zero || real < 0;
+    float code = (is_scaled ? scaled : real) / s.y_scale;
     code = code > low ? code : low;
     code = code < high ? code : high;
     y[i] = uint8_t(int((code + shift) - shift) + s.zero);

@@ -13,7 +13,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from edgeqat.cpp import compiler
-from export import session
+from export import reference, session
+from export.arithmetic import softmax_codes
 from export.certificate import Certificate, certify
 from export.lower import lower_to_integers, trained_codes
 from export.lowered import DOMAIN, LoweredModel
@@ -110,6 +111,36 @@ class Tokens(nn.Module):
         return self.head(x)
 
 
+class Attending(nn.Module):
+    """Attention of two heads; of 15 tokens, which no number of lanes divides. `axis`: what the softmax sums over."""
+
+    def __init__(self, axis: int = -1) -> None:
+        super().__init__()
+        self.axis = axis
+        self.stem, self.norm = nn.Conv2d(3, 20, 3, 3), nn.LayerNorm(20)
+        self.query, self.key, self.value = nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+        q, k, v = (part(x).unflatten(-1, (2, 10)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        weights = (q @ k.transpose(-2, -1)).softmax(self.axis)
+        return self.head((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Sloped(nn.Module):
+    """PReLUs with a slope for each channel: of images, and of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 21, 3), nn.Conv2d(21, 9, 1)
+        self.first, self.second = nn.PReLU(21), nn.PReLU(9)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.middle(self.first(self.stem(x)))).mean((2, 3)))
+
+
 def quantized(model: nn.Module, bits: int) -> nn.Module:
     torch.manual_seed(bits)
     model = with_random_norms(model).eval()
@@ -201,3 +232,33 @@ def test_layer_norms_and_scales_read_and_write_codes(tmp_path: Path) -> None:
     assert {level.level: level.total for level in result.levels} == dict.fromkeys(session.LEVELS, 0)
     plain = emit(lower_to_integers(model, IMAGES, TARGETS["ort-packed"]), TARGETS["ort-packed"])
     assert "LayerNormalization" in ordinary(plain)
+
+
+@pytest.mark.parametrize("axis", [-1, 3, -2])
+def test_a_softmax_over_the_last_axis_writes_codes(axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    model = quantized(Attending(axis), 4)
+    canonical, proto = native(model)
+    kinds = [node.op_type for node in proto.graph.node]
+    assert ("QSoftmax" in kinds, "Softmax" in kinds) == (axis != -2, axis == -2)
+    result = proven(model, canonical, proto, tmp_path)
+    assert result.passed and result.mismatches == 0, str(result)
+    if axis == -2:
+        return
+    monkeypatch.setattr(reference, "softmax_codes", lambda x, out: softmax_codes(x, out) + 1)
+    wrong = proven(model, canonical, proto, tmp_path)
+    assert not wrong.passed and "#softmax0" in str(wrong)
+
+
+def test_a_parametric_relu_stays_in_codes(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    net = Sloped()
+    for slopes in (net.first.weight, net.second.weight):
+        nn.init.uniform_(slopes, -0.5, 0.9)
+    model = quantized(net, 4)
+    canonical, proto = native(model)
+    scaled = [node for node in proto.graph.node if node.op_type == "QScale"]
+    assert len(scaled) == 2 and ordinary(proto) <= {"Reshape", "Flatten"}
+    result = proven(model, canonical, proto, tmp_path)
+    assert result.passed, str(result)
+    assert {level.level: level.total for level in result.levels} == dict.fromkeys(session.LEVELS, 0)

@@ -1,4 +1,7 @@
-"""Native operators alone, against NumPy: sums and products of codes, scaled channels, layer norms."""
+"""Native operators alone, against NumPy: sums and products of codes, scaled channels, layer norms, softmaxes."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ one = np.float32
 
 
 def computed(
-    kind: str, inputs: dict[str, Codes], constants: dict[str, NDArray[np.float32]], numbers: dict[str, float]
+    kind: str, inputs: Mapping[str, NDArray[Any]], constants: dict[str, NDArray[np.float32]], numbers: dict[str, float]
 ) -> Codes:
     """What one node gives that reads `inputs` and `constants`, in this order."""
     node = helper.make_node(kind, [*inputs, *constants], ["y"], domain=DOMAIN, codes=["y"])
@@ -25,7 +28,10 @@ def computed(
     graph = helper.make_graph(
         [node],
         "operator",
-        [helper.make_tensor_value_info(name, TensorProto.UINT8, codes.shape) for name, codes in inputs.items()],
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+            for n, x in inputs.items()
+        ],
         [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
@@ -81,8 +87,44 @@ def test_scaled_channels_are_what_three_float_operators_compute(shape: Shape) ->
     gain[::3] = 0.5  # exact halves: ties
     real = (x.astype(one) - one(9)) * one(0.125)
     expected = as_codes(np.rint(real * gain / one(0.25)) + 100)
-    numbers = GRID | {"x_scale": 0.125, "x_zero": 9}
+    numbers = GRID | {"x_scale": 0.125, "x_zero": 9, "below_zero": 0}
     assert np.array_equal(computed("QScale", {"x": x}, {"gain": gain}, numbers), expected)
+    slopes = np.where(real < 0, real * gain, real)
+    expected = as_codes(np.rint(slopes / one(0.25)) + 100)
+    assert np.array_equal(computed("QScale", {"x": x}, {"gain": gain}, numbers | {"below_zero": 1}), expected)
+
+
+def exponential(x: np.float32) -> np.float32:
+    """As export/kernels/softmax.hpp says it, one number at a time."""
+    t = max(x, one(-86))
+    power = np.rint(t * one(1.44269504))
+    r = (t - power * one(0.693359375)) - power * one(-2.12194440e-4)
+    p = one(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + one(coefficient)
+    return one(((p * (r * r) + r) + one(1)) * one(2.0 ** int(power)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 37), (3, 1), (7, 8), (1, 2, 197), (5, 3)])
+def test_softmaxes_to_codes(shape: Shape) -> None:
+    scores = (np.random.default_rng(8).standard_normal(shape) * 3).astype(one)
+    scores[0] = -0.5  # all alike
+    scores[-1, ..., -1] = -np.inf if shape[-1] > 1 else 0  # masked
+    scores[-1, ..., 0] = 120  # nearly all of the weight
+    scale = one(1 / 200)
+    expected = np.empty(shape, np.uint8)
+    for place in np.ndindex(*shape[:-1]):
+        row = scores[place]
+        weights = [exponential(x) for x in row - row.max()]
+        lanes = [one(0)] * 8
+        for index, weight in enumerate(weights):
+            lanes[index % 8] = lanes[index % 8] + weight
+        a, b, c, d, e, f, g, h = lanes
+        factor = one(1) / (((a + e) + (c + g)) + ((b + f) + (d + h))) / scale
+        expected[place] = as_codes(np.rint(np.array(weights) * factor) + 100)
+        assert abs(weights[-1] - np.exp(np.float64(row[-1]) - row.max())) <= 1e-6
+    numbers = GRID | {"y_scale": float(scale)}
+    assert np.array_equal(computed("QSoftmax", {"scores": scores}, {}, numbers), expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 96), (5, 1), (2, 4, 5, 67), (3, 1000)])
@@ -114,6 +156,6 @@ def test_what_does_not_fit_is_refused() -> None:
         computed("QMul", {"a": a, "b": b}, {}, numbers)
     gain = np.ones(32, np.float32)
     with pytest.raises(Exception, match="another length"):
-        computed("QScale", {"x": a}, {"gain": gain}, GRID | {"x_scale": 0.1, "x_zero": 0})
+        computed("QScale", {"x": a}, {"gain": gain}, GRID | {"x_scale": 0.1, "x_zero": 0, "below_zero": 0})
     with pytest.raises(ExportError, match="different numbers"):
         computed("QLayerNorm", {"x": a}, {"gain": gain, "shift": gain[:5]}, GRID | {"epsilon": 1.0})
