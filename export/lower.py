@@ -83,7 +83,7 @@ def lower(
     # First: hooks such as prune's make a layer's weight anew in a forward pass
     with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
-    layers, activations = _grids(model, arguments)
+    layers, activations = _layers_and_quantizers(model, arguments)
     multiply_adds = sum(witness(model, example).values())
     passes = _Passes(model)
     for quantizer in quantizers(model).values():
@@ -155,7 +155,7 @@ def lowered_anew(
     arguments = arguments_of(model, one_sample)
     with torch.no_grad():  # see `lower`
         call(model, arguments)
-    layers, activations = _grids(model, arguments)
+    layers, activations = _layers_and_quantizers(model, arguments)
     _add_repeated(lowered.repeated, layers, activations)
     skeleton = lowered.skeleton.clone()
     parameters = dict(model.named_parameters())
@@ -184,7 +184,7 @@ def _replace_gamma(norm: ir.Node, gamma: Tensor) -> None:
     norm.replace_input_with(1, value)
 
 
-def _grids(
+def _layers_and_quantizers(
     model: nn.Module, arguments: Arguments
 ) -> tuple[dict[str, LoweredLayer], dict[str, LoweredQuantizer]]:
     """Layers by the name of their weight's quantizer, and activation quantizers by their own."""
