@@ -486,10 +486,22 @@ def _captured(
     except Exception as error:
         if "Constraints violated" not in str(error):
             raise
+        if "generated guard" in str(error):
+            raise ExportError(
+                "the model computes otherwise for some numbers of images, and its file would hold one way alone; torch.cdist "
+                "needs compute_mode='use_mm_for_euclid_dist', and what asks for x.shape[0] in an if, a torch.where: "
+                f"{_guard_in(str(error))}"
+            ) from error
         raise ExportError(
             "the model fixes its batch to a number, so its file would run no other: write x.shape[0] where its forward has "
             "len(x) or a number"
         ) from error
+
+
+def _guard_in(message: str) -> str:
+    """The sentence of torch.export that says which batches a graph would be right for."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    return next(line for line in lines if "generated guard" in line)
 
 
 def _dynamic(leaf: object, batch: Any) -> Any:

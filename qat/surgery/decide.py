@@ -105,7 +105,9 @@ def _is_wrapped(name: str, seen: Observation) -> bool:
     if not calls:
         return True
     is_called_by_itself = all(call.path == name for call in calls)
-    return is_called_by_itself and wraps(seen.layers[name])
+    # Another tensor may stand in for the parameter, as in torch.func.functional_call
+    has_its_own_weight = all(c.address in seen.trace.parameter_of for c in calls)
+    return is_called_by_itself and has_its_own_weight and wraps(seen.layers[name])
 
 
 def _by_rules(

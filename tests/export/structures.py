@@ -1270,6 +1270,56 @@ def bilinear_pooling() -> nn.Module:
 
 
 @structure
+def frequencies() -> nn.Module:
+    return Net(Lambda(lambda s, x: torch.fft.irfft2(torch.fft.rfft2(x) * 1.5, s=x.shape[-2:]) + s.a(x), a=conv()))
+
+
+@structure
+def powers_of_two() -> nn.Module:
+    return Net(Lambda(lambda s, x: torch.exp2(-s.a(x).abs()) + torch.log2(1 + x) + x, a=conv()))
+
+
+@structure
+def arcs() -> nn.Module:
+    return Net(Lambda(lambda s, x: torch.atan(s.a(x)) + torch.asinh(s.b(x)), a=conv(), b=conv()))
+
+
+class Prototypes(nn.Module):
+    """Distances to prototypes. mode: how `torch.cdist` computes them."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.body, self.prototypes = nn.Sequential(conv(3, 8), nn.ReLU()), nn.Parameter(torch.randn(5, 8))
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(self.body(x).mean((2, 3)), self.prototypes, compute_mode=self.mode)
+
+
+@structure
+def prototypes() -> nn.Module:
+    return Prototypes("use_mm_for_euclid_dist")
+
+
+@structure
+def prototypes_by_size() -> nn.Module:
+    return Prototypes("use_mm_for_euclid_dist_if_necessary")
+
+
+@structure
+def functional_call() -> nn.Module:
+    def doubled(s: Any, x: Tensor) -> Tensor:
+        return F.relu(torch.func.functional_call(s.layer, {"weight": s.layer.weight * 2, "bias": s.layer.bias}, (x,)))
+
+    return Net(Lambda(doubled, layer=nn.Conv2d(8, 8, 3, padding=1)))
+
+
+@structure
+def image_by_image() -> nn.Module:
+    return Tokens(Lambda(lambda s, x: torch.vmap(s.linear)(x), linear=nn.Linear(16, 16)))
+
+
+@structure
 def spatial_transformer() -> nn.Module:
     def net(s: Any, x: Tensor) -> Tensor:
         theta = s.locate(F.relu(s.first(x)).mean((2, 3))).view(-1, 2, 3)
