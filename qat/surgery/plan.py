@@ -33,7 +33,7 @@ LAYOUTS = {
 UNSUPPORTED_MULTIPLIES = {
     "einsum", "baddbmm", "addmm", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
     "rnn_relu_cell", "conv3d", "conv_transpose3d", "tensordot", "inner", "mv", "dot", "vdot", "addbmm", "addmv",
-    "chain_matmul", "multi_dot", "transformer_encoder_layer_fwd", "native_multi_head_attention",
+    "chain_matmul", "multi_dot", "deform_conv2d", "transformer_encoder_layer_fwd", "native_multi_head_attention",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import deform_conv2d
 
 SIDE = 12
 Made = tuple[nn.Module, Any]
@@ -1304,6 +1305,19 @@ def prototypes() -> nn.Module:
 @structure
 def prototypes_by_size() -> nn.Module:
     return Prototypes("use_mm_for_euclid_dist_if_necessary")
+
+
+@structure
+def deformable() -> nn.Module:
+    class Deformable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offsets, self.weight = nn.Conv2d(8, 18, 3, padding=1), nn.Parameter(torch.randn(8, 8, 3, 3) / 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return deform_conv2d(x, self.offsets(x) * 0.1, self.weight, padding=1)
+
+    return Net(Deformable())
 
 
 @structure
