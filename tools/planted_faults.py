@@ -1,6 +1,6 @@
 """Do the tests notice? Plants thirty small faults, one at a time, and runs the tests that should see each.
 
-    uv run tools/planted_faults.py                    # all: about ten minutes on a free core
+    uv run tools/planted_faults.py                    # all: minutes on a free core
     uv run tools/planted_faults.py --only packing     # those of one kind; or of a number, such as 7
 
 Every fault is an edit of the sources in a temporary copy of the repository; the working tree is left alone. The tests are run
@@ -9,13 +9,14 @@ fault whose text is no longer in its file ends the run: give it the text that is
 """
 
 import argparse
+import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,6 +321,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgeqat-faults-") as scratch:
         copy = Path(scratch) / "repository"
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+        load_libraries()
         if not arguments.without_baseline:
             require_sound(copy, sorted({test for _, fault in chosen for test in fault.tests}))
         found = []
@@ -366,19 +368,57 @@ def plant(copy: Path, fault: Fault) -> Found:
 
 
 def run_tests(copy: Path, tests: Iterable[str]) -> tuple[tuple[str, ...], str]:
-    """The tests that fail in the copy, up to the first, and what pytest prints. Exits when pytest itself cannot run."""
-    quietly = ["-n", "0", "-x", "--tb=no", "-rfE", "--randomly-dont-reorganize", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *quietly, *tests]
+    """The tests that fail in the copy, up to the first, and what pytest prints. Exits when pytest itself cannot run.
+
+    A fork of this process runs them, which has all libraries loaded and nothing of the copy.
+    """
+    words = ["-n", "0", "-x", "--tb=no", "-rfE", "--randomly-dont-reorganize", "-p", "no:cacheprovider", *tests]
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os._exit(pytest_within(copy, words, output.fileno()))
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        printed = output.read()
+    code = os.waitstatus_to_exitcode(status)
+    failed = tuple(FAILED.findall(printed))
+    if code == 0 or failed:  # what keeps tests from being collected is noticed, too
+        return failed, printed
+    sys.exit(f"pytest {' '.join(words)} ended with {code}:\n{printed}")
+
+
+def pytest_within(copy: Path, words: list[str], output: int) -> int:
+    """pytest's exit code in the folder `copy`; what it prints goes to the file descriptor `output`."""
+    import pytest
+
+    os.chdir(copy)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.path.remove(str(Path(__file__).parent))
     # Bytecode is taken by the time of its source in seconds, and an edit takes less
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        # An edit may also keep the tests from being collected, which is noticed too
-        failed = tuple(FAILED.findall(done.stdout)) if done.returncode == 2 else ()
-        if not failed:
-            sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        return failed, done.stdout
-    return tuple(FAILED.findall(done.stdout)), done.stdout
+    sys.dont_write_bytecode = True
+    try:
+        code = int(pytest.main(words))
+        sys.stdout.flush()
+        return code
+    except BaseException:
+        traceback.print_exc()
+        return 3
+
+
+def load_libraries() -> None:
+    """Load once what every test's process would load for seconds."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for library in (
+        "torch",
+        "torch.onnx",
+        "torch._dynamo",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime",
+        "onnxscript",
+    ):
+        importlib.import_module(library)
 
 
 def row(number: int, found: Found) -> str:
