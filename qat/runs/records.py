@@ -50,6 +50,14 @@ RESULTS: Shape = {
             "source_validation_before": Maybe(Each(NUMBER)),
         }
     ),
+    "made": Maybe(
+        {
+            "date": TEXT,
+            "commit": Maybe(TEXT),
+            "versions": Each(TEXT),
+            "processor": TEXT,
+        }
+    ),
 }
 RECIPE: Shape = {
     "backbone": TEXT,

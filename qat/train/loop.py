@@ -29,6 +29,7 @@ from qat.domains.splits import Split, Subset
 from qat.objectives.averaging import VALLEYS, Average, LossValley
 from qat.runs.build import Built, build, load_state
 from qat.runs.parts import RecipeError
+from qat.runs.provenance import provenance
 from qat.runs.recipe import Recipe, to_json
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder, check_out
@@ -538,6 +539,7 @@ class _Trainer:
                 "trial_seed": self.recipe.images.trial_seed,
                 "holdout": self.recipe.images.holdout,
             },
+            "made": provenance(),
         }
         self.folder.write_samples(collect_samples(self.split, self.recipe, self.built))
         write_json(self.folder / "results.json", results)
