@@ -23,29 +23,29 @@ inline void in_tiles(const Tile* tiles, int most, const Product& p, const uint8_
     }
 }
 
-// Eight channels of a pixel: their sum, multiplied and with its bias.
-inline __m256i finished(const Product& p, __m256i sum, const int32_t* bias) {
-  if (p.weight_multiplier != 1) sum = _mm256_mullo_epi32(sum, _mm256_set1_epi32(p.weight_multiplier));
-  return _mm256_add_epi32(sum, load(bias));
-}
-
 // Runs `step(x, at, w, sum)` over all quads, sums of 32 bits in registers.
 template <int kPixels, typename Step>
 void tile_in_32_bits(const Product& p, const uint8_t* const* pixels, const int8_t* w, const int32_t* bias, int32_t* to,
                      Step step) {
+  const ptrdiff_t *offset = p.stretches.offsets, *const end = offset + p.stretches.runs;
+  const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads);
   __m256i sum[kPixels][2];
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-  for (int r = 0; r < p.stretches.runs; ++r) {
+  for (; offset < end; ++offset) {
     const uint8_t* x[kPixels];
 #pragma GCC unroll 8
-    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + p.stretches.offsets[r];
-    for (ptrdiff_t q = 0; q < p.stretches.quads; ++q, w += kStep) step(x, 4 * q, w, sum);
+    for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + *offset;
+    for (ptrdiff_t at = 0; at < bytes; at += 4, w += kStep) step(x, at, w, sum);
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < kPixels; ++m)
+  const __m256i factor = _mm256_set1_epi32(p.weight_multiplier);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) store(to + m * kBlock + 8 * half, finished(p, sum[m][half], bias + 8 * half));
+  for (int half = 0; half < 2; ++half) {
+    const __m256i start = load(bias + 8 * half);
+#pragma GCC unroll 8
+    for (int m = 0; m < kPixels; ++m)
+      store(to + m * kBlock + 8 * half, _mm256_add_epi32(_mm256_mullo_epi32(sum[m][half], factor), start));
+  }
 }
 
 }  // namespace
