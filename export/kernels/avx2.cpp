@@ -12,8 +12,11 @@ constexpr int kFewSteps = 4;    // below, sums are widened at every step
 
 // A step adds x0·w0 + x1·w1 to a lane of 16 bits. layer_pack.cpp has shown that p.narrow_steps of them stay within 16
 // bits, so vpmaddubsw does not saturate and vpaddw does not wrap before they are widened.
-template <int kPixels>
-inline void narrow_step(const uint8_t* const* x, ptrdiff_t at, const int8_t* w, __m256i (*sum)[2]) {
+// A tile that fetches brings the next 16 channels' weights nearer: where a layer's weights come from memory, the
+// processor would wait for them during the next first tile and load nothing during the others.
+template <int kPixels, bool kFetches>
+inline void narrow_step(const uint8_t* const* x, ptrdiff_t at, const int8_t* w, ptrdiff_t next, __m256i (*sum)[2]) {
+  if (kFetches) _mm_prefetch(reinterpret_cast<const char*>(w + next), _MM_HINT_T1);
   const __m256i w0 = load(w), w1 = load(w + 32);
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m) {
@@ -25,10 +28,10 @@ inline void narrow_step(const uint8_t* const* x, ptrdiff_t at, const int8_t* w, 
 }
 
 // All of a sum fits 16 bits. Adding neighbouring lanes multiplies them, too.
-template <int kPixels>
+template <int kPixels, bool kFetches = false>
 void narrow_tile(const Product& p, const uint8_t* const* pixels, const int8_t* w, const int32_t* bias, int32_t* to) {
   const ptrdiff_t *offset = p.stretches.offsets, *const end = offset + p.stretches.runs;
-  const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads);
+  const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads), next = bytes_of_tile(p);
   __m256i sum[kPixels][2];
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
@@ -36,7 +39,7 @@ void narrow_tile(const Product& p, const uint8_t* const* pixels, const int8_t* w
     const uint8_t* x[kPixels];
 #pragma GCC unroll 8
     for (int m = 0; m < kPixels; ++m) x[m] = pixels[m] + *offset;
-    for (ptrdiff_t at = 0; at < bytes; at += 4, w += kStep) narrow_step<kPixels>(x, at, w, sum);
+    for (ptrdiff_t at = 0; at < bytes; at += 4, w += kStep) narrow_step<kPixels, kFetches>(x, at, w, next, sum);
   }
   const __m256i factor = _mm256_set1_epi16(short(p.weight_multiplier));
 #pragma GCC unroll 2
@@ -63,11 +66,12 @@ inline void widen(const Product& p, __m256i (*sum)[2], int32_t* to) {
 }
 
 // Sums of 32 bits grow in `to`.
-template <int kPixels>
+template <int kPixels, bool kFetches = false>
 void long_narrow_tile(const Product& p, const uint8_t* const* pixels, const int8_t* w, const int32_t* bias,
                       int32_t* to) {
   const ptrdiff_t *offset = p.stretches.offsets, *const end = offset + p.stretches.runs;
-  const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads), most = 4 * ptrdiff_t(p.narrow_steps);
+  const ptrdiff_t bytes = 4 * ptrdiff_t(p.stretches.quads), next = bytes_of_tile(p);
+  const ptrdiff_t most = 4 * ptrdiff_t(p.narrow_steps);
   __m256i sum[kPixels][2];
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m)
@@ -84,7 +88,7 @@ void long_narrow_tile(const Product& p, const uint8_t* const* pixels, const int8
     for (ptrdiff_t at = 0; at < bytes;) {
       const ptrdiff_t last = bytes - at < room ? bytes : at + room;
       room -= last - at;
-      for (; at < last; at += 4, w += kStep) narrow_step<kPixels>(x, at, w, sum);
+      for (; at < last; at += 4, w += kStep) narrow_step<kPixels, kFetches>(x, at, w, next, sum);
       if (room > 0) continue;
       room = most;
       widen<kPixels>(p, sum, to);
@@ -166,9 +170,9 @@ void product(const Product& p, const uint8_t* const* pixels, int count, int32_t*
   constexpr Tile kWide[kWideTile] = {wide_tile<1>, wide_tile<2>, wide_tile<3>};
   const ptrdiff_t steps = ptrdiff_t(p.stretches.runs) * p.stretches.quads;
   if (p.narrow_steps >= steps)
-    in_tiles(kNarrow, kTile, p, pixels, count, sums);
+    in_tiles(kNarrow, kTile, p, pixels, count, sums, narrow_tile<kTile, true>);
   else if (p.narrow_steps >= kFewSteps)
-    in_tiles(kLong, kTile, p, pixels, count, sums);
+    in_tiles(kLong, kTile, p, pixels, count, sums, long_narrow_tile<kTile, true>);
   else if (p.narrow_steps > 0)
     in_tiles(kMiddle, kMiddleTile, p, pixels, count, sums);
   else

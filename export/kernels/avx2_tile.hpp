@@ -11,15 +11,19 @@ constexpr ptrdiff_t kStep = 4 * kLanes;  // bytes of a quad's weights
 using Tile = void (*)(const Product&, const uint8_t* const* pixels, const int8_t* weights, const int32_t* bias,
                       int32_t* sums);
 
+// Weights of 16 channels.
+inline ptrdiff_t bytes_of_tile(const Product& p) { return kStep * p.stretches.runs * p.stretches.quads; }
+
 // tiles[n - 1] computes n pixels, up to `most`. All pixels meet the same 16 channels before the next, whose weights
-// then stay near.
+// then stay near. `second`, if any, computes the second `most` pixels.
 inline void in_tiles(const Tile* tiles, int most, const Product& p, const uint8_t* const* pixels, int count,
-                     int32_t* sums) {
+                     int32_t* sums, Tile second = nullptr) {
   const int8_t* w = p.weights;
-  for (int u = 0; u < p.units; ++u, w += kStep * p.stretches.runs * p.stretches.quads)
+  for (int u = 0; u < p.units; ++u, w += bytes_of_tile(p))
     for (int m = 0; m < count; m += most) {
       const int some = count - m < most ? count - m : most;
-      tiles[some - 1](p, pixels + m, w, p.bias + u * kLanes, sums + m * kBlock + u * kLanes);
+      const Tile tile = second && m == most && some == most ? second : tiles[some - 1];
+      tile(p, pixels + m, w, p.bias + u * kLanes, sums + m * kBlock + u * kLanes);
     }
 }
 
