@@ -39,6 +39,7 @@ RESULTS: Shape = {
     "test_domain": TEXT,
     "source_validation": Each(NUMBER),
     "target": NUMBER,
+    "also_left_out": Maybe(NUMBER),
     "classes": Maybe([TEXT]),
     "settled": Maybe(
         {

@@ -57,10 +57,10 @@ def _html(sweep: Sweep, table: Table) -> str:
 
 
 def finished_cells(sweep: Sweep) -> dict[RowKey, list[Cell]]:
-    """The cells with results, by the row of the table that they are in."""
+    """The cells with results, by the row of the table that they are in; without those that only cross-validate."""
     found: dict[RowKey, list[Cell]] = {}
     for cell in sweep.cells():
-        if is_done(sweep, cell.name):
+        if not cell.also_left_out and is_done(sweep, cell.name):
             found.setdefault((cell.method, cell.bits, cell.preset), []).append(cell)
     return found
 

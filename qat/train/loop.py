@@ -517,6 +517,8 @@ class _Trainer:
         target = accuracies.pop(self.split.target_in.name)
         target_out = self.split.target_out
         target_holdout = None if target_out is None else self._accuracy(target_out)
+        second = self.split.also_left_out
+        of_second = None if second is None else self._accuracy(second)
         if not self.processes.writes:
             return
         results = {
@@ -528,6 +530,7 @@ class _Trainer:
             "source_validation": accuracies,
             "target": target,
             "target_holdout": target_holdout,
+            "also_left_out": of_second,
             "train_seconds": seconds,
             "images_per_second": self._images_trained_on() / seconds,
             "classes": list(self.split.classes),
