@@ -265,7 +265,7 @@ def require_name(repository: str) -> None:
     """Raises HubError unless `repository` is OWNER/NAME."""
     if REPOSITORY.fullmatch(repository) is None:
         raise HubError(
-            f"{repository!r}: is no repository of the hub; name it OWNER/NAME"
+            f"{repository!r}: is not a repository of the hub; name it OWNER/NAME"
         )
 
 

@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit(clone: Path) -> str | None:
-    """The short name of the commit that `clone` is at, "+" behind it where tracked files differ; None for another folder."""
+    """The short name of the commit that `clone` is at, "+" after it where tracked files differ; None for another folder."""
     if not (clone / ".git").exists():
         return None
     name = _git(clone, "rev-parse", "--short=10", "HEAD")
