@@ -62,7 +62,7 @@ class Cell:
     method, bits, target, seed, preset, draw: its place in the grid; bits is None in full precision.
     recipe: what is trained, its folders filled in.
     after:  name of the cell that it starts from, "" for none.
-    also_left_out: the second domain that it leaves out, for cross-validation; "" for none. Such a cell is in none of the rows.
+    also_left_out: the second domain that it leaves out, for cross-validation; "" for none. It is in no row then.
     """
 
     name: str
