@@ -10,7 +10,8 @@ Name and contents are written by one rename, so they cannot disagree, whoever bu
 another user's is built again and never loaded (mapping a file that is cut off can end the process).
 
 Places, in this order: the user's cache folder; beside the sources (a clone, a virtual environment), where whoever owns the
-sources may own the library too; the user's runtime folder; a private temporary folder, which child processes share through
+sources may own the library too, and where the user's own group, which has no other member, may write (some systems install
+so); the user's runtime folder; a private temporary folder, which child processes share through
 the variable EDGEQAT_TEMPORARY and which goes when the process that made it ends. Where the operating system has no user ids,
 owners and modes are not looked at.
 """
@@ -157,7 +158,12 @@ def _found(place: _Place, name: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return next(
-        (path for path in candidates if _is_good(path, name, place.owners())), None
+        (
+            path
+            for path in candidates
+            if _is_good(path, name, place.owners(), place.shared)
+        ),
+        None,
     )
 
 
@@ -204,7 +210,7 @@ def _trusted(place: _Place) -> Path:
         return folder
     if status.st_uid not in place.owners():
         raise PlaceError(f"{folder}: belongs to another user")
-    if place.shared and status.st_mode & BY_OTHERS:
+    if place.shared and _others_can_write(status):
         raise PlaceError(f"{folder}: others can write it")
     if not place.shared and status.st_mode & BY_OTHERS:
         folder.chmod(0o700)
@@ -230,9 +236,14 @@ def _trusted_above(folder: Path, owners: set[int]) -> None:
         status = parent.stat()
         if status.st_uid not in allowed:
             raise PlaceError(f"{folder}: {parent} above it belongs to another user")
-        by_others = stat.S_IWOTH if _is_own_group(status.st_gid) else BY_OTHERS
-        if status.st_mode & by_others and not status.st_mode & stat.S_ISVTX:
+        if _others_can_write(status) and not status.st_mode & stat.S_ISVTX:
             raise PlaceError(f"{folder}: others can write {parent} above it")
+
+
+def _others_can_write(status: os.stat_result) -> bool:
+    """Whether anybody but the owner and the user can, which a group of the user's own does not make true."""
+    by_others = stat.S_IWOTH if _is_own_group(status.st_gid) else BY_OTHERS
+    return bool(status.st_mode & by_others)
 
 
 def _is_own_group(group: int) -> bool:
@@ -280,17 +291,20 @@ def _libraries(folder: Path, name: str) -> list[Path]:
     return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
 
 
-def _is_good(path: Path, name: str, owners: set[int]) -> bool:
-    """Whether `path` is a regular file of one of `owners`, not writable by others, with the contents that it is named for."""
+def _is_good(path: Path, name: str, owners: set[int], shared: bool = False) -> bool:
+    """Whether `path` is a regular file of one of `owners`, not writable by others, with the contents that it is named for.
+    shared: it was installed with the sources, so that the user's own group may write it."""
     try:
-        return path.name == _named(name, _digest(path, owners))
+        return path.name == _named(name, _digest(path, owners, shared))
     except OSError:
         return False
 
 
-def _digest(path: Path, owners: set[int] | None = None) -> str:
-    """SHA-256 of a file that `owners` may have written. The checks are of the file that is read: it is opened once, and no
-    link, pipe or device is waited for."""
+def _digest(path: Path, owners: set[int] | None = None, shared: bool = False) -> str:
+    """SHA-256 of a file that `owners` may have written, and the user's own group if it is `shared`.
+
+    The checks are of the file that is read: it is opened once, and no link, pipe or device is waited for.
+    """
     flags = (
         os.O_RDONLY
         | getattr(os, "O_NOFOLLOW", 0)
@@ -305,7 +319,8 @@ def _digest(path: Path, owners: set[int] | None = None) -> str:
         if owners is not None and _has_owners():
             if status.st_uid not in owners:
                 raise PlaceError(f"{path}: belongs to another user")
-            if status.st_mode & BY_OTHERS:
+            by_group = shared and not _others_can_write(status)
+            if status.st_mode & BY_OTHERS and not by_group:
                 raise PlaceError(f"{path}: others can write it")
         return hashlib.file_digest(file, "sha256").hexdigest()
 

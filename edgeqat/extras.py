@@ -10,6 +10,7 @@ EXTRAS = {
     "submitit": "sweep",
     "jinja2": "report", "matplotlib": "report",
     "brevitas": "brevitas",
+    "huggingface_hub": "hub",
     "onnx": "export", "onnx_ir": "export", "onnxruntime": "export", "onnxscript": "export",
 }  # fmt: skip
 

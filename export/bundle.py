@@ -32,9 +32,9 @@ from export.native_file import is_native
 from export.reference import IntegerReference
 from export.skeleton import (
     CODE_OPS,
-    grid_of,
     is_mark,
     mark_name,
+    quantizer_of,
     quantizers_in_order,
     weight_layer,
 )
@@ -137,7 +137,7 @@ def origins(model: LoweredModel) -> Iterator[tuple[str, str, list[str]]]:
         value = node.inputs[0]
         producer = value.producer() if value is not None else None
         maker = _maker(producer, model)
-        if grid_of(value) is not None:
+        if quantizer_of(value) is not None:
             maker = "requantization"
         yield mark_name(node), maker, _sources(producer, model)
 

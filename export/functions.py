@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from export.lowered import LoweredModel, LoweredQuantizer
-from export.skeleton import CODE_OPS, constant, fill_of, grid_of
+from export.skeleton import CODE_OPS, constant, fill_of, quantizer_of
 
 OPSET = 20  # of the skeleton's operators
 CODES = 256
@@ -68,15 +68,15 @@ def function_before(mark: ir.Node, model: LoweredModel) -> CodeFunction | None:
     """
     value = mark.inputs[0]
     last = value.producer() if value is not None else None
-    if last is None or grid_of(value) is not None or _merges_codes(last):
+    if last is None or quantizer_of(value) is not None or _merges_codes(last):
         return None
     nodes = _elementwise_nodes(last)
     sources = set[ir.Value]()
     for node in nodes:
         for operand in _operands(node):
-            if grid_of(operand) is not None:
+            if quantizer_of(operand) is not None:
                 sources.add(operand)
-    names = {grid_of(source) for source in sources}
+    names = {quantizer_of(source) for source in sources}
     if len(names) != 1:
         return None
     grid = model.quantizers.get(names.pop() or "")
@@ -90,7 +90,7 @@ def function_before(mark: ir.Node, model: LoweredModel) -> CodeFunction | None:
 
 def _merges_codes(node: ir.Node) -> bool:
     """Whether it adds or multiplies tensors of codes."""
-    on_codes = all(grid_of(value) is not None for value in node.inputs)
+    on_codes = all(quantizer_of(value) is not None for value in node.inputs)
     return on_codes and node.op_type in ("Add", "Mul")
 
 
@@ -112,7 +112,7 @@ def _elementwise_nodes(last: ir.Node) -> list[ir.Node]:
         if node.op_type == "Pad" and fill_of(node) != 0.0:
             return False
         for value in _operands(node):
-            if grid_of(value) is not None:
+            if quantizer_of(value) is not None:
                 continue
             fixed = constant(value)
             if fixed is not None and fixed.size == 1:

@@ -20,8 +20,8 @@ from export.skeleton import (
     is_mark,
     mark_name,
     moves_codes,
+    reading_quantizer,
     weight_layer,
-    written_by,
 )
 from export.targets import TARGETS, Target, plan_layer
 from export.thresholds import CODES, WRITE_ZERO_POINT, code_thresholds
@@ -109,7 +109,7 @@ class Emitter:
             # The runtime takes two 8-bit quantizers in a row for one too many and drops one (DoubleQDQPairsRemover).
             # Elsewhere this costs more than it saves.
             x = self._kept_apart(x)
-        inputs = [x, *self.writer.grid(quantizer)]
+        inputs = [x, *self.writer.scale_and_zero(quantizer)]
         if needs_clip:
             wide = self.writer.add("QuantizeLinear", inputs)
             self._clip(wide, quantizer)
@@ -164,13 +164,13 @@ class Emitter:
 
     def _weighted(self, node: ir.Node, layer: LoweredLayer) -> None:
         source = self.model.quantizers.get(layer.input_quantizer)
-        writes_floats = written_by(node, self.model) is None
+        writes_floats = reading_quantizer(node, self.model) is None
         if node.op_type == "Conv" and source is not None and writes_floats:
             self._convolve_to_float(node, layer, source)
             return
         x = self.writer.float_of(node.inputs[0])
-        weight = self.weights.weight(layer, source)
-        bias = self.weights.bias(layer, source)
+        weight = self.weights.write_weight(layer, source)
+        bias = self.weights.write_bias(layer, source)
         self.writer.copy(node, [x, weight, bias], name=layer.name)
 
     def _convolve_to_float(
@@ -183,7 +183,7 @@ class Emitter:
         image_axes = [1] * (layer.codes.ndim - 2)
         channels = np.array([-1, *image_axes])
         per_channel = writer.constant(f"channels/{len(image_axes)}", channels)
-        source_scale, _ = writer.grid(source)
+        source_scale, _ = writer.scale_and_zero(source)
         weight_scale = writer.constant(weight_scale_of(layer.name), layer.stored_scale)
         unit = writer.add("Mul", [source_scale, weight_scale])
         assert layer.bias_codes is not None
@@ -207,8 +207,8 @@ class Emitter:
             weight_zero = self.writer.constant("128", np.uint8(UINT8_OFFSET))
         else:
             weight_zero = self.writer.constant("0", np.int8(0))
-        weight = self.weights.codes(layer, plan)
-        _, zero = self.writer.grid(grid)
+        weight = self.weights.write_codes(layer, plan)
+        _, zero = self.writer.scale_and_zero(grid)
         operands = [codes, weight, zero, weight_zero]
         sums = self.writer.fresh()
         made = helper.make_node("ConvInteger", operands, [sums], name=layer.name)

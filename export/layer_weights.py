@@ -23,11 +23,11 @@ class LayerWeights:
         self.writer = writer
         self.widened: set[str] = set()  # look-up tables that a Cast has made int32
 
-    def weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
-        """DequantizeLinear of the layer's codes · weight multiplier."""
+    def write_weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
+        """DequantizeLinear of the layer's codes · weight multiplier; returns the name of its result."""
         writer = self.writer
         plan = plan_layer(writer.target, layer, source)
-        codes = self.codes(layer, plan)
+        codes = self.write_codes(layer, plan)
         channels = len(layer.scale)
         scale = writer.constant(weight_scale_of(layer.name), layer.stored_scale)
         inputs = [codes, scale]
@@ -42,8 +42,8 @@ class LayerWeights:
             inputs.append(writer.constant(f"{owner}/{channels}", zeros))
         return writer.add("DequantizeLinear", inputs, axis=0)
 
-    def codes(self, layer: LoweredLayer, plan: LayerPlan) -> str:
-        """The layer's codes · weight multiplier, which the runtime finds as one byte tensor `<layer>.weight`."""
+    def write_codes(self, layer: LoweredLayer, plan: LayerPlan) -> str:
+        """The layer's codes · weight multiplier, as one tensor of bytes, `<layer>.weight`; returns its name."""
         name = weight_of(layer.name)
         wide = layer.codes.astype(np.int16) * layer.weight_multiplier
         if plan.uint8:
@@ -57,19 +57,19 @@ class LayerWeights:
             self._unpack(layer, plan.bits, name)
         return name
 
-    def bias(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
+    def write_bias(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:
         """DequantizeLinear of the int32 bias; its scale, input times weight scale, is multiplied at load. A layer that
         reads floats adds a float bias."""
         if source is None:
-            return self.float_bias(layer)
+            return self.write_float_bias(layer)
         assert layer.bias_codes is not None
         writer = self.writer
         codes = writer.constant(bias_of(layer.name), layer.bias_codes)
-        source_scale, _ = writer.grid(source)
+        source_scale, _ = writer.scale_and_zero(source)
         scale = writer.add("Mul", [source_scale, weight_scale_of(layer.name)])
         return writer.add("DequantizeLinear", [codes, scale], axis=0)
 
-    def float_bias(self, layer: LoweredLayer) -> str:
+    def write_float_bias(self, layer: LoweredLayer) -> str:
         """The bias as floats."""
         return self.writer.constant(bias_of(layer.name), layer.float_bias)
 

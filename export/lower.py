@@ -83,7 +83,7 @@ def lower(
     # First: hooks such as prune's make a layer's weight anew in a forward pass
     with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
-    layers, activations = _grids(model, arguments)
+    layers, activations = _layers_and_quantizers(model, arguments)
     multiply_adds = sum(witness(model, example).values())
     passes = _Passes(model)
     for quantizer in quantizers(model).values():
@@ -155,7 +155,7 @@ def lowered_anew(
     arguments = arguments_of(model, one_sample)
     with torch.no_grad():  # see `lower`
         call(model, arguments)
-    layers, activations = _grids(model, arguments)
+    layers, activations = _layers_and_quantizers(model, arguments)
     _add_repeated(lowered.repeated, layers, activations)
     skeleton = lowered.skeleton.clone()
     parameters = dict(model.named_parameters())
@@ -184,7 +184,7 @@ def _replace_gamma(norm: ir.Node, gamma: Tensor) -> None:
     norm.replace_input_with(1, value)
 
 
-def _grids(
+def _layers_and_quantizers(
     model: nn.Module, arguments: Arguments
 ) -> tuple[dict[str, LoweredLayer], dict[str, LoweredQuantizer]]:
     """Layers by the name of their weight's quantizer, and activation quantizers by their own."""
@@ -486,10 +486,22 @@ def _captured(
     except Exception as error:
         if "Constraints violated" not in str(error):
             raise
+        if "generated guard" in str(error):
+            raise ExportError(
+                "the model computes otherwise for some numbers of images, and its file would hold one way alone; torch.cdist "
+                "needs compute_mode='use_mm_for_euclid_dist', and what asks for x.shape[0] in an if, a torch.where: "
+                f"{_guard_in(str(error))}"
+            ) from error
         raise ExportError(
             "the model fixes its batch to a number, so its file would run no other: write x.shape[0] where its forward has "
             "len(x) or a number"
         ) from error
+
+
+def _guard_in(message: str) -> str:
+    """The sentence of torch.export that says which batches a graph would be right for."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    return next(line for line in lines if "generated guard" in line)
 
 
 def _dynamic(leaf: object, batch: Any) -> Any:

@@ -39,7 +39,8 @@ class LoweredLayer:
              weight-only net, whose layers multiply floats with dequantized codes.
     weight_multiplier: integer the codes are multiplied with in the file, so that the integer bias has a finer unit
              ("carry" in metadata and nodes).
-    bias_only_channels: output channels whose folded multiplier is so small that only the bias remains; their codes are 0.
+    bias_only_channels: output channels in which the bias alone decides every result (a multiplier next to 0, a result that is
+             always clipped, a bias that leaves no room for sums); their codes are 0, whatever was trained.
     """
 
     name: str

@@ -35,12 +35,12 @@ from export.packing import pack
 from export.qdq import emit_plain_qdq
 from export.skeleton import (
     constant,
-    grid_of,
     ints_of,
     is_mark,
     is_set,
     mark_name,
     only_reader,
+    quantizer_of,
     weight_layer,
 )
 from export.softmax import is_softmax_to_codes
@@ -370,7 +370,7 @@ class NativeEmitter:
     def _sum_attributes(self, add: ir.Node, grid: LoweredQuantizer) -> Attributes:
         """What the definition of a sum computes with; operands in the node's order."""
         first, second = (
-            self.model.quantizers[grid_of(value) or ""] for value in add.inputs
+            self.model.quantizers[quantizer_of(value) or ""] for value in add.inputs
         )
         terms = terms_of_sum(first, second, grid)
         return {

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowered import LoweredModel, LoweredQuantizer
-from export.skeleton import constant, grid_of, is_mark, mark_name
+from export.skeleton import constant, is_mark, mark_name, quantizer_of
 
 # Of a row: its sums then fit 32 bits, and centred codes a float32 (export/kernels/norms.hpp)
 MOST_ELEMENTS = 1 << 16
@@ -35,7 +35,7 @@ def norm_on_codes(node: ir.Node, model: LoweredModel) -> LayerNorm | None:
     if node.op_type != "LayerNormalization" or len(node.outputs) != 1:
         return None
     source = node.inputs[0]
-    grid = model.quantizers.get(grid_of(source) or "")
+    grid = model.quantizers.get(quantizer_of(source) or "")
     gain = constant(node.inputs[1])
     if source is None or grid is None or grid.is_binary or gain is None:
         return None

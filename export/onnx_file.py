@@ -23,7 +23,12 @@ def read(file: Path) -> onnx.ModelProto:
     Raises ExportError naming it when it is missing, damaged, needs other files or asks for what no edgeqat file does.
     """
     proto = parse(file)
-    name = str(file)
+    check(proto, str(file))
+    return proto
+
+
+def check(proto: onnx.ModelProto, name: str) -> None:
+    """Raises ExportError naming the file `name` where it needs other files or asks for what no edgeqat file does."""
     keys = {p.key for p in proto.metadata_props}
     size = None
     if KEY in keys:
@@ -31,12 +36,11 @@ def read(file: Path) -> onnx.ModelProto:
         size = metadata["input"].get("size", metadata["input"].get("tensors"))
         if metadata["target"] == "qonnx":
             raise ExportError(
-                f"{file}: is a QONNX file, for FINN; ONNX Runtime cannot run it: export for an ort target"
+                f"{name}: is a QONNX file, for FINN; ONNX Runtime cannot run it: export for an ort target"
             )
     if PROOF_KEY in keys:
         proof_of(proto, name)
     check_graph(proto, name, size)
-    return proto
 
 
 def parse(file: Path) -> onnx.ModelProto:

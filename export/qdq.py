@@ -18,7 +18,7 @@ import onnx_ir as ir
 from export.layer_weights import LayerWeights
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
 from export.names import int4_weight_of, weight_of, weight_scale_of
-from export.skeleton import grid_of, is_mark, mark_name, moves_codes, weight_layer
+from export.skeleton import is_mark, mark_name, moves_codes, quantizer_of, weight_layer
 from export.targets import Target, plan_layer
 from export.writer import Writer, value_name
 
@@ -67,7 +67,7 @@ class QdqEmitter:
         # Two pairs in a row look like one too many to ONNX Runtime, which drops one; a Clip keeps them apart.
         if self._is_narrow(quantizer) or follows_another:
             x = self.writer.add("Clip", [x, *self._bounds(quantizer)])
-        grid = self.writer.grid(quantizer)
+        grid = self.writer.scale_and_zero(quantizer)
         self.writer.add("QuantizeLinear", [x, *grid], quantizer.name)
         result = value_name(node.outputs[0])
         self.writer.codes[result] = (quantizer.name, quantizer)
@@ -91,10 +91,10 @@ class QdqEmitter:
     def _quantized(self, value: ir.Value | None) -> str:
         """`value` from DequantizeLinear if it lies on a grid; after a layout operation the pair is written again."""
         writer = self.writer
-        quantizer = grid_of(value)
+        quantizer = quantizer_of(value)
         if value is None or quantizer is None or writer.codes_of(value) is not None:
             return writer.float_of(value)
-        grid = writer.grid(self.model.quantizers[quantizer])
+        grid = writer.scale_and_zero(self.model.quantizers[quantizer])
         name = value_name(value)
         if name not in self.written_again:
             self.written_again[name] = writer.add("QuantizeLinear", [name, *grid])
@@ -104,7 +104,7 @@ class QdqEmitter:
         source = self.model.quantizers.get(layer.input_quantizer)
         x = self._quantized(node.inputs[0])
         weight = self._weight(layer, source)
-        bias = self.weights.float_bias(layer)
+        bias = self.weights.write_float_bias(layer)
         self.writer.copy(node, [x, weight, bias], name=layer.name)
 
     def _weight(self, layer: LoweredLayer, source: LoweredQuantizer | None) -> str:

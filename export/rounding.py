@@ -7,12 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer
-from export.skeleton import weight_layer, written_by
+from export.skeleton import reading_quantizer, weight_layer
 
-NEGLIGIBLE_CODES = (
-    2.0**-10
-    # The largest sum of a channel that `export/passes/biases.py` may reduce to its bias, in codes
-)
+# The largest sum of a channel that `export/passes/biases.py` may reduce to its bias, in codes
+NEGLIGIBLE_CODES = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -42,22 +40,22 @@ def bias_roundings(model: LoweredModel) -> dict[str, BiasRounding]:
         layer = weight_layer(node, model)
         if layer is None or layer.bias_codes is None:
             continue
-        written = written_by(node, model)
-        if written is None or not written.is_binary:
+        reader = reading_quantizer(node, model)
+        if reader is None or not reader.is_binary:
             found[layer.name] = _rounding(
-                layer, model.quantizers[layer.input_quantizer], written
+                layer, model.quantizers[layer.input_quantizer], reader
             )
     return found
 
 
 def _rounding(
-    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None
+    layer: LoweredLayer, source: LoweredQuantizer, reader: LoweredQuantizer | None
 ) -> BiasRounding:
     assert layer.bias_codes is not None
     # In float32, as the runtime multiplies them
     unit = (source.scale * layer.stored_scale).astype(np.float64)
     change = layer.bias_codes * unit - layer.folded_bias
-    in_codes = None if written is None else change / float(written.scale)
+    in_codes = None if reader is None else change / float(reader.scale)
     return BiasRounding(change, np.abs(unit), in_codes)
 
 

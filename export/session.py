@@ -1,4 +1,4 @@
-"""The one door to ONNX Runtime."""
+"""The one door of the packages to ONNX Runtime; `export/bundled` has scripts of its own, which run alone on a device."""
 
 import json
 import logging
@@ -213,8 +213,8 @@ class FloatOperators:
     def __call__(
         self, node: ir.Node, operands: list[NDArray[np.generic] | None]
     ) -> list[NDArray[np.generic]]:
-        """All results of `node`. Operands of integers (shapes, axes, indices) are constants of its session, as in the file
-        the runtime may need them when it loads."""
+        """All results of `node`. int64 operands but the first (shapes, axes, indices) are constants of its session, as in the
+        file: the runtime may need them when it loads."""
         feeds: dict[str, NDArray[np.generic]] = {}
         fixed: dict[str, NDArray[np.generic]] = {}
         names = []

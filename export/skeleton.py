@@ -82,7 +82,7 @@ def weight_layer(node: ir.Node, model: LoweredModel) -> LoweredLayer | None:
     return model.layers.get(mark_name(mark))
 
 
-def written_by(node: ir.Node, model: LoweredModel) -> LoweredQuantizer | None:
+def reading_quantizer(node: ir.Node, model: LoweredModel) -> LoweredQuantizer | None:
     """The activation quantizer that alone reads the result of `node`, if one does."""
     reader = only_reader(node.outputs[0])
     if reader is None or not is_mark(reader):
@@ -97,7 +97,7 @@ def quantizers_in_order(model: LoweredModel) -> list[str]:
     return [name for name in names if name in model.quantizers]
 
 
-def grid_of(value: ir.Value | None) -> str | None:
+def quantizer_of(value: ir.Value | None) -> str | None:
     """Name of the quantizer whose codes `value` carries, seen through operations on codes; None for a float value."""
     node = value.producer() if value is not None else None
     while node is not None and moves_codes(node):
@@ -132,7 +132,7 @@ def moves_codes(node: ir.Node) -> bool:
         case "Concat":
             if is_mark(only_reader(node.outputs[0])):
                 return False
-            grids = {grid_of(part) for part in node.inputs}
+            grids = {quantizer_of(part) for part in node.inputs}
             return len(grids) == 1
         case _:
             return node.op_type in CODE_OPS

@@ -33,11 +33,11 @@ from export.lowered import LoweredLayer, LoweredModel, LoweredQuantizer, Tried
 from export.norms import norm_on_codes
 from export.skeleton import (
     CODE_OPS,
-    grid_of,
     ints_of,
     is_mark,
     is_set,
     mark_name,
+    quantizer_of,
     weight_layer,
 )
 
@@ -141,10 +141,12 @@ def operation_before(mark: ir.Node, model: LoweredModel) -> Operation | None:
     node = value.producer() if value is not None else None
     if node is None:
         return None
-    source = grid_of(value)
+    source = quantizer_of(value)
     if source is not None:
         return requantization(model.quantizers[source])
-    grids = [model.quantizers.get(grid_of(operand) or "") for operand in node.inputs]
+    grids = [
+        model.quantizers.get(quantizer_of(operand) or "") for operand in node.inputs
+    ]
     known = [grid for grid in grids if grid is not None]
     if len(known) < len(grids):
         return _function(mark, model)

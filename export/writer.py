@@ -67,7 +67,9 @@ class Writer:
         name = value_name(value)
         if name in self.codes:
             codes, quantizer = self.codes[name]
-            return self.add("DequantizeLinear", [codes, *self.grid(quantizer)])
+            return self.add(
+                "DequantizeLinear", [codes, *self.scale_and_zero(quantizer)]
+            )
         if value.const_value is not None:
             # A layer's own names stand for its codes
             own = f"{name}/float" if name in self.of_layers else name
@@ -79,11 +81,11 @@ class Writer:
         name = value_name(value)
         if name in self.codes:
             codes, quantizer = self.codes[name]
-            self.add("DequantizeLinear", [codes, *self.grid(quantizer)], name)
+            self.add("DequantizeLinear", [codes, *self.scale_and_zero(quantizer)], name)
             return value_info(value, TensorProto.FLOAT)
         return value_info(value)
 
-    def grid(self, quantizer: LoweredQuantizer) -> list[str]:
+    def scale_and_zero(self, quantizer: LoweredQuantizer) -> list[str]:
         """Names of a quantizer's scale and zero point."""
         scale = self.constant(self.scales[quantizer.name], quantizer.scale)
         if self.target.qdq == "int8":

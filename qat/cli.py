@@ -186,6 +186,34 @@ class Explain:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Upload exported files of a run to the Hugging Face hub, with card, certificate, recipe and results."""
+
+    run: Positional[Path]
+    """Run folder."""
+    repository: Positional[str]
+    """OWNER/NAME; made, private, where there is none."""
+    model: tuple[Path, ...] = ()
+    """The files; by default every .onnx of the run folder. The first one's card is the repository's page."""
+    checkpoint: bool = False
+    """Also upload checkpoint.pt, the trained net in floating point."""
+    public: bool = False
+    """Make a new repository public."""
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Fetch what `qat push` uploaded into a new folder, if every file is as it was signed. Exits 1 when one is not."""
+
+    repository: Positional[str]
+    """OWNER/NAME."""
+    folder: Positional[Path]
+    """New folder to write."""
+    revision: str = "main"
+    """Branch, tag or commit."""
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Run a grid, methods × bits × targets × seeds × presets, and print its table. The same command goes on where it stopped,
     and runs nothing twice. Exits 1 when a cell failed or is left."""
@@ -233,6 +261,8 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Explain, subcommand("explain")]
+    | Annotated[Push, subcommand("push")]
+    | Annotated[Pull, subcommand("pull")]
 )
 
 
@@ -374,31 +404,18 @@ def execute(command: Any) -> int:
     """Run a parsed command; returns its exit code."""
     if problem := out_of_range(command, COMMAND):
         raise ValueError(problem)
-    if isinstance(command, Predict):  # a device that runs files has no PyTorch
-        return _predict(command)
-    if isinstance(command, Sweep):
-        return _sweep(command)
-    if isinstance(command, Certify) and len(command.paths) == 1:
-        return _verify(command.paths[0])
+    action = ACTIONS.get(type(command))
+    if action is not None:
+        return action(command)
     from qat import deploy
 
     match command:
         case Export(run, target, out):
             say(deploy.export_run(run, target, out))
-        case Certify():
-            return _certify(command)
         case Bundle(run, model, out, images):
             say(deploy.bundle_run(run, model, out, images))
-        case Bench():
-            _bench(command)
-        case Compare():
-            return _compare(command)
-        case Ensemble():
-            return _ensemble(command)
         case Report(run, baseline, beside, max_drop):
             say(deploy.write_report(run, baseline, beside, max_drop))
-        case Inspect():
-            return _inspect(command)
         case Explain(run, name):
             say(printable(deploy.explain(run, name)))
     return 0
@@ -471,6 +488,28 @@ def _verify(model: Path) -> int:
     return 0 if check.passed else 1
 
 
+def _push(command: Push) -> int:
+    from qat.hub import push_run
+
+    pushed = push_run(
+        command.run,
+        command.repository,
+        command.model,
+        checkpoint=command.checkpoint,
+        public=command.public,
+    )
+    say(printable(pushed))
+    return 0
+
+
+def _pull(command: Pull) -> int:
+    from qat.hub import pull
+
+    pulled = pull(command.repository, command.folder, command.revision)
+    say(printable(pulled, newlines=True))
+    return 0 if pulled.passed else 1
+
+
 def _predict(command: Predict) -> int:
     from export.predict import predict
 
@@ -480,6 +519,8 @@ def _predict(command: Predict) -> int:
 
 
 def _certify(command: Certify) -> int:
+    if len(command.paths) == 1:
+        return _verify(command.paths[0])
     from qat import deploy
 
     match command.paths:
@@ -503,7 +544,7 @@ def _certify(command: Certify) -> int:
     )
 
 
-def _bench(command: Bench) -> None:
+def _bench(command: Bench) -> int:
     from qat import deploy
 
     measure = deploy.profile_runs if command.profile else deploy.bench_runs
@@ -517,6 +558,7 @@ def _bench(command: Bench) -> None:
         out=command.out,
     )
     say("\n\n".join(map(str, found)) if isinstance(found, list) else found)
+    return 0
 
 
 def _compare(command: Compare) -> int:
@@ -575,6 +617,20 @@ def _ensemble(command: Ensemble) -> int:
             )
         )
     return 0
+
+
+# Commands with a function of their own, which imports what it needs: a device that runs files has no PyTorch.
+ACTIONS: dict[type, Callable[[Any], int]] = {
+    Bench: _bench,
+    Certify: _certify,
+    Compare: _compare,
+    Ensemble: _ensemble,
+    Inspect: _inspect,
+    Predict: _predict,
+    Pull: _pull,
+    Push: _push,
+    Sweep: _sweep,
+}
 
 
 if __name__ == "__main__":

@@ -265,10 +265,13 @@ def _answers(labels: Any, samples: int) -> NDArray[np.int64]:
 
 
 def require_valid(proto: onnx.ModelProto) -> None:
-    """Raises ExportError for a graph that PyTorch's exporter has written wrong, such as that of a MaxUnpool2d."""
+    """Raises ExportError for a graph that PyTorch's exporter has written wrong, such as that of a MaxUnpool2d, and for one
+    that `predict` and `certify` would not take."""
     import onnx
 
     from export.lowered import ExportError
+    from export.metadata import read_metadata
+    from export.onnx_file import check
 
     try:
         onnx.checker.check_model(proto)
@@ -277,6 +280,9 @@ def require_valid(proto: onnx.ModelProto) -> None:
         raise ExportError(
             f"the model's graph, as torch.onnx exports it, is not a valid ONNX file: {reason[:300]}"
         ) from error
+    name = "the model's file"
+    if read_metadata(proto, name)["target"] != "qonnx":  # which is for other programs
+        check(proto, name)
 
 
 def _require_distinct_names(proto: onnx.ModelProto) -> None:

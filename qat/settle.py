@@ -120,7 +120,7 @@ def _move_scale(quantizer: Quantizer, scale: float) -> bool:
 def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
     """Move weight scales off ties, in γ or in the weights and their scales; returns the number of layers."""
     from export.names import bias_of, gamma_of
-    from export.skeleton import weight_layer, written_by
+    from export.skeleton import reading_quantizer, weight_layer
     from export.ties import factors_off_ties
 
     parameters = dict(model.named_parameters())
@@ -129,7 +129,7 @@ def _settle_weight_scales(model: nn.Module, lowered: LoweredModel) -> int:
     scaled = 0
     for node in lowered.skeleton.graph:
         layer = weight_layer(node, lowered)
-        written = written_by(node, lowered)
+        written = reading_quantizer(node, lowered)
         if layer is None or written is None or written.is_binary:
             continue
         if not layer.input_quantizer or layer.bias_only_channels:

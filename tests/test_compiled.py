@@ -266,9 +266,27 @@ def test_the_sources_folder_and_the_runtime_folder_come_next(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     assert compiled.library(NAME, sources, Compiler()).parent == sources
     assert stat.S_IMODE(sources.stat().st_mode) == 0o755  # a clone's modes are left as they are
-    sources.chmod(0o775)
+    sources.chmod(0o777)
     path = compiled.library(NAME, sources, Compiler(b"runtime"))
     assert path.read_bytes() == b"runtime" and path.parent == runtime / "edgeqat"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_library_installed_under_umask_002_counts_where_the_group_is_the_users_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: bool
+) -> None:
+    """Ubuntu and Fedora make a group for every user, and let it write what the user installs."""
+    installed = planted(tmp_path / "sources", GOOD)
+    installed.parent.chmod(0o775)
+    installed.chmod(0o664)
+    monkeypatch.setattr(compiled, "_is_own_group", lambda group: own and group == installed.stat().st_gid)
+    make = Compiler()
+    found = compiled.library(NAME, tmp_path / "sources", make)
+    assert (found == installed) is own and make.runs == (0 if own else 1)
+    installed.parent.chmod(0o755)  # the file alone
+    other = home / "other"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(other))
+    assert (compiled.library(NAME, tmp_path / "sources", make) == installed) is own
 
 
 @needs_root

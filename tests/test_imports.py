@@ -29,6 +29,7 @@ DOORS = {
     "onnxruntime": {"export/session.py", "export/bundled/check.py"},  # the latter runs alone, on a device
     "openvino": {"export/openvino_session.py"},
     "torch.onnx": {"export/lower.py"},
+    "huggingface_hub": {"qat/hub.py"},
 }
 TORCH_IN_EXPORT = {
     "export/lower.py", "export/reference.py", "export/certificate.py", "export/stress.py", "export/agreement.py",
@@ -36,7 +37,7 @@ TORCH_IN_EXPORT = {
 }  # fmt: skip
 # What `edgeqat`, below both packages, may import beside itself.
 ON_THE_GROUND = sys.stdlib_module_names | {"numpy", "PIL"}
-EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py", "qat/settle.py", "qat/own_model.py", "qat/proof.py"}
+EXPORT_FROM_QAT = {"qat/deploy.py", "qat/cli.py", "qat/settle.py", "qat/own_model.py", "qat/proof.py", "qat/hub.py"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

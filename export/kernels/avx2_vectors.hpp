@@ -48,6 +48,9 @@ inline __m256i quad(const uint8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
+// Keeps the compiler from loading the next codes before these sums are there: it would then spill some of them.
+inline void settle(__m256i& first, __m256i& second) { asm volatile("" : "+x"(first), "+x"(second)::"memory"); }
+
 // Sixteen entries of a table in both halves.
 inline __m256i table_part(const uint8_t* table, int part) {
   return _mm256_broadcastsi128_si256(load_half(table + 16 * part));

@@ -73,11 +73,9 @@ def compile_library(path: Path, architecture: str | None = None) -> None:
     objects = compile_all(
         command, sources(), path.parent, architecture or machine(), LIBRARY_FLAGS
     )
-    # The runtime's process has libgcc's two or three helpers in a library of its own; ours carries them along.
-    cpp.run(
-        [*command, "-shared", "-static-libgcc", *map(str, objects), "-o", str(path)],
-        path.parent,
-    )
+    # Helpers of libgcc are taken from the process's own library, which libstdc++ needs anyway: copies of newer compilers
+    # need a newer C library than the runtime does.
+    cpp.run([*command, "-shared", *map(str, objects), "-o", str(path)], path.parent)
 
 
 def compile_all(

@@ -113,6 +113,9 @@ struct Isa {
   ProductFunction product;
   ProductFunction binary;  // null: one-bit layers are computed as 8-bit ones
   ProductFunction lookup;  // null: two-bit layers are computed as 8-bit ones
+  // Two codes and two weights of 16 bits in place of four of 8, for codes of which not even two products fit 16 bits;
+  // codes are 0 to 255 and weights -128 to 127 all the same. null: `product` is as fast.
+  ProductFunction wide;
   // u8 [pixels][channels] -> u16 [pixels][ceil(channels / 3)], as `lookup` reads them
   void (*pack_triples)(const uint8_t* codes, size_t pixels, size_t channels, uint8_t* to);
   DepthwiseFunction depthwise;

@@ -68,11 +68,13 @@ class Layer {
   struct Image;
   struct Place;
   struct Walk;
-  enum class Kind { kProduct, kBinary, kLookup, kDepthwise, kWinograd };
+  enum class Kind { kProduct, kWide, kBinary, kLookup, kDepthwise, kWinograd };
 
   void check() const;
   Kind choose_kind() const;
   void prepare_bias();
+  void lay_out_products();
+  bool wants_wide_codes() const;
   void pack_products();
   bool pack_lookup();
   void pack_depthwise();
@@ -97,9 +99,11 @@ class Layer {
   Epilogue epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channel) const;
 
   int64_t packed_pixel() const;
+  ProductFunction product_function() const;
   int64_t weight_place(int64_t run, int64_t quad, int64_t runs, int64_t lane, int64_t width) const;
   int64_t group_inputs() const { return spec_.inputs / spec_.groups; }
   int64_t group_outputs() const { return spec_.outputs / spec_.groups; }
+  bool copies_image() const { return spec_.window.padded() || length_ % 4 != 0 || kind_ != Kind::kProduct; }
   bool merges_columns() const { return spec_.groups == 1 && spec_.window.dilation[1] == 1; }
 
   LayerSpec spec_;

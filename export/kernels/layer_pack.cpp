@@ -1,6 +1,7 @@
 // Prepacking: what happens to a layer's weights once, when its session is created.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "layer.hpp"
@@ -27,8 +28,13 @@ Layer::Layer(LayerSpec spec, const Isa& isa) : spec_(std::move(spec)), isa_(isa)
   } else if (kind_ == Kind::kProduct && pack_lookup()) {
     kind_ = Kind::kLookup;
   } else {
-    pack_products();
+    lay_out_products();
     if (kind_ == Kind::kProduct) prove_narrow_sums();
+    if (wants_wide_codes()) {
+      kind_ = Kind::kWide;
+      lay_out_products();
+    }
+    pack_products();
   }
 }
 
@@ -104,18 +110,30 @@ int64_t Layer::weight_place(int64_t run, int64_t quad, int64_t runs, int64_t lan
   return 4 * (first + place);
 }
 
+// Stretches of a product: rows of the kernel, or its taps where the codes between two of them are not read.
+void Layer::lay_out_products() {
+  const int64_t taps = spec_.window.kernel[0] * spec_.window.kernel[1];
+  const int64_t taps_per_run = merges_columns() ? spec_.window.kernel[1] : 1;
+  const int64_t codes = taps_per_run * group_inputs();
+  runs_ = taps / taps_per_run;
+  length_ = kind_ == Kind::kBinary ? codes / 8 : kind_ == Kind::kWide ? 2 * codes : codes;
+  quads_ = rounded_up(length_, 4) / 4;
+  block_bytes_ = runs_ * quads_ * kBlock * 4;
+}
+
+// Codes are widened once, in the image's copy, where there is one anyway and not even two products fit 16 bits.
+bool Layer::wants_wide_codes() const {
+  if (kind_ != Kind::kProduct || isa_.wide == nullptr || !copies_image()) return false;
+  return std::find(steps_.begin(), steps_.end(), 0) != steps_.end();
+}
+
 // A product's weights: for each block of 64 channels (the last one narrower, in units of 16) stretches, quads,
-// channels, four codes. One bit: 32 codes take the place of four, a byte eight.
+// channels, four codes. One bit: 32 codes take the place of four, a byte eight. Wide codes: two take the place of four.
 void Layer::pack_products() {
   const auto& s = spec_;
   const int64_t rows = s.window.kernel[0], columns = s.window.kernel[1], inputs = group_inputs();
   const int64_t taps_per_run = merges_columns() ? columns : 1;
-  const bool binary = kind_ == Kind::kBinary;
-  const int64_t per_byte = binary ? 8 : 1;
-  runs_ = rows * columns / taps_per_run;
-  length_ = taps_per_run * inputs / per_byte;
-  quads_ = rounded_up(length_, 4) / 4;
-  block_bytes_ = runs_ * quads_ * kBlock * 4;
+  const bool binary = kind_ == Kind::kBinary, wide = kind_ == Kind::kWide;
   allot_weights(s.groups * blocks_ * block_bytes_);
   if (binary) border_.assign(rows * columns * blocks_ * kBlock, 0);
   const int scale = !binary && isa_.prescales ? int(s.weight_multiplier) : 1;
@@ -126,8 +144,14 @@ void Layer::pack_products() {
     for (int64_t tap = 0; tap < rows * columns; ++tap)
       for (int64_t c = 0; c < inputs; ++c) {
         const int8_t code = s.codes[(o * inputs + c) * rows * columns + tap];
-        const int64_t element = tap % taps_per_run * inputs + c, byte = element / per_byte;
+        const int64_t element = tap % taps_per_run * inputs + c;
+        const int64_t byte = binary ? element / 8 : wide ? 2 * element : element;
         int8_t& target = packed[weight_place(tap / taps_per_run, byte / 4, runs_, lane, width) + byte % 4];
+        if (wide) {
+          const auto wide_code = int16_t(code * scale);
+          std::memcpy(&target, &wide_code, sizeof wide_code);
+          continue;
+        }
         if (!binary) {
           target = int8_t(code * scale);
           continue;

@@ -45,10 +45,10 @@ struct Layer::Walk {
         x(pixel % out_w) {}
 
   // Pointers of the next `count` pixels.
-  void take(int count, int64_t channel, const uint8_t** pixels) {
+  void take(int count, int64_t byte, const uint8_t** pixels) {
     const int64_t step = window.stride[1] * image.pixel;
     for (int m = 0; m < count;) {
-      const uint8_t* at = image.at(n, y * window.stride[0], x * window.stride[1]) + channel;
+      const uint8_t* at = image.at(n, y * window.stride[0], x * window.stride[1]) + byte;
       for (; m < count && x < out_w; ++m, ++x, at += step) pixels[m] = at;
       if (x < out_w) return;
       x = 0;
@@ -83,13 +83,34 @@ void Layer::run(const LayerTensors& t, const Pool& pool) const {
 
 // Bytes of a pixel as the inner loop reads it.
 int64_t Layer::packed_pixel() const {
-  return kind_ == Kind::kBinary ? spec_.inputs / 8 : kind_ == Kind::kLookup ? (spec_.inputs + 2) / 3 * 2 : spec_.inputs;
+  switch (kind_) {
+    case Kind::kBinary:
+      return spec_.inputs / 8;
+    case Kind::kLookup:
+      return (spec_.inputs + 2) / 3 * 2;
+    case Kind::kWide:
+      return 2 * spec_.inputs;
+    default:
+      return spec_.inputs;
+  }
+}
+
+ProductFunction Layer::product_function() const {
+  switch (kind_) {
+    case Kind::kBinary:
+      return isa_.binary;
+    case Kind::kLookup:
+      return isa_.lookup;
+    case Kind::kWide:
+      return isa_.wide;
+    default:
+      return isa_.product;
+  }
 }
 
 Layer::Image Layer::image_of(const LayerTensors& t) const {
   const auto& w = spec_.window;
-  if (kind_ == Kind::kProduct && !w.padded() && length_ % 4 == 0)
-    return {t.x, nullptr, t.height, t.width, spec_.inputs};
+  if (!copies_image()) return {t.x, nullptr, t.height, t.width, spec_.inputs};
   const int64_t pixel = packed_pixel();
   Image image{nullptr, nullptr, t.height + w.pads[0] + w.pads[2], t.width + w.pads[1] + w.pads[3], pixel};
   const size_t needed = size_t(t.batch * image.height * image.width * pixel) + kSlack;
@@ -116,11 +137,13 @@ void Layer::copy_row(const LayerTensors& t, const Image& image, int64_t row) con
   const int64_t n = row / image.height, y = row % image.height - w.pads[0];
   uint8_t* to = image.copied + row * image.width * image.pixel;
   const int flip = centres(image) ? 128 : 0;  // x ^ 128, as a signed byte, is x - 128
+  const bool in_two_bytes = kind_ == Kind::kLookup || kind_ == Kind::kWide;
   const auto border = [&](uint8_t* at, int64_t pixels) {
     const int zero = kind_ == Kind::kBinary ? 0 : int(spec_.input_zero) ^ flip;
-    if (kind_ != Kind::kLookup) return void(std::memset(at, zero, size_t(pixels * image.pixel)));
-    const auto triple = uint16_t(64 * (zero | zero << 2 | zero << 4));
-    std::fill_n(reinterpret_cast<uint16_t*>(at), pixels * image.pixel / 2, triple);
+    if (!in_two_bytes) return void(std::memset(at, zero, size_t(pixels * image.pixel)));
+    const int triple = 64 * (zero | zero << 2 | zero << 4);
+    std::fill_n(reinterpret_cast<uint16_t*>(at), pixels * image.pixel / 2,
+                uint16_t(kind_ == Kind::kLookup ? triple : zero));
   };
   if (y < 0 || y >= t.height) return border(to, image.width);
   const uint8_t* from = t.x + (n * t.height + y) * t.width * spec_.inputs;
@@ -131,6 +154,8 @@ void Layer::copy_row(const LayerTensors& t, const Image& image, int64_t row) con
     isa_.pack_bits(from, size_t(t.width * spec_.inputs), to);
   else if (kind_ == Kind::kLookup)
     isa_.pack_triples(from, size_t(t.width), size_t(spec_.inputs), to);
+  else if (kind_ == Kind::kWide)
+    std::copy_n(from, t.width * spec_.inputs, reinterpret_cast<uint16_t*>(to));
   else if (flip)
     std::transform(from, from + t.width * spec_.inputs, to, [](uint8_t code) { return uint8_t(code ^ 128); });
   else
@@ -151,7 +176,7 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
   const auto& w = spec_.window;
   const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width);
   const bool binary = kind_ == Kind::kBinary, lookup = kind_ == Kind::kLookup;
-  const ProductFunction multiply = binary ? isa_.binary : lookup ? isa_.lookup : isa_.product;
+  const ProductFunction multiply = product_function();
   alignas(64) int32_t sums[kCallPixels * kBlock];
   const uint8_t* pixels[kCallPixels];
   for (int64_t block = place.first_block; block < place.last_block; ++block) {
@@ -171,13 +196,13 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
                     int32_t(spec_.weight_multiplier * spec_.input_zero),
                     spec_.input_high < 128 || centres(image),
                     weights + block_bytes_};
-    const int64_t first_channel = group * group_inputs() / (binary ? 8 : 1);
+    const int64_t first_byte = group * (packed_pixel() / spec_.groups);
     const int step = lookup ? kMaxPixels : isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);
     Epilogue epilogue = epilogue_of(t, place.first_pixel, channel);
     for (int64_t p = place.first_pixel; p < place.last_pixel; p += step) {
       const int count = int(std::min<int64_t>(step, place.last_pixel - p));
-      walk.take(count, first_channel, pixels);
+      walk.take(count, first_byte, pixels);
       multiply(product, pixels, count, sums);
       product.ahead = weights + block_bytes_ + block_bytes_ / 2;  // a call fetches half as much as it reads
       if (binary && w.padded())

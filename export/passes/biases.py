@@ -12,21 +12,23 @@ from export.rounding import NEGLIGIBLE_CODES, largest_results, largest_sums
 from export.skeleton import (
     CODE_OPS,
     fill_of,
-    grid_of,
     moves_codes,
+    quantizer_of,
+    reading_quantizer,
     weight_layer,
-    written_by,
 )
 from export.targets import SUM_LIMIT, Target, weight_multiplier_of
 from export.thresholds import with_threshold_bias
 
-# A channel that writes floats is reduced to its bias where 32 bits cannot hold both and the largest sum is at most so much:
-NEGLIGIBLE_SHARE = 2.0**-20  # of its bias, where floats are written
+# Of a channel whose results stay floats, where 32 bits cannot hold bias and sums: only the bias is kept if the largest sum
+# is at most this share of it
+NEGLIGIBLE_SHARE = 2.0**-20
 
 
-def resolve_biases(model: LoweredModel, target: Target) -> bool:
-    """Biases as int32 in units of input scale times weight scale, as integer kernels add them. A net without activation
-    quantizers (weight-only) computes in floating point on its weight codes; its biases stay."""
+def quantize_biases(model: LoweredModel, target: Target) -> None:
+    """Biases as int32 in units of input scale times weight scale, as integer kernels add them; once
+    per model. A net without activation quantizers (weight-only) computes in floating point on its weight codes; its biases
+    stay."""
     reached: set[str] = set()
     for node in model.skeleton.graph:
         layer = weight_layer(node, model)
@@ -35,22 +37,22 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
         reached.add(weight_of(layer.name))
         if not model.quantizers:
             continue
-        grid = grid_of(node.inputs[0])
-        if grid is None:
+        quantizer_name = quantizer_of(node.inputs[0])
+        if quantizer_name is None:
             raise ExportError(
                 f"layer {layer.name!r}: {_why_no_codes(node.inputs[0])}, so no integer kernel can run it"
             )
         if node.op_type == "Gemm":
             _check_gemm(node, layer)
-        source = model.quantizers[grid]
-        written = written_by(node, model)
-        if written is not None and written.is_binary:
+        source = model.quantizers[quantizer_name]
+        reader = reading_quantizer(node, model)
+        if reader is not None and reader.is_binary:
             multiplier = weight_multiplier_of(target, layer.bits, source)
             layer = replace(layer, weight_multiplier=multiplier)
-            layer, decided = with_threshold_bias(layer, source, written)
-            model.quantizers[written.name] = decided
+            layer, decided = with_threshold_bias(layer, source, reader)
+            model.quantizers[reader.name] = decided
         else:
-            layer = _with_bias_codes(layer, source, written, target)
+            layer = _with_bias_codes(layer, source, reader, target)
             if layer.bias_only_channels:
                 channels = list(layer.bias_only_channels)
                 model.notes.append(
@@ -63,7 +65,6 @@ def resolve_biases(model: LoweredModel, target: Target) -> bool:
         raise ExportError(
             f"layer {layer_of(missing[0])!r}: its weight reaches no Conv or Gemm in the export"
         )
-    return True
 
 
 def check_sums(layer: LoweredLayer, source: LoweredQuantizer) -> None:
@@ -111,14 +112,15 @@ def _check_gemm(node: ir.Node, layer: LoweredLayer) -> None:
 def _with_bias_codes(
     layer: LoweredLayer,
     source: LoweredQuantizer,
-    written: LoweredQuantizer | None,
+    reader: LoweredQuantizer | None,
     target: Target,
 ) -> LoweredLayer:
-    """The layer with integer biases; of its bias-only channels no more than the bias is kept.
+    """The layer with integer biases; its bias-only channels keep only their bias.
 
-    source: the quantizer it reads; written: the one that reads its results, None where they stay in floating point.
+    source: the quantizer it reads; reader: the one that reads its results, None where they stay in floating point.
     Raises ExportError for a channel whose bias no int32 code can hold though its sums matter.
     """
+    # Without a multiplier again where 32 bits overflow with it
     for weight_multiplier in (weight_multiplier_of(target, layer.bits, source), 1):
         layer = replace(
             layer, weight_multiplier=weight_multiplier, input_quantizer=source.name
@@ -131,9 +133,9 @@ def _with_bias_codes(
         out_of_range = ~(largest <= SUM_LIMIT)  # nan is, too
         if not out_of_range.any():
             return replace(layer, bias_codes=codes.astype(np.int32))
-        needed = out_of_range & ~_sums_are_negligible(layer, source, written)
+        needed = out_of_range & ~_sums_are_negligible(layer, source, reader)
         if not needed.any():
-            return _with_biases_alone(layer, source, codes, out_of_range)
+            return _in_units_of_their_bias(layer, source, codes, out_of_range)
     # Whether the sums alone are too large
     check_sums(replace(layer, bias_codes=np.zeros(len(unit), np.int32)), source)
     channel = int(np.flatnonzero(needed)[0])
@@ -145,20 +147,20 @@ def _with_bias_codes(
 
 
 def _sums_are_negligible(
-    layer: LoweredLayer, source: LoweredQuantizer, written: LoweredQuantizer | None
+    layer: LoweredLayer, source: LoweredQuantizer, reader: LoweredQuantizer | None
 ) -> NDArray[np.bool_]:
     """bool (O,): channels whose largest possible sum decides no result, or whose result is clipped whatever the sum."""
     largest = largest_results(layer, source)
     bias = layer.folded_bias
-    if written is None:
+    if reader is None:
         return largest <= NEGLIGIBLE_SHARE * np.abs(bias)
-    lowest = float(written.scale) * (written.low - written.zero_point)
-    highest = float(written.scale) * (written.high - written.zero_point)
+    lowest = float(reader.scale) * (reader.low - reader.zero_point)
+    highest = float(reader.scale) * (reader.high - reader.zero_point)
     is_clipped = (bias - largest >= highest) | (bias + largest <= lowest)
-    return is_clipped | (largest <= NEGLIGIBLE_CODES * float(written.scale))
+    return is_clipped | (largest <= NEGLIGIBLE_CODES * float(reader.scale))
 
 
-def _with_biases_alone(
+def _in_units_of_their_bias(
     layer: LoweredLayer,
     source: LoweredQuantizer,
     bias_codes: NDArray[np.float64],

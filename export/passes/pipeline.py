@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from export.lowered import LoweredModel
 from export.passes.batch_norms import fold_batch_norms
-from export.passes.biases import float_biases, resolve_biases
+from export.passes.biases import float_biases, quantize_biases
 from export.passes.clips import absorb_clips
 from export.passes.dead_nodes import cut_weights_off, remove_dead_nodes
 from export.passes.linears import gemms_from_classifiers, gemms_from_matmuls
@@ -40,8 +40,9 @@ def to_integers(
     for quantizer in model.quantizers.values():
         check_quantizer(target, quantizer)
     avoid_ties(model, may_move=not target.keeps_scales)
-    resolve_biases(model, target)
+    quantize_biases(model, target)
     if target.qdq:
+        # Quantized all the same: what 32 bits cannot hold is refused for every target
         float_biases(model)
         positive_scales(model, target)
     return model

@@ -4,6 +4,7 @@ Long curves are thinned to POINTS before they are drawn, text stays text, and wh
 from files and folders: they pass through `shown` on their way into a picture.
 """
 
+import html
 import io
 import re
 import warnings
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from edgeqat.terminal import printable
+from qat.analysis.weight_errors import WeightError
 from qat.quantizers.biper import quantization_error
 from qat.runs.scale_log import QUANTIZER_KINDS, kind_of, layer_of
 
@@ -26,6 +28,7 @@ BASELINE, RUN, THIRD = "#8a8f98", "#1f6f8b", "#c8553d"
 COLOURS = (RUN, THIRD, "#5b8c3a", "#8e5aa8", "#d39a1e", "#3d4a9e", "#b0487f", "#4f7f7a")
 POINTS = 500  # of a curve
 PIXELS = 150  # per inch of embedded pixels
+ROW = 0.128  # inches of a layer in a list of them
 LONGEST = 40  # characters of a name; a longer one would leave no room for the picture
 
 
@@ -59,7 +62,14 @@ def accuracy_bars(
         bbox_to_anchor=(0, 1.0),
         fontsize=8,
     )
-    return svg(figure)
+    says = []
+    for name, percents in runs.items():
+        values = [
+            f"{domain} {percent:.1f}"
+            for domain, percent in zip(domains, percents, strict=True)
+        ]
+        says.append(f"{name}: {', '.join(values)}")
+    return svg(figure, f"Bars of top-1 accuracy in percent. {'; '.join(says)}.")
 
 
 def loss_curves(
@@ -88,7 +98,10 @@ def loss_curves(
     figure.legend(
         frameon=False, ncols=min(len(runs), 4), loc="outside upper left", fontsize=8
     )
-    return svg(figure)
+    return svg(
+        figure,
+        f"Curves over training steps of {', '.join(runs)}: training loss, and held-out source accuracy.",
+    )
 
 
 def scale_curves(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -109,7 +122,10 @@ def scale_curves(entries: Sequence[Mapping[str, Any]]) -> str:
                 fontsize=7,
             )
     axes_row[0].set_ylabel("scale / first recorded")
-    return svg(figure)
+    return svg(
+        figure,
+        "Curves over training steps of every quantizer's scale relative to its first: weights, inputs, stream.",
+    )
 
 
 def _draw_scales(
@@ -172,7 +188,10 @@ def scale_medians(
         loc="outside upper left",
         fontsize=8,
     )
-    return svg(figure)
+    return svg(
+        figure,
+        f"Curves over training steps of the median relative scale of {', '.join(runs)}: weights, inputs, stream.",
+    )
 
 
 def relative_scales(
@@ -239,7 +258,11 @@ def scale_profile(scales: Mapping[str, float]) -> str:
     axes.set_xlabel("quantizer, in layer order")
     axes.set_ylabel("scale")
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return svg(figure)
+    return svg(
+        figure,
+        f"Learned scales of {len(scales)} quantizers in layer order, from {min(scales.values()):.3g} to "
+        f"{max(scales.values()):.3g}.",
+    )
 
 
 def weight_histogram(
@@ -255,7 +278,11 @@ def weight_histogram(
     axes.set_xlabel("weight / scale (lines: codes)")
     axes.set_yticks([])
     axes.set_title(shown(name), fontsize=9)
-    return svg(figure)
+    beyond = float(((scaled < qmin) | (scaled > qmax)).mean())
+    return svg(
+        figure,
+        f"Histogram of the weights of {name} over their codes {qmin} to {qmax}; {100 * beyond:.1f} % lie beyond.",
+    )
 
 
 def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
@@ -271,7 +298,11 @@ def frequency_error(layers: Mapping[str, tuple[float, float]]) -> str:
     axes.set_xlabel("frequency × mean |weight|")
     axes.set_ylabel("mean squared error")
     axes.legend(frameon=False, fontsize=8)
-    return svg(figure)
+    return svg(
+        figure,
+        f"Quantization errors of {len(layers)} layers, from {min(errors):.3g} to {max(errors):.3g}, beside the closed form "
+        "over the frequency.",
+    )
 
 
 def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
@@ -286,7 +317,10 @@ def size_and_latency(latencies: Sequence[Mapping[str, Any]]) -> str:
         milliseconds.append(entry["median_ms"])
     _bars_by_file(left, names, megabytes, "file size, MB")
     _bars_by_file(right, names, milliseconds, "median latency, ms (batch 1, 1 thread)")
-    return svg(figure)
+    says = []
+    for name, size, latency in zip(names, megabytes, milliseconds, strict=True):
+        says.append(f"{name}: {size:.2f} MB, {latency:.2f} ms")
+    return svg(figure, f"Bars of file size and median latency. {'; '.join(says)}.")
 
 
 def _bars_by_file(
@@ -326,7 +360,75 @@ def size_accuracy_latency(
     axes.margins(0.35)
     axes.set_xlabel("file size, MB (disc area: median latency)")
     axes.set_ylabel("target accuracy, %")
-    return svg(figure)
+    says = []
+    for row in rows:
+        name = row["name"]
+        says.append(f"{name}: {row['size'] / 1e6:.2f} MB, {accuracy[name]:.1f} %")
+    return svg(figure, f"Files by size and target accuracy. {'; '.join(says)}.")
+
+
+def confusion(classes: Sequence[str], counts: NDArray[np.int64]) -> str:
+    """How the images of each class were answered: counts (C, C), row: class, column: answer; shown in % of the row."""
+    number = len(classes)
+    side = 1.6 + 0.42 * number
+    figure, axes = new_figure(side + 0.6, side)
+    of_class = np.maximum(counts.sum(1, keepdims=True), 1)
+    percents = 100 * counts / of_class
+    axes.imshow(percents, cmap="Blues", vmin=0, vmax=100)
+    for row in range(number):
+        for column in range(number):
+            percent = percents[row, column]
+            if counts[row, column]:
+                colour = "white" if percent > 55 else "#1c2228"
+                axes.text(
+                    column,
+                    row,
+                    f"{percent:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=colour,
+                )
+    names = [shown(name, 20) for name in classes]
+    axes.set_xticks(range(number), names, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(number), names, fontsize=8)
+    axes.set_xlabel("answer, % of the class")
+    axes.set_ylabel("class")
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    says = f"Answers by class, {counts.trace()} of {counts.sum()} right."
+    if wrong.any():
+        row, column = divmod(int(wrong.argmax()), number)
+        says += f" Most often {classes[row]} is taken for {classes[column]}: {wrong.max()} of {counts[row].sum()} images."
+    return svg(figure, says)
+
+
+def weight_error_bars(errors: Sequence[WeightError]) -> str:
+    """SQNR in dB and clipped share in percent of each layer's weights, the first layer on top."""
+    height = max(ROW * len(errors), 0.5) + 0.8
+    figure, (left, right) = new_figure(9, height, columns=2)
+    places = np.arange(len(errors))
+    ratios = []
+    clipped = []
+    names = []
+    for error in errors:
+        ratios.append(error.sqnr if np.isfinite(error.sqnr) else np.nan)
+        clipped.append(100 * error.clipped)
+        names.append(f"{shown(error.name, 30)} ({error.bits})")
+    left.barh(places, ratios, 0.75, color=RUN)
+    right.barh(places, clipped, 0.75, color=THIRD)
+    left.set_yticks(places, names, fontsize=6.5)
+    right.set_yticks([])
+    for axes in (left, right):
+        axes.set_ylim(len(errors) - 0.5, -0.5)
+    left.set_xlabel("SQNR of the weights, dB")
+    right.set_xlabel("weights beyond the grid, %")
+    known = [error for error in errors if np.isfinite(error.sqnr)]
+    says = f"SQNR and clipping of the weights of {len(errors)} layers."
+    if known:
+        worst = min(known, key=lambda error: error.sqnr)
+        says += f" Lowest SQNR: {worst.sqnr:.1f} dB, {worst.name}."
+    return svg(figure, says)
 
 
 def series(
@@ -387,8 +489,11 @@ def shown(name: str, longest: int = LONGEST) -> str:
     return text.replace("$", r"\$")
 
 
-def svg(figure: Figure) -> str:
-    """SVG without the XML header; ids are made unique so that several pictures share one page."""
+def svg(figure: Figure, says: str) -> str:
+    """SVG without the XML header; ids are made unique so that several pictures share one page.
+
+    says: what the picture shows, for who does not see it.
+    """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         # The reader's fonts draw the text; those here only measure it.
@@ -402,4 +507,6 @@ def svg(figure: Figure) -> str:
         return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{unique}-", tag[0])
 
     # Within tags alone: a name may read like an id
-    return re.sub("<[^<>]*>", with_unique_ids, text)
+    text = re.sub("<[^<>]*>", with_unique_ids, text)
+    label = html.escape(" ".join(printable(says).split()))
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

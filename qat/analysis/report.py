@@ -25,6 +25,7 @@ from qat.analysis.compare import (
 from qat.analysis.inspection import conflicted, threshold_text
 from qat.analysis.scale_view import open_view
 from qat.analysis.verdict import class_accuracies, class_losses_of, judge
+from qat.analysis.weight_errors import weight_errors
 from qat.quantizers.contract import Quantizer
 from qat.runs.build import load_run
 from qat.runs.parts import RecipeError
@@ -46,6 +47,7 @@ from qat.train.scale_scalars import mean_scales
 HISTOGRAMS = 4
 MOST_CONFLICTED = 10
 MOST_CLASSES = 12
+MOST_CONFUSED = 20  # classes in a picture of answers by class
 
 TEMPLATE = "report.html.j2"
 MAX_DROP = 1.0  # percentage points
@@ -102,6 +104,7 @@ def render(
     page |= _curves(folder, baseline)
     colours = _colours(baseline)
     page["class_figure"] = _class_figure(pairs, results, colours)
+    page["confusion_figure"] = _confusion_figure(folder, results)
     page |= _pictures_of_model(folder, built.model)
     if beside:
         page["beside"] = _side_by_side([*baselines, folder, *beside])
@@ -144,6 +147,7 @@ def _pictures_of_model(folder: RunFolder, model: nn.Module) -> dict[str, Any]:
         "scales_figure": over_training,
         "scales": _scales(folder, model),
         "histograms": _histograms(model),
+        "weight_error_figure": _weight_error_figure(model),
         "frequency_figure": _frequency_figure(model),
     }
 
@@ -206,6 +210,33 @@ def _class_figure(
         found = class_accuracies(predictions, domain, len(classes))
         percents[name] = [0.0 if value is None else value for value in found]
     return Markup(figures.accuracy_bars(classes, percents, colours))
+
+
+def _confusion_figure(folder: RunFolder, results: Mapping[str, Any]) -> Markup:
+    """Answers by class on the target; empty for more classes than a picture can name, and for a run without predictions."""
+    classes = results.get("classes") or ()
+    domain = results["test_domain"]
+    if (
+        not 1 < len(classes) <= MOST_CONFUSED
+        or not (folder / "predictions.npz").exists()
+    ):
+        return Markup("")
+    predictions = folder.predictions()
+    if domain not in predictions:
+        return Markup("")
+    predicted, labels = predictions[domain]
+    counts = answers_by_class(predicted, labels, len(classes))
+    return Markup(figures.confusion(classes, counts))
+
+
+def answers_by_class(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
+    """int64 (classes, classes): how many images of the class of a row were answered as the class of a column."""
+    counts = np.zeros((classes, classes), np.int64)
+    is_known = (labels < classes) & (predicted < classes)
+    np.add.at(counts, (labels[is_known], predicted[is_known]), 1)
+    return counts
 
 
 def _shown(value: Any) -> Any:
@@ -368,6 +399,12 @@ def _frequency_figure(model: nn.Module) -> Markup:
     if not layers:
         return Markup("")
     return Markup(figures.frequency_error(layers))
+
+
+def _weight_error_figure(model: nn.Module) -> Markup:
+    """Empty for a model without weights of 2 bits or more."""
+    errors = weight_errors(model)
+    return Markup(figures.weight_error_bars(errors)) if errors else Markup("")
 
 
 def _histogram(weight: nn.Parameter, quantizer: Quantizer) -> Markup:

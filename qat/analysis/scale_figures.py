@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qat.analysis.figures import (
     BASELINE,
     COLOURS,
+    ROW,
     RUN,
     THIRD,
     new_figure,
@@ -30,7 +31,6 @@ from qat.analysis.scale_view import ScaleView, frozen_spans
 from qat.runs.scale_log import QUANTIZER_KINDS, layer_of
 
 COLUMNS = 240  # of a heat map; more windows than these are drawn as means of neighbours
-ROW = 0.128  # inches
 TITLES = {
     "weight": "weight scales",
     "input": "input (activation) scales",
@@ -97,7 +97,10 @@ def disorder_map(view: ScaleView, kind: str) -> str:
         bar.ax.axhline(bound, color="black", linewidth=0.8)
     bar.set_label("disorder (lines: fair coin ± 2σ)", fontsize=7)
     bar.ax.tick_params(labelsize=7)
-    return svg(figure)
+    return svg(
+        figure,
+        f"Map of gradient disorder of {rows} {TITLES[kind]}, layers down and steps across, with what was frozen.",
+    )
 
 
 def _draw_heat_map(axes: Axes, disorder: HeatMap, width: int) -> QuadMesh:
@@ -138,7 +141,10 @@ def disorder_curves(view: ScaleView) -> str:
     lower = grid[1, 0].get_legend_handles_labels()
     figure.legend(*upper, frameon=False, ncols=4, loc="outside upper left", fontsize=8)
     figure.legend(*lower, frameon=False, ncols=4, loc="outside lower left", fontsize=8)
-    return svg(figure)
+    return svg(
+        figure,
+        f"Curves over windows of {view.width} steps of the scales' disorder, and of the shares that are settled or frozen.",
+    )
 
 
 def conflict_curves(view: ScaleView, names: int = 6) -> str:
@@ -177,7 +183,11 @@ def conflict_curves(view: ScaleView, names: int = 6) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("cosine(task, smooth)")
     figure.legend(frameon=False, loc="outside right upper", fontsize=7)
-    return svg(figure)
+    says = [view.names[index] for index in lowest]
+    return svg(
+        figure,
+        f"Curves over steps of the cosine between task and smoothing gradient; lowest on average: {', '.join(says)}.",
+    )
 
 
 def coin_band(width: int) -> tuple[float, float]:

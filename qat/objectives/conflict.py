@@ -3,8 +3,8 @@
     project   PCGrad (Yu et al., arXiv 2001.06782): where <g_t, g_p> < 0, each loses its part along the other, then w_t, w_p
     min_norm  MGDA of two (Désidéri 2012): λ g_t + (1 - λ) g_p of least norm, λ = clip(<g_p - g_t, g_p>/‖g_t - g_p‖², 0, 1)
 
-A group is one scale's channels, or all scales of a layer. Of two opposed scalars exactly nothing is left, as if
-both were frozen: Adam would blow a rounding error up to a whole step.
+A group is one scale's channels, or all scales of a layer. Two opposed scalars cancel to exactly 0, as if both
+were frozen: Adam would blow a rounding error up to a whole step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +18,24 @@ from qat.objectives.contract import Gradients
 Combine = Callable[[Tensor, Tensor, tuple[float, float]], Tensor]
 
 
-def project(task: Tensor, perturbed: Tensor, mix: tuple[float, float]) -> Tensor:
+def project(
+    task: Tensor, perturbed: Tensor, branch_weights: tuple[float, float]
+) -> Tensor:
     """Flat gradients of one group -> combined gradient of the same shape."""
     dot = task @ perturbed
     if dot >= 0:
-        return mix[0] * task + mix[1] * perturbed
+        return branch_weights[0] * task + branch_weights[1] * perturbed
     if task.numel() == 1:
         return torch.zeros_like(task)
     first = task - dot / (perturbed @ perturbed).clamp_min(1e-30) * perturbed
     second = perturbed - dot / (task @ task).clamp_min(1e-30) * task
-    return mix[0] * first + mix[1] * second
+    return branch_weights[0] * first + branch_weights[1] * second
 
 
-def min_norm(task: Tensor, perturbed: Tensor, mix: tuple[float, float]) -> Tensor:
-    """Flat gradients of one group -> their convex combination of least norm; `mix` plays no part."""
+def min_norm(
+    task: Tensor, perturbed: Tensor, branch_weights: tuple[float, float]
+) -> Tensor:
+    """Flat gradients of one group -> their convex combination of least norm; `branch_weights` plays no part."""
     if task.numel() == 1 and task @ perturbed < 0:
         return torch.zeros_like(task)
     apart = perturbed - task
@@ -57,7 +61,7 @@ def combine(
             continue
         task = _flat(scales, task_of)
         perturbed = _flat(scales, perturbed_of)
-        combined = COMBINE[how](task, perturbed, gradients.mix)
+        combined = COMBINE[how](task, perturbed, gradients.branch_weights)
         parts = combined.split([scale.numel() for scale in scales])
         for scale, part in zip(scales, parts, strict=True):
             assert scale.grad is not None

@@ -28,13 +28,13 @@ class Gradients:
     task:      gradient of that loss per parameter, in the order of `parameters`; None where there is none. Empty for
                objectives that have only one branch and keep no copy.
     perturbed: gradient of the perturbed (flatness) loss, likewise.
-    mix:       `.grad` = mix[0] · task + mix[1] · perturbed.
+    branch_weights: `.grad` = branch_weights[0] · task + branch_weights[1] · perturbed.
     """
 
     loss: Tensor
     task: Sequence[Tensor | None] = field(default_factory=tuple)
     perturbed: Sequence[Tensor | None] = field(default_factory=tuple)
-    mix: tuple[float, float] = (1.0, 0.0)
+    branch_weights: tuple[float, float] = (1.0, 0.0)
 
 
 Objective = Callable[[Closure, Sequence[Parameter], Replay], Gradients]

@@ -1,4 +1,7 @@
-"""GAQAT and its controls: what each does to the two gradients, of the task and of the flatness, that a scale has."""
+"""GAQAT and its controls: what each does to the two branches of a scale's gradient, the task's and the perturbed one.
+
+"alternate" does it to the gradients of all parameters.
+"""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -165,7 +165,9 @@ def per_domain(
         loss = torch.stack([one.loss for one in seen]).mean()
         task = _means([one.task for one in seen])
         perturbed = _means([one.perturbed for one in seen])
-        return mixed(Gradients(loss, task, perturbed), parameters, seen[0].mix)
+        return mixed(
+            Gradients(loss, task, perturbed), parameters, seen[0].branch_weights
+        )
 
     return run
 

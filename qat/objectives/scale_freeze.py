@@ -1,14 +1,15 @@
 """GAQAT: gradient-adaptive freezing of quantizer scales (arXiv 2412.05551; reconstruction in `docs/algorithms.md`, GAQAT).
 
-Under SAGM every scale s_i has two gradients, the task's and the perturbed, smoothing one's:
+Under SAGM the gradient of every scale s_i has two branches, the task's and the perturbed one (`smooth` in flags and logs):
 
-    g(s_i) = w_t · m_i · g_task(s_i) + w_p · k_i · g_smooth(s_i)          m, k in {0, 1}
+    g(s_i) = w_t · m_i · g_task(s_i) + w_p · k_i · g_perturbed(s_i)          m, k in {0, 1}
 
 The *disorder* of a branch over a window of K steps is the share of its sign flips (a zero keeps the sign before it):
 
     δ_i = flips_i / comparisons_i,     0 for a constant sign, 1 for an alternating one, about ½ for noise
 
-Every K steps the frozen branch of the scales with δ_i below a threshold is masked for the next K steps. The threshold is
+Every K steps, of the scales whose δ_i of the task branch is below a threshold, one branch (the rule's) is masked for the
+next K steps. The threshold is
 r, or a significance against coin flips: δ_i < ½ - z · ½/√comparisons_i. Per-channel scales are decided together, on the
 flips of all channels that got a gradient, or each for itself. The history goes on while a scale is frozen, so that it can
 be released.
@@ -34,13 +35,13 @@ class FreezeRule:
 
     window:      K, steps between decisions, at least 2.
     threshold:   r; None decides by `z`. `weight_threshold`, where given, is the threshold of weight scales alone.
-    when:        freeze what lies "below" the threshold, or "above" its mirror image about ½.
+    when:        freeze what lies "below" the threshold, or "above" one minus the threshold.
     branch:      the gradient that is masked.
     policy:      "disorder" as above; "never"; "always"; "permanent": once frozen, for ever; "random": as many scales as
                  disorder would freeze, drawn at random.
     per_channel: each channel of a scale for itself.
-    targets:     which scales may freeze.
-    start:       first step at which anything may freeze.
+    targets:     which scales may freeze; "always" freezes all, and "random" draws from all.
+    start:       first step at which anything may freeze; "always" freezes from the first step on.
     rescale:     give the branch that is left the weight of both.
     """
 
@@ -67,7 +68,7 @@ class FreezeRule:
 class Seen:
     """What one step showed, float32 of shape (scales,), in the order of the freezer's names.
 
-    disorder: of the task branch over the window so far; conflict: share of the channels whose task and smoothing signs
+    disorder: of the task branch over the window so far; conflict: share of the channels whose signs of task and perturbed
     differ in this step; cosine: between the two gradients of the scale; frozen: share of its channels that are frozen.
     """
 
@@ -101,7 +102,9 @@ class ScaleFreezer:
         # Of each channel, the position of its scale
         owner = torch.repeat_interleave(torch.arange(len(scales)), sizes)
         self.owner = owner.to(device)
-        self.channels = torch.tensor(self.sizes, dtype=torch.float32, device=device)
+        self.channels_per_scale = torch.tensor(
+            self.sizes, dtype=torch.float32, device=device
+        )
         self.is_weight = torch.tensor(list(is_weight), device=device)
         total = sum(self.sizes)
         self.last = torch.zeros(total, device=device)
@@ -123,56 +126,60 @@ class ScaleFreezer:
         position = {id(p): index for index, p in enumerate(parameters)}
         positions = [position[id(scale)] for scale in self.scales]
         task = self._flat([gradients.task[index] for index in positions])
-        smooth = self._flat([gradients.perturbed[index] for index in positions])
+        perturbed = self._flat([gradients.perturbed[index] for index in positions])
         if bool(self.frozen.any()):
-            self._fill(task, smooth, gradients.mix)
-        seen = self._see(task, smooth)
+            self._fill(task, perturbed, gradients.branch_weights)
+        seen = self._see(task, perturbed)
         if self.step % self.rule.window == 0:
             self._decide()
         return seen
 
-    def _fill(self, task: Tensor, smooth: Tensor, mix: tuple[float, float]) -> None:
-        """Write w_t · m · g_task + w_p · k · g_smooth into `.grad` of the scales of which something is frozen."""
+    def _fill(
+        self, task: Tensor, perturbed: Tensor, branch_weights: tuple[float, float]
+    ) -> None:
+        """Write w_t · m · g_task + w_p · k · g_perturbed into `.grad` of the scales of which something is frozen."""
         rule = self.rule
         is_free = (~self.frozen).to(task.dtype)
-        task_weight = torch.full_like(is_free, mix[0])
-        smooth_weight = torch.full_like(is_free, mix[1])
+        task_weight = torch.full_like(is_free, branch_weights[0])
+        perturbed_weight = torch.full_like(is_free, branch_weights[1])
         if rule.rescale and rule.branch != "both":
-            task_weight = torch.where(self.frozen, sum(mix), task_weight)
-            smooth_weight = torch.where(self.frozen, sum(mix), smooth_weight)
+            task_weight = torch.where(self.frozen, sum(branch_weights), task_weight)
+            perturbed_weight = torch.where(
+                self.frozen, sum(branch_weights), perturbed_weight
+            )
         task_part = task_weight * task
         if rule.branch != "smooth":
             task_part = task_part * is_free
-        smooth_part = smooth_weight * smooth
+        perturbed_part = perturbed_weight * perturbed
         if rule.branch != "task":
-            smooth_part = smooth_part * is_free
-        masked = (task_part + smooth_part).split(self.sizes)
-        shares = (self._sum(self.frozen.float()) / self.channels).tolist()
+            perturbed_part = perturbed_part * is_free
+        masked = (task_part + perturbed_part).split(self.sizes)
+        shares = (self._sum(self.frozen.float()) / self.channels_per_scale).tolist()
         for scale, gradient, share in zip(self.scales, masked, shares, strict=True):
             if scale.grad is None or not share:
                 continue
             if rule.branch == "both" and share == 1:
-                # Of a zero gradient an optimizer's momentum would make a step
+                # With a zero gradient, momentum would still move the scale
                 scale.grad = None
             else:
                 scale.grad.copy_(gradient.view_as(scale))
 
-    def _see(self, task: Tensor, smooth: Tensor) -> Seen:
+    def _see(self, task: Tensor, perturbed: Tensor) -> Seen:
         """Count the flips of this step."""
         sign = torch.where(task == 0, self.last, task.sign())
         self.flips += (sign * self.last) < 0
         self.last = sign
         self.step += 1
         self.compared += 1
-        comparisons = self.channels * max(self.compared - 1, 1)
-        conflicts = (task * smooth < 0).float()
-        product = self._sum(task * smooth)
-        squared_norms = self._sum(task * task) * self._sum(smooth * smooth)
+        comparisons = self.channels_per_scale * max(self.compared - 1, 1)
+        conflicts = (task * perturbed < 0).float()
+        product = self._sum(task * perturbed)
+        squared_norms = self._sum(task * task) * self._sum(perturbed * perturbed)
         return Seen(
             disorder=self._sum(self.flips) / comparisons,
-            conflict=self._sum(conflicts) / self.channels,
+            conflict=self._sum(conflicts) / self.channels_per_scale,
             cosine=product / squared_norms.sqrt().clamp_min(1e-30),
-            frozen=self._sum(self.frozen.float()) / self.channels,
+            frozen=self._sum(self.frozen.float()) / self.channels_per_scale,
         )
 
     def _decide(self) -> None:
@@ -274,7 +281,7 @@ class ScaleFreezer:
 def beyond(
     disorder: Tensor, comparisons: Tensor, threshold: Tensor, rule: FreezeRule
 ) -> Tensor:
-    """Which disorders lie beyond the threshold: r where given (not NaN), else ½ - z·½/√comparisons; or its mirror image."""
+    """Which disorders lie beyond the threshold: r where given (not NaN), else ½ - z·½/√comparisons; or above one minus it."""
     significant = 0.5 - rule.z * 0.5 / comparisons.sqrt()
     bound = torch.where(threshold.isnan(), significant, threshold)
     if rule.when == "below":

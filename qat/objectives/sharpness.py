@@ -126,18 +126,21 @@ def sagm(
 
 
 def mixed(
-    seen: Gradients, parameters: Sequence[Parameter], mix: tuple[float, float]
+    seen: Gradients,
+    parameters: Sequence[Parameter],
+    branch_weights: tuple[float, float],
 ) -> Gradients:
-    """Fill `.grad` with mix[0] · task + mix[1] · perturbed. A branch of weight 0 is left out of the sum."""
+    """Fill `.grad` with branch_weights[0] · task + branch_weights[1] · perturbed. A branch of weight 0 is
+    left out."""
     branches = zip(seen.task, seen.perturbed, strict=True)
     for parameter, gradients in zip(parameters, branches, strict=True):
         parameter.grad = None
-        for weight, gradient in zip(mix, gradients, strict=True):
+        for weight, gradient in zip(branch_weights, gradients, strict=True):
             if weight == 0 or gradient is None:
                 continue
             part = weight * gradient
             parameter.grad = part if parameter.grad is None else parameter.grad + part
-    return Gradients(seen.loss, seen.task, seen.perturbed, mix)
+    return Gradients(seen.loss, seen.task, seen.perturbed, branch_weights)
 
 
 def _two_passes(
@@ -146,11 +149,12 @@ def _two_passes(
     replay: Replay,
     where: Perturbation,
     length: Callable[[Tensor], Tensor],
-    mix: tuple[float, float] | None,
+    branch_weights: tuple[float, float] | None,
     *,
     eta: float | None = None,
 ) -> Gradients:
-    """Task pass, perturbed pass at θ + length·T²g, everything back in place; `mix` None leaves `.grad` to the caller."""
+    """Task pass, perturbed pass at θ + length·T²g, everything back in place; `branch_weights` None leaves `.grad` to the
+    caller."""
     with _watched(where.after_quantizer) as weights_after:
         loss, task = _pass(closure, parameters)
     latent, latent_gradients = _perturbed_parameters(parameters, task, where)
@@ -171,9 +175,9 @@ def _two_passes(
     ):
         _, perturbed_gradients = _pass(closure, parameters)
     seen = Gradients(loss, task, perturbed_gradients)
-    if mix is None:
+    if branch_weights is None:
         return seen
-    return mixed(seen, parameters, mix)
+    return mixed(seen, parameters, branch_weights)
 
 
 def _with_gradients(outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,8 +1,9 @@
 """What every quantizer is and does, whatever its paper.
 
-`forward(x)` fake-quantizes; `codes(x)` gives integers; `forward(x) == (codes(x) - zero_point) * scale` bit for bit (not in
-BiPer's stage 1, which has no codes yet and cannot be exported).
-`raw_scale` is the trained parameter of `scale`, a positive number: scale = max(|raw_scale|, 1e-10).
+`forward(x)` fake-quantizes; `codes(x)` gives integers; `forward(x) == (codes(x) - zero_point) * scale` bit for bit in float32
+and wider; half precision is this rounded once. BiPer's stage 1 has no codes yet and cannot be exported.
+`raw_scale` is the trained parameter of `scale`, a positive number: scale = max(|raw_scale|, 1e-10), or the power of two next
+to it where the spec asks for one.
 
 A paper's file says how x is fake-quantized (`fake_quantize`), which codes that are (`codes`) and where to start from
 (`start_for`). Here is what a training system asks of all: passing through while somebody observes or all is switched off,
@@ -69,7 +70,8 @@ class Quantizer(nn.Module):
         return Grid(self.spec.axis, self.spec.qmin, self.spec.qmax)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
+        """Integer codes of x, int32, in [spec.qmin, spec.qmax]. A file stores those of weights, and computes
+        those of activations."""
         raise NotImplementedError(f"{type(self).__name__} defines no codes")
 
     def fake_quantize(self, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ BOUNDS: list[Any] = [_INT, _INT, _FLOAT]
 SOURCE = Path(__file__).with_name("lsq_kernel.cpp")
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# Elements; below it only launches count, and PyTorch's are cheaper (not measured yet)
+# Elements; in smaller tensors the time of a launch decides, and PyTorch's are cheaper (not measured yet)
 SMALLEST_ON_GPU = 1 << 14
 
 log = logging.getLogger("edgeqat")

@@ -29,7 +29,7 @@ from qat.quantizers.contract import (
 from qat.quantizers.power_of_two import power_of_two
 from qat.quantizers.recompute import Origin
 from qat.quantizers.spec import Grid, QuantSpec
-from qat.quantizers.uniform import rounded
+from qat.quantizers.uniform import float_codes
 from qat.words import Init
 
 
@@ -78,7 +78,8 @@ class LSQ(Quantizer):
     channels: length of `spec.axis`; the scale has shape (channels,), else ().
     name:     where it sits in its model, for messages; `quantize_` sets it.
 
-    `forward(x) == (codes(x) - zero_point) * scale` holds bit for bit; the zero point of LSQ is 0.
+    `forward(x) == (codes(x) - zero_point) * scale` holds bit for bit in float32; the zero point of LSQ is 0. Where it stands
+    in for an activation with an upper clip, x is first limited to that clip (`ceiling`).
 
     Raises ValueError for a grid of one bit, and for channels without an axis or the reverse.
     """
@@ -134,11 +135,12 @@ class LSQ(Quantizer):
         )
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of x, int32, in [spec.qmin, spec.qmax]; what export stores."""
+        """Integer codes of x, int32, in [spec.qmin, spec.qmax]. A file stores those of weights, and computes
+        those of activations."""
         self.require_scale()
-        return rounded(x.detach(), along(self.scale, x, self.spec.axis), self.grid).to(
-            torch.int32
-        )
+        return float_codes(
+            x.detach(), along(self.scale, x, self.spec.axis), self.grid
+        ).to(torch.int32)
 
     @property
     def grid(self) -> Grid:

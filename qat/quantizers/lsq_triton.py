@@ -25,10 +25,8 @@ OPTIONS = {"enable_fp_fusion": False}
 # Channels of a tile where they are innermost in memory: whole lines of it
 COALESCED = 128
 SMALLEST_SCALE = tl.constexpr(1e-10)
-ROUNDER = tl.constexpr(
-    12582912.0
-    # 1.5 · 2^23: a float32 of up to 2^22 added to it is rounded to an integer, half to even
-)
+# 1.5 · 2^23: a float32 of up to 2^22 added to it is rounded to an integer, half to even
+ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -174,10 +172,8 @@ def _bounds(grid: Grid) -> tuple[float, float, float]:
     return float(grid.qmin), float(grid.qmax), float(grid.ceiling)
 
 
-@lru_cache(
-    maxsize=4096
-    # Of as many shapes: on a GPU the training step of a small net is as long as Python takes to launch it
-)
+# Of as many shapes: on a GPU the training step of a small net is as long as Python takes to launch it
+@lru_cache(maxsize=4096)
 def _tiles(
     layout: tuple[int, int, int],
 ) -> tuple[tuple[int, int], tuple[int, int, int, int, int]]:

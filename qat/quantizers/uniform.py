@@ -12,7 +12,7 @@ from qat.quantizers.spec import Grid
 def quantize(x: Tensor, raw_scale: Tensor, grid: Grid) -> Tensor:
     """x̂ of x's dtype; not differentiable."""
     scale = along(positive_scale(raw_scale), x, grid.axis)
-    return rounded(x, scale, grid).mul_(scale).to(x.dtype)
+    return float_codes(x, scale, grid).mul_(scale).to(x.dtype)
 
 
 def gradients(
@@ -39,7 +39,7 @@ def gradients(
     )
 
 
-def rounded(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def float_codes(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Codes of x in its own float type, at least float32."""
     return (_capped(widened(x), grid) / scale).clamp_(grid.qmin, grid.qmax).round_()
 

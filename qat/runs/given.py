@@ -19,6 +19,7 @@ SHARED = (
     "backbone",
     "image_size",
     "test_domain",
+    "also_left_out",
     "pad_type",
     "normalization",
     "trial_seed",

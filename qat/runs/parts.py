@@ -45,6 +45,8 @@ class Images(Part):
     auto looks which."""
     test_domain: str = "sketch"
     """The domain that training never sees."""
+    also_left_out: str | None = None
+    """A second domain that training never sees, for leave-one-domain-out cross-validation."""
     holdout: float = 0.2
     """Share of each domain that is held out (DomainBed: 0.2)."""
     trial_seed: int = 0

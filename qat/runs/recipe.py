@@ -55,7 +55,7 @@ class Recipe:
     oscillation: Oscillation | None = None
     """Weights that swing between two codes."""
     freezing: Freezing | None = None
-    """Which scales lose their task gradient, and for how long."""
+    """Which scales lose a branch of their gradient, and for how long."""
     delay: Delay | None = None
     """When the quantizers begin."""
 

@@ -88,6 +88,11 @@ NEEDS = (
         lambda v: v["data"] in ("domains", "auto") or v["test_domain"] == "test",
         "for CIFAR-10: it has its own",
     ),
+    _Need(
+        "also_left_out",
+        lambda v: v["data"] in ("domains", "auto") and v["official_lists"] is None,
+        "but for domains that are split as DomainBed draws",
+    ),
     _Need("ema_decay", lambda v: v["averaging"] == "ema", "without --averaging ema"),
     _Need("published_deviation", lambda v: v["standardize"], "with --no-standardize"),
     _Need(

@@ -39,6 +39,7 @@ RESULTS: Shape = {
     "test_domain": TEXT,
     "source_validation": Each(NUMBER),
     "target": NUMBER,
+    "also_left_out": Maybe(NUMBER),
     "classes": Maybe([TEXT]),
     "settled": Maybe(
         {
@@ -47,6 +48,14 @@ RESULTS: Shape = {
             "shifts": Maybe(Each(NUMBER)),
             "left": Maybe(Each(TEXT)),
             "source_validation_before": Maybe(Each(NUMBER)),
+        }
+    ),
+    "made": Maybe(
+        {
+            "date": TEXT,
+            "commit": Maybe(TEXT),
+            "versions": Each(TEXT),
+            "processor": TEXT,
         }
     ),
 }

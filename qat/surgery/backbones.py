@@ -154,7 +154,7 @@ def clip_gradients(
     mode: str,
 ) -> Tensor:
     """Clip `.grad` of `clipped` in place ("norm", "value" or "agc"; limit None: not at all); returns the global norm of
-    `parameters` before, a scalar. AGC (arXiv 2102.06171) leaves the classifier out."""
+    `parameters` before, a scalar. For AGC (arXiv 2102.06171) pass `clipped` without the classifier's parameters."""
     from timm.utils import dispatch_clip_grad
 
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -177,8 +177,10 @@ def paused(model: nn.Module) -> bool:
 def begin(
     model: nn.Module, batches: Iterable[Any], init: Init = "mse"
 ) -> list[CalibrationRow]:
-    """End a `pause`: weight scales are set from the weights of now, activation scales from `batches` of N_C_H_W images."""
+    """End a `pause`: weight scales are set from the current weights, activation scales from `batches` of N_C_H_W images."""
     model = unwrapped(model)
+    for quantizer in quantizers(model).values():
+        quantizer.observer = None
     for weight, quantizer in quantized_weights(model):
         quantizer.begin(weight.detach(), init)
     batches = list(batches)

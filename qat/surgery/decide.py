@@ -35,7 +35,7 @@ class QuantizationPlan:
     specs:   what the rules ask for, by layer. patterns: the rule that decided each.
     wrapped: the layers whose modules are replaced. operands: by address, those quantized where they multiply.
     shared:  layers with one weight among them, which get one weight quantizer.
-    placement: the 8-bit quantizers of operations without weights.
+    placement: the 8-bit quantizers of results: of merges, and of layers that others than one layer read.
     known:   addresses, for the modules that apply them.
     """
 
@@ -86,7 +86,7 @@ def plan_quantization(
 def _placement(
     seen: Observation, specs: Mapping[str, LayerSpec], stream: QuantSpec | None
 ) -> Placement:
-    """Where the quantizers of operations without weights stand; nowhere without `stream`."""
+    """Where the quantizers of results stand; nowhere without `stream`."""
     if stream is None:
         return Placement((), frozenset())
     one_bit_inputs = set()
@@ -113,7 +113,9 @@ def _is_wrapped(name: str, seen: Observation) -> bool:
     if not calls:
         return True
     is_called_by_itself = all(call.path == name for call in calls)
-    return is_called_by_itself and wraps(seen.layers[name])
+    # Another tensor may stand in for the parameter, as in torch.func.functional_call
+    has_its_own_weight = all(c.address in seen.trace.parameter_of for c in calls)
+    return is_called_by_itself and has_its_own_weight and wraps(seen.layers[name])
 
 
 def _by_rules(
@@ -235,15 +237,15 @@ def _addresses(
     relus = [address for address, _, _ in placement.relus]
     shifted: dict[str, str | None] = {}
     counted: dict[str, dict[str, int]] = {}
-    in_float = set(trace.weights) - operands.keys()
+    other_weighted = set(trace.weights) - operands.keys()
     if seen.trained is not None:
         shifted = in_training(trace, seen.trained, [*quantized, *relus])
         once = [one for one in quantized if path_of(one) not in trace.repeated]
         counted = tallies(seen.trained, once)
-        in_float.update(_only_in_training(seen, wrapped))
+        other_weighted.update(_only_in_training(seen, wrapped))
     return Addresses(
         merges=frozenset(merges),
-        multiplies=frozenset(in_float),
+        other_weighted=frozenset(other_weighted),
         layers=frozenset(wrapped),
         written_back=frozenset(trace.written_back.intersection(placement.points)),
         in_training=shifted,

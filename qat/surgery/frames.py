@@ -1,7 +1,8 @@
 """Where in a model execution is: a stack of frames, one for each call of a module, and addresses counted within a frame.
 
 An address is `module path # kind ordinal`, for example `layer1.0#add0`: the first addition that module `layer1.0` performs
-itself. Ordinals count within one call of the parent, so a ReLU module that a block uses twice makes `clip0` and `clip1`, and
+itself (`exp2_0`, where the kind ends in a digit). Ordinals count within one call of the parent, so a ReLU module that a block
+uses twice makes `clip0` and `clip1`, and
 the block has its addresses whoever calls it: the whole model, `forward_features`, a user who runs single children, or
 activation checkpointing that runs it again in backward.
 """
@@ -19,12 +20,12 @@ IMAGE = re.compile(r"#input\d+")
 
 def path_of(address: str) -> str:
     """The module that makes the operation."""
-    return address.partition("#")[0]
+    return address.rpartition("#")[0]
 
 
 def kind_in(address: str) -> str:
     """The operation's kind."""
-    return address.partition("#")[2].rstrip("0123456789")
+    return address.rpartition("#")[2].rstrip("0123456789").removesuffix("_")
 
 
 def image_address(position: int) -> str:
@@ -62,7 +63,9 @@ class Frame:
         """Address of the call being made; counts it."""
         ordinal = self.counts.get(kind, 0)
         self.counts[kind] = ordinal + 1
-        return f"{self.path}#{kind}{ordinal}"
+        # `exp2` and ordinal 0 is not `exp` and ordinal 20
+        between = "_" if kind[-1:].isdigit() else ""
+        return f"{self.path}#{kind}{between}{ordinal}"
 
     def child(self, path: str, training: bool) -> "Frame":
         """The frame of a module that this one calls, for the first time or again."""

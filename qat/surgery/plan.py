@@ -1,10 +1,15 @@
-"""Where 8-bit quantizers must stand so that the runtime stays in integers (`docs/lowering.md`).
+"""Where stream quantizers (of 8 bits, unless `quantize_` is told otherwise) must stand so that the runtime stays in integers
+(`docs/lowering.md`).
 
 ONNX Runtime computes a convolution, linear, add, concat or average pool on integers only when every input comes from a
-quantizer and the output goes, through a clip at most, into exactly one. So each *fused group* (such an operation with the
-batch norm and clip activation that follow it) whose result is read by anything but one layer's own input quantizer gets a
-trained 8-bit quantizer on that result; and so does every floating-point result that such an operation reads. A layer whose
-input has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit codes.
+quantizer and the output goes, through a clip at most, into exactly one. A *fused group* is such an operation with the batch
+norm and clip activation that follow it. So a quantizer stands
+
+- on the result of a fused group, unless one layer alone reads it, with its own input quantizer;
+- on every floating-point result that such an operation reads.
+
+A layer whose input has one bit compares codes with a threshold, so it reads a weighted layer's sums directly, or 8-bit
+codes.
 """
 
 from collections.abc import Iterator
@@ -33,7 +38,7 @@ LAYOUTS = {
 UNSUPPORTED_MULTIPLIES = {
     "einsum", "baddbmm", "addmm", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
     "rnn_relu_cell", "conv3d", "conv_transpose3d", "tensordot", "inner", "mv", "dot", "vdot", "addbmm", "addmv",
-    "chain_matmul", "multi_dot", "transformer_encoder_layer_fwd", "native_multi_head_attention",
+    "chain_matmul", "multi_dot", "deform_conv2d", "transformer_encoder_layer_fwd", "native_multi_head_attention",
 }  # fmt: skip
 
 
@@ -106,7 +111,7 @@ def is_merge(call: Call) -> bool:
 
 
 def is_integer(call: Call) -> bool:
-    """Whether a call runs on integers in a file: a product, or a merge of tensors."""
+    """Whether a file has an integer kernel for a call: a convolution or linear (on codes, if it is quantized), or a merge."""
     return call.kind in MULTIPLIES or is_merge(call)
 
 

@@ -44,8 +44,10 @@ KEEPING = {"mul", "matmul", "layer_norm", "max_pool2d", "avg_pool2d"}
 class Addresses:
     """What is known of a model's operations.
 
-    merges:      addresses that were there when the model was quantized, with or without a quantizer.
-    multiplies:  convolutions and linears that stay in floating point.
+    merges:      merges that were there when the model was quantized, with or without a quantizer, and every operation on
+                 constants.
+    other_weighted: convolutions and linears whose operands are not quantized at their address: those inside quantized layers
+                 and those that stay in floating point.
     layers:      paths of the quantized layers.
     written_back: operations in place whose result is read through the tensor that they wrote to.
     in_training: address in training mode -> address in eval mode, where they differ; None: only training makes it.
@@ -55,7 +57,7 @@ class Addresses:
     """
 
     merges: frozenset[str]
-    multiplies: frozenset[str]
+    other_weighted: frozenset[str]
     layers: frozenset[str]
     written_back: frozenset[str] = frozenset()
     in_training: Mapping[str, str | None] = field(default_factory=dict)
@@ -94,7 +96,7 @@ class StreamQuantizers(nn.ModuleDict):
         self.known = known
         # Shapes alone
         self.example = with_tensors(example, lambda tensor: tensor.to("meta"))
-        # Whether another library's layers stand in for ours and multiply as they please
+        # Whether another library's layers stand in for ours, with quantization of their own
         self.guests = False
         watched = (*quantizers, *known.merges, *relus)
         self.watched = {(path_of(address), kind_in(address)) for address in watched}
@@ -115,14 +117,14 @@ class StreamQuantizers(nn.ModuleDict):
         return quantizer  # type: ignore[return-value]
 
     def operands_at(self, address: str) -> QuantOperands | None:
-        """What quantizes the operands of a product; None where the plan leaves them.
+        """What quantizes the operands of a convolution or linear; None where the plan leaves them.
 
-        Raises RuntimeError for a product that the plan does not know.
+        Raises RuntimeError for one that the plan does not know.
         """
         operands = None
         if "operands" in self._modules:
             operands = self.operands._modules.get(_key(address))
-        is_known = self.guests or address in self.known.multiplies
+        is_known = self.guests or address in self.known.other_weighted
         if operands is None and not is_known:
             raise _unknown(address, "operands")
         return operands  # type: ignore[return-value]

@@ -142,5 +142,5 @@ def check_witnessed(
             raise ValueError(
                 f"{where}: makes {multiply_adds:,} multiply-adds that depend on the image, and quantize_ can follow "
                 f"{traced[path]:,} of them; something before it hides where its input comes from, such as a write into a "
-                "buffer (buf[:] = x), .data or numpy: write it as an expression of x"
+                "buffer (buf[:] = x), .data, numpy or torch.vmap: write it as an expression of x, for the whole batch"
             )

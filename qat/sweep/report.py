@@ -57,10 +57,10 @@ def _html(sweep: Sweep, table: Table) -> str:
 
 
 def finished_cells(sweep: Sweep) -> dict[RowKey, list[Cell]]:
-    """The cells with results, by the row of the table that they are in."""
+    """The cells with results, by the row of the table that they are in; without those that only cross-validate."""
     found: dict[RowKey, list[Cell]] = {}
     for cell in sweep.cells():
-        if is_done(sweep, cell.name):
+        if not cell.also_left_out and is_done(sweep, cell.name):
             found.setdefault((cell.method, cell.bits, cell.preset), []).append(cell)
     return found
 
@@ -190,4 +190,6 @@ def _bars(table: Table) -> Any:
         bbox_to_anchor=(0, 1.0),
         fontsize=8,
     )
-    return Markup(svg(figure))
+    rows = ", ".join(row.name for row in table.rows)
+    says = f"Bars of mean target accuracy in percent, by target domain, of {rows}."
+    return Markup(svg(figure, says))

@@ -7,7 +7,8 @@ targets = ["sketch", "photo"]
 seeds = [0, 1, 2]
 presets = ["default", "long"]
 draws = [0]                          # of hyper-parameters, as DomainBed draws them; 0: none drawn
-rule = "training-domain"             # which of the draws the table has: also "oracle"
+rule = "training-domain"             # which of the draws the table has: also "oracle", "leave-one-domain-out"
+domains = []                         # all of the data set, for "leave-one-domain-out": also cells without two of them
 start = "fp"
 start_preset = "default"             # of the cells that others start from; without it, each cell's own preset
 
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.domains.hyperparameters import hyperparameters
-from qat.domains.selection import ORACLE, TRAINING_DOMAIN, SelectionRule
+from qat.domains.selection import RULES
 from qat.runs.given import read_config
 from qat.runs.parts import RecipeError
 from qat.runs.presets import PRESETS
@@ -39,11 +40,7 @@ from qat.runs.recipe_checks import check
 
 DEFAULT = "default"
 START = "start"  # as a teacher: the cell that this one starts from
-# Cross-validation would need runs that leave two domains out
-RULES: dict[str, SelectionRule] = {
-    "training-domain": TRAINING_DOMAIN,
-    "oracle": ORACLE,
-}
+CROSS_VALIDATION = "leave-one-domain-out"
 TABLES = ("values", "method", "preset", "slurm")
 # Entry -> what it is a list of
 LISTS: dict[str, type] = {
@@ -53,6 +50,7 @@ LISTS: dict[str, type] = {
     "seeds": int,
     "presets": str,
     "draws": int,
+    "domains": str,
 }
 
 
@@ -64,6 +62,7 @@ class Cell:
     method, bits, target, seed, preset, draw: its place in the grid; bits is None in full precision.
     recipe: what is trained, its folders filled in.
     after:  name of the cell that it starts from, "" for none.
+    also_left_out: the second domain that it leaves out, for cross-validation; "" for none. It is in no row then.
     """
 
     name: str
@@ -75,6 +74,7 @@ class Cell:
     recipe: Recipe
     after: str = ""
     draw: int = 0
+    also_left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Sweep:
     presets: tuple[str, ...] = (DEFAULT,)
     draws: tuple[int, ...] = (0,)
     rule: str = "training-domain"
+    domains: tuple[str, ...] = ()
     start: str = "fp"
     start_preset: str = ""
     values: dict[str, Any] = field(default_factory=dict)
@@ -104,35 +105,55 @@ class Sweep:
     def cells(self) -> list[Cell]:
         """Every cell, those that others start from first. Raises RecipeError naming the file and the entry at fault."""
         by_name: dict[str, Cell] = {}
-        places = itertools.product(self.presets, self.seeds, self.targets)
-        for preset, seed, target in places:
+        left_out = self._left_out()
+        places = itertools.product(self.presets, self.seeds, left_out)
+        for preset, seed, domains in places:
             cells: list[Cell] = []
             if self._is_started():
                 of_start = self.start_preset or preset
-                cells += self._of(self.start, target, seed, of_start)
+                cells += self._of(self.start, domains, seed, of_start)
             for method, draw in itertools.product(self.methods, self.draws):
-                cells += self._of(method, target, seed, preset, draw)
+                cells += self._of(method, domains, seed, preset, draw)
             for cell in cells:
                 by_name.setdefault(cell.name, cell)
         return list(by_name.values())
+
+    def _left_out(self) -> list[tuple[str, ...]]:
+        """What the cells leave out: each target, and for cross-validation each pair of it and another domain."""
+        left_out: list[tuple[str, ...]] = [(target,) for target in self.targets]
+        if self.rule != CROSS_VALIDATION:
+            return left_out
+        for pair in itertools.combinations(self.domains, 2):
+            if set(pair) & set(self.targets):
+                left_out.append(pair)
+        return left_out
 
     def _is_started(self) -> bool:
         """Whether any method starts from another one's run."""
         return any(KNOWN[method].quantization is not None for method in self.methods)
 
     def _of(
-        self, method: str, target: str, seed: int, preset: str, draw: int = 0
+        self,
+        method: str,
+        left_out: tuple[str, ...],
+        seed: int,
+        preset: str,
+        draw: int = 0,
     ) -> list[Cell]:
         """The cells of one method at one place of the grid, one for each number of bits."""
+        target = left_out[0]
+        also_left_out = left_out[1] if len(left_out) == 2 else ""
         has_bits = KNOWN[method].grids is not None
         after = ""
         if KNOWN[method].quantization is not None:
             of_start = self.start_preset or preset
-            after = cell_name(self.start, None, target, seed, of_start)
+            after = cell_name(self.start, None, left_out, seed, of_start)
         cells = []
         for bits in self.bits if has_bits else (None,):
-            name = cell_name(method, bits, target, seed, preset, draw)
+            name = cell_name(method, bits, left_out, seed, preset, draw)
             placed: dict[str, Any] = {"test_domain": target, "seed": seed}
+            if also_left_out:
+                placed["also_left_out"] = also_left_out
             if bits is not None:
                 placed["bits"] = bits
             placed |= self._drawn(method, seed, draw)
@@ -142,7 +163,18 @@ class Sweep:
                 recipe = recipe.changed(init_from=self.out / after)
             if recipe.entries().get("teacher") == Path(START):
                 recipe = recipe.changed(teacher=self.out / after)
-            cell = Cell(name, method, bits, target, seed, preset, recipe, after, draw)
+            cell = Cell(
+                name,
+                method,
+                bits,
+                target,
+                seed,
+                preset,
+                recipe,
+                after,
+                draw,
+                also_left_out,
+            )
             cells.append(cell)
         return cells
 
@@ -177,10 +209,16 @@ def _known_of(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cell_name(
-    method: str, bits: int | None, target: str, seed: int, preset: str, draw: int = 0
+    method: str,
+    bits: int | None,
+    left_out: tuple[str, ...],
+    seed: int,
+    preset: str,
+    draw: int = 0,
 ) -> str:
     """Name of a cell's folder."""
-    parts = [method, "" if bits is None else f"{bits}bit", target, f"s{seed}"]
+    parts = [method, "" if bits is None else f"{bits}bit", "+".join(left_out)]
+    parts.append(f"s{seed}")
     parts.append("" if preset == DEFAULT else preset)
     parts.append("" if draw == 0 else f"draw{draw}")
     return "-".join(part for part in parts if part)
@@ -246,6 +284,8 @@ def _require_known(sweep: Sweep) -> None:
         raise RecipeError(
             f"{sweep.source}: unknown rule {sweep.rule!r}; known: {', '.join(RULES)}"
         )
+    if sweep.rule == CROSS_VALIDATION:
+        _require_cross_validation(sweep)
     if min(sweep.draws) < 0:
         raise RecipeError(
             f"{sweep.source}: draws are 0 or more, got {min(sweep.draws)}"
@@ -265,4 +305,19 @@ def _require_known(sweep: Sweep) -> None:
         if unknown:
             raise RecipeError(
                 f"{sweep.source}: [{name}]: none of its methods has {', '.join(sorted(unknown))}"
+            )
+
+
+def _require_cross_validation(sweep: Sweep) -> None:
+    """Raises RecipeError where cross-validation lacks domains, or the steps that its runs can be compared at."""
+    missing = [target for target in sweep.targets if target not in sweep.domains]
+    if missing or len(sweep.domains) < 3:
+        raise RecipeError(
+            f"{sweep.source}: rule {CROSS_VALIDATION!r} leaves out every pair of a target and another domain: name all "
+            f"domains of the data set, three or more, in `domains`; got {', '.join(sweep.domains) or 'none'}"
+        )
+    for cell in sweep.cells():
+        if cell.recipe.tracking.select != "last":
+            raise RecipeError(
+                f'{sweep.source}: rule {CROSS_VALIDATION!r} compares runs at one step: set select = "last" in [values]'
             )

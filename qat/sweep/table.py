@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.domains.selection import Record, mean_and_standard_error
+from qat.domains.selection import RULES, Record, mean_and_standard_error
 from qat.runs.records import results_of
 from qat.runs.run_folder import RunFolder
-from qat.sweep.spec import DEFAULT, RULES, Cell, Sweep
+from qat.sweep.spec import DEFAULT, Cell, Sweep
 
 RowKey = tuple[str, int | None, str]
 Place = tuple[str, int]  # target and seed
@@ -208,8 +208,12 @@ def _record(out: Path, cell: Cell) -> Record | None:
     if results["target_holdout"] is not None:
         held_out[cell.target] = results["target_holdout"]
     measured = {cell.target: results["target"]}
+    left_out = [cell.target]
+    if cell.also_left_out:
+        measured[cell.also_left_out] = results["also_left_out"]
+        left_out.append(cell.also_left_out)
     step = results["selected_step"]
-    return Record(step, (cell.target,), measured, held_out, cell.draw, cell.seed)
+    return Record(step, tuple(left_out), measured, held_out, cell.draw, cell.seed)
 
 
 def sign_test(differences: NDArray[np.float64]) -> float:

@@ -67,6 +67,7 @@ def split_domains(images: Images, domains: Sequence[Domain]) -> Split:
     return leave_one_domain_out(
         domains,
         images.test_domain,
+        also_left_out=images.also_left_out,
         holdout_fraction=images.holdout,
         trial_seed=images.trial_seed,
     )

@@ -57,7 +57,7 @@ def training_step(
     schedule: Schedule | None = None,
 ) -> TrainingStep:
     """The step that `recipe` describes. model: what is run; own: the model itself; classes: how many the images have, which
-    mixup asks for; teacher: distils into it."""
+    mixup asks for; teacher: the model that this one learns from."""
     optimization = recipe.optimization
     parameters: list[Parameter] = []
     for group in optimizer.param_groups:
@@ -69,7 +69,7 @@ def training_step(
         precision,
         objective=objective_of(recipe.sharpness, own, parameters),
         loss=LOSSES[optimization.domain_loss](domains),
-        domains=domains,
+        domain_count=domains,
         accumulate=optimization.accumulate,
         clip=optimization.clip,
         clip_mode=optimization.clip_mode,
@@ -80,7 +80,7 @@ def training_step(
     if optimization.label_smoothing:
         step.loss = smoothed_loss(optimization.label_smoothing)
     if optimization.mixup:
-        step.mix = Mixup(optimization.mixup, classes, optimization.seed)
+        step.mixup = Mixup(optimization.mixup, classes, optimization.seed)
     head = own.get_submodule(first_and_last(own)[-1])
     if optimization.domain_loss != "erm":
         step.features, _ = head_features(own, head)
@@ -106,11 +106,11 @@ def training_step(
 def _add_two_passes(step: TrainingStep, recipe: Recipe, sharpness: Sharpness) -> None:
     """Add what two passes need: their domains apart, and the record, freezing and mixing of their gradients."""
     if sharpness.per_domain:
-        replays = partial(replay_of, step.own, step.device)
+        replays = partial(replay_of, step.unwrapped, step.device)
         step.over_domains = per_domain(step.objective, replays)
-    step.freezer = freezer_of(recipe.freezing, step.own, recipe.optimization.seed)
+    step.freezer = freezer_of(recipe.freezing, step.unwrapped, recipe.optimization.seed)
     if recipe.freezing is not None and step.freezer is not None:
-        step.combine = _combination(recipe.freezing, step.own, step.freezer)
+        step.combine = _combination(recipe.freezing, step.unwrapped, step.freezer)
 
 
 def _oscillation(part: OscillationPart, model: nn.Module) -> Oscillation | None:
@@ -202,7 +202,8 @@ def objective_of(
 def freezer_of(
     freezing: Freezing | None, model: nn.Module, seed: int
 ) -> ScaleFreezer | None:
-    """Follows every quantizer's scale; freezes by the rule of `freezing`, or nothing without it. None where none are."""
+    """Follows every quantizer's scale; freezes by the rule of `freezing`, or nothing without it. Returns None for a model
+    without quantizers."""
     by_name = quantizers(model)
     if not by_name:
         return None

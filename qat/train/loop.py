@@ -29,6 +29,7 @@ from qat.domains.splits import Split, Subset
 from qat.objectives.averaging import VALLEYS, Average, LossValley
 from qat.runs.build import Built, build, load_state
 from qat.runs.parts import RecipeError
+from qat.runs.provenance import provenance
 from qat.runs.recipe import Recipe, to_json
 from qat.runs.recipe_checks import check
 from qat.runs.run_folder import RunFolder, check_out
@@ -517,6 +518,8 @@ class _Trainer:
         target = accuracies.pop(self.split.target_in.name)
         target_out = self.split.target_out
         target_holdout = None if target_out is None else self._accuracy(target_out)
+        second = self.split.also_left_out
+        of_second = None if second is None else self._accuracy(second)
         if not self.processes.writes:
             return
         results = {
@@ -528,6 +531,7 @@ class _Trainer:
             "source_validation": accuracies,
             "target": target,
             "target_holdout": target_holdout,
+            "also_left_out": of_second,
             "train_seconds": seconds,
             "images_per_second": self._images_trained_on() / seconds,
             "classes": list(self.split.classes),
@@ -535,6 +539,7 @@ class _Trainer:
                 "trial_seed": self.recipe.images.trial_seed,
                 "holdout": self.recipe.images.holdout,
             },
+            "made": provenance(),
         }
         self.folder.write_samples(collect_samples(self.split, self.recipe, self.built))
         write_json(self.folder / "results.json", results)

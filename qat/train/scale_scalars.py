@@ -15,8 +15,9 @@ def scale_scalars(
     seen: Seen, freezer: ScaleFreezer
 ) -> dict[str, float | dict[str, float]]:
     """What one step is worth logging: means of conflict, cosine and frozen over all scales, over "weights" and over
-    "activations" (inputs and stream); at a window's end also of disorder, and below_threshold, the share of scales beyond
-    the rule's threshold, both without the scales that got no gradient.
+    "activations" (inputs and stream); at a window's end also of disorder, and below_threshold, the share of scales that lie
+    on the freezing side of the rule's threshold (which is above it for some rules), both without the scales that got no
+    gradient.
 
     Within a window disorder counts few flips and says nothing.
     """
@@ -46,7 +47,8 @@ def beyond_threshold(
     is_weight: NDArray[np.bool_],
     rule: FreezeRule,
 ) -> NDArray[np.bool_]:
-    """The freezer's own decision (..., scales), in its own float32 so that ties fall alike; False for NaN."""
+    """Whether each scale lies on the freezing side of the threshold (..., scales), in the freezer's own float32 so that ties
+    fall alike; False for NaN. Which scales then freeze also depends on the rule's policy, targets and start."""
     of_others = np.nan if rule.threshold is None else rule.threshold
     of_weights = of_others
     if rule.weight_threshold is not None:

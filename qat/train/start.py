@@ -87,7 +87,7 @@ def teacher_of(recipe: Recipe, split: Split, built: Built) -> nn.Module | None:
         raise RecipeError(
             f"--teacher {path}: is a {given.method} run; distil from a full-precision one"
         )
-    same = ("image_size", "test_domain", "trial_seed", "holdout")
+    same = ("image_size", "test_domain", "also_left_out", "trial_seed", "holdout")
     _require_same(f"--teacher {path}", given, recipe, same)
     if (teacher.mean, teacher.std) != (built.mean, built.std):
         raise RecipeError(

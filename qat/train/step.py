@@ -1,10 +1,14 @@
-"""One training step, in the order that is the science:
+"""One training step. What happens in it, in this order:
 
-before    BiPer moves its frequency
-closure   forward, loss (domain-aware, distilled, with penalties), backward; microbatch by microbatch
-objective fills `.grad`: ERM in one pass, SAGM and its relatives in two
-combine, freezer   GAQAT: takes a branch out of some scales' gradients, or a control does
-clip, optimizer, schedule, oscillation
+before      BiPer moves its frequency
+mixup       images and labels are mixed
+objective   fills `.grad`, in one pass (ERM) or two (SAGM and its relatives). A pass is the closure: forward, loss
+            (domain-aware, distilled, with penalties), backward; microbatch by microbatch
+combine     a control of GAQAT makes one gradient of the two branches
+freezer     GAQAT takes a branch out of some scales' gradients
+clip, optimizer, schedule
+GroupDRO    moves its domains' weights
+oscillation follows the weights' codes
 """
 
 from collections.abc import Callable, Sequence
@@ -64,34 +68,35 @@ class Precision(Protocol):
 
 @dataclass(eq=False)
 class TrainingStep:
-    """One step of training, made of plain parts; a recipe's are put together in `qat/train/from_recipe.py`.
+    """One step of training, made of plain cuts; a recipe's are put together in `qat/train/from_recipe.py`.
 
-    model:       what is run, perhaps wrapped for several processes. own: the model itself.
+    model:       what is run, perhaps wrapped for several processes. unwrapped: the model itself.
     optimizer:   steps along `.grad` of its parameters. precision: how forward runs and gradients come back.
     objective:   fills `.grad` through a closure, in one pass or two.
-    mix:         (images, labels N, steps taken) -> mixed images and shares N_K of the classes, which the loss reads instead.
+    mixup:       (images, labels N, steps taken) -> mixed images and shares N_K of the classes, which the loss reads instead.
     loss:        of logits, the head's features, labels and domains -> a scalar. features: holds what the head reads, where
                  the loss needs it; empty: the loss is given the logits.
-    domains:     number of source domains. over_domains: (a closure of each one's images, parameters) fills `.grad`, in the
+    domain_count: number of source domains. over_domains: (a closure of each one's images, parameters) fills `.grad`, in the
                  place of the objective; None: the objective runs on the whole batch.
-    accumulate:  microbatches that a batch is cut into.
+    accumulate:  microbatches that a batch is cut into. memory_format: of the images that the model is given.
     distillation: (images, logits, loss) -> the loss mixed with a teacher's. penalties: () -> a scalar each, added to it.
     before:      called with the number of steps taken before a step begins, such as to set BiPer's frequency.
-    combine:     (gradients, parameters, steps taken): makes the two branches of the scales' gradients one.
+    combine:     (gradients, parameters, steps taken): makes one gradient of the two branches in `.grad`, of the scales or,
+                 where a control takes them in turns, of all parameters.
     freezer:     takes a branch out of some scales' gradients, and records what it sees.
     clip, clip_mode: limit of the gradients in timm's sense ("norm", "value", "agc"; None: none).
     schedule:    moves the learning rate on after each step. oscillation: follows the weights' codes.
     """
 
     model: nn.Module
-    own: nn.Module
+    unwrapped: nn.Module
     optimizer: Any
     precision: Precision
     objective: Objective = erm
-    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     loss: DomainLoss = erm_loss
     features: Sequence[Tensor] = ()
-    domains: int = 1
+    domain_count: int = 1
     over_domains: Callable[[Sequence[Closure], list[Parameter]], Gradients] | None = (
         None
     )
@@ -109,7 +114,7 @@ class TrainingStep:
 
     def __post_init__(self) -> None:
         self.taken = 0
-        self.device = next(self.own.parameters()).device
+        self.device = next(self.unwrapped.parameters()).device
         self.parameters: list[Parameter] = []
         for group in self.optimizer.param_groups:
             self.parameters += group["params"]
@@ -124,8 +129,8 @@ class TrainingStep:
         """Take a step on images N_C_H_W, labels N and domains N."""
         if self.before is not None:
             self.before(self.taken)
-        if self.mix is not None:
-            images, labels = self.mix(images, labels, self.taken)
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels, self.taken)
         images = images.contiguous(memory_format=self.memory_format)
         gradients, logits = self._run_objective(images, labels, domains)
         if self.combine is not None:
@@ -142,7 +147,7 @@ class TrainingStep:
         if isinstance(self.loss, GroupDRO):
             self.loss.advance()
         swung = None
-        if self.oscillation is not None and not paused(self.own):
+        if self.oscillation is not None and not paused(self.unwrapped):
             swung = self.oscillation.update()
         self.taken += 1
         return Outcome(gradients.loss, logits, norm, l1_norm, rate, seen, swung)
@@ -153,61 +158,72 @@ class TrainingStep:
         """Fill `.grad`; returns what the objective saw and the logits N_K of its first pass."""
         passes = self.accumulate
         if self.over_domains is not None:
-            passes *= self.domains
+            passes *= self.domain_count
         if passes == 1:
             return self._run_passes(images, labels, domains)
-        with shared_norm_momentum(self.own, passes):
+        with shared_norm_momentum(self.unwrapped, passes):
             return self._run_passes(images, labels, domains)
 
     def _run_passes(
         self, images: Tensor, labels: Tensor, domains: Tensor
     ) -> tuple[Gradients, Tensor]:
-        seen: list[Tensor] = []  # logits of every pass
+        logits_of_passes: list[Tensor] = []
         if self.over_domains is None:
-            closure = self._closure(images, labels, domains, seen)
-            replay = replay_of(self.own, self.device)
+            closure = self._closure(images, labels, domains, logits_of_passes)
+            replay = replay_of(self.unwrapped, self.device)
             gradients = self.objective(closure, self.parameters, replay)
-            return gradients, seen[0]
+            return gradients, logits_of_passes[0]
         closures = []
         positions = []
-        for domain in range(self.domains):
-            own = domains == domain
-            closures.append(self._closure(images[own], labels[own], domains[own], seen))
-            positions.append(own.nonzero().flatten())
+        for domain in range(self.domain_count):
+            of_domain = domains == domain
+            closures.append(
+                self._closure(
+                    images[of_domain],
+                    labels[of_domain],
+                    domains[of_domain],
+                    logits_of_passes,
+                )
+            )
+            positions.append(of_domain.nonzero().flatten())
         gradients = self.over_domains(closures, self.parameters)
-        passes_of_a_domain = len(seen) // self.domains
-        first_passes = torch.cat(seen[::passes_of_a_domain])
+        passes_of_a_domain = len(logits_of_passes) // self.domain_count
+        first_passes = torch.cat(logits_of_passes[::passes_of_a_domain])
         return gradients, first_passes[torch.cat(positions).argsort()]
 
     def _closure(
-        self, images: Tensor, labels: Tensor, domains: Tensor, seen: list[Tensor]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        domains: Tensor,
+        logits_of_passes: list[Tensor],
     ) -> Closure:
-        """One forward and backward pass over the images, part by part; adds its logits to `seen`."""
+        """One forward and backward pass over the images, microbatch by microbatch; adds its logits to `logits_of_passes`."""
         count = len(labels)
-        parts = microbatches(count, self.accumulate)
+        cuts = microbatches(count, self.accumulate)
 
         def closure() -> Tensor:
             logits: list[Tensor] = []
             losses: list[Tensor] = []
-            for part in parts:
-                is_last = part is parts[-1]
+            for microbatch in cuts:
+                is_last = microbatch is cuts[-1]
                 with nullcontext() if is_last else self._without_exchange():
-                    of_part, loss = self._forward(
-                        images[part], labels[part], domains[part]
+                    of_microbatch, loss = self._forward(
+                        images[microbatch], labels[microbatch], domains[microbatch]
                     )
-                    # A mean over all, of parts that may differ in size
-                    loss = loss * (len(of_part) / count)
+                    # A mean over all, of microbatches that may differ in size
+                    loss = loss * (len(of_microbatch) / count)
                     self.precision.backward(loss)
-                logits.append(of_part.detach())
+                logits.append(of_microbatch.detach())
                 losses.append(loss.detach())
-            seen.append(in_order(logits, parts, count))
+            logits_of_passes.append(in_order(logits, cuts, count))
             return torch.stack(losses).sum()
 
         def closure_with_cache() -> Tensor:
-            with weight_cache(self.own):
+            with weight_cache(self.unwrapped):
                 return closure()
 
-        return closure if len(parts) == 1 else closure_with_cache
+        return closure if len(cuts) == 1 else closure_with_cache
 
     def _forward(
         self, images: Tensor, labels: Tensor, domains: Tensor
@@ -256,16 +272,16 @@ class TrainingStep:
 
 
 def microbatches(images: int, count: int) -> list[slice]:
-    """`count` disjoint parts of a batch, every count-th image each, so that all have as many of every domain; empty parts
+    """`count` disjoint cuts of a batch, every count-th image each, so that all have as many of every domain; empty cuts
     left out."""
     return [slice(first, None, count) for first in range(min(count, max(images, 1)))]
 
 
-def in_order(logits: list[Tensor], parts: list[slice], count: int) -> Tensor:
+def in_order(logits: list[Tensor], cuts: list[slice], count: int) -> Tensor:
     """Logits N_K of a batch of `count` images in its order, from those of its microbatches."""
-    if len(parts) == 1:
+    if len(cuts) == 1:
         return logits[0]
-    positions = [torch.arange(count)[part] for part in parts]
+    positions = [torch.arange(count)[microbatch] for microbatch in cuts]
     return torch.cat(logits)[torch.cat(positions).argsort()]
 
 

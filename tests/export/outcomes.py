@@ -12,7 +12,7 @@ from export.lowered import ExportError
 from qat.surgery.example import arguments_of, tensors_in
 from qat.surgery.swap import quantizers
 
-CURE = re.compile(r"FLOAT|torch\.(cat|where|matmul)|x\.shape\[0\]")  # the cures there are
+CURE = re.compile(r"FLOAT|torch\.(cat|where|matmul|vmap)|x\.shape\[0\]|compute_mode=")  # the cures there are
 
 
 def outcome(model: nn.Module, example: Any, target: str, folder: Path, rules: Any = None) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import deform_conv2d
 
 SIDE = 12
 Made = tuple[nn.Module, Any]
@@ -1267,6 +1268,69 @@ def bilinear_pooling() -> nn.Module:
         return s.head((a @ b.transpose(1, 2) / a.shape[2]).flatten(1))
 
     return Lambda(net, a=conv(3, 4), b=conv(3, 4), head=nn.Linear(16, 5))
+
+
+@structure
+def frequencies() -> nn.Module:
+    return Net(Lambda(lambda s, x: torch.fft.irfft2(torch.fft.rfft2(x) * 1.5, s=x.shape[-2:]) + s.a(x), a=conv()))
+
+
+@structure
+def powers_of_two() -> nn.Module:
+    return Net(Lambda(lambda s, x: torch.exp2(-s.a(x).abs()) + torch.log2(1 + x) + x, a=conv()))
+
+
+@structure
+def arcs() -> nn.Module:
+    return Net(Lambda(lambda s, x: torch.atan(s.a(x)) + torch.asinh(s.b(x)), a=conv(), b=conv()))
+
+
+class Prototypes(nn.Module):
+    """Distances to prototypes. mode: how `torch.cdist` computes them."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.body, self.prototypes = nn.Sequential(conv(3, 8), nn.ReLU()), nn.Parameter(torch.randn(5, 8))
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(self.body(x).mean((2, 3)), self.prototypes, compute_mode=self.mode)
+
+
+@structure
+def prototypes() -> nn.Module:
+    return Prototypes("use_mm_for_euclid_dist")
+
+
+@structure
+def prototypes_by_size() -> nn.Module:
+    return Prototypes("use_mm_for_euclid_dist_if_necessary")
+
+
+@structure
+def deformable() -> nn.Module:
+    class Deformable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offsets, self.weight = nn.Conv2d(8, 18, 3, padding=1), nn.Parameter(torch.randn(8, 8, 3, 3) / 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return deform_conv2d(x, self.offsets(x) * 0.1, self.weight, padding=1)
+
+    return Net(Deformable())
+
+
+@structure
+def functional_call() -> nn.Module:
+    def doubled(s: Any, x: Tensor) -> Tensor:
+        return F.relu(torch.func.functional_call(s.layer, {"weight": s.layer.weight * 2, "bias": s.layer.bias}, (x,)))
+
+    return Net(Lambda(doubled, layer=nn.Conv2d(8, 8, 3, padding=1)))
+
+
+@structure
+def image_by_image() -> nn.Module:
+    return Tokens(Lambda(lambda s, x: torch.vmap(s.linear)(x), linear=nn.Linear(16, 16)))
 
 
 @structure

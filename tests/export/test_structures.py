@@ -22,11 +22,15 @@ REFUSED = {  # and what the message names
     "dynamic_convolution": r"^#conv2d0: the weight of this conv2d depends on the image; .* torch\.matmul",
     "data_dependent_branch": r"^the model's own forward: .* out of PyTorch \(__bool__\), .*torch\.where",
     "fixed_batch": r"^the model fixes its batch to a number, .* x\.shape\[0\] where its forward has len\(x\)",
+    "prototypes_by_size": r"^the model computes otherwise for some numbers of images.*='use_mm_for_euclid_dist'.* <= 25",
+    "image_by_image": r"^module 'body\.linear': makes .* torch\.vmap: write it as an expression of x",
+    "deformable": r"^body#deform_conv2d0: .* products of deform_conv2d; put \('body', FLOAT\) before",
     "written_in_place": r"^body#setitem0: writes .* into a part of a tensor \(setitem\), .* torch\.cat",
 }
 QUICK = (
     "residual_in_place", "unet_transposed", "image_plus_net", "cross_attention", "tied_autoencoder", "shared_weights",
-    "focus_stem", "two_images", "weight_norm_by_hooks", "einsum_of_one",
+    "focus_stem",
+    "frequencies", "functional_call", "powers_of_two", "prototypes", "two_images", "weight_norm_by_hooks", "einsum_of_one",
 )  # fmt: skip
 
 
@@ -50,6 +54,7 @@ def test_what_cannot_be_followed_is_refused_with_a_cure(name: str, tmp_path: Pat
 
 LICENSED = {  # and the layer that a FLOAT rule leaves in floating point
     "volume": "0",
+    "deformable": "body",
     "recurrent": "net",
     "recurrent_plain": "net",
     "recurrent_twice_both_ways": "net",

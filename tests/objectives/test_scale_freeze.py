@@ -351,7 +351,7 @@ def test_partial_objectives_carry_their_options() -> None:
     """What the training step builds: a partial whose freezer sees the branches of the very parameters it is given."""
     problem, same, other = one_scale(), one_scale(), one_scale()
     found = partial(sagm, rho=0.1)(problem.closure, problem.parameters)
-    assert len(found.task) == len(problem.parameters) and found.mix == MIX
+    assert len(found.task) == len(problem.parameters) and found.branch_weights == MIX
     expected = sagm(same.closure, same.parameters, rho=0.1)
     default = sagm(other.closure, other.parameters)
     assert all(torch.equal(present(a), present(b)) for a, b in zip(found.perturbed, expected.perturbed, strict=True))

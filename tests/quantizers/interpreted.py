@@ -29,7 +29,7 @@ def check(x: Tensor, raw_scale: Tensor, grid: Grid, upstream: Tensor) -> None:
     lsq_triton.forward(x_dense, raw_scale, out, layout, grid)
     by_scale = lsq_triton.backward(x_dense, upstream_dense, raw_scale, gradient, layout, grid, 0.37)
     scale = along(positive_scale(raw_scale), x, grid.axis)
-    expected = uniform.rounded(x, scale, grid).mul_(scale).to(x.dtype)
+    expected = uniform.float_codes(x, scale, grid).mul_(scale).to(x.dtype)
     by_x, by_scale_plain = uniform.gradients(x, upstream, raw_scale, grid, 0.37)
     assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(gradient), bits(by_x))
     assert by_scale.shape == raw_scale.shape and by_scale.dtype == torch.float32
@@ -69,7 +69,7 @@ def run(device: str) -> int:
         out = torch.empty_like(odd)
         lsq_triton.forward(odd, raw_scale.to(device), out, (1, 1, 6), Grid(None, -8, 7))
         scale = positive_scale(raw_scale.to(device))
-        expected = uniform.rounded(odd, scale, Grid(None, -8, 7)).mul_(scale)
+        expected = uniform.float_codes(odd, scale, Grid(None, -8, 7)).mul_(scale)
         assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.nan_to_num(), expected.nan_to_num())
     return checked
 

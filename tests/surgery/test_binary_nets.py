@@ -9,9 +9,10 @@ from qat.quantizers.binary import BinaryWeight
 from qat.quantizers.bireal import BinaryActivation
 from qat.surgery.backbones import create_backbone, first_and_last, register_binary_nets
 from qat.surgery.binarize import Binarizer, binary_weights, hardtanh_for_relu_, periodic_weights
-from qat.surgery.calibrate import calibrate
+from qat.surgery.calibrate import begin, calibrate, pause, paused
 from qat.surgery.layers import FLOAT
 from qat.surgery.swap import binary_rules, parameter_groups, quantize_
+from tests.narrow import present
 from tests.surgery.nets import with_random_norms
 
 PUBLISHED = {  # millions of parameters, docs/algorithms.md, binary networks
@@ -73,6 +74,23 @@ def test_a_layer_that_would_binarize_the_images_is_named() -> None:
     model, _ = create_backbone("bireal_cifar_resnet20", 10)
     with pytest.raises(ValueError, match="'conv1' would binarize the model's input"):
         quantize_(model, binary_rules(model, ["fc"]), torch.zeros(1, 3, 32, 32))
+
+
+def test_a_binary_net_that_was_paused_rounds_again_once_it_begins() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    images = torch.randn(2, 3, 8, 8)
+    quantize_(net, binary_rules(net, ("0", "3")), images)
+    pause(net)
+    net(images)
+    begin(net, [images])
+    assert not paused(net)
+    seen: list[torch.Tensor] = []
+    net[1].register_forward_hook(lambda module, args, result: seen.append(result))
+    net(images)
+    # 4 channels of 3 x 3 products of ±1, times one scale per output channel, plus a bias
+    sums = (seen[0] - net[1].bias.view(-1, 1, 1)) / present(net[1].weight_quantizer.scale).view(-1, 1, 1)
+    assert sums.abs().max() <= 36.001 and torch.allclose(sums / 2, (sums / 2).round(), atol=1e-3)
 
 
 def test_scales_thresholds_and_frequencies_are_not_decayed() -> None:

@@ -115,6 +115,28 @@ def test_a_sum_is_quantized_however_it_is_written(join: str) -> None:
         assert gradient is not None and torch.equal(gradient, present(gradients[1][name])), name
 
 
+def test_operations_whose_names_end_in_a_digit_and_modules_with_odd_names_keep_their_quantizers() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            stemmed = self.stem(x)
+            return torch.exp2(-stemmed.abs()) + torch.exp2(-x[:, :1])
+
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("odd#name", Odd())
+    model.add_module("head", nn.Conv2d(4, 2, 1))
+    ready(model)
+    names = {"odd#name#exp2_0", "odd#name#exp2_1"}
+    assert names <= quantizers(model).keys()
+    model.train()(X).square().sum().backward()
+    for name in names:
+        assert quantizers(model)[name].raw_scale.grad is not None, name
+
+
 def test_a_sum_into_a_tensor_of_ones_own_is_quantized() -> None:
     """Autograd has no such form, so in eval mode alone."""
     results = []

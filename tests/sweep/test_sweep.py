@@ -48,7 +48,7 @@ share = zlib.crc32(folder.name.encode()) % 1000 / 1000
 (folder / "results.json").write_text(json.dumps({
     "method": "lsq", "test_domain": "sketch", "selection": "last step", "selected_step": 4, "source_validation": {"a": 0.5},
     "target": share, "train_seconds": 1.0, "images_per_second": 1.0, "classes": ["x", "y"], "settled": None,
-    "target_holdout": 0.5, "split": {"trial_seed": 0, "holdout": 0.2},
+    "target_holdout": 0.5, "also_left_out": 0.5, "split": {"trial_seed": 0, "holdout": 0.2},
 }))
 """
 
@@ -171,7 +171,11 @@ def test_a_changed_grid_is_refused_before_anything_runs(tmp_path: Path, trained:
         ("seeds = [1, 1]", "names something twice"),
         ("presets = ['long']", r"has no table \[preset.long\]"),
         ("start = 3", "start must be a word, got 3"),
-        ("rule = 'best'", "unknown rule 'best'; known: training-domain, oracle"),
+        ("rule = 'best'", "unknown rule 'best'; known: training-domain, leave-one-domain-out, oracle"),
+        ("rule = 'leave-one-domain-out'", "name all domains of the data set, three or more, in `domains`; got none"),
+        ("rule = 'leave-one-domain-out'\ndomains = ['sketch', 'photo']", "three or more"),
+        ("rule = 'leave-one-domain-out'\ndomains = ['a', 'b', 'sketch']\ntargets = ['c']", "three or more"),
+        ("rule = 'leave-one-domain-out'\ndomains = ['photo', 'cartoon', 'sketch']", 'set select = "last"'),
         ("draws = [-1]", "draws are 0 or more, got -1"),
         ("start = 'lsq'", "start must be a method of full precision"),
         ("[values]\nstpes = 3", r"\[values\]: none of its methods has stpes"),
@@ -241,6 +245,60 @@ def test_draws_are_domainbeds_and_the_table_has_the_one_that_its_rule_chooses(tm
     assert row.accuracy == {("photo", 0): reached["sagm-photo-s0-draw1"], ("photo", 1): reached["sagm-photo-s1"]}
     (row,) = table_of(dataclasses.replace(sweep, rule="oracle")).rows
     assert row.accuracy == {("photo", seed): reached[f"sagm-photo-s{seed}-draw2"] for seed in (0, 1)}
+
+
+CROSS_VALIDATED = """
+methods = ["lsq"]
+targets = ["photo", "sketch"]
+domains = ["cartoon", "photo", "sketch"]
+draws = [0, 1]
+rule = "leave-one-domain-out"
+[values]
+select = "last"
+"""
+
+
+def test_cross_validation_adds_the_pairs_and_starts_them_without_both_domains(tmp_path: Path) -> None:
+    cells = {cell.name: cell for cell in sweep_of(tmp_path, CROSS_VALIDATED).cells()}
+    left_out = ["photo", "sketch", "cartoon+photo", "cartoon+sketch", "photo+sketch"]
+    expected = {f"fp-{domains}-s0" for domains in left_out}
+    expected |= {f"lsq-4bit-{domains}-s0{draw}" for domains in left_out for draw in ("", "-draw1")}
+    assert cells.keys() == expected
+    pair = cells["lsq-4bit-cartoon+sketch-s0-draw1"]
+    assert (pair.recipe.images.test_domain, pair.recipe.images.also_left_out) == ("cartoon", "sketch")
+    start = cells[pair.after]
+    assert (start.recipe.images.test_domain, start.recipe.images.also_left_out) == ("cartoon", "sketch")
+
+
+def test_cross_validation_chooses_the_draw_by_the_domains_that_pairs_left_out(tmp_path: Path, trained: Any) -> None:
+    sweep = sweep_of(tmp_path, CROSS_VALIDATED)
+    trained()
+    run_sweep(sweep, jobs=2, say=lambda line: None)
+    # (accuracy on the first, on the second of a pair); of photo draw 0 has 0.9 + 0.2, draw 1 0.6 + 0.7; of sketch 0.8 + 0.9
+    # and 0.1 + 0.3
+    reached = {
+        "cartoon+photo-s0": (0.9, 0.1),
+        "photo+sketch-s0": (0.8, 0.2),
+        "cartoon+sketch-s0": (0.9, 0.1),
+        "cartoon+photo-s0-draw1": (0.6, 0.1),
+        "photo+sketch-s0-draw1": (0.3, 0.7),
+        "cartoon+sketch-s0-draw1": (0.1, 0.1),
+        "photo-s0": (0.41, None),
+        "photo-s0-draw1": (0.42, None),
+        "sketch-s0": (0.43, None),
+        "sketch-s0-draw1": (0.44, None),
+    }
+    sources = {"cartoon": 0.5, "photo": 0.5, "sketch": 0.5}
+    for name, (first, second) in reached.items():
+        file = sweep.out / f"lsq-4bit-{name}" / "results.json"
+        results = json.loads(file.read_text()) | {"target": first, "also_left_out": second}
+        of_cell = {domain: share for domain, share in sources.items() if domain not in name}
+        file.write_text(json.dumps(results | {"source_validation": of_cell}))
+    in_full, row = table_of(sweep).rows
+    assert in_full.name == "fp" and row.accuracy == {("photo", 0): 0.42, ("sketch", 0): 0.43}
+    (sweep.out / "lsq-4bit-cartoon+photo-s0" / "results.json").unlink()
+    partial = table_of(sweep)
+    assert partial.missing == ("lsq-4bit-cartoon+photo-s0",) and partial.rows[1].accuracy["photo", 0] == 0.42
 
 
 def test_p_of_random_signs_counts_every_assignment() -> None:

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import math
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,16 +14,25 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import qat
 from edgeqat.files import FileError
+from edgeqat.processor import processor
+from edgeqat.terminal import printable
 from qat.analysis import figures, report
 from qat.analysis.compare import compare_predictions, load_measured, write_baseline
 from qat.analysis.results import table
+from qat.analysis.weight_errors import weight_error, weight_errors
 from qat.cli import Report, execute, guarded
 from qat.deploy import write_report
 from qat.domains.synthetic import synthetic_domains
+from qat.quantizers.lsq import LSQWeight
+from qat.quantizers.spec import QuantSpec
 from qat.runs.build import load_run
 from qat.runs.parts import RecipeError
+from qat.runs.provenance import commit
 from qat.runs.recipe import recipe_of
 from qat.runs.records import CERTIFICATE, LATENCIES, classes_of, metrics_of, optional, results_of
 from qat.runs.run_folder import RunFolder
@@ -329,3 +340,106 @@ def test_the_command_says_which_entry_and_writes_nothing(
     assert not (folder / "report.html").exists()
     (folder / "certificate.json").unlink()
     assert write_report(folder).exists()
+
+
+def test_the_head_says_when_with_what_and_where_it_was_trained(trained: Path) -> None:
+    made = json.loads((trained / "results.json").read_text())["made"]
+    assert made["versions"]["torch"] == torch.__version__ and made["processor"] == processor()
+    page = Elements(write_report(trained).read_text()).text
+    assert f"Trained until {made['date']}" in page and made["processor"] in page
+    assert f"torch {torch.__version__}" in page
+    assert made["commit"] is None or f"with commit {made['commit']}" in page
+
+
+def test_a_commit_has_a_mark_where_tracked_files_were_changed(tmp_path: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    assert commit(tmp_path) is None
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-q", "-m", "one")
+    whole = git("rev-parse", "HEAD")
+    name = commit(tmp_path)
+    assert name is not None and whole.startswith(name) and len(name) >= 10
+    (tmp_path / "new").write_text("not tracked")
+    assert commit(tmp_path) == name
+    (tmp_path / "file").write_text("two")
+    assert commit(tmp_path) == f"{name}+"
+
+
+def test_every_picture_of_a_page_says_what_it_shows(trained: Path) -> None:
+    page = write_report(trained).read_text()
+    pictures = re.findall(r"<svg[^<>]*>", page)
+    assert len(pictures) > 8
+    says = []
+    for picture in pictures:
+        assert 'role="img"' in picture
+        (text,) = re.findall(r'aria-label="([^"]*)"', picture)
+        says.append(text)
+    assert all(len(text) > 20 for text in says)
+    assert any(text.startswith("Answers by class") for text in says)
+    assert any(text.startswith("SQNR and clipping") for text in says)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_picture_says_holds_names_as_text(name: str) -> None:
+    drawn = figures.accuracy_bars([name], {"run": [12.5]}, ["red"])
+    element = ElementTree.fromstring(drawn)
+    expected = " ".join(f"run: {printable(name)} 12.5".split())
+    assert expected in element.attrib["aria-label"]
+    assert element.attrib["role"] == "img"
+
+
+def test_answers_are_counted_by_class() -> None:
+    labels = np.array([0, 0, 1, 2, 2, 2, 1])
+    predicted = np.array([0, 2, 1, 2, 0, 2, 0])
+    counts = report.answers_by_class(predicted, labels, 3)
+    for row in range(3):
+        for column in range(3):
+            pairs = list(zip(labels, predicted, strict=True))
+            assert counts[row, column] == pairs.count((row, column))
+    drawn = figures.confusion(["a", "b", "c"], counts)
+    assert "4 of 7 right" in drawn and "Most often a is taken for c: 1 of 2 images." in drawn
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_noise_and_clipping_of_weights(axis: int | None) -> None:
+    weight = torch.randn(7, 3, 3, 3) * torch.linspace(0.1, 2.0, 7).view(-1, 1, 1, 1)
+    quantizer = LSQWeight(QuantSpec(3, signed=True, axis=axis), weight, name="layer.weight")
+    with torch.no_grad():
+        quantizer.raw_scale.mul_(0.7)
+    scales = quantizer.scale.numpy().reshape(-1)
+    signal = noise = 0.0
+    beyond = []
+    for channel in range(7):
+        scale = float(scales[channel if axis == 0 else 0])
+        for value in weight[channel].flatten().tolist():
+            code = min(max(round(value / scale), -4), 3)
+            signal += value**2
+            noise += (value - code * scale) ** 2
+            beyond.append(not -4 <= value / scale <= 3)
+    found = weight_error(weight, quantizer)
+    assert found.name == "layer" and found.bits == 3
+    # In dB; single precision moves a difference by about 1e-7 of the weight
+    assert found.sqnr == pytest.approx(10 * math.log10(signal / noise), abs=1e-4)
+    assert 0 < found.clipped == pytest.approx(sum(beyond) / len(beyond), abs=1e-7)
+
+
+def test_weights_on_the_grid_lose_nothing_and_one_bit_has_no_noise_to_speak_of() -> None:
+    weight = torch.tensor([[-2.0, -1.0, 0.0, 1.0]])
+    quantizer = LSQWeight(QuantSpec(2, signed=True), weight)
+    with torch.no_grad():
+        quantizer.raw_scale.fill_(1.0)
+    found = weight_error(weight, quantizer)
+    assert math.isinf(found.sqnr) and found.clipped == 0
+    assert "<svg" in figures.weight_error_bars([found])
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    qat.quantize_(net, qat.binary_rules(net, ("0",)), torch.randn(1, 3, 8, 8))
+    assert [(error.name, error.bits) for error in weight_errors(net)] == [("0", 8)]

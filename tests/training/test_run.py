@@ -13,6 +13,7 @@ from edgeqat.files import FileError, write_atomically
 from qat import cli
 from qat.analysis.compare import compare_runs, mcnemar, write_baseline
 from qat.deploy import certify_run, export_run, measure_run, write_report
+from qat.domains.splits import seed_hash, split_indices
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.build import load_run
 from qat.runs.parts import RecipeError
@@ -60,6 +61,22 @@ def test_run_folder_is_complete(runs: tuple[Path, Path]) -> None:
     )
     samples = RunFolder.open(runs[1]).samples()
     assert samples.images.shape[1:] == (3, 32, 32) and set(samples.domains) == {d.name for d in DOMAINS}
+
+
+def test_a_second_domain_is_left_out_and_measured(tmp_path: Path) -> None:
+    folder = run(recipe_of("fp", **TINY, also_left_out="photo", out=tmp_path / "fp"), DOMAINS)
+    results = folder.results()
+    assert set(results["source_validation"]) == {"art_painting", "cartoon"}
+    _, _, built = load_run(folder.path)
+    (photo,) = [domain for domain in DOMAINS if domain.name == "photo"]
+    _, rest = split_indices(len(photo), int(0.2 * len(photo)), seed_hash(0, DOMAINS.index(photo)))
+    images = torch.stack([torch.from_numpy(np.array(photo.images[i])).permute(2, 0, 1) for i in rest]) / 255
+    mean, std = torch.tensor(built.mean).view(3, 1, 1), torch.tensor(built.std).view(3, 1, 1)
+    with torch.no_grad():
+        predicted = built.model.eval()((images - mean) / std).argmax(1).numpy()
+    assert results["also_left_out"] == pytest.approx((predicted == photo.labels[rest]).mean())
+    with pytest.raises(RecipeError, match="also-left-out"):
+        run(recipe_of("lsq", **TINY, out=tmp_path / "lsq", init_from=folder.path), DOMAINS)
 
 
 def test_reloaded_model_is_the_selected_one(runs: tuple[Path, Path]) -> None:
