@@ -47,7 +47,7 @@ def nodes(model: LoweredModel) -> list[str]:
 
 def test_a_batch_norm_goes_into_the_layer_before_it() -> None:
     text = f"""({IMAGE}) => (float[N,2,4,4] y)
-      <float[2,2,1,1] w, float[2] gamma = {{3, -3}}, float[2] beta = {{1, 2}}, float[2] mean = {{5, 0}},
+      <float[2,2,1,1] w, float[2] gamma = {{6, -3}}, float[2] beta = {{1, 2}}, float[2] mean = {{5, 4}},
        float[2] var = {{8, 8}}> {{
         m = {DOMAIN}.Mark <name = "conv.weight"> (w)
         c = Conv (x, m)
@@ -57,9 +57,9 @@ def test_a_batch_norm_goes_into_the_layer_before_it() -> None:
     assert fold_batch_norms(model)
     assert nodes(model) == ["Mark(w)", "Conv(x, Mark)"]
     layer = model.layers["conv.weight"]
-    # gamma / sqrt(8 + 1) is ±1; y = ±(conv - mean) + beta
-    assert layer.scale.tolist() == [0.25, -0.25] and layer.codes.tolist() == [[[[1]], [[1]]]] * 2
-    assert layer.bias is not None and layer.bias.tolist() == [1 - 5, 2]
+    # gamma / sqrt(8 + 1) is 2 and -1; y = (conv - mean) · that + beta
+    assert layer.scale.tolist() == [0.5, -0.25] and layer.codes.tolist() == [[[[1]], [[1]]]] * 2
+    assert layer.bias is not None and layer.bias.tolist() == [1 - 2 * 5, 2 + 4]
     assert not fold_batch_norms(model)
 
 

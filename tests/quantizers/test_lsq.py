@@ -195,3 +195,9 @@ def test_bits_outside_1_to_8_are_refused(bits: int) -> None:
 def test_one_bit_is_no_grid_of_lsq() -> None:
     with pytest.raises(ValueError, match="one bit takes a binary quantizer"):
         LSQ(QuantSpec(1, signed=True), name="a")
+
+
+def test_weights_of_8_bits_have_no_code_minus_128() -> None:
+    spec = QuantSpec.of_weight(8)
+    assert (spec.qmin, spec.qmax) == (-127, 127)
+    assert (QuantSpec.of_weight(4).qmin, QuantSpec.of_weight(4).qmax) == (-8, 7)
