@@ -107,8 +107,8 @@ def rules_of(recipe: Recipe, model: nn.Module) -> list[tuple[str, LayerSpec]]:
     else:
         assert recipe.grids is not None
         rules = _grid_rules(recipe.grids, quantization.edge_bits, model)
-    if not quantization.tables:
-        rules = [(name, replace(spec, table=False)) for name, spec in rules]
+    if quantization.tables:
+        rules = [(name, replace(spec, table=True)) for name, spec in rules]
     if quantization.symmetric_weights:
         return rules
     return with_options(rules, weight={"symmetric": False}, source={})

@@ -29,8 +29,6 @@ def recipe_entries(values: dict[str, Any]) -> dict[str, Any]:
     if renamed.get("method") not in FULL_PRECISION:
         # A run of before this entry was trained with code -128
         renamed.setdefault("symmetric_weights", False)
-        # and without quantizers before functions that could read floats
-        renamed.setdefault("tables", False)
     return renamed
 
 

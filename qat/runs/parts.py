@@ -238,9 +238,9 @@ class Quantization(Part):
     """Training batches for calibration."""
     symmetric_weights: bool = True
     """8-bit weights have codes from -127 to 127, as runtimes want them, rather than from -128 (as in older runs)."""
-    tables: bool = True
-    """A GELU or another function of a linear's result reads 8-bit codes of it, so that `ort-native` files hold
-    it as a table."""
+    tables: bool = False
+    """Let a GELU or another function of a linear's result read 8-bit codes of it, so that `ort-native` files hold it as a
+    table."""
     fold_norms: bool = False
     """Fold batch norms into convolutions before quantization, with proof."""
     scale_lr_ratio: float = 1.0

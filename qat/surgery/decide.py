@@ -143,7 +143,9 @@ def _by_rules(
                     f"quantize_: {name} and {alias} are one module, and rules decide them differently; give both names the "
                     "same rule"
                 )
-        patterns[name], decided[name] = match
+        patterns[name], spec = match
+        is_float = spec.weight is None and spec.input is None
+        decided[name] = FLOAT if is_float else spec
     if missed:
         raise ValueError(
             f"quantize_: no rule reaches {', '.join(missed)}; add a rule (FLOAT leaves a layer in floating point)"

@@ -110,7 +110,7 @@ class Explanation:
         address = call.address
         if address in self.plan.placement.points:
             if is_integer(call) and self._feeds_a_table(call):
-                return "quantized to 8 bits, so that the function that reads it is a table (unless a rule says table=False)"
+                return "quantized to 8 bits, so that the function that reads it is a table, as its rule asks"
             if is_integer(call):
                 return "quantized to 8 bits, since it is an integer operation that more than one layer's own quantizer reads"
             return "quantized to 8 bits, since it joins an integer operation or a layer with one-bit inputs"

@@ -23,14 +23,14 @@ from qat.words import Init
 class LayerSpec:
     """How one layer is quantized; None leaves that operand in floating point. `binarizer` says how one-bit operands are.
 
-    table: whether a function of its result alone, such as a GELU, reads 8-bit codes of it, so that a file holds the function
-           as a table. False leaves the result in floating point where a runtime could write either, as after a linear.
+    table: True: a function of its result alone, such as a GELU after a linear, reads 8-bit codes of it, so that a file for
+           `ort-native` holds the function as a table. False: it reads floats where a runtime can write them.
     """
 
     weight: QuantSpec | None
     input: QuantSpec | None
     binarizer: Binarizer = BIPER
-    table: bool = True
+    table: bool = False
 
 
 FLOAT = LayerSpec(weight=None, input=None)

@@ -6,7 +6,7 @@
     input_bits = 8            # left out: so does the input
     per_channel = true        # the default; false: one scale for the whole weight
     offset = false            # true: LSQ+ for the input
-    table = true              # the default; false: a GELU that reads the result reads floats, where runtimes can write them
+    table = false             # the default; true: a GELU after a linear reads 8-bit codes, a table in `ort-native` files
 
 The same as JSON: {"rules": [{"layers": "head", "weight_bits": 8, "input_bits": 8}]}.
 """
@@ -83,7 +83,7 @@ def _rule(entry: Any, where: str) -> tuple[str, LayerSpec]:
         raise ValueError(f"{where}: {error}") from error
     if weight is None and source is None:
         return entry["layers"], FLOAT
-    return entry["layers"], LayerSpec(weight, source, table=entry.get("table", True))
+    return entry["layers"], LayerSpec(weight, source, table=entry.get("table", False))
 
 
 def before(

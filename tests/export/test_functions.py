@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,8 @@ class Sloped(nn.Module):
 def quantized(model: nn.Module, bits: int) -> nn.Module:
     torch.manual_seed(bits)
     model = with_random_norms(model).eval()
-    quantize_(model, uniform_rules(bits, bits, ("stem", "head")), IMAGES[:1], weight_init="mse")
+    rules = [(name, replace(spec, table=True)) for name, spec in uniform_rules(bits, bits, ("stem", "head"))]
+    quantize_(model, rules, IMAGES[:1], weight_init="mse")
     calibrate(model, [IMAGES])
     return model
 

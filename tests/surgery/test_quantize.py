@@ -1,6 +1,7 @@
 """`quantize_` accounts for every layer and every joining tensor, or raises and changes nothing."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,14 +72,15 @@ class Tokens(nn.Module):
         return self.fc4(gate) + gate.mean(-1, keepdim=True)
 
 
-def test_a_function_of_a_linear_reads_codes_unless_a_rule_says_floats() -> None:
-    table = quantize_(Tokens().eval(), uniform_rules(4), X)
+def test_a_function_of_a_linear_reads_codes_where_a_rule_asks_for_a_table() -> None:
+    asking = [(name, replace(spec, table=True)) for name, spec in uniform_rules(4)]
+    table = quantize_(Tokens().eval(), asking, X)
     assert "fc1#linear0" in table.points and "fc3#linear0" not in table.points
     assert "is a table" in table.explain("fc1#linear0")
-    floats = LayerSpec(QuantSpec.of_weight(4), QuantSpec(4), table=False)
-    without = quantize_(Tokens().eval(), [("fc1", floats), *uniform_rules(4)], X)
+    without = quantize_(Tokens().eval(), [("fc1", uniform_rules(4)[0][1]), *asking], X)
+    assert without.points == quantize_(Tokens().eval(), uniform_rules(4), X).points
     assert set(table.points) - set(without.points) == {"fc1#linear0"}
-    in_float = quantize_(Tokens().eval(), [("fc1", FLOAT), *uniform_rules(4)], X)
+    in_float = quantize_(Tokens().eval(), [("fc1", replace(FLOAT, table=True)), *asking], X)
     assert "fc1#linear0" not in in_float.points
 
 

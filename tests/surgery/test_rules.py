@@ -23,11 +23,11 @@ offset = true
 [[rules]]
 layers = "head"
 weight_bits = 5
-table = false
+table = true
 """
 EXPECTED = [
     ("block.*", LayerSpec(QuantSpec(2, signed=True), QuantSpec(3, offset=True))),
-    ("head", LayerSpec(QuantSpec(5, signed=True, axis=0), None, table=False)),
+    ("head", LayerSpec(QuantSpec(5, signed=True, axis=0), None, table=True)),
 ]
 
 
@@ -35,7 +35,7 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "rules.toml").write_text(TOML)
     rules = [
         {"layers": "block.*", "weight_bits": 2, "input_bits": 3, "per_channel": False, "offset": True},
-        {"layers": "head", "weight_bits": 5, "table": False},
+        {"layers": "head", "weight_bits": 5, "table": True},
     ]
     (tmp_path / "rules.json").write_text(json.dumps({"rules": rules}))
     assert read_rules(tmp_path / "rules.toml") == read_rules(tmp_path / "rules.json") == EXPECTED
