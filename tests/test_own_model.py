@@ -110,7 +110,9 @@ class Unpooled(nn.Module):
 def test_a_graph_that_the_exporter_writes_wrong_is_one_error(tmp_path: Path) -> None:
     model = ready(Unpooled())
     for target in ("ort-int8", "ort-native"):
-        with pytest.raises(ExportError, match=r"not a valid ONNX file|none that an edgeqat file may have"):
+        with pytest.raises(
+            ExportError, match=r"not a valid ONNX file|none that an edgeqat file may have|operands do not fit"
+        ):
             qat.certify(model, qat.export_onnx(model, tmp_path / "model.onnx", target), X)
 
 
@@ -297,9 +299,10 @@ OF_OTHER_EXTRAS = (
     ("blocked", "then"),
     [
         ((*OF_OTHER_EXTRAS, "onnx", "onnx_ir", "onnxruntime", "onnxscript"), ""),
-        (
+        pytest.param(
             OF_OTHER_EXTRAS,
             "qat.settle_(model)\nassert qat.certify(model, qat.export_onnx(model, 'model.onnx'), x).passed",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["torch alone", "torch and export"],

@@ -63,6 +63,7 @@ def test_the_file_computes_the_settled_nets_codes_on_every_target(bits: int, tar
     assert before > 0 and differing(model, target) == 0, before
 
 
+@pytest.mark.slow
 def test_settling_twice_is_settling_once() -> None:
     model = tiny(4)
     settle_(model, IMAGES[:1])

@@ -258,6 +258,7 @@ def test_renamed_classes_are_not_compared(
             judge()
 
 
+@pytest.mark.slow
 def test_the_example_gate_fails_where_there_is_nothing_to_judge(tmp_path: Path) -> None:
     gate = Path(__file__).parents[2] / "examples/test_accuracy_gate.py"
     shutil.copyfile(gate, tmp_path / gate.name)

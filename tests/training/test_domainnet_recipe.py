@@ -71,6 +71,7 @@ def test_faults_of_the_command_line(script: ModuleType, choose: Any, tmp_path: P
         script.train_domainnet(*choose("fp", "--data-root", str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_fp_then_gaqat(script: ModuleType, choose: Any, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--smoke", "--steps", "2", "--test-domain", "quickdraw")
     assert script.train_domainnet(*choose("fp", *small, "--out", "runs/fp")) == 0

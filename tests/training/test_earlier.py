@@ -114,7 +114,7 @@ def test_a_run_of_before_resumes_and_ends_as_one_that_never_stopped(stopped: Rec
     file = export_run(resumed.path, "ort-packed")
     certificate = certify_run(resumed.path, file, images=None)
     assert certificate.passed
-    assert write_report(resumed.path).read_text().count("Learned scales") == 1
+    assert write_report(resumed.path).read_text().count(">Learned scales<") == 1
 
 
 def test_a_state_dict_of_before_loads_into_a_model_of_now() -> None:

@@ -50,6 +50,7 @@ def test_a_card_that_somebody_edited_stays(trained: Path, tmp_path: Path) -> Non
     assert card.read_text() == mine
 
 
+@pytest.mark.slow
 def test_a_file_written_anew_has_not_the_old_one_s_certificate(trained: Path) -> None:
     model = export_run(trained)
     certify_run(trained, model)

@@ -334,6 +334,7 @@ def test_the_command_says_which_entry_and_writes_nothing(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
+    (folder / "report.html").unlink(missing_ok=True)
     (folder / "certificate.json").write_text(json.dumps(certificate(["a", "b"]) | {"weight_codes": "many"}))
     assert guarded(lambda: execute(Report(folder))) == 2
     assert 'certificate.json: entry weight_codes is "many", expected a whole number' in capsys.readouterr().err

@@ -266,6 +266,7 @@ def test_a_run_without_a_scale_log_is_told_so(runs: tuple[Path, Path], tmp_path:
         inspect_run(other)
 
 
+@pytest.mark.slow
 def test_report_shows_the_scale_log_and_runs_side_by_side(runs: tuple[Path, Path]) -> None:
     page = write_report(runs[1], beside=[runs[0]]).read_text()
     for text in ("Side by side", "Gradient disorder and conflict", "weight scales (", "stream scales (", "Most conflicted",

@@ -138,6 +138,7 @@ def qtdog(out: Path, **changes: object) -> Recipe:
     return recipe_of("qtdog", **TINY | {"steps": 8} | changes, quant_start_step=4, out=out)
 
 
+@pytest.mark.slow
 def test_delayed_quantization_is_full_precision_before_and_its_scales_move_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

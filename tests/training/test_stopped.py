@@ -104,6 +104,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_for_bit(at: int, n
     assert [e["source_mean"] for e in evaluated[0]] == [e["source_mean"] for e in evaluated[1]]
 
 
+@pytest.mark.slow
 def test_the_second_signal_acts_at_once(tmp_path: Path) -> None:
     recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     assert signalled(recipe, 2, signal.SIGINT, times=2).error == "KeyboardInterrupt"
