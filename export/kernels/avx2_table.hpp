@@ -6,6 +6,7 @@
 #include "avx2_tile.hpp"
 #include "avx2_vectors.hpp"
 #include "avx2_winograd.hpp"
+#include "loops.hpp"
 
 namespace edgeqat {
 namespace {
@@ -28,6 +29,7 @@ inline Isa avx2_table(const char* name, ProductFunction product) {
   isa.interleave_three = interleave_three;
   isa.winograd_input = winograd_input;
   isa.winograd_output = winograd_output;
+  isa.loops = avx2_loops();
   isa.tile_channels = kLanes;
   return isa;
 }

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "isa.hpp"
+#include "loops.hpp"
 
 namespace edgeqat {
 namespace {
@@ -552,6 +553,7 @@ Isa avx512_table() {
   isa.interleave_three = interleave_three;
   isa.winograd_input = winograd_input;
   isa.winograd_output = winograd_output;
+  isa.loops = avx512_loops();
   isa.prescales = 1;
   return isa;
 }

@@ -24,15 +24,18 @@ LIBRARY_FLAGS = (
     "-Wextra",
     "-Wno-maybe-uninitialized",
 )
-AVX512 = ("f", "bw", "vl", "dq", "vnni", "vbmi", "vpopcntdq")
+AVX512 = (
+    "-mavx2",
+    "-mfma",
+    *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni", "vbmi", "vpopcntdq")),
+)
 ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx2.cpp": ("-mavx2", "-mfma"),
         "avxvnni.cpp": ("-mavx2", "-mfma", "-mavxvnni"),
-        "norms_avx2.cpp": ("-mavx2",),
-        "products_avx2.cpp": ("-mavx2", "-mfma"),
-        "softmax_avx2.cpp": ("-mavx2",),
-        "avx512.cpp": ("-mavx2", "-mfma", *(f"-mavx512{x}" for x in AVX512)),
+        "loops_avx2.cpp": ("-mavx2", "-mfma"),
+        "avx512.cpp": AVX512,
+        "loops_avx512.cpp": AVX512,
     },
     # Moving loads and steps ahead of each other before registers are allotted makes a tile need more of them than there are.
     "aarch64": {

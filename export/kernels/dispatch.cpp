@@ -15,7 +15,9 @@ const Isa* isa_named(const char* name) {
   return nullptr;
 }
 
-const Isa& chosen_isa() {
+namespace {
+
+const Isa& choose() {
   const char* wanted = std::getenv("EDGEQAT_ISA");
   if (wanted && *wanted) {
     if (const Isa* isa = isa_named(wanted)) return *isa;
@@ -24,6 +26,14 @@ const Isa& chosen_isa() {
   for (const Isa* isa : {avx512_isa(), avxvnni_isa(), avx2_isa(), neon_i8mm_isa(), neon_dotprod_isa(), neon_isa()})
     if (isa) return *isa;
   return *portable_isa();
+}
+
+}  // namespace
+
+// Chosen once: a virtual machine takes microseconds to say what its processor can do, and nodes ask at every run.
+const Isa& chosen_isa() {
+  static const Isa& chosen = choose();
+  return chosen;
 }
 
 }  // namespace edgeqat

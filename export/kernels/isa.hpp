@@ -1,7 +1,7 @@
 // What an instruction set implements: the inner loops. Everything else is written once, in portable C++.
 //
-// Translation units of an instruction set include only this header and <*intrin.h>: an inline function of the standard
-// library compiled there with wider instructions could be the copy that the linker keeps for everybody.
+// Translation units of an instruction set include only headers that say so and <*intrin.h>: an inline function of the
+// standard library compiled there with wider instructions could be the copy that the linker keeps for everybody.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -107,6 +107,8 @@ enum class DepthwiseWeights {
   kPairs,  // [2][64][2], of 32 channels 0 to 7, 16 to 23, 8 to 15, 24 to 31
 };
 
+struct Loops;  // loops.hpp
+
 struct Isa {
   const char* name;
   int max_pixels[5];  // per units, at most kCallPixels; of `lookup` and `depthwise` kMaxPixels
@@ -128,6 +130,7 @@ struct Isa {
   void (*interleave_three)(const uint8_t* planes, size_t count, uint8_t* to);  // [3][count] -> [count][3], or null
   WinogradInput winograd_input;
   WinogradOutput winograd_output;
+  const Loops* loops;
   int prescales;  // whether `product` wants weights multiplied with their weight multiplier
   DepthwiseWeights depthwise_weights;
   // Whether codes are multiplied as signed bytes. Where they reach 128, `product` subtracts 128 from each, and the bias
@@ -141,7 +144,7 @@ struct Isa {
   int quad_pairs = 0;
 };
 
-const Isa& chosen_isa();  // by the processor, or by EDGEQAT_ISA=portable, avx2, avxvnni, avx512, neon, ...
+const Isa& chosen_isa();  // by the processor, or at first by EDGEQAT_ISA=portable, avx2, avxvnni, avx512, neon, ...
 const Isa* isa_named(const char* name);  // null: unknown, or the processor cannot run it
 
 const Isa* portable_isa();

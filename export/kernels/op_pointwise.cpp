@@ -1,11 +1,11 @@
 // QMaxPool, QAveragePool, QGlobalPool, QAdd, QMul, QScale, QLayerNorm, QTables and QImage. Their last input, where it
 // is given, is tables u8 [k][256]; outputs from the second on are their codes through each table.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
-#include "norms.hpp"
+#include "loops.hpp"
 #include "pointwise.hpp"
-#include "products.hpp"
 #include "runtime.hpp"
 
 namespace edgeqat {
@@ -154,33 +154,42 @@ struct Multiply : Kernel {
       if (spread[axis] != sizes[axis] && spread[axis] != 1) refuse("multiplies codes whose shapes do not fit");
     std::vector<uint8_t> place;
     uint8_t* y = own_output(call, a.shape, place);
-    const MultiplyFunction multiply = chosen_multiply();
-    if (spread == sizes) {
-      multiply(a.codes(), b.codes(), size_t(a.size()), product, y);
-    } else {
-      const int64_t rows = sizes[0] * sizes[1];
-      call.pool().each(size_t(rows),
-                       [&](size_t row) { multiply_rows(a, b, sizes, spread, int64_t(row), multiply, y); });
-    }
+    if (spread == sizes)
+      in_parts(a.size(), 1, call.pool(), [&](int64_t first, int64_t last) {
+        loops.multiply(a.codes() + first, b.codes() + first, size_t(last - first), product, y + first);
+      });
+    else
+      in_parts(sizes[0] * sizes[1], sizes[2] * sizes[3], call.pool(),
+               [&](int64_t first, int64_t last) { multiply_rows(a, b, sizes, spread, first, last, y); });
     tables.write(call, 1, y, a.shape);
   }
-  // All that has the same indices on the first two axes.
+  // From row `first` to before `last`; a row is all that has the same indices on the first two axes.
   void multiply_rows(const Tensor& a, const Tensor& b, const std::vector<int64_t>& sizes,
-                     const std::vector<int64_t>& spread, int64_t row, MultiplyFunction multiply, uint8_t* y) const {
-    const int64_t first = spread[0] == 1 ? 0 : row / sizes[1], second = spread[1] == 1 ? 0 : row % sizes[1];
-    const int64_t width = sizes[3];
-    std::vector<uint8_t> repeated(static_cast<size_t>(spread[3] == 1 ? width : 0));
-    for (int64_t i = 0; i < sizes[2]; ++i) {
-      const int64_t third = spread[2] == 1 ? 0 : i;
-      const uint8_t* factor = b.codes() + ((first * spread[1] + second) * spread[2] + third) * spread[3];
-      if (spread[3] == 1) {
-        std::memset(repeated.data(), *factor, repeated.size());
-        factor = repeated.data();
-      }
-      const int64_t at = (row * sizes[2] + i) * width;
-      multiply(a.codes() + at, factor, size_t(width), product, y + at);
+                     const std::vector<int64_t>& spread, int64_t first, int64_t last, uint8_t* y) const {
+    const int64_t row_size = sizes[2] * sizes[3];
+    std::vector<uint8_t> factors(static_cast<size_t>(row_size));
+    int64_t copied = -1;
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t of_first = spread[0] == 1 ? 0 : row / sizes[1], of_second = spread[1] == 1 ? 0 : row % sizes[1];
+      const int64_t at = (of_first * spread[1] + of_second) * spread[2] * spread[3];
+      if (at != copied) spread_row(b.codes() + at, sizes, spread, factors.data());
+      copied = at;
+      loops.multiply(a.codes() + row * row_size, factors.data(), size_t(row_size), product, y + row * row_size);
     }
   }
+  // The factor of every element of a row: short loops over the last axis would take longer than copying it.
+  static void spread_row(const uint8_t* from, const std::vector<int64_t>& sizes, const std::vector<int64_t>& spread,
+                         uint8_t* to) {
+    const size_t width = size_t(sizes[3]);
+    for (int64_t i = 0; i < sizes[2]; ++i, to += width) {
+      const uint8_t* line = from + (spread[2] == 1 ? 0 : i * spread[3]);
+      if (spread[3] == 1)
+        std::memset(to, *line, width);
+      else
+        std::memcpy(to, line, width);
+    }
+  }
+  const Loops& loops = *chosen_isa().loops;
   Grid to;
   Tables tables;
   ProductOfCodes product;
@@ -203,12 +212,10 @@ struct Scale : Kernel {
     std::vector<uint8_t> place;
     uint8_t* y = own_output(call, x.shape, place);
     const int64_t width = int64_t(gain.size()), rows = x.size() / width;
-    const int64_t in_part = std::max<int64_t>(1, 16384 / width);
-    const ScaleFunction scale = chosen_scale();
-    call.pool().each(size_t((rows + in_part - 1) / in_part), [&](size_t part) {
-      const int64_t first = int64_t(part) * in_part, last = std::min(rows, first + in_part);
+    const Loops& loops = *chosen_isa().loops;
+    in_parts(rows, width, call.pool(), [&](int64_t first, int64_t last) {
       for (int64_t at = first * width; at < last * width; at += width)
-        scale(x.codes() + at, gain.data(), size_t(width), scaled, y + at);
+        loops.scale(x.codes() + at, gain.data(), size_t(width), scaled, y + at);
     });
     tables.write(call, 1, y, x.shape);
   }
@@ -236,18 +243,23 @@ struct LayerNorm : Kernel {
     std::vector<uint8_t> place;
     uint8_t* y = own_output(call, x.shape, place);
     const size_t width = gain.size();
-    const int64_t rows = x.size() / int64_t(width), in_part = std::max<int64_t>(1, 8192 / int64_t(width));
-    const NormOfCodes norm = {epsilon, gain.data(), shift.data(), to.zero, to.low, to.high};
-    const NormFunctions functions = chosen_norm_functions();
-    call.pool().each(size_t((rows + in_part - 1) / in_part), [&](size_t part) {
-      const int64_t first = int64_t(part) * in_part, last = std::min(rows, first + in_part);
+    const NormOfCodes norm = {gain.data(), shift.data(), to.zero, to.low, to.high};
+    in_parts(x.size() / int64_t(width), int64_t(width) * 2, call.pool(), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         const int64_t at = row * int64_t(width);
-        normalize_row(x.codes() + at, width, functions, norm, y + at);
+        normalize(x.codes() + at, width, norm, y + at);
       }
     });
     tables.write(call, 1, y, x.shape);
   }
+  void normalize(const uint8_t* q, size_t width, const NormOfCodes& norm, uint8_t* y) const {
+    const SumsOfCodes found = loops.sums(q, width);
+    const int64_t sum = found.sum;
+    const int64_t variance = int64_t(width) * int64_t(found.squares) - sum * sum;
+    const float r = float(1.0 / std::sqrt(double(variance) + double(epsilon)));
+    loops.normalize(q, width, found.sum, r, norm, y);
+  }
+  const Loops& loops = *chosen_isa().loops;
   Grid to;
   float epsilon;
   std::vector<float> gain, shift;

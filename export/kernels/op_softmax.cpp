@@ -1,23 +1,14 @@
 // QSoftmax: softmax of floats over their last axis, written as codes. Its last input, where it is given, is tables
 // u8 [k][256]; outputs from the second on are its codes through each table.
-#include "softmax.hpp"
-
-#include <algorithm>
-#include <cstring>
-
 #include "isa.hpp"
+#include "pointwise.hpp"
 #include "runtime.hpp"
-#include "softmax_loop.hpp"
 
 namespace edgeqat {
 namespace {
 
 constexpr Reads kScoresRead{"scores", abi::kFloat};
-constexpr int64_t kInPart = 8192;  // elements that are worth a task of their own
-
-void softmax_portable(const float* x, size_t n, const SoftmaxToCodes& to, float* place, uint8_t* y) {
-  softmax_row(x, n, to, place, y);
-}
+constexpr int64_t kWork = 4;  // of an element, in codes that are added
 
 struct Softmax : Kernel {
   explicit Softmax(const Info& info)
@@ -41,13 +32,12 @@ struct Softmax : Kernel {
         chosen_isa().translate(tables.data() + 256 * i, y, size_t(count), through);
   }
   void compute_rows(const float* x, int64_t rows, int64_t width, const Call& call, uint8_t* y) const {
-    const int64_t in_part = std::max<int64_t>(1, kInPart / width);
-    const SoftmaxFunction softmax = chosen_softmax();
-    call.pool().each(size_t((rows + in_part - 1) / in_part), [&](size_t part) {
-      std::vector<float> place(static_cast<size_t>(width));
-      const int64_t first = int64_t(part) * in_part, last = std::min(rows, first + in_part);
+    const Loops& loops = *chosen_isa().loops;
+    const size_t placed = (size_t(width) + kPlaceUnit - 1) / kPlaceUnit * kPlaceUnit;
+    in_parts(rows, width * kWork, call.pool(), [&](int64_t first, int64_t last) {
+      std::vector<float> place(placed);
       for (int64_t row = first; row < last; ++row)
-        softmax(x + row * width, size_t(width), to, place.data(), y + row * width);
+        loops.softmax(x + row * width, size_t(width), to, place.data(), y + row * width);
     });
   }
   SoftmaxToCodes to;
@@ -65,13 +55,6 @@ Kernel* make_softmax(const Info& info) {
 const Operator kSoftmax("QSoftmax", 2, 1, 1 + kMaxTables, abi::kUint8, make_softmax);
 
 }  // namespace
-
-SoftmaxFunction chosen_softmax() {
-#ifdef __x86_64__
-  if (!std::strncmp(chosen_isa().name, "avx", 3)) return softmax_avx2;
-#endif
-  return softmax_portable;
-}
 
 std::vector<const Operator*> softmax_operators() { return {&kSoftmax}; }
 

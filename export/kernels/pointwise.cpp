@@ -8,8 +8,6 @@
 namespace edgeqat {
 namespace {
 
-constexpr int64_t kPart = 32'768;  // codes that are worth a task of their own
-
 // Adding 1.5 · 2^23 leaves no fraction bits, so the addition itself rounds half to even; |x| must stay below 2^22.
 // Unlike rintf it needs no instruction beyond SSE2.
 inline float rounded(float x) {
@@ -22,12 +20,11 @@ inline float clamp(float x, float low, float high) {
   return x < high ? x : high;
 }
 
+// body(row) for all rows
 template <typename Body>
-void in_parts(int64_t rows, int64_t row_size, const Pool& pool, Body body) {
-  const int64_t parts =
-      std::clamp<int64_t>(rows * row_size / kPart, 1, std::min<int64_t>(16, std::max<int64_t>(rows, 1)));
-  pool.each(size_t(parts), [&](size_t i) {
-    for (int64_t r = int64_t(i) * rows / parts; r < (int64_t(i) + 1) * rows / parts; ++r) body(r);
+void each_row(int64_t rows, int64_t row_size, const Pool& pool, Body body) {
+  in_parts(rows, row_size, pool, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) body(row);
   });
 }
 
@@ -66,7 +63,7 @@ int64_t counted(const PoolShape& s, const Window& w, int64_t out_y, int64_t out_
 void max_pool(const uint8_t* x, const PoolShape& s, const Window& w, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels;
   const Isa& isa = chosen_isa();
-  in_parts(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
+  each_row(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
     const uint8_t* image = x + row / s.out_height * s.height * s.width * c;
     std::vector<const uint8_t*> rows, taps(static_cast<size_t>(w.kernel[1]));
     const int64_t top = row % s.out_height * w.stride[0] - w.pads[0];
@@ -88,7 +85,7 @@ void average_pool(const uint8_t* x, const PoolShape& s, const Window& w, bool co
                   const Grid& to, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels;
   const float zero = float(to.zero), low = float(to.low), high = float(to.high);
-  in_parts(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
+  each_row(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
     const uint8_t* image = x + row / s.out_height * s.height * s.width * c;
     std::vector<float> total(static_cast<size_t>(c));
     for (int64_t out_x = 0; out_x < s.out_width; ++out_x) {
@@ -105,14 +102,24 @@ void average_pool(const uint8_t* x, const PoolShape& s, const Window& w, bool co
   });
 }
 
-// 32 bits would hold the sums of 8.4 million pixels; nothing limits an image to that, so they are 64 bits wide.
+// Whole rows of an image are added first, since a pixel may have few channels. 32 bits would hold the sums of 8.4
+// million pixels; nothing limits an image to that, so they are 64 bits wide.
 void global_pool(const uint8_t* x, const PoolShape& s, int zero, float multiplier, const Grid& to, uint8_t* y) {
-  const int64_t c = s.channels, pixels = s.height * s.width;
+  const int64_t c = s.channels, row_size = s.width * c, pixels = s.height * s.width;
+  const Loops& loops = *chosen_isa().loops;
   std::vector<int64_t> total(static_cast<size_t>(c));
+  std::vector<uint16_t> of_rows(static_cast<size_t>(row_size));
   for (int64_t n = 0; n < s.batch; ++n, y += c) {
     std::fill(total.begin(), total.end(), 0);
-    for (int64_t p = 0; p < pixels; ++p, x += c)
-      for (int64_t i = 0; i < c; ++i) total[i] += x[i];
+    for (int64_t left = s.height; left > 0;) {
+      const int64_t rows = std::min(left, kMostRowsSummed);
+      std::fill(of_rows.begin(), of_rows.end(), 0);
+      loops.sum_rows(x, size_t(rows), size_t(row_size), of_rows.data());
+      for (int64_t at = 0; at < row_size; at += c)
+        for (int64_t i = 0; i < c; ++i) total[i] += of_rows[at + i];
+      x += rows * row_size;
+      left -= rows;
+    }
     for (int64_t i = 0; i < c; ++i) {
       const float mean = float(total[i] - pixels * zero) * multiplier;
       y[i] = uint8_t(int(rounded(clamp(mean, float(to.low - to.zero), float(to.high - to.zero)))) + to.zero);
@@ -121,18 +128,15 @@ void global_pool(const uint8_t* x, const PoolShape& s, int zero, float multiplie
 }
 
 void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, const SumOfTwo& sum, uint8_t* y, const Pool& pool) {
-  constexpr int64_t in_part = 4096;
-  const AddFunction add = chosen_add();
-  in_parts((count + in_part - 1) / in_part, in_part, pool, [&](int64_t part) {
-    const int64_t first = part * in_part, last = std::min(count, first + in_part);
-    add(a + first, b + first, size_t(last - first), sum, y + first);
-  });
+  const Loops& loops = *chosen_isa().loops;
+  in_parts(count, 1, pool,
+           [&](int64_t first, int64_t last) { loops.add(a + first, b + first, size_t(last - first), sum, y + first); });
 }
 
 void quantize_images(const float* x, const PoolShape& s, const Grid& to, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels, w = s.width;
   const Isa& isa = chosen_isa();
-  in_parts(s.batch * s.height, c * w, pool, [&](int64_t row) {
+  each_row(s.batch * s.height, c * w, pool, [&](int64_t row) {
     const int64_t n = row / s.height, h = row % s.height;
     std::vector<uint8_t> planes(static_cast<size_t>(w * c));
     for (int64_t k = 0; k < c; ++k)

@@ -1,11 +1,21 @@
 // Pools, sums, tables and borders on NHWC codes. All run on any processor; none is where the time goes.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "layer.hpp"
-#include "products.hpp"
+#include "loops.hpp"
 
 namespace edgeqat {
+
+// body(first, last) for parts of `rows`, each worth a task of its own. `work`: of a row, in codes that are added.
+template <typename Body>
+void in_parts(int64_t rows, int64_t work, const Pool& pool, Body body) {
+  constexpr int64_t in_part = 32'768, most = 16;
+  const int64_t parts = std::clamp<int64_t>(rows * work / in_part, 1, std::min(most, std::max<int64_t>(rows, 1)));
+  pool.each(size_t(parts),
+            [&](size_t part) { body(int64_t(part) * rows / parts, (int64_t(part) + 1) * rows / parts); });
+}
 
 struct Grid {
   float scale = 1.0f;

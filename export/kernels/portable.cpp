@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "isa.hpp"
+#include "loops.hpp"
 
 namespace edgeqat {
 namespace {
@@ -148,7 +149,7 @@ void binary(const Product& p, const uint8_t* const* pixels, int count, int32_t* 
   }
 }
 
-constexpr Isa portable_table() {
+Isa portable_table() {
   Isa isa = {};
   isa.name = "portable";
   for (int units = 1; units <= 4; ++units) isa.max_pixels[units] = 4;
@@ -162,12 +163,15 @@ constexpr Isa portable_table() {
   isa.quantize = quantize;
   isa.winograd_input = winograd_input;
   isa.winograd_output = winograd_output;
+  isa.loops = portable_loops();
   return isa;
 }
-constexpr Isa kPortable = portable_table();
 
 }  // namespace
 
-const Isa* portable_isa() { return &kPortable; }
+const Isa* portable_isa() {
+  static const Isa isa = portable_table();
+  return &isa;
+}
 
 }  // namespace edgeqat

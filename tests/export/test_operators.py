@@ -95,7 +95,7 @@ def test_scaled_channels_are_what_three_float_operators_compute(shape: Shape) ->
 
 
 def exponential(x: np.float32) -> np.float32:
-    """As export/kernels/softmax.hpp says it, one number at a time."""
+    """As export/kernels/loops.hpp says it, one number at a time."""
     t = max(x, one(-86))
     power = np.rint(t * one(1.44269504))
     r = (t - power * one(0.693359375)) - power * one(-2.12194440e-4)
@@ -125,6 +125,17 @@ def test_softmaxes_to_codes(shape: Shape) -> None:
         assert abs(weights[-1] - np.exp(np.float64(row[-1]) - row.max())) <= 1e-6
     numbers = GRID | {"y_scale": float(scale)}
     assert np.array_equal(computed("QSoftmax", {"scores": scores}, {}, numbers), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 24), (1, 1, 1, 3), (2, 600, 3, 40)])
+def test_pools_over_whole_images(shape: Shape) -> None:
+    x = random_codes(shape, 9)
+    x[0] = 255  # the largest sums there are
+    multiplier = one(0.8 / (shape[1] * shape[2]))
+    totals = x.reshape(shape[0], -1, shape[3]).astype(object).sum(axis=1) - 40 * shape[1] * shape[2]
+    expected = as_codes(np.rint(totals.astype(one) * multiplier) + 100).reshape(shape[0], 1, 1, shape[3])
+    numbers = GRID | {"x_zero": 40, "multiplier": float(multiplier)}
+    assert np.array_equal(computed("QGlobalPool", {"x": x}, {}, numbers), expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 96), (5, 1), (2, 4, 5, 67), (3, 1000)])

@@ -1,0 +1,7 @@
+#include "loops_of.hpp"
+
+namespace edgeqat {
+
+const Loops* portable_loops() { return &kLoops; }
+
+}  // namespace edgeqat
