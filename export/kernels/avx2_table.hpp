@@ -20,7 +20,7 @@ inline Isa avx2_table(const char* name, ProductFunction product) {
   isa.product = product;
   isa.binary = binary;
   isa.depthwise = depthwise;
-  isa.depthwise_weights = DepthwiseWeights::kPairs;
+  isa.depthwise_weights = isa.narrow_depthwise_weights = DepthwiseWeights::kPairs;
   isa.finish = finish;
   isa.pack_bits = pack_bits;
   isa.translate = translate;

@@ -54,6 +54,7 @@ struct Depthwise {
   bool shares;          // group g of a pixel lies where group g - 1 of the next pixel does
   int channels = 64;    // of the 64, as many as are wanted
   int rows = 4;         // taps of a group that are not padding
+  int taps = 4;         // of all groups, less those at the end that are padding
   bool narrow = false;  // codes are below 128, and Σ |w·x| of a channel's products fits 16 bits whatever they are
 };
 using DepthwiseFunction = void (*)(const Depthwise&, const uint8_t* const* pixels, int count, int32_t* sums);
@@ -91,6 +92,11 @@ struct Epilogue {
 };
 using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int count, int width);
 
+// A depthwise layer from codes to codes, for any number of pixels that lie `step` bytes apart, `width` channels of
+// each. The epilogue, with `in_32_bits`, only makes the layer's own codes and their copies.
+using DepthwiseCodes = void (*)(const Depthwise&, const uint8_t* first, ptrdiff_t step, int64_t count, const Epilogue&,
+                                int width);
+
 // Winograd's F(2×2, 3×3) in integers; winograd.cpp has the equations.
 //   input   16 pixels of a 4×4 tile -> its 16 transforms, `plane` bytes apart, each in bytes modulo 256 plus offset
 //           (the one of positions 1,1 without, it is never negative)
@@ -102,9 +108,10 @@ using WinogradOutput = void (*)(const int32_t* sums, int units, int weight_multi
 
 // Order of a depthwise group's weights, of four taps and 64 channels.
 enum class DepthwiseWeights {
-  kTaps,   // [4][64]
-  kQuads,  // [64][4], channel 16·l + 4·j + i at place 16·j + 4·l + i
-  kPairs,  // [2][64][2], of 32 channels 0 to 7, 16 to 23, 8 to 15, 24 to 31
+  kTaps,       // [4][64]
+  kQuads,      // [64][4], channel 16·l + 4·j + i at place 16·j + 4·l + i
+  kPairs,      // [2][64][2], of 32 channels 0 to 7, 16 to 23, 8 to 15, 24 to 31
+  kWidePairs,  // [2][64][2], of 64 channels 0 to 7, 16 to 23, 32 to 39, 48 to 55, then 8 to 15, 24 to 31, ...
 };
 
 struct Loops;  // loops.hpp
@@ -121,6 +128,7 @@ struct Isa {
   // u8 [pixels][channels] -> u16 [pixels][ceil(channels / 3)], as `lookup` reads them
   void (*pack_triples)(const uint8_t* codes, size_t pixels, size_t channels, uint8_t* to);
   DepthwiseFunction depthwise;
+  DepthwiseCodes depthwise_codes;  // null: `depthwise` and `finish`
   EpilogueFunction finish;
   void (*pack_bits)(const uint8_t* codes, size_t count, uint8_t* bits);  // bit = code >= 128; count is a multiple of 32
   void (*translate)(const uint8_t* table, const uint8_t* from, size_t count, uint8_t* to);
@@ -133,6 +141,7 @@ struct Isa {
   const Loops* loops;
   int prescales;  // whether `product` wants weights multiplied with their weight multiplier
   DepthwiseWeights depthwise_weights;
+  DepthwiseWeights narrow_depthwise_weights;  // where Depthwise::narrow
   // Whether codes are multiplied as signed bytes. Where they reach 128, `product` subtracts 128 from each, and the bias
   // makes up for it. `winograd_input` then adds no offset, and subtracts it at positions 1,1; `product` takes what it
   // made for codes below 128.

@@ -78,6 +78,8 @@ class Layer {
   void pack_products();
   bool pack_lookup();
   void pack_depthwise();
+  int64_t pixels_of_blocks() const;
+  bool shares_columns() const;
   std::vector<int64_t> tap_order() const;
   int64_t depthwise_place(int64_t tap, int64_t channel) const;
   void prove_narrow_sums();
@@ -93,6 +95,8 @@ class Layer {
   std::vector<ptrdiff_t> offsets(const Image& image) const;
   void run_depthwise(const LayerTensors& t, const Pool& pool) const;
   void depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) const;
+  void depthwise_pixels(const Depthwise& depthwise, const uint8_t* first, ptrdiff_t step, int64_t count,
+                        Epilogue epilogue) const;
   void run_part(const LayerTensors& t, const Image& image, const ptrdiff_t* offsets, const Place& place) const;
   void allot_weights(int64_t bytes);
   void add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t channel, int width, int32_t* sums) const;
@@ -112,6 +116,7 @@ class Layer {
   int64_t runs_ = 0, length_ = 0, quads_ = 0, blocks_ = 0, block_bytes_ = 0;  // length in bytes of the packed image
   std::vector<int> steps_;         // whose sums fit 16 bits: products [groups][blocks], Winograd [blocks][16]
   bool narrow_depthwise_ = false;  // whether all of a sum fits 16 bits
+  int64_t pixels_together_ = 1;    // depthwise: whose channels stand one after another in the blocks
   std::vector<int32_t> bias_;      // [groups][blocks][64]
   std::vector<float> multiplier_;  // likewise
   bool in_32_bits_ = true;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #include "layer.hpp"
@@ -20,6 +21,7 @@ Layer::Layer(LayerSpec spec, const Isa& isa) : spec_(std::move(spec)), isa_(isa)
   check();
   kind_ = choose_kind();
   blocks_ = rounded_up(group_outputs(), kBlock) / kBlock;
+  if (kind_ == Kind::kDepthwise) pixels_together_ = pixels_of_blocks();
   prepare_bias();
   if (kind_ == Kind::kDepthwise) {
     pack_depthwise();
@@ -84,13 +86,14 @@ void Layer::allot_weights(int64_t bytes) {
 void Layer::prepare_bias() {
   const auto& s = spec_;
   const int64_t depth = group_inputs() * s.window.kernel[0] * s.window.kernel[1], padded = blocks_ * kBlock;
-  const int64_t channels = kind_ == Kind::kDepthwise ? rounded_up(s.outputs, kBlock) : s.groups * padded;
+  const bool depthwise = kind_ == Kind::kDepthwise;
+  const int64_t channels = depthwise ? rounded_up(pixels_together_ * s.outputs, kBlock) : s.groups * padded;
   // Subtracted from codes (Isa::signed_codes). Such a bias wraps where only its sum with the products fits 32 bits.
   const int64_t centre = kind_ == Kind::kProduct && isa_.signed_codes && s.input_high >= 128 ? 128 : 0;
   bias_.assign(channels, 0);
   multiplier_.assign(channels, 0.0f);
   for (int64_t o = 0; o < s.outputs; ++o) {
-    const int64_t at = kind_ == Kind::kDepthwise ? o : o / group_outputs() * padded + o % group_outputs();
+    const int64_t at = depthwise ? o : o / group_outputs() * padded + o % group_outputs();
     int64_t total = 0;
     for (int64_t k = 0; k < depth; ++k) total += s.codes[o * depth + k];
     const int64_t shift = kind_ == Kind::kBinary ? -s.weight_multiplier * s.input_zero * depth
@@ -98,6 +101,10 @@ void Layer::prepare_bias() {
     bias_[at] = int32_t(s.bias[o] - shift);
     multiplier_[at] = s.multiplier[o];
     in_32_bits_ &= std::abs(s.multiplier[o]) <= 0.5f;  // a sum has 31 bits and a sign
+  }
+  for (int64_t at = s.outputs; at < pixels_together_ * s.outputs; ++at) {
+    bias_[at] = bias_[at - s.outputs];
+    multiplier_[at] = multiplier_[at - s.outputs];
   }
 }
 
@@ -190,12 +197,33 @@ bool Layer::pack_lookup() {
   return true;
 }
 
+// Of few channels, blocks of 64 would be empty in part. Neighbouring pixels fill them, where they follow one another in
+// the image too, as long as the weights, which then are there for each pixel, stay small.
+int64_t Layer::pixels_of_blocks() const {
+  constexpr int64_t most_weights = 16'384;
+  const int64_t c = spec_.outputs, lanes = std::lcm(c, int64_t(kBlock));
+  const bool mostly_full = 8 * rounded_up(c, kBlock) < 9 * c;
+  const bool apart = spec_.window.stride[1] != 1;
+  const int64_t weights = lanes * rounded_up(int64_t(spec_.codes.size()) / c, 4);
+  if (!isa_.depthwise_codes || mostly_full || apart || weights > most_weights) return 1;
+  return lanes / c;
+}
+
+// Whether a pixel's window begins one column of taps after that of the pixel before.
+bool Layer::shares_columns() const {
+  const auto& w = spec_.window;
+  return w.kernel[0] <= 4 && w.stride[1] == w.dilation[1] && pixels_together_ == 1;
+}
+
+// Row-major taps, -1 for none, in groups of 4: a column each where they are shared, and where an instruction set takes
+// its rows one by one (Depthwise::rows).
 std::vector<int64_t> Layer::tap_order() const {
   const int64_t rows = spec_.window.kernel[0], columns = spec_.window.kernel[1];
-  std::vector<int64_t> order;  // row-major tap at each place, -1: none, its weights are 0
+  const bool in_columns = shares_columns() || (rows <= 4 && !isa_.depthwise_codes);
+  std::vector<int64_t> order;
   for (int64_t x = 0; x < columns; ++x) {
     for (int64_t y = 0; y < rows; ++y) order.push_back(y * columns + x);
-    while (rows <= 4 && order.size() % 4) order.push_back(-1);
+    while (in_columns && order.size() % 4) order.push_back(-1);
   }
   while (order.size() % 4) order.push_back(-1);
   return order;
@@ -205,30 +233,34 @@ void Layer::pack_depthwise() {
   const auto& s = spec_;
   const std::vector<int64_t> order = tap_order();
   const int64_t taps = s.window.kernel[0] * s.window.kernel[1];
-  blocks_ = rounded_up(s.outputs, kBlock) / kBlock;
+  const int64_t lanes = pixels_together_ * s.outputs;
+  blocks_ = rounded_up(lanes, kBlock) / kBlock;
   quads_ = int64_t(order.size()) / 4;
   block_bytes_ = quads_ * kBlock * 4;
   allot_weights(blocks_ * block_bytes_);
   int64_t largest = 0;
   for (const int8_t code : s.codes) largest = std::max<int64_t>(largest, std::abs(int(code)) * s.weight_multiplier);
   narrow_depthwise_ = s.input_high < 128 && taps * largest * s.input_high <= kLargestNarrow;
-  for (int64_t o = 0; o < s.outputs; ++o)
+  for (int64_t lane = 0; lane < lanes; ++lane)
     for (int64_t i = 0; i < int64_t(order.size()); ++i) {
       if (order[i] < 0) continue;
-      int8_t* group = aligned_weights_ + o / kBlock * block_bytes_ + i / 4 * kBlock * 4;
-      group[depthwise_place(i % 4, o % kBlock)] = int8_t(s.codes[o * taps + order[i]] * s.weight_multiplier);
+      int8_t* group = aligned_weights_ + lane / kBlock * block_bytes_ + i / 4 * kBlock * 4;
+      const int code = s.codes[lane % s.outputs * taps + order[i]];
+      group[depthwise_place(i % 4, lane % kBlock)] = int8_t(code * s.weight_multiplier);
     }
 }
 
 // Where in a group's weights those of tap `tap` of its four and of channel `c` of its 64 stand.
 int64_t Layer::depthwise_place(int64_t tap, int64_t c) const {
-  switch (isa_.depthwise_weights) {
+  const int64_t eight = c % kBlock / 8;
+  const auto in_pairs = [&](int64_t place) { return tap / 2 * 2 * kBlock + 2 * (8 * place + c % 8) + tap % 2; };
+  switch (narrow_depthwise_ ? isa_.narrow_depthwise_weights : isa_.depthwise_weights) {
     case DepthwiseWeights::kQuads:
       return 4 * (c / 4 % 4 * 16 + c / 16 * 4 + c % 4) + tap;
-    case DepthwiseWeights::kPairs: {
-      const int64_t eight = c % kBlock / 8, swapped = eight % 4 == 1 ? eight + 1 : eight % 4 == 2 ? eight - 1 : eight;
-      return tap / 2 * 2 * kBlock + 2 * (8 * swapped + c % 8) + tap % 2;
-    }
+    case DepthwiseWeights::kPairs:
+      return in_pairs(eight / 4 * 4 + eight % 2 * 2 + eight % 4 / 2);
+    case DepthwiseWeights::kWidePairs:
+      return in_pairs(eight % 2 * 4 + eight / 2);
     case DepthwiseWeights::kTaps:
       break;
   }
