@@ -13,9 +13,9 @@ namespace {
 Isa avx512_table() {
   Isa isa = *portable_isa();
   isa.name = "avx512";
-  isa.max_pixels[1] = isa.max_pixels[2] = isa.max_pixels[3] = 8;
-  isa.max_pixels[4] = 6;
+  for (int units = 1; units <= 4; ++units) isa.max_pixels[units] = kTilePixels[units - 1];
   isa.product = product;
+  isa.product_codes = product_codes;
   isa.binary = binary;
   isa.lookup = lookup;
   isa.pack_triples = pack_triples;

@@ -38,7 +38,8 @@ struct Quads {
 struct Pairs {
   Pairs(const uint8_t* x, const ptrdiff_t* at) {
     __m512i a = _mm512_loadu_si512(x + at[0]), b = _mm512_loadu_si512(x + at[1]);
-    asm("" : "+v"(a), "+v"(b));  // in registers: the compiler would load each of them twice, and loads are what takes time
+    asm(""
+        : "+v"(a), "+v"(b));  // in registers: the compiler would load each of them twice, and loads are what takes time
     part[0] = _mm512_unpacklo_epi8(a, b);
     part[1] = _mm512_unpackhi_epi8(a, b);
   }

@@ -3,15 +3,15 @@
 #pragma once
 #include <immintrin.h>
 
-#include "isa.hpp"
+#include "avx512_epilogue.hpp"
 
 namespace edgeqat {
 namespace {
 
-// 32-bit lanes: layer.cpp has shown that bias + Σ |w·x| stays below 2^31 for the layer's own weights.
+// 32-bit lanes: layer_pack.cpp has shown that bias + Σ |w·x| stays below 2^31 for the layer's own weights.
 template <int kUnits, int kPixels>
-void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
-  __m512i sum[kPixels][kUnits];
+[[gnu::always_inline]] inline void accumulate(const Product& p, const uint8_t* const* pixels,
+                                              __m512i (&sum)[kPixels][kUnits]) {
 #pragma GCC unroll 8
   for (int u = 0; u < kUnits; ++u) {
     const __m512i bias = _mm512_loadu_si512(p.bias + u * kLanes);
@@ -46,10 +46,30 @@ void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums)
       }
     }
   }
+}
+
+template <int kUnits, int kPixels>
+void product_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
+  __m512i sum[kPixels][kUnits];
+  accumulate(p, pixels, sum);
 #pragma GCC unroll 8
   for (int m = 0; m < kPixels; ++m)
 #pragma GCC unroll 8
     for (int u = 0; u < kUnits; ++u) _mm512_store_si512(sums + m * kBlock + u * kLanes, sum[m][u]);
+}
+
+template <int kUnits, int kPixels>
+void codes_tile(const Product& p, const uint8_t* const* pixels, const Epilogue& e, __mmask64 bytes) {
+  __m512i sum[kPixels][kUnits];
+  accumulate(p, pixels, sum);
+  // Where sums end: the compiler would otherwise spill what follows within the loop.
+#pragma GCC unroll 8
+  for (int m = 0; m < kPixels; ++m)
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) asm("" : "+v"(sum[m][u]));
+  const OwnCodes<kUnits> own(e);
+#pragma GCC unroll 8
+  for (int m = 0; m < kPixels; ++m) write_own(e, m * e.stride, bytes, own(sum[m]));
 }
 
 // A lane counts the differing bits of 32 products a quad; layer.cpp bounds gain · K by 2^31.
@@ -153,6 +173,8 @@ void lookup_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) 
 }
 
 using Tile = void (*)(const Product&, const uint8_t* const*, int32_t*);
+using CodesTile = void (*)(const Product&, const uint8_t* const*, const Epilogue&, __mmask64);
+constexpr int kTilePixels[4] = {8, 8, 8, 6};  // per units - 1: accumulators that fit the registers
 
 #define ROW(tile, units)                                           \
   {tile<units, 1>, tile<units, 2>, tile<units, 3>, tile<units, 4>, \
@@ -168,7 +190,22 @@ constexpr Tile kBinaries[4][kMaxPixels] = {ROW(binary_tile, 1),
                                            ROW(binary_tile, 3),
                                            {binary_tile<4, 1>, binary_tile<4, 2>, binary_tile<4, 3>, binary_tile<4, 4>,
                                             binary_tile<4, 5>, binary_tile<4, 6>, nullptr, nullptr}};
+constexpr CodesTile kCodes[4][kMaxPixels] = {ROW(codes_tile, 1),
+                                             ROW(codes_tile, 2),
+                                             ROW(codes_tile, 3),
+                                             {codes_tile<4, 1>, codes_tile<4, 2>, codes_tile<4, 3>, codes_tile<4, 4>,
+                                              codes_tile<4, 5>, codes_tile<4, 6>, nullptr, nullptr}};
 #undef ROW
+
+void product_codes(const Product& p, const uint8_t* const* pixels, int count, Epilogue e, int width) {
+  const int most = kTilePixels[p.units - 1];
+  const __mmask64 bytes = first_bytes(size_t(width));
+  for (int done = 0; done < count; done += most) {
+    const int now = count - done < most ? count - done : most;
+    kCodes[p.units - 1][now - 1](p, pixels + done, e, bytes);
+    e.advance(now * e.stride);
+  }
+}
 
 void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
   kProducts[p.units - 1][count - 1](p, pixels, sums);

@@ -99,7 +99,7 @@ void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) 
 void Layer::depthwise_pixels(const Depthwise& depthwise, const uint8_t* first, ptrdiff_t step, int64_t count,
                              Epilogue epilogue) const {
   const int width = depthwise.channels;
-  if (isa_.depthwise_codes && epilogue.in_32_bits && !epilogue.other && !epilogue.real)
+  if (isa_.depthwise_codes && only_own_codes(epilogue))
     return isa_.depthwise_codes(depthwise, first, step, count, epilogue, width);
   alignas(64) int32_t sums[kMaxPixels * kBlock];
   for (int64_t done = 0; done < count; done += kMaxPixels) {

@@ -92,8 +92,10 @@ struct Epilogue {
 };
 using EpilogueFunction = void (*)(const Epilogue&, const int32_t* sums, int count, int width);
 
-// A depthwise layer from codes to codes, for any number of pixels that lie `step` bytes apart, `width` channels of
-// each. The epilogue, with `in_32_bits`, only makes the layer's own codes and their copies.
+// From codes to codes, without sums in memory; for epilogues with `in_32_bits` that only make the layer's own codes and
+// their copies. A product of at most kCallPixels pixels, of `width` channels:
+using ProductCodes = void (*)(const Product&, const uint8_t* const* pixels, int count, Epilogue, int width);
+// A depthwise layer's pixels, any number that lie `step` bytes apart:
 using DepthwiseCodes = void (*)(const Depthwise&, const uint8_t* first, ptrdiff_t step, int64_t count, const Epilogue&,
                                 int width);
 
@@ -120,8 +122,9 @@ struct Isa {
   const char* name;
   int max_pixels[5];  // per units, at most kCallPixels; of `lookup` and `depthwise` kMaxPixels
   ProductFunction product;
-  ProductFunction binary;  // null: one-bit layers are computed as 8-bit ones
-  ProductFunction lookup;  // null: two-bit layers are computed as 8-bit ones
+  ProductCodes product_codes;  // null: `product` and `finish`
+  ProductFunction binary;      // null: one-bit layers are computed as 8-bit ones
+  ProductFunction lookup;      // null: two-bit layers are computed as 8-bit ones
   // Two codes and two weights of 16 bits in place of four of 8, for codes of which not even two products fit 16 bits;
   // codes are 0 to 255 and weights -128 to 127 all the same. null: `product` is as fast.
   ProductFunction wide;

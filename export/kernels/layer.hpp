@@ -126,6 +126,8 @@ class Layer {
   int8_t* aligned_weights_ = nullptr;
 };
 
+bool only_own_codes(const Epilogue& e);
+
 // `size` bytes that stay until the calling thread asks again; at most two places at a time.
 uint8_t* scratch_bytes(int place, size_t size);
 

@@ -197,12 +197,18 @@ void Layer::run_part(const LayerTensors& t, const Image& image, const ptrdiff_t*
                     spec_.input_high < 128 || centres(image),
                     weights + block_bytes_};
     const int64_t first_byte = group * (packed_pixel() / spec_.groups);
-    const int step = lookup ? kMaxPixels : isa_.max_pixels[units];
     Walk walk(image, w, out_h, out_w, place.first_pixel);
     Epilogue epilogue = epilogue_of(t, place.first_pixel, channel);
+    const bool to_codes = kind_ == Kind::kProduct && isa_.product_codes && only_own_codes(epilogue);
+    const int most = lookup ? kMaxPixels : isa_.max_pixels[units], step = to_codes ? kCallPixels : most;
     for (int64_t p = place.first_pixel; p < place.last_pixel; p += step) {
       const int count = int(std::min<int64_t>(step, place.last_pixel - p));
       walk.take(count, first_byte, pixels);
+      if (to_codes) {
+        isa_.product_codes(product, pixels, count, epilogue, width);
+        epilogue.advance(count * spec_.outputs);
+        continue;
+      }
       multiply(product, pixels, count, sums);
       product.ahead = weights + block_bytes_ + block_bytes_ / 2;  // a call fetches half as much as it reads
       if (binary && w.padded())
@@ -228,6 +234,9 @@ void Layer::add_border(const LayerTensors& t, int64_t y, int64_t x, int64_t chan
       for (int o = 0; o < width; ++o) sums[o] += tap[o];
     }
 }
+
+// Whether an instruction set may go from codes to codes (isa.hpp).
+bool only_own_codes(const Epilogue& e) { return e.in_32_bits && !e.other && !e.real; }
 
 Epilogue Layer::epilogue_of(const LayerTensors& t, int64_t pixel, int64_t channel) const {
   Epilogue e = spec_.epilogue;
