@@ -7,6 +7,12 @@
 
 namespace edgeqat {
 
+// What reals become, where an arithmetic says clip, and how they are read from codes.
+struct Grid {
+  float scale = 1.0f;
+  int zero = 0, low = 0, high = 255;
+};
+
 // How a product becomes a code: clip(rint(float((a - zero_a) · (b - zero_b)) · ratio + zero), low, high)
 struct ProductOfCodes {
   int zero_a, zero_b;
@@ -48,10 +54,6 @@ struct SumsOfCodes {
 //   e = (1 + r + r² · p(r)) · 2^k, p a polynomial of degree 4 in Horner's form
 //   sum = ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7)), sj = e[j] + e[j + 8] + e[j + 16] + ...
 //   code = clip(rint(e · ((1 / sum) / scale)) + zero, low, high)
-struct SoftmaxToCodes {
-  float scale;
-  int zero, low, high;
-};
 constexpr size_t kPlaceUnit = 8;          // a softmax's place holds its n floats, rounded up to a multiple of this
 constexpr int64_t kMostRowsSummed = 257;  // of 255 each, 16 bits hold them
 
@@ -62,7 +64,11 @@ struct Loops {
   SumsOfCodes (*sums)(const uint8_t* q, size_t count);
   // r: of the row, as NormOfCodes has it
   void (*normalize)(const uint8_t* q, size_t count, uint32_t sum, float r, const NormOfCodes& norm, uint8_t* y);
-  void (*softmax)(const float* x, size_t count, const SoftmaxToCodes& to, float* place, uint8_t* y);
+  void (*softmax)(const float* x, size_t count, const Grid& to, float* place, uint8_t* y);
+  // total[i] += float(x[i] - zero) · scale
+  void (*sum_reals)(const uint8_t* x, size_t count, int zero, float scale, float* total);
+  // clip(rint(total / count / scale + zero), low, high)
+  void (*mean_to_codes)(const float* total, size_t length, float count, const Grid& to, uint8_t* y);
   // Over rows of `length` codes, at most kMostRowsSummed: total[i] += x[i]
   void (*sum_rows)(const uint8_t* x, size_t rows, size_t length, uint16_t* total);
 };

@@ -116,7 +116,7 @@ inline float largest(const float* x, size_t count) {
   return most;
 }
 
-// In the order that SoftmaxToCodes states. Past `count` lie zeros, which change no sum.
+// In the order that loops.hpp states. Past `count` lie zeros, which change no sum.
 inline float sum_of(const float* e, size_t count) {
   Four even = {}, odd = {};
   for (size_t i = 0; i < count; i += kPlaceUnit) {
@@ -127,8 +127,7 @@ inline float sum_of(const float* e, size_t count) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-void softmax(const float* __restrict x, size_t count, const SoftmaxToCodes& to, float* __restrict place,
-             uint8_t* __restrict y) {
+void softmax(const float* __restrict x, size_t count, const Grid& to, float* __restrict place, uint8_t* __restrict y) {
   constexpr float lowest = -86.0f;
   const float most = largest(x, count);
   for (size_t i = 0; i < count; ++i) {
@@ -142,12 +141,21 @@ void softmax(const float* __restrict x, size_t count, const SoftmaxToCodes& to, 
   for (size_t i = 0; i < count; ++i) y[i] = uint8_t(rounded(clipped(place[i] * factor, low, high)) + zero);
 }
 
+void sum_reals(const uint8_t* __restrict x, size_t count, int zero, float scale, float* __restrict total) {
+  for (size_t i = 0; i < count; ++i) total[i] += float(int(x[i]) - zero) * scale;
+}
+
+void mean_to_codes(const float* __restrict total, size_t length, float count, const Grid& to, uint8_t* __restrict y) {
+  const float scale = to.scale, zero = float(to.zero), low = float(to.low), high = float(to.high);
+  for (size_t i = 0; i < length; ++i) y[i] = uint8_t(rounded(clipped(total[i] / count / scale + zero, low, high)));
+}
+
 void sum_rows(const uint8_t* __restrict x, size_t rows, size_t length, uint16_t* __restrict total) {
   for (size_t row = 0; row < rows; ++row, x += length)
     for (size_t i = 0; i < length; ++i) total[i] = uint16_t(total[i] + x[i]);
 }
 
-constexpr Loops kLoops = {add, multiply, scale, sums, normalize, softmax, sum_rows};
+constexpr Loops kLoops = {add, multiply, scale, sums, normalize, softmax, sum_reals, mean_to_codes, sum_rows};
 
 }  // namespace
 }  // namespace edgeqat

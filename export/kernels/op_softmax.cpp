@@ -40,7 +40,7 @@ struct Softmax : Kernel {
         loops.softmax(x + row * width, size_t(width), to, place.data(), y + row * width);
     });
   }
-  SoftmaxToCodes to;
+  Grid to;
   std::vector<uint8_t> tables;
 };
 

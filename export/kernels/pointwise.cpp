@@ -84,20 +84,17 @@ void max_pool(const uint8_t* x, const PoolShape& s, const Window& w, uint8_t* y,
 void average_pool(const uint8_t* x, const PoolShape& s, const Window& w, bool counts_padding, const Grid& from,
                   const Grid& to, uint8_t* y, const Pool& pool) {
   const int64_t c = s.channels;
-  const float zero = float(to.zero), low = float(to.low), high = float(to.high);
+  const Loops& loops = *chosen_isa().loops;
   each_row(s.batch * s.out_height, s.out_width * c * w.kernel[0] * w.kernel[1], pool, [&](int64_t row) {
     const uint8_t* image = x + row / s.out_height * s.height * s.width * c;
     std::vector<float> total(static_cast<size_t>(c));
     for (int64_t out_x = 0; out_x < s.out_width; ++out_x) {
       std::fill(total.begin(), total.end(), 0.0f);
       each_tap(s, w, row % s.out_height, out_x, [&](int64_t in_y, int64_t in_x) {
-        const uint8_t* codes = image + (in_y * s.width + in_x) * c;
-        for (int64_t i = 0; i < c; ++i) total[i] += float(int(codes[i]) - from.zero) * from.scale;
+        loops.sum_reals(image + (in_y * s.width + in_x) * c, size_t(c), from.zero, from.scale, total.data());
       });
       const float count = float(counted(s, w, row % s.out_height, out_x, counts_padding));
-      uint8_t* codes = y + (row * s.out_width + out_x) * c;
-      for (int64_t i = 0; i < c; ++i)
-        codes[i] = uint8_t(int(rounded(clamp(total[i] / count / to.scale + zero, low, high))));
+      loops.mean_to_codes(total.data(), size_t(c), count, to, y + (row * s.out_width + out_x) * c);
     }
   });
 }

@@ -17,11 +17,6 @@ void in_parts(int64_t rows, int64_t work, const Pool& pool, Body body) {
             [&](size_t part) { body(int64_t(part) * rows / parts, (int64_t(part) + 1) * rows / parts); });
 }
 
-struct Grid {
-  float scale = 1.0f;
-  int zero = 0, low = 0, high = 255;
-};
-
 struct PoolShape {
   int64_t batch = 1, height = 1, width = 1, channels = 1, out_height = 1, out_width = 1;
 };
