@@ -11,16 +11,6 @@ from qat.surgery.plan import unsupported
 from qat.surgery.trace import MULTIPLIES, Call, Trace, trace_calls
 from qat.surgery.witness import check_witnessed, witness
 
-WRITES = {
-    "setitem",
-    "index_put",
-    "index_copy",
-    "index_fill",
-    "index_add",
-    "scatter",
-    "scatter_add",
-    "masked_scatter",
-}
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -111,7 +101,7 @@ def _calls_of_layers(model: nn.Module, trace: Trace) -> dict[str, list[Call]]:
     """Name of a layer -> its calls. Raises ValueError for an operation that no file can compute."""
     calls: dict[str, list[Call]] = defaultdict(list)
     for call in trace.calls:
-        if call.kind in WRITES:
+        if call.writes_a_part:
             raise ValueError(
                 f"{call.address}: writes what depends on the image into a part of a tensor ({call.kind}), which no integer "
                 "file can; build the tensor with torch.cat or torch.where"

@@ -72,6 +72,16 @@ NUMBERS = {"__bool__", "__int__", "__float__", "__index__"}
 CASTS = {"to", "type", "type_as", "float", "half", "double", "bfloat16"}
 # Write into buffers that the same pass does not read
 STATISTICS = {"batch_norm", "instance_norm"}
+WRITES = {
+    "setitem",
+    "index_put",
+    "index_copy",
+    "index_fill",
+    "index_add",
+    "scatter",
+    "scatter_add",
+    "masked_scatter",
+}
 TORCH = str(Path(torch.__file__).parent)
 
 
@@ -106,6 +116,8 @@ class Call:
     # Of a ReLU, its upper clip (inf where it has none); None for anything else
     ceiling: float | None = None
     output_shape: tuple[int, ...] = ()
+    # Whether it leaves a part of the tensor that it writes to as it was
+    writes_a_part: bool = False
     layer: str = ""
     multiplications: int = 0
 
@@ -303,6 +315,7 @@ class _Recorder(TorchFunctionMode):
             pools_space=_pools_space(operation.kind, args, result),
             ceiling=_ceiling(operation.function, args, kwargs),
             output_shape=tuple(result.shape),
+            writes_a_part=_writes_a_part(operation.kind, args),
             multiplications=multiplications(flow_kind, args, kwargs, result),
         )
 
@@ -507,6 +520,28 @@ def _upper_clip(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     by_name = (kwargs.get("min_val", -1.0), kwargs.get("max_val", 1.0))
     low, high = args[1:3] or by_name
     return float(high) if low == 0 else None
+
+
+def _writes_a_part(kind: str, args: tuple[Any, ...]) -> bool:
+    """Whether it writes to chosen elements of a tensor. `x[...] = y` and `x[:, 0:] = y` write to all of them."""
+    if kind not in WRITES:
+        return False
+    if kind != "setitem":
+        return True
+    tensor, index = args[:2]
+    places = index if isinstance(index, tuple) else (index,)
+    axes = [place for place in places if place is not Ellipsis]
+    if not all(isinstance(place, slice) for place in axes):
+        return True
+    # Slices after an ellipsis are of the last axes
+    behind = len(places) - 1 - places.index(Ellipsis) if Ellipsis in places else 0
+    sizes = [
+        *tensor.shape[: len(axes) - behind],
+        *tensor.shape[tensor.dim() - behind :],
+    ]
+    return any(
+        len(range(size)[axis]) < size for axis, size in zip(axes, sizes, strict=True)
+    )
 
 
 def _pools_space(kind: str, args: tuple[Any, ...], out: Tensor) -> bool:

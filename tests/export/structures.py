@@ -1367,6 +1367,25 @@ def detached_branch() -> nn.Module:
 
 
 @structure
+def folded() -> nn.Module:
+    def net(s: Any, x: Tensor) -> Tensor:
+        windows = F.unfold(s.a(x), 3, padding=1)
+        return s.mix(F.fold(windows * 0.2, x.shape[-2:], 3, padding=1))
+
+    return Net(Lambda(net, a=conv(8, 8), mix=conv(kernel=1)))
+
+
+@structure
+def written_over() -> nn.Module:
+    def net(s: Any, x: Tensor) -> Tensor:
+        out = s.a(x)
+        out[:, 0:, ..., :] = out[:, 0:] + s.b(x)
+        return s.mix(F.relu(out))
+
+    return Net(Lambda(net, a=conv(8, 8), b=conv(8, 8), mix=conv(kernel=1)))
+
+
+@structure
 def written_in_place() -> nn.Module:
     def net(s: Any, x: Tensor) -> Tensor:
         out = torch.zeros(x.shape[0], 8, *x.shape[2:])
