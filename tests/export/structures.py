@@ -1376,6 +1376,16 @@ def folded() -> nn.Module:
 
 
 @structure
+def written_into_zeros() -> nn.Module:
+    def net(s: Any, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], 8, *x.shape[2:])
+        out[:] = F.relu(s.a(x))
+        return s.mix(F.relu(s.b(out)))
+
+    return Net(Lambda(net, a=conv(8, 8), b=conv(8, 8), mix=conv(kernel=1)))
+
+
+@structure
 def written_over() -> nn.Module:
     def net(s: Any, x: Tensor) -> Tensor:
         out = s.a(x)
