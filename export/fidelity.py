@@ -9,6 +9,8 @@ operations  From the trained net's codes before an operation, with biases that a
                 float sums   FLOAT_SUM of the largest sum that the channel can have, for float32 adds in some order
                 functions    FUNCTION codes, for the last bits of softmax, layer norm, GELU, and FLOAT_SUM of the largest
                              result: what is far beyond the grid comes from sums as large, and may end next to a tie
+                resampling   as often FLOAT_SUM of the largest result as the image has pixels on a side: float32 knows
+                             the place to read at to that share of a side
                 scales       parts per million by which scales were moved (`export/ties.py`)
             One code that is not explained is one too many.
 rounding    Every int32 bias is the trained one to half a unit (`export/rounding.py`), and no unit is so coarse that rounding
@@ -49,6 +51,7 @@ from export.skeleton import (
 
 FLOAT_SUM = 2.0**-22  # two sums in float32, each off by half a bit a few times
 FUNCTION = 1e-3  # codes
+RESAMPLING = {"Resize", "GridSample"}
 LARGEST_ROUNDING = 0.5  # codes
 LARGEST_SHARE = 0.05  # of the standard deviation of an output
 HALF = 0.5 * (1 + 1e-6)  # a unit; 1e-6 is for float32
@@ -311,8 +314,8 @@ class _Follower:
         layer = None if producer is None else weight_layer(producer, self.model)
         unrounded = in_codes(values[source], grid)
         if layer is None:
-            largest = _largest(unrounded)
-            allowance = self._function_allowance(grid) + FLOAT_SUM * largest
+            error = FLOAT_SUM * _largest(unrounded) * _resampled_side(source)
+            allowance = self._function_allowance(grid) + error
         else:
             assert producer is not None
             channel_axis = -1 if producer.op_type == "Gemm" else 1
@@ -488,6 +491,30 @@ def _einsum_products(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
         for index, size in zip(indices, shape, strict=True):
             sizes[index] = max(size, sizes.get(index, 1))
     return math.prod(sizes.values())
+
+
+def _resampled_side(value: ir.Value) -> int:
+    """Pixels on the longest side of an image that is read between its pixels on the way to `value` from the quantizers
+    before it; 1 where none is."""
+    longest = 1
+    waiting, seen = [value], {value}
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None or is_mark(node):
+            continue
+        source = node.inputs[0]
+        if (
+            node.op_type in RESAMPLING
+            and source is not None
+            and source.shape is not None
+        ):
+            sides = [side for side in source.shape.dims[2:] if isinstance(side, int)]
+            longest = max(longest, *sides)
+        for read in node.inputs:
+            if read is not None and read not in seen:
+                seen.add(read)
+                waiting.append(read)
+    return longest
 
 
 def _largest(values: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ WORK_PER_PIXEL = 1 << 23
 # At one time; attention over 64 x 64 places of a 1024-pixel image needs 3 thousand
 BYTES_PER_PIXEL = 1 << 13
 LEAST_BYTES = 1 << 28
+# And in floating point, once more while they are made, weights that the file holds in at least one bit each
+BYTES_PER_WEIGHT_BYTE = 64
 MOST_BYTES = 1 << 34
 MOST_INPUT_ELEMENTS = 1 << 28
 ELEMENT_WORK = 8  # multiply-adds in the time of one element of any other operator
@@ -52,7 +54,7 @@ ARITHMETIC = frozenset({
 DECIDING: dict[str, tuple[int, ...]] = {
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "Pad": (1, 3), "TopK": (1,),
     "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4), "Unsqueeze": (1,), "Squeeze": (1,), "Split": (1,), "CumSum": (1,),
-    "Trilu": (1,),
+    "Trilu": (1,), "Col2Im": (1, 2),
     **{f"Reduce{what}": (1,) for what in ("L1", "L2", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
 }  # fmt: skip
 # Recurrent operator -> how many of its gates have weights
@@ -98,7 +100,10 @@ class Walk:
         # Tensors that are there before the first node
         self.initial = frozenset(self.types)
         self.most_work = WORK_PER_PIXEL * pixels
-        self.most_bytes = min(max(BYTES_PER_PIXEL * pixels, LEAST_BYTES), MOST_BYTES)
+        for_images = max(BYTES_PER_PIXEL * pixels, LEAST_BYTES)
+        held = sum(tensor.ByteSize() for tensor in self.graph.initializer)
+        for_weights = BYTES_PER_WEIGHT_BYTE * held
+        self.most_bytes = min(for_images + for_weights, MOST_BYTES)
 
     def _read_inputs(self, size: int | Tensors | None) -> int:
         """Note the types of what the file takes; returns how many pixels or positions that is."""

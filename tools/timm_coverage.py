@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-STAGES = ("create", "quantize", "calibrate", "train", "export", "certify")
+STAGES = ("create", "quantize", "calibrate", "train", "settle", "export", "certify")
 CLASSES = 10
 CREATED, FAN_IN = "created", "fan-in"
 FAULT = " " * 11  # how a certificate's lines begin that say what failed

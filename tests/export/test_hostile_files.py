@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from export import session
+from export.graph_limits import check_limits
 from export.lowered import ExportError
 from export.metadata import KEY
 from export.onnx_file import read
@@ -358,3 +359,22 @@ def test_files_changed_at_random_neither_crash_nor_write(target: str, files: Pat
         changed, what = mutated(content, random.Random(f"test/{seed}"))
         outcome, shown, _ = arena.run(changed)
         assert outcome not in Findings.FAILURES, f"{what}: {outcome}: {shown}"
+
+
+def dequantized(copies: int, rows: int = 1 << 17) -> onnx.ModelProto:
+    """A file whose int8 weights [rows][256] become floats `copies` times over, for images of 16 pixels a side."""
+    weights = numpy_helper.from_array(np.zeros((rows, 256), np.int8), "w")
+    scale = numpy_helper.from_array(np.float32(1), "s")
+    nodes = [helper.make_node("DequantizeLinear", ["w", "s"], [f"w{i}"]) for i in range(copies)]
+    nodes.append(helper.make_node("Concat", [f"w{i}" for i in range(copies)], ["y"], axis=0))
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 16, 16])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [image], [result], [weights, scale])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def test_large_weights_may_become_floats() -> None:
+    """VGG's classifier needs 400 MB, on images of any size; what a small file makes of nothing it may not have."""
+    check_limits(dequantized(copies=3), "model.onnx", 16)
+    with pytest.raises(ExportError, match=r"model\.onnx: node 18 .*MiB per image"):
+        check_limits(dequantized(copies=40), "model.onnx", 16)
