@@ -63,6 +63,7 @@ def simplify(model: ir.Model) -> None:
     for _ in range(ROUNDS):
         folded = fold_constants(model, onnx_shape_inference=True).modified
         rewritten = rewrite(model).modified
+        _register_constants(model.graph)
         passes.RemoveUnusedNodesPass()(model)
         if not folded and not rewritten:
             break
@@ -74,3 +75,24 @@ def simplify(model: ir.Model) -> None:
     passes.CommonSubexpressionEliminationPass()(model)
     passes.OutputFixPass()(model)
     passes.NameFixPass()(model)
+
+
+def _register_constants(graph: ir.Graph) -> None:
+    """Give the graph the constants that its nodes read and it does not hold: rules that make a clip name its bounds after
+    what it clips, so that those of a second clip take the place of the first one's."""
+    count = 0
+    for node in graph:
+        for value in node.inputs:
+            if (
+                value is None
+                or value.const_value is None
+                or value.producer() is not None
+            ):
+                continue
+            assert value.name is not None
+            if graph.initializers.get(value.name) is value:
+                continue
+            while value.name in graph.initializers:
+                count += 1
+                value.name = f"constant_{count}"
+            graph.register_initializer(value)

@@ -1367,6 +1367,18 @@ def detached_branch() -> nn.Module:
 
 
 @structure
+def clamped_twice() -> nn.Module:
+    """A value whose two clips have bounds in tensors."""
+
+    def net(s: Any, x: Tensor) -> Tensor:
+        x = F.relu(s.a(x))
+        low, high = torch.tensor(0.2), torch.tensor(1.5)
+        return s.b(torch.clamp(x, low, high)) + s.c(torch.clamp(x, low / 2, high / 2))
+
+    return Net(Lambda(net, a=conv(), b=conv(), c=conv()))
+
+
+@structure
 def folded() -> nn.Module:
     def net(s: Any, x: Tensor) -> Tensor:
         windows = F.unfold(s.a(x), 3, padding=1)
