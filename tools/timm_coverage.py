@@ -9,8 +9,9 @@ Weights are random, images are noise: what is checked is arithmetic. Each model 
 limit of its own; a row is written as soon as it is known.
 
 Weights are timm's own at first (`created`). Where these leave a quantizer without a gradient, or answers so near each other
-that a code at a tie decides them, the model is tried once more with weights as large as trained ones (`fan-in`, see `_sized_by_fan_in`), and its row says so. A quantizer whose result has
-no gradient in full precision either decides nothing in that net, such as of tokens that nobody reads: the row counts it.
+that a code at a tie decides them, the model is tried once more with weights as large as trained ones (`fan-in`, see
+`_sized_by_fan_in`), and its row says so. A quantizer whose result has no gradient in full precision either decides nothing in
+that net, such as of tokens that nobody reads: the row counts it.
 """
 
 import argparse
