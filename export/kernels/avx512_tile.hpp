@@ -72,7 +72,7 @@ void codes_tile(const Product& p, const uint8_t* const* pixels, const Epilogue& 
   for (int m = 0; m < kPixels; ++m) write_own(e, m * e.stride, bytes, own(sum[m]));
 }
 
-// A lane counts the differing bits of 32 products a quad; layer.cpp bounds gain · K by 2^31.
+// A lane counts the differing bits of 32 products a quad; layer_pack.cpp bounds gain · K by 2^31.
 template <int kUnits, int kPixels>
 void binary_tile(const Product& p, const uint8_t* const* pixels, int32_t* sums) {
   __m512i sum[kPixels][kUnits];

@@ -8,7 +8,7 @@ namespace edgeqat {
 namespace {
 
 // |x| <= 255, |w| <= 128: a quad adds at most 4·255·128 = 130 560, so 32 bits hold 16 447 quads (65 788 products).
-// layer.cpp refuses a layer whose own weights could exceed 2^31 - 1.
+// layer_pack.cpp refuses a layer whose own weights could exceed 2^31 - 1.
 void product(const Product& p, const uint8_t* const* pixels, int count, int32_t* sums) {
   const int width = p.units * kLanes;
   for (int m = 0; m < count; ++m) {

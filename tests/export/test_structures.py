@@ -30,7 +30,7 @@ REFUSED = {  # and what the message names
 QUICK = (
     "residual_in_place", "unet_transposed", "image_plus_net", "cross_attention", "tied_autoencoder", "shared_weights",
     "focus_stem", "powers_of_two", "functional_call", "two_images", "weight_norm_by_hooks", "einsum_of_one",
-    "written_into_zeros",
+    "written_into_zeros", "clamped_twice",
 )  # fmt: skip
 
 
