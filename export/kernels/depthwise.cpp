@@ -75,23 +75,28 @@ void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) 
       offsets[i] = lines.offset(top + tap / w.kernel[1] * w.dilation[0]) + tap % w.kernel[1] * w.dilation[1] * c;
     }
     for (int64_t first = 0; first < std::min(lanes, total); first += kBlock) {
-      Depthwise depthwise{offsets.data(),
-                          int(quads_),
-                          aligned_weights_ + first / kBlock * block_bytes_,
-                          &bias_[first],
-                          shares_columns(),
-                          int(std::min<int64_t>(kBlock, lanes - first)),
-                          int(std::min<int64_t>(w.kernel[0], 4)),
-                          last_tap,
-                          narrow_depthwise_};
+      const int64_t width = std::min<int64_t>(kBlock, lanes - first);
+      Depthwise depthwise = {};
+      depthwise.offsets = offsets.data();
+      depthwise.groups = int(quads_);
+      depthwise.weights = aligned_weights_ + first / kBlock * block_bytes_;
+      depthwise.bias = bias_.data() + first;
+      depthwise.shares = shares_columns();
+      depthwise.channels = int(width);
+      depthwise.rows = int(std::min<int64_t>(w.kernel[0], 4));
+      depthwise.taps = last_tap;
+      depthwise.narrow = narrow_depthwise_;
       Epilogue epilogue = epilogue_of(t, row * out_w, first);
       epilogue.stride = lanes;
-      const int64_t step = w.stride[1] * lanes, width = depthwise.channels;
+      const int64_t step = w.stride[1] * lanes;
       const int64_t whole = total < first + width ? 0 : (total - first - width) / lanes + 1;
       depthwise_pixels(depthwise, lines.data() + first, step, whole, epilogue);
-      depthwise.channels = int(std::min(width, total - first - whole * lanes));  // of pixels at the row's end
+      // What is left of a row that ends within a block
+      const int64_t left = total - first - whole * lanes;
+      if (left <= 0) continue;
+      depthwise.channels = int(std::min(width, left));
       epilogue.advance(whole * lanes);
-      if (depthwise.channels > 0) depthwise_pixels(depthwise, lines.data() + first + whole * step, step, 1, epilogue);
+      depthwise_pixels(depthwise, lines.data() + first + whole * step, step, 1, epilogue);
     }
   }
 }
