@@ -49,9 +49,11 @@ class Lines {
 
 void Layer::run_depthwise(const LayerTensors& t, const Pool& pool) const {
   const auto& w = spec_.window;
-  const int64_t rows = t.batch * w.outputs(0, t.height),
-                work = rows * w.outputs(1, t.width) * int64_t(spec_.codes.size());
-  const int64_t parts = std::clamp<int64_t>(work / kPartWork, 1, std::min(kMostParts, std::max<int64_t>(rows, 1)));
+  const int64_t rows = t.batch * w.outputs(0, t.height);
+  const int64_t work = rows * w.outputs(1, t.width) * int64_t(spec_.codes.size());
+  // Each part copies the lines under its first window, so it has more rows than a window has
+  const int64_t most = std::min(kMostParts, rows / (2 * w.kernel[0]));
+  const int64_t parts = pool.run ? std::clamp<int64_t>(work / kPartWork, 1, std::max<int64_t>(most, 1)) : 1;
   pool.each(size_t(parts),
             [&](size_t i) { depthwise_rows(t, int64_t(i) * rows / parts, (int64_t(i) + 1) * rows / parts); });
 }
