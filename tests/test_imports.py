@@ -88,7 +88,11 @@ def test_import_qat_loads_none_of_the_heavy_libraries() -> None:
     ("modules", "absent"),
     [
         ("qat.surgery.swap, qat.quantizers.lsq, qat.domains.folders", ("timm", "brevitas", "onnx", "onnxruntime")),
-        ("qat.train.loop, qat.analysis.report", ("brevitas", "onnx", "onnxscript", "onnxruntime")),
+        pytest.param(
+            "qat.train.loop, qat.analysis.report",
+            ("brevitas", "onnx", "onnxscript", "onnxruntime"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_training_loads_neither_onnx_nor_the_runtime(modules: str, absent: tuple[str, ...]) -> None:

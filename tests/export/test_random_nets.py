@@ -67,7 +67,7 @@ class Net(nn.Module):
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     stages=st.lists(STAGE, min_size=1, max_size=4),
     bits=st.integers(2, 8),

@@ -36,7 +36,7 @@ def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
     "name",
     [
         "resnet10t",
-        "mobilenetv3_small_050",
+        pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow),
         "test_vit",
         "test_convnext",
         pytest.param("regnetz_005", marks=pytest.mark.slow),

@@ -93,6 +93,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe
 
 
+@pytest.mark.slow
 def test_a_run_of_before_resumes_and_ends_as_one_that_never_stopped(stopped: Recipe, tmp_path: Path) -> None:
     whole = run(stopped.changed(out=tmp_path / "whole"), DOMAINS)
     resumed = run(stopped.changed(resume=True), DOMAINS)

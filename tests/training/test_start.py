@@ -200,7 +200,9 @@ def test_oscillation_and_damping_rest_until_quantization_begins(tmp_path: Path) 
     assert [e["step"] for e in folder.metrics() if "oscillating" in e] == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("averaging", [pytest.param("ema", marks=pytest.mark.slow), "swad"])
+@pytest.mark.parametrize(
+    "averaging", [pytest.param("ema", marks=pytest.mark.slow), pytest.param("swad", marks=pytest.mark.slow)]
+)
 def test_an_averaged_and_delayed_run_resumes_to_the_same_result(
     averaging: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ def test_a_killed_run_whose_last_line_is_half_written_resumes(tmp_path: Path) ->
     assert [e["step"] for e in resumed.metrics() if "loss" in e] == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_last_pt_is_found(tmp_path: Path) -> None:
     recipe = recipe_of("lsq", **LONGER, out=tmp_path / "cut", calibration_batches=2)
     assert signalled(recipe, 4, signal.SIGINT).error == "Interrupted"
