@@ -1,5 +1,6 @@
 // Depthwise layers read lines of the image that were copied with their padding, as many as one window covers: they stay
-// in the first cache, and no pixel is a special case.
+// in the first cache, and no pixel is a special case. Where a channel has several outputs, the copy repeats it as
+// often.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,15 +14,22 @@ namespace {
 constexpr int64_t kPartWork = 60'000;
 constexpr int64_t kMostParts = 16;
 
+template <int kTimes>
+void repeat(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict to) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int time = 0; time < kTimes; ++time) to[kTimes * i + time] = from[i];
+}
+
 // The lines under one window, each where its number modulo their count says, and one of padding alone.
 class Lines {
  public:
-  Lines(const LayerTensors& t, const Window& w, int64_t channels, int64_t zero)
+  Lines(const LayerTensors& t, const Window& w, int64_t inputs, int64_t outputs, int64_t zero)
       : t_(t),
         span_(w.dilation[0] * (w.kernel[0] - 1) + 1),
-        left_(w.pads[1] * channels),
-        row_(t.width * channels),
-        line_(row_ + (w.pads[1] + w.pads[3]) * channels) {
+        left_(w.pads[1] * outputs),
+        row_(t.width * inputs),
+        repeats_(outputs / inputs),
+        line_((t.width + w.pads[1] + w.pads[3]) * outputs) {
     const size_t size = size_t((span_ + 1) * line_);
     data_ = scratch_bytes(0, size + kBlock);
     std::memset(data_, int(zero), size);
@@ -32,7 +40,7 @@ class Lines {
     image_ = n;
     const int64_t end = std::min(top + span_, t_.height);
     for (int64_t y = std::max({next_, top, int64_t(0)}); y < end; ++y)
-      std::memcpy(data_ + y % span_ * line_ + left_, t_.x + (n * t_.height + y) * row_, size_t(row_));
+      copy(t_.x + (n * t_.height + y) * row_, data_ + y % span_ * line_ + left_);
     next_ = std::max(next_, end);
   }
   // Of line `y` of the image, inside or not, from the first line on.
@@ -40,8 +48,16 @@ class Lines {
   const uint8_t* data() const { return data_; }
 
  private:
+  void copy(const uint8_t* from, uint8_t* to) const {
+    static_assert(kMostRepeats == 4, "each number of repeats has its loop");
+    if (repeats_ == 1) std::memcpy(to, from, size_t(row_));
+    if (repeats_ == 2) repeat<2>(from, row_, to);
+    if (repeats_ == 3) repeat<3>(from, row_, to);
+    if (repeats_ == 4) repeat<4>(from, row_, to);
+  }
+
   const LayerTensors& t_;
-  int64_t span_, left_, row_, line_, image_ = -1, next_ = 0;
+  int64_t span_, left_, row_, repeats_, line_, image_ = -1, next_ = 0;
   uint8_t* data_;
 };
 
@@ -62,13 +78,13 @@ void Layer::run_depthwise(const LayerTensors& t, const Pool& pool) const {
 // fill whole blocks.
 void Layer::depthwise_rows(const LayerTensors& t, int64_t row, int64_t end_row) const {
   const auto& w = spec_.window;
-  const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width), c = spec_.inputs;
+  const int64_t out_h = w.outputs(0, t.height), out_w = w.outputs(1, t.width), c = spec_.outputs;
   const int64_t lanes = pixels_together_ * c, total = out_w * c;
   const std::vector<int64_t> taps = tap_order();
   std::vector<ptrdiff_t> offsets(taps.size());
   const auto is_tap = [](int64_t tap) { return tap >= 0; };
   const int last_tap = int(std::find_if(taps.rbegin(), taps.rend(), is_tap).base() - taps.begin());
-  Lines lines(t, w, c, spec_.input_zero);
+  Lines lines(t, w, spec_.inputs, c, spec_.input_zero);
   for (; row < end_row; ++row) {
     const int64_t top = row % out_h * w.stride[0] - w.pads[0];
     lines.show(row / out_h, top);

@@ -57,6 +57,9 @@ struct LayerTensors {
   float* real = nullptr;
 };
 
+// Of a group of one input, in a layer that counts as depthwise; more are worth a product.
+constexpr int64_t kMostRepeats = 4;
+
 class Layer {
  public:
   // Throws std::invalid_argument that says what is wrong; the caller knows the layer's name.

@@ -71,7 +71,7 @@ void Layer::check() const {
 
 Layer::Kind Layer::choose_kind() const {
   const auto& s = spec_;
-  if (s.groups == s.inputs && s.inputs == s.outputs && s.groups > 1) return Kind::kDepthwise;
+  if (s.groups == s.inputs && s.groups > 1 && group_outputs() <= kMostRepeats) return Kind::kDepthwise;
   if (s.one_bit && s.groups == 1 && s.inputs % 32 == 0 && isa_.binary != nullptr) return Kind::kBinary;
   return Kind::kProduct;
 }
