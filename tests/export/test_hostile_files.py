@@ -364,7 +364,7 @@ def test_files_changed_at_random_neither_crash_nor_write(target: str, files: Pat
 def dequantized(copies: int, rows: int = 1 << 17) -> onnx.ModelProto:
     """A file whose int8 weights [rows][256] become floats `copies` times over, for images of 16 pixels a side."""
     weights = numpy_helper.from_array(np.zeros((rows, 256), np.int8), "w")
-    scale = numpy_helper.from_array(np.float32(1), "s")
+    scale = numpy_helper.from_array(np.array(1, np.float32), "s")
     nodes = [helper.make_node("DequantizeLinear", ["w", "s"], [f"w{i}"]) for i in range(copies)]
     nodes.append(helper.make_node("Concat", [f"w{i}" for i in range(copies)], ["y"], axis=0))
     image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 16, 16])
