@@ -63,7 +63,8 @@ def quantize_biases(model: LoweredModel, target: Target) -> None:
     missing = [name for name in model.layers if name not in reached]
     if missing:
         raise ExportError(
-            f"layer {layer_of(missing[0])!r}: its weight reaches no Conv or Gemm in the export"
+            f"layer {layer_of(missing[0])!r}: nothing that the model returns depends on it, so no file can hold it; take the "
+            "call out of the model's forward"
         )
 
 

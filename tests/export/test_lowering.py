@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import qat
 from export.graph import emit_qdq
 from export.lower import lower, lower_to_integers
 from export.lowered import ExportError, LoweredLayer, LoweredQuantizer
@@ -132,3 +134,20 @@ def test_the_model_itself_is_untouched_by_export(tiny: Exported) -> None:
     before = tiny.model(IMAGES).detach()
     emit_qdq(lower_to_integers(tiny.model, IMAGES))
     assert torch.equal(tiny.model(IMAGES), before)
+
+
+def test_a_layer_that_nothing_depends_on_is_named() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unread = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unread(x)
+            return self.used(x)
+
+    model, x = Unread().eval(), torch.randn(2, 4)
+    qat.quantize_(model, qat.uniform_rules(4), x)
+    qat.calibrate(model, [x])
+    with pytest.raises(ExportError, match=r"layer 'unread': nothing that the model returns depends on it, .* forward"):
+        lower_to_integers(model, x)
