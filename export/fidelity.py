@@ -503,11 +503,8 @@ def _resampled_side(value: ir.Value) -> int:
         if node is None or is_mark(node):
             continue
         source = node.inputs[0]
-        if (
-            node.op_type in RESAMPLING
-            and source is not None
-            and source.shape is not None
-        ):
+        resamples = node.op_type in RESAMPLING and _mode(node) != "nearest"
+        if resamples and source is not None and source.shape is not None:
             sides = [side for side in source.shape.dims[2:] if isinstance(side, int)]
             longest = max(longest, *sides)
         for read in node.inputs:
@@ -515,6 +512,13 @@ def _resampled_side(value: ir.Value) -> int:
                 seen.add(read)
                 waiting.append(read)
     return longest
+
+
+def _mode(node: ir.Node) -> str:
+    """The `mode` of a Resize, by default nearest, or of a GridSample, by default linear."""
+    if "mode" in node.attributes:
+        return node.attributes["mode"].as_string()
+    return "nearest" if node.op_type == "Resize" else "linear"
 
 
 def _largest(values: Tensor) -> Tensor:

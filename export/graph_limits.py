@@ -28,7 +28,7 @@ WORK_PER_PIXEL = 1 << 23
 # At one time; attention over 64 x 64 places of a 1024-pixel image needs 3 thousand
 BYTES_PER_PIXEL = 1 << 13
 LEAST_BYTES = 1 << 28
-# And in floating point, once more while they are made, weights that the file holds in at least one bit each
+# Eight weights of one bit are 32 bytes as floats, and as many while they are made
 BYTES_PER_WEIGHT_BYTE = 64
 MOST_BYTES = 1 << 34
 MOST_INPUT_ELEMENTS = 1 << 28

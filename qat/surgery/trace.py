@@ -523,25 +523,25 @@ def _upper_clip(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
 
 
 def _writes_a_part(kind: str, args: tuple[Any, ...]) -> bool:
-    """Whether it writes to chosen elements of a tensor. `x[...] = y` and `x[:, 0:] = y` write to all of them."""
+    """Whether it writes to chosen elements of a tensor. `x[...] = y` and `x[:, 0:] = y` write to all, of any size."""
     if kind not in WRITES:
         return False
     if kind != "setitem":
         return True
-    tensor, index = args[:2]
+    index = args[1]
     places = index if isinstance(index, tuple) else (index,)
-    axes = [place for place in places if place is not Ellipsis]
-    if not all(isinstance(place, slice) for place in axes):
+    return not all(_is_everything(place) for place in places)
+
+
+def _is_everything(place: object) -> bool:
+    """Whether an index takes a whole axis. One that ends at a number does not: another batch may be longer."""
+    if place is Ellipsis:
         return True
-    # Slices after an ellipsis are of the last axes
-    behind = len(places) - 1 - places.index(Ellipsis) if Ellipsis in places else 0
-    sizes = [
-        *tensor.shape[: len(axes) - behind],
-        *tensor.shape[tensor.dim() - behind :],
-    ]
-    return any(
-        len(range(size)[axis]) < size for axis, size in zip(axes, sizes, strict=True)
-    )
+    if not isinstance(place, slice) or place.stop is not None:
+        return False
+    starts_first = place.start is None or place.start == 0
+    takes_each = place.step is None or place.step == 1
+    return starts_first and takes_each
 
 
 def _pools_space(kind: str, args: tuple[Any, ...], out: Tensor) -> bool:
