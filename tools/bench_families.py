@@ -3,6 +3,8 @@
     uv run tools/bench_families.py --out families.jsonl                 # every family; run again to go on where it stopped
     uv run tools/bench_families.py --models efficientnet_b0 torchvision/googlenet --rounds 20
     uv run tools/bench_families.py --out families.jsonl --picture docs/families.svg --models      # only draw what is known
+    uv run tools/bench_families.py --files families --make-only  # an hour, beside other work
+    uv run tools/bench_families.py --files families --out families.jsonl              # then minutes, on quiet cores
 
 The files of one model (FP32, the runtime's static INT8, our stock file, our native file) take turns in one process, and each
 model has a process, a time limit and a memory limit of its own. Weights are random, the norms' statistics those of noise:
@@ -24,6 +26,7 @@ from typing import Any
 TORCHVISION = "torchvision/"
 CLASSES = 1000
 NEEDED = 1.3  # times FP32, that a family shall gain
+KINDS_OF_FILE = ("fp32", "int8", "stock", "native")
 VNNI = ("avx512", "avxvnni")  # kernels of processors that multiply bytes without saturating
 
 
@@ -67,6 +70,7 @@ class Row:
 def measure(family: str, name: str, options: argparse.Namespace) -> Row:
     """Bench one model, here; an exception ends in its row."""
     import torch
+    from bench_kernels import _isa
     from processor import processor
 
     warnings.simplefilter("ignore")
@@ -75,26 +79,25 @@ def measure(family: str, name: str, options: argparse.Namespace) -> Row:
     row = Row(family, name, processor(), threads=options.threads, rounds=options.rounds)
     began = time.perf_counter()
     try:
-        _measure(row, options)
+        row.kernels = _isa()
+        files = _known_files(row, options)
+        if not options.make_only:
+            _measure(row, files, options)
     except Exception as error:
         row.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     row.seconds = round(time.perf_counter() - began, 1)
     return row
 
 
-def _measure(row: Row, options: argparse.Namespace) -> None:
+def _measure(row: Row, files: dict[str, Any], options: argparse.Namespace) -> None:
     import numpy as np
-    import torch
-    from bench_kernels import _isa
 
     from export import latency
     from export.profile import CODES, CONVERT, FLOAT, LAYOUT, profile
 
-    model, row.image_size = _model(row.model, options.image_size)
-    row.kernels = _isa()
-    images = torch.randn(2, 3, row.image_size, row.image_size)
-    files = _files(model, images, options.bits, row.kernels)
-    feed = np.ascontiguousarray(images[:1].numpy())
+    row.image_size = files["fp32"].graph.input[0].type.tensor_type.shape.dim[-1].dim_value
+    shape = (1, 3, row.image_size, row.image_size)
+    feed = np.random.default_rng(0).standard_normal(shape, np.float32)
     times = latency.interleaved(files, feed, threads=options.threads, rounds=options.rounds)
     row.fp32_ms = float(np.median(times["fp32"]))
     row.native_over_fp32 = latency.speedup(times, "native", "fp32")
@@ -106,6 +109,27 @@ def _measure(row: Row, options: argparse.Namespace) -> None:
     row.layout = found.share(LAYOUT)
     row.converting = found.share(CONVERT)
     row.in_float = found.share(FLOAT)
+
+
+def _known_files(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """The model's four files: those that `--files` holds, or made here and kept there."""
+    import onnx
+    import torch
+
+    folder = None
+    if options.files is not None:
+        folder = options.files / row.model.replace("/", "_")
+    if folder is not None and folder.is_dir():
+        return {name: onnx.load(folder / f"{name}.onnx") for name in KINDS_OF_FILE}
+    model, size = _model(row.model, options.image_size)
+    files = _files(model, torch.randn(2, 3, size, size), options.bits, row.kernels)
+    if folder is not None:
+        unfinished = folder.with_suffix(".unfinished")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for name, file in files.items():
+            onnx.save(file, unfinished / f"{name}.onnx")
+        unfinished.rename(folder)
+    return files
 
 
 def _model(name: str, size: int) -> tuple[Any, int]:
@@ -155,6 +179,10 @@ def in_a_process(family: str, name: str, options: argparse.Namespace) -> Row:
     for flag in ("bits", "image_size", "rounds", "threads", "memory"):
         settings += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
     command = [sys.executable, __file__, "--one", name, "--family", family, *settings]
+    if options.files is not None:
+        command += ["--files", str(options.files)]
+    if options.make_only:
+        command.append("--make-only")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
     except subprocess.TimeoutExpired:
@@ -226,11 +254,19 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900, help="seconds a model may take")
     parser.add_argument("--memory", type=float, default=12, help="GiB a model may take")
     parser.add_argument("--out", type=Path, default=Path("runs/families.jsonl"), help="rows; known ones are kept")
+    parser.add_argument(
+        "--files", type=Path, help="folder that keeps the models' files; those it has are not made again"
+    )
+    parser.add_argument(
+        "--make-only", action="store_true", help="make the files of --files; measure and record nothing"
+    )
     parser.add_argument("--retry", action="store_true", help="run the models again that could not be measured")
     parser.add_argument("--picture", type=Path, help="also draw the families by gain into this SVG")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--family", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.make_only and options.files is None:
+        parser.error("--make-only: name the folder with --files")
     if options.one:
         resource.setrlimit(resource.RLIMIT_DATA, (int(options.memory * 2**30),) * 2)
         print(json.dumps(asdict(measure(options.family, options.one, options))))
@@ -258,6 +294,9 @@ def _measured_families(options: argparse.Namespace) -> list[Row]:
         if name in known:
             continue
         row = in_a_process(family, name, options)
+        if options.make_only:
+            print(f"{name}: {row.reason or 'made'} in {row.seconds:.0f} s", flush=True)
+            continue
         rows.append(row)
         with options.out.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
