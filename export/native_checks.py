@@ -23,6 +23,7 @@ WINDOW = range(1, 4097)
 PADDING = range(4097)
 BYTE = range(256)
 FLAG = range(2)
+DIGITS = "0123456789"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ OPERATORS: dict[str, Operator] = {
     "QSoftmax": Operator((("scores", FLOATS), ("tables", BYTES)), 1, 1 + MOST_TABLES),
     "QTables": Operator(_POOL, 2, MOST_TABLES),
     "QImage": Operator((("images", FLOATS),), 1, 1),
+    "QTranspose": Operator((("codes", BYTES),), 1, 1),
 }
 # Axes of the first input, 4 where it is not here; None: any number of them
 RANKS = {
@@ -90,6 +92,7 @@ RANKS = {
     "QLayerNorm": None,
     "QSoftmax": None,
     "QTables": None,
+    "QTranspose": None,
 }
 # Axis -> the attributes of its padding
 SIDES = {"h": ("pad_top", "pad_bottom"), "w": ("pad_left", "pad_right")}
@@ -184,8 +187,22 @@ def _shape(
             return (shape[0], 1, 1, shape[3])
         case "QImage":
             return (shape[0], shape[2], shape[3], shape[1])
+        case "QTranspose":
+            return tuple(shape[axis] for axis in _order(node, len(shape), where))
         case _:
             return shape
+
+
+def _order(node: onnx.NodeProto, axes: int, where: str) -> list[int]:
+    """The axis of the input that each axis of the result is."""
+    text = next((a.s for a in node.attribute if a.name == "order"), b"")
+    digits = text.decode(errors="replace")
+    order = [DIGITS.index(digit) for digit in digits if digit in DIGITS]
+    if len(order) < len(digits) or sorted(order) != list(range(axes)):
+        raise ExportError(
+            f"{where}: its order {digits!r} does not name each of {axes} axes once"
+        )
+    return order
 
 
 def _places(numbers: Mapping[str, int], axis: str, size: int, where: str) -> int:

@@ -1,6 +1,6 @@
 """Canonical `LoweredModel` -> ONNX with the operators of `export/kernels` where they exist, and ordinary QDQ elsewhere.
 
-Codes stay in N_H_W_C between native operators; a Transpose stands only where an ordinary operator reads or writes them. A
+Codes stay in N_H_W_C between native operators; a QTranspose stands only where an ordinary operator reads or writes them. A
 layer, the residual sum that follows it and every quantizer that reads the result are one node, whose outputs are
 
     own codes | codes of the sum | codes of each reader's quantizer, through a table of 256 bytes
@@ -73,7 +73,20 @@ def emit_native(model: LoweredModel, target: Target) -> onnx.ModelProto:
     for node in model.skeleton.graph:
         emitter.emit(node)
     outputs = [emitter.float_output(value) for value in model.skeleton.graph.outputs]
+    writer.nodes = _without_unread_moves(writer.nodes)
     return writer.proto(outputs)
+
+
+def _without_unread_moves(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """`nodes` without each QTranspose that nobody reads, as one has that became a part of the next."""
+    kept = []
+    read: set[str] = set()
+    for node in reversed(nodes):
+        if node.op_type == "QTranspose" and node.output[0] not in read:
+            continue
+        kept.append(node)
+        read.update(node.input)
+    return kept[::-1]
 
 
 def requantizing_table(
@@ -115,6 +128,8 @@ class NativeEmitter:
         self.model = writer.model
         self.ordinary = Emitter(writer)
         self.native: dict[str, NativeCodes] = {}  # by skeleton value
+        # Codes whose axes a QTranspose has put in another order -> what it reads, and that order
+        self.moved: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.done: set[ir.Node] = set()
         self.functions = _functions_in_tables(self.model)
         self.replaced = _only_for(self.functions, self.model.skeleton.graph)
@@ -387,6 +402,8 @@ class NativeEmitter:
         value = node.inputs[0]
         if node in self.functions:
             (value,) = self.functions[node].sources
+        if _fits_table(grid) and self._translate_in_place(value, node):
+            return True
         source = self._codes(value)
         result = NativeCodes(native_codes_of(grid.name), grid)
         if source is not None and _fits_table(grid):
@@ -402,6 +419,20 @@ class NativeEmitter:
         else:
             return False
         self.native[value_name(node.outputs[0])] = result
+        return True
+
+    def _translate_in_place(self, value: ir.Value | None, mark: ir.Node) -> bool:
+        """Put codes of four axes that lie as the net orders them through the table of `mark`, and leave them so."""
+        if value is None or value_name(value) in self.native:
+            return False
+        ordinary = self.writer.codes_of(value)
+        if ordinary is None or len(_sizes(value)) != 4:
+            return False
+        source = NativeCodes(*ordinary)
+        grid = self.model.quantizers[mark_name(mark)]
+        tables = self._tables(source.grid, [mark])
+        self._translate(source, NativeCodes(grid.name, grid), tables, {})
+        self.writer.codes[value_name(mark.outputs[0])] = (grid.name, grid)
         return True
 
     def _translate(
@@ -461,13 +492,11 @@ class NativeEmitter:
 
     def _add_codes(self, node: ir.Node) -> bool:
         mark = self._quantizer_after(node)
+        if mark is None or _sizes(node.inputs[0]) != _sizes(node.inputs[1]):
+            return False
         operands = [self._codes(value) for value in node.inputs]
         known = [operand for operand in operands if operand is not None]
-        if mark is None or len(known) < len(operands):
-            return False
-        if any(operand.grid.is_binary for operand in known):
-            return False
-        if _sizes(node.inputs[0]) != _sizes(node.inputs[1]):
+        if len(known) < len(operands) or any(x.grid.is_binary for x in known):
             return False
         grid = self.model.quantizers[mark_name(mark)]
         attributes = _written(grid) | self._sum_attributes(node, grid)
@@ -608,17 +637,36 @@ class NativeEmitter:
             tensor, grid = ordinary
             self.native[value_name(result)] = NativeCodes(tensor, grid)
             return True
-        return False
+        self._to_ordinary(source)
+        ordinary = self.writer.codes_of(source)
+        if ordinary is None:
+            return False
+        tensor, grid = ordinary
+        self.writer.codes[value_name(result)] = (self._in_order(tensor, order), grid)
+        return True
+
+    def _in_order(self, tensor: str, order: tuple[int, ...]) -> str:
+        """Name of the codes `tensor` with their axes in another order."""
+        if tensor in self.moved:
+            tensor, before = self.moved[tensor]
+            order = tuple(before[axis] for axis in order)
+        if order == tuple(sorted(order)):
+            return tensor
+        result = self.writer.fresh()
+        digits = "".join(str(axis) for axis in order)
+        self._custom("QTranspose", [tensor], [result], {"order": digits})
+        self.moved[result] = (tensor, order)
+        return result
 
     def _concat(self, node: ir.Node) -> bool:
         """Along the channels: every part goes through a table onto the result's grid."""
         mark = self._quantizer_after(node)
+        along_channels = node.attributes["axis"].as_int() == 1
+        if mark is None or not along_channels or len(_sizes(node.inputs[0])) != 4:
+            return False
         parts = [self._codes(value) for value in node.inputs]
         known = [part for part in parts if part is not None]
-        if mark is None or len(known) < len(parts):
-            return False
-        along_channels = node.attributes["axis"].as_int() == 1
-        if not along_channels or len(_sizes(node.inputs[0])) != 4:
+        if len(known) < len(parts):
             return False
         grid = self.model.quantizers[mark_name(mark)]
         joined = []
@@ -638,10 +686,12 @@ class NativeEmitter:
 
     def _flat(self, node: ir.Node) -> bool:
         """Codes of one pixel are the same in both layouts, and so are their rows."""
-        source = self._codes(node.inputs[0])
         is_one_pixel = _sizes(node.inputs[0])[2:] == [1, 1]
         gives_rows = len(_sizes(node.outputs[0])) == 2
-        if source is None or not is_one_pixel or not gives_rows:
+        if not is_one_pixel or not gives_rows:
+            return False
+        source = self._codes(node.inputs[0])
+        if source is None:
             return False
         output = native_codes_of(value_name(node.outputs[0]))
         inputs = [source.tensor]
@@ -660,7 +710,7 @@ class NativeEmitter:
         return None if is_binary else reader
 
     def _codes(self, value: ir.Value | None) -> NativeCodes | None:
-        """The codes of `value` as native operators read them, with a Transpose if an ordinary one wrote them."""
+        """The codes of `value` as native operators read them, with a QTranspose if an ordinary one wrote them."""
         if value is None:
             return None
         name = value_name(value)
@@ -668,8 +718,7 @@ class NativeEmitter:
         if name not in self.native and ordinary is not None:
             tensor, grid = ordinary
             if len(_sizes(value)) == 4:
-                in_nhwc = native_codes_of(name)
-                tensor = self.writer.add("Transpose", [tensor], in_nhwc, perm=TO_NHWC)
+                tensor = self._in_order(tensor, TO_NHWC)
             self.native[name] = NativeCodes(tensor, grid)
         return self.native.get(name)
 
@@ -682,7 +731,7 @@ class NativeEmitter:
             return
         tensor, grid = self.native[name]
         if len(_sizes(value)) == 4:
-            tensor = self.writer.add("Transpose", [tensor], perm=TO_NCHW)
+            tensor = self._in_order(tensor, TO_NCHW)
         self.writer.codes[name] = (tensor, grid)
 
     def _custom(

@@ -31,7 +31,7 @@ FLOAT_TYPES = {"float", "float16", "double"}
 CONVERTERS = {"QuantizeLinear", "DequantizeLinear", "QImage"}
 MOVERS = {
     "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad", "ReorderInput", "ReorderOutput", "Reshape",
-    "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+    "QTranspose", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 }  # fmt: skip
 # Functions of one tensor
 FUNCTIONS = {

@@ -21,7 +21,7 @@ from export.kernels.build import compile_all, sources
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 UNKNOWN = 2  # the program's exit status for an instruction set that is not there
-NEED_THE_RUNTIME = {"library.cpp", "op_layer.cpp", "op_pointwise.cpp", "op_softmax.cpp"}
+NEED_THE_RUNTIME = {"library.cpp", "op_layer.cpp", "op_pointwise.cpp", "op_softmax.cpp", "op_transpose.cpp"}
 
 
 @dataclass(frozen=True)

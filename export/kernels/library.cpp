@@ -115,7 +115,7 @@ EDGEQAT_EXPORT edgeqat::abi::Status* RegisterCustomOps(edgeqat::abi::SessionOpti
   }
   abi::OpDomain* domain = nullptr;  // lives as long as the process, like the operators it names
   if (abi::Status* status = api.create_domain("edgeqat", &domain)) return status;
-  for (const auto& group : {layer_operators(), pointwise_operators(), softmax_operators()})
+  for (const auto& group : {layer_operators(), pointwise_operators(), softmax_operators(), transpose_operators()})
     for (const Operator* op : group)
       if (abi::Status* status = api.add_op(domain, op)) return status;
   return api.add_domain(options, domain);

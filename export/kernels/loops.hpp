@@ -71,6 +71,8 @@ struct Loops {
   void (*mean_to_codes)(const float* total, size_t length, float count, const Grid& to, uint8_t* y);
   // Over rows of `length` codes, at most kMostRowsSummed: total[i] += x[i]
   void (*sum_rows)(const uint8_t* x, size_t rows, size_t length, uint16_t* total);
+  // y[column · y_stride + row] = x[row · x_stride + column]
+  void (*transpose)(const uint8_t* x, size_t rows, size_t columns, size_t x_stride, uint8_t* y, size_t y_stride);
 };
 
 const Loops* portable_loops();

@@ -155,7 +155,64 @@ void sum_rows(const uint8_t* __restrict x, size_t rows, size_t length, uint16_t*
     for (size_t i = 0; i < length; ++i) total[i] = uint16_t(total[i] + x[i]);
 }
 
-constexpr Loops kLoops = {add, multiply, scale, sums, normalize, softmax, sum_reals, mean_to_codes, sum_rows};
+constexpr size_t kSide = 16;  // of a square of bytes that is turned in registers
+typedef uint8_t Bytes __attribute__((vector_size(kSide)));
+
+inline Bytes low_halves(Bytes a, Bytes b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#else
+  return __builtin_shuffle(a, b, Bytes{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+#endif
+}
+inline Bytes high_halves(Bytes a, Bytes b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  return __builtin_shuffle(a, b, Bytes{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#endif
+}
+
+// Interleaving the rows of a square with those eight further, four times over, makes its rows its columns.
+inline void turn_square(const uint8_t* x, size_t x_stride, uint8_t* y, size_t y_stride) {
+  Bytes rows[kSide], next[kSide];
+  for (size_t row = 0; row < kSide; ++row) __builtin_memcpy(&rows[row], x + row * x_stride, kSide);
+  for (int round = 0; round < 4; ++round) {
+    for (size_t row = 0; row < kSide / 2; ++row) {
+      next[2 * row] = low_halves(rows[row], rows[row + kSide / 2]);
+      next[2 * row + 1] = high_halves(rows[row], rows[row + kSide / 2]);
+    }
+    for (size_t row = 0; row < kSide; ++row) rows[row] = next[row];
+  }
+  for (size_t row = 0; row < kSide; ++row) __builtin_memcpy(y + row * y_stride, &rows[row], kSide);
+}
+
+// Through a square of our own, which a part of one is copied into and out of.
+void turn_part(const uint8_t* x, size_t rows, size_t columns, size_t x_stride, uint8_t* y, size_t y_stride) {
+  uint8_t part[kSide * kSide] = {}, turned[kSide * kSide];
+  for (size_t row = 0; row < rows; ++row) __builtin_memcpy(part + row * kSide, x + row * x_stride, columns);
+  turn_square(part, kSide, turned, kSide);
+  for (size_t column = 0; column < columns; ++column)
+    __builtin_memcpy(y + column * y_stride, turned + column * kSide, rows);
+}
+
+void transpose(const uint8_t* __restrict x, size_t rows, size_t columns, size_t x_stride, uint8_t* __restrict y,
+               size_t y_stride) {
+  for (size_t column = 0; column < columns; column += kSide)
+    for (size_t row = 0; row < rows; row += kSide) {
+      const uint8_t* from = x + row * x_stride + column;
+      uint8_t* to = y + column * y_stride + row;
+      const size_t height = rows - row < kSide ? rows - row : kSide;
+      const size_t width = columns - column < kSide ? columns - column : kSide;
+      if (height == kSide && width == kSide)
+        turn_square(from, x_stride, to, y_stride);
+      else
+        turn_part(from, height, width, x_stride, to, y_stride);
+    }
+}
+
+constexpr Loops kLoops = {add,     multiply,  scale,         sums,     normalize,
+                          softmax, sum_reals, mean_to_codes, sum_rows, transpose};
 
 }  // namespace
 }  // namespace edgeqat

@@ -224,6 +224,7 @@ struct Operator : abi::CustomOp {
 std::vector<const Operator*> layer_operators();
 std::vector<const Operator*> pointwise_operators();
 std::vector<const Operator*> softmax_operators();
+std::vector<const Operator*> transpose_operators();
 
 Window window_of(const Info& info);
 

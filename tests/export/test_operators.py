@@ -20,7 +20,10 @@ one = np.float32
 
 
 def computed(
-    kind: str, inputs: Mapping[str, NDArray[Any]], constants: dict[str, NDArray[np.float32]], numbers: dict[str, float]
+    kind: str,
+    inputs: Mapping[str, NDArray[Any]],
+    constants: dict[str, NDArray[np.float32]],
+    numbers: Mapping[str, float | str],
 ) -> Codes:
     """What one node gives that reads `inputs` and `constants`, in this order."""
     node = helper.make_node(kind, [*inputs, *constants], ["y"], domain=DOMAIN, codes=["y"])
@@ -92,6 +95,34 @@ def test_scaled_channels_are_what_three_float_operators_compute(shape: Shape) ->
     slopes = np.where(real < 0, real * gain, real)
     expected = as_codes(np.rint(slopes / one(0.25)) + 100)
     assert np.array_equal(computed("QScale", {"x": x}, {"gain": gain}, numbers | {"below_zero": 1}), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((2, 5, 7, 33), (0, 3, 1, 2)),
+        ((2, 33, 5, 7), (0, 2, 3, 1)),
+        ((1, 64, 14, 14), (0, 2, 3, 1)),
+        ((3, 17, 48, 50), (0, 1, 3, 2)),
+        ((2, 9, 3, 5, 16), (2, 0, 3, 1, 4)),
+        ((2, 9, 3, 5, 16), (4, 1, 3, 0, 2)),
+        ((31, 1, 18), (2, 1, 0)),
+        ((1, 1, 7), (1, 2, 0)),
+        ((6,), (0,)),
+        ((3, 0, 5), (2, 0, 1)),
+    ],
+)
+def test_codes_with_their_axes_in_another_order(shape: Shape, order: tuple[int, ...]) -> None:
+    x = random_codes(shape, 8)
+    digits = "".join(map(str, order))
+    assert np.array_equal(computed("QTranspose", {"x": x}, {}, {"order": digits}), x.transpose(order))
+
+
+@pytest.mark.parametrize("order", ["", "01", "0123", "011", "01x", "0 1 2"])
+def test_an_order_that_does_not_name_every_axis_once_is_refused(order: str) -> None:
+    x = random_codes((2, 3, 4), 8)
+    with pytest.raises(Exception, match="order"):
+        computed("QTranspose", {"x": x}, {}, {"order": order})
 
 
 def exponential(x: np.float32) -> np.float32:
