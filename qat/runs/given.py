@@ -52,7 +52,8 @@ def with_files(recipe: Recipe, words: Sequence[str]) -> tuple[Recipe, list[str]]
     start = _value_of(INIT_FROM, rest)
     if start is None and recipe.init_from is not None:
         start = str(recipe.init_from)
-    if start is not None and recipe.quantization is not None:
+    asks_for_help = "--help" in rest or "-h" in rest
+    if start is not None and recipe.quantization is not None and not asks_for_help:
         recipe = _with_start(recipe, Path(start))
     return recipe, rest
 
@@ -150,10 +151,14 @@ def _with_begun(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _with_start(recipe: Recipe, run: Path) -> Recipe:
-    """`recipe` with what it must share with `run`, where that is the folder of a run."""
+    """`recipe` with what it must share with `run`. Raises RecipeError where there is no such folder."""
     file = run / "recipe.json"
+    if not run.exists():
+        raise RecipeError(
+            f"{INIT_FROM} {run}: no such run folder; train that run first, or name another"
+        )
     if not file.is_file():
-        return recipe  # said when the run begins, beside all else that may be wrong with it
+        return recipe  # said when the run begins
     source = from_json(read_json(file), file).entries()
     names = (*SHARED, *IMAGES) if recipe.images.data == "auto" else SHARED
     return recipe.changed(**{name: source[name] for name in names})

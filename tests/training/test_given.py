@@ -36,8 +36,8 @@ def test_files_of_three_kinds_give_the_same(tmp_path: Path) -> None:
 
 def test_words_that_are_used_up_are_gone_and_others_stay(tmp_path: Path) -> None:
     file = written(tmp_path / "a.toml", "lr = 0.5")
-    words = ["--seed", "3", "--config", str(file), "--preset=sagm", "--init-from", "x"]
-    assert with_files(KNOWN["lsq"], words)[1] == ["--seed", "3", "--init-from", "x"]
+    words = ["--seed", "3", "--config", str(file), "--preset=sagm", "--init-from", str(tmp_path)]
+    assert with_files(KNOWN["lsq"], words)[1] == ["--seed", "3", "--init-from", str(tmp_path)]
 
 
 def test_a_recipe_of_another_run_is_a_configuration(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_domains_are_recognised_and_one_is_left_out(tmp_path: Path, monkeypatch:
         (["train", "fp", "images", "--test-domain", "dusk"], "there are day, night"),
         (["train", "fp", "images", "--image-size", "4"], "--image-size must be at least 8"),
         (["train", "lsq", "--init-from", "nowhere"], "nowhere: no such run folder"),
+        (["train", "lsq", "--init-from", "nowhere", "--epochs", "3"], "nowhere: no such run folder"),
         (["train", "fp", "--config", "nowhere.toml"], "nowhere.toml"),
     ],
 )
