@@ -14,7 +14,7 @@ from edgeqat.files import FileError
 from qat.domains.folders import DataError
 from qat.domains.splits import Subset
 from qat.runs.parts import RecipeError
-from qat.runs.records import classes_of
+from qat.runs.records import classes_of, results_of
 from qat.runs.run_folder import RunFolder
 from qat.train.data import split_of
 
@@ -41,7 +41,7 @@ def hardest_images(folders: Sequence[RunFolder], count: int = 8) -> list[HardIma
     found them.
     """
     first = folders[0]
-    target = first.recipe().images.test_domain
+    target = results_of(first)["test_domain"]
     answers, labels = _answers(folders, target)
     images = _images(first, len(labels))
     classes = classes_of(first)

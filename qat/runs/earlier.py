@@ -1,5 +1,6 @@
-"""Files of run folders written before 0.2, in which a quantizer's scale was called its step."""
+"""Files of run folders written by earlier versions, such as those in which a quantizer's scale was called its step."""
 
+from collections.abc import Collection
 from typing import Any
 
 from qat.words import EARLIER_NAME
@@ -30,6 +31,22 @@ def recipe_entries(values: dict[str, Any]) -> dict[str, Any]:
         # A run of before this entry was trained with code -128
         renamed.setdefault("symmetric_weights", False)
     return renamed
+
+
+def results_entries(
+    results: dict[str, Any], measured: Collection[str]
+) -> dict[str, Any]:
+    """Entries of a results.json whose test part bears its own name; it was "test" whatever the folder is called.
+
+    measured: names of all parts that the run was measured on.
+    """
+    of_sources = results.get("source_validation")
+    if results.get("test_domain") != "test" or not isinstance(of_sources, dict):
+        return results
+    others = sorted(set(measured) - of_sources.keys())
+    if len(others) != 1:
+        return results
+    return results | {"test_domain": others[0]}
 
 
 def log_entry(entry: dict[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,10 @@ class RunFolder:
     def results(self) -> dict[str, Any]:
         """What the finished run measured; `qat/runs/records.py` checks its entries. Raises FileError."""
         path = self.require("results.json")
-        return require_entries(read_json(path), {}, str(path))
+        results = require_entries(read_json(path), {}, str(path))
+        if not (self / "predictions.npz").exists():
+            return results
+        return earlier.results_entries(results, self.predictions().keys())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The log entries, oldest first. The last line of a run that was killed may be half-written: it is left out."""

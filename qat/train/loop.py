@@ -524,7 +524,7 @@ class _Trainer:
             return
         results = {
             "method": self.recipe.method,
-            "test_domain": self.recipe.images.test_domain,
+            "test_domain": self.split.target_in.name,
             "selection": selection,
             "settled": settled,
             "selected_step": self.progress.best_step,

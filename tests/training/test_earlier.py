@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,3 +140,16 @@ def test_a_run_without_the_entries_of_newer_versions_loads(tmp_path: Path) -> No
     torch.save(state, folder / "checkpoint.pt")
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assert load_run(folder)[1].method == "fp"
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [(["images", "images (selected on)"], "images (selected on)"), (["images", "test"], "test"), (["images"], "test")],
+)
+def test_a_part_that_was_called_test_bears_its_own_name(measured: list[str], expected: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    answers = np.zeros(3, np.int64)
+    folder.write_predictions(dict.fromkeys(measured, (answers, answers)))
+    written = {"test_domain": "test", "source_validation": {"images": 1.0}}
+    (tmp_path / "results.json").write_text(json.dumps(written))
+    assert folder.results() == written | {"test_domain": expected}

@@ -1,5 +1,6 @@
 """`qat train` on somebody's own folder of images, as the README has it."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,35 @@ def test_a_flat_folder_becomes_a_certified_file(
     capsys.readouterr()
     assert qat(monkeypatch, "predict", "model.onnx", "images/cat/0.png") == 0
     assert capsys.readouterr().out.startswith("images/cat/0.png: ")
+    assert qat(monkeypatch, "compare", "fp", "model.onnx", "--max-drop", "100") == 0
+    assert images_of_rows(capsys.readouterr().out) == {
+        "images": 2,
+        "source domains": 2,
+        "images (selected on) (target)": 2,
+    }
+
+
+def test_a_part_is_called_as_its_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("images"), "Training/cat", "Training/dog", "Testing/cat", "Testing/dog", each=5)
+    net = ["--backbone", "test_resnet", "--image-size", "32"]
+    assert qat(monkeypatch, "train", "fp", "images", *net, *SMALL, "--out", "fp") == 0
+    capsys.readouterr()
+    assert qat(monkeypatch, "compare", "fp", "fp") == 0
+    assert images_of_rows(capsys.readouterr().out) == {"Training": 2, "source domains": 2, "Testing (target)": 10}
+    assert qat(monkeypatch, "report", "fp") == 0
+
+
+def images_of_rows(table: str) -> dict[str, int]:
+    """Row -> its number of images, of what `qat compare` prints."""
+    rows = {}
+    for line in table.splitlines():
+        found = re.fullmatch(r"(.+?) +[\d.]+ +[\d.]+ +[+-][\d.]+ +(\d+) +[\d.]+.*", line)
+        if found:
+            rows[found[1]] = int(found[2])
+    return rows
 
 
 def test_domains_are_recognised_and_one_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
