@@ -33,9 +33,10 @@ def line(sweep: Sweep, cell: Cell) -> str:
     results = results_of(folder)
     recipe = folder.recipe()
     command = f"qat train {recipe.method} --config {folder / 'recipe.json'} --out NEW"
+    steps = results.get("steps") or recipe.optimization.steps
     return (
         f"{100 * results['target']:6.2f} %  {cell.target}, seed {recipe.optimization.seed}, "
-        f"{recipe.optimization.steps} steps, step {results['selected_step']} chosen ({results['selection']}); {command}"
+        f"{steps} steps, step {results['selected_step']} chosen ({results['selection']}); {command}"
     )
 
 

@@ -112,6 +112,7 @@ def render(
         page["latency_figure"] = Markup(figures.size_and_latency(latencies))
     # Whatever a file says is text; only pictures, which are Markup, are HTML.
     environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown)
+    environment.filters["with_code"] = _with_code
     template = files("qat.analysis").joinpath(TEMPLATE).read_text()
     return environment.from_string(template).render(page)
 
@@ -244,6 +245,15 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value, newlines=True)
     return value
+
+
+def _with_code(sentence: str) -> Markup:
+    """`sentence` with what stands between backticks as code."""
+    page = Markup("")
+    for index, part in enumerate(sentence.split("`")):
+        shown = printable(part, newlines=True)
+        page += Markup("<code>{}</code>").format(shown) if index % 2 else shown
+    return page
 
 
 def _require_same_domain(folder: RunFolder, other: RunFolder) -> None:

@@ -163,7 +163,7 @@ def _judge_accuracy(
 def _judge_training(
     verdict: Verdict, results: Mapping[str, Any], recipe: Mapping[str, Any]
 ) -> None:
-    if results["selected_step"] == recipe["steps"]:
+    if results["selected_step"] == (results.get("steps") or recipe["steps"]):
         verdict.to_do.append(
             "The last step was the best one, so accuracy may still be rising: train for longer."
         )

@@ -34,6 +34,7 @@ Shape: TypeAlias = str | dict[str, Any] | list[Any] | Each | Maybe
 RESULTS: Shape = {
     "selection": TEXT,
     "selected_step": WHOLE,
+    "steps": Maybe(WHOLE),  # absent from runs of before 2026-11-28
     "train_seconds": NUMBER,
     "images_per_second": NUMBER,
     "test_domain": TEXT,

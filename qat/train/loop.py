@@ -528,6 +528,7 @@ class _Trainer:
             "selection": selection,
             "settled": settled,
             "selected_step": self.progress.best_step,
+            "steps": self.recipe.optimization.steps,
             "source_validation": accuracies,
             "target": target,
             "target_holdout": target_holdout,

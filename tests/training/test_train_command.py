@@ -54,6 +54,8 @@ def test_a_flat_folder_becomes_a_certified_file(
         "source domains": 2,
         "images (selected on) (target)": 2,
     }
+    assert qat(monkeypatch, "report", "w4a4") == 0
+    assert "<code>qat bench RUN</code>" in Path("w4a4/report.html").read_text()
 
 
 def test_a_part_is_called_as_its_folder_is(
@@ -66,7 +68,11 @@ def test_a_part_is_called_as_its_folder_is(
     capsys.readouterr()
     assert qat(monkeypatch, "compare", "fp", "fp") == 0
     assert images_of_rows(capsys.readouterr().out) == {"Training": 2, "source domains": 2, "Testing (target)": 10}
-    assert qat(monkeypatch, "report", "fp") == 0
+    epochs = ["train", "fp", "images", *net, "--epochs", "1", "--batch-size", "4", "--workers", "0", "--out", "epochs"]
+    assert qat(monkeypatch, *epochs) == 0
+    assert qat(monkeypatch, "report", "epochs") == 0
+    page = Path("epochs/report.html").read_text()
+    assert re.search(r"step 2 of\s2 ", page), "8 images in batches of 4 are 2 steps, whatever --steps says"
 
 
 def images_of_rows(table: str) -> dict[str, int]:
