@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgeqat.extras import naming_extra
 from qat.waiting import asleep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 asleep()
 
