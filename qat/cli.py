@@ -42,9 +42,9 @@ class Export:
 
 @dataclass(frozen=True)
 class Certify:
-    """Prove that a file holds the trained codes and that ONNX Runtime computes them. Exits 1 when it does not. `qat certify RUN
-    model.onnx` is the whole proof; `qat certify model.onnx` checks the file's signature and kernels alone; `qat certify RUN RUN
-    ensemble.onnx` proves every member of an ensemble, in its order."""
+    """Prove that a file holds the trained codes and that ONNX Runtime computes them. Exits 1 when it does not. `qat certify
+    RUN model.onnx` is the whole proof; `qat certify model.onnx` checks the file's signature and kernels alone; `qat certify
+    RUN RUN ensemble.onnx` proves every member of an ensemble, in its order."""
 
     paths: Positional[tuple[Path, ...]]
     """[RUN ...] model.onnx"""

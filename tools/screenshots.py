@@ -2,8 +2,8 @@
 
     uv run tools/screenshots.py RUN --out docs/pictures
 
-RUN is a finished quantized run with its report (`qat report RUN`). Chromium draws it (`chromium` on the path), light and dark, and
-as wide as a phone.
+RUN is a finished quantized run with its report (`qat report RUN`). Chromium draws it (`chromium` on the path), light and
+dark, and as wide as a phone.
 """
 
 import argparse
