@@ -9,7 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -30,6 +30,15 @@ POINTS = 500  # of a curve
 PIXELS = 150  # per inch of embedded pixels
 ROW = 0.128  # inches of a layer in a list of them
 LONGEST = 40  # characters of a name; a longer one would leave no room for the picture
+
+
+class LayerCost(NamedTuple):
+    """What one layer costs: multiply-adds of one image, bytes of its weight codes, and their bits (None: float32)."""
+
+    name: str
+    macs: int
+    bytes: float
+    bits: int | None
 
 
 def accuracy_bars(
@@ -73,9 +82,14 @@ def accuracy_bars(
 
 
 def loss_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[str]
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    colours: Sequence[str],
+    selected: Mapping[str, int] | None = None,
 ) -> str:
-    """Training loss (smoothed over about 2 % of the run) and held-out source accuracy over steps, a colour a run."""
+    """Training loss (smoothed over about 2 % of the run) and held-out source accuracy over steps, a colour a run.
+
+    selected: by run, the step that was chosen; a dotted line marks it.
+    """
     figure, (left, right) = new_figure(9, 2.9, columns=2)
     for (name, entries), colour in zip(runs.items(), colours, strict=True):
         steps, loss = series(entries, "loss")
@@ -89,6 +103,8 @@ def loss_curves(
         right.plot(
             steps, 100 * accuracy, color=colour, linewidth=1.1, marker=".", markersize=4
         )
+        if selected and name in selected:
+            right.axvline(selected[name], color=colour, linewidth=0.9, linestyle=":")
     left.set_title("training loss, smoothed", fontsize=9)
     right.set_title("held-out source accuracy, %", fontsize=9)
     for axes in (left, right):
@@ -98,10 +114,10 @@ def loss_curves(
     figure.legend(
         frameon=False, ncols=min(len(runs), 4), loc="outside upper left", fontsize=8
     )
-    return svg(
-        figure,
-        f"Curves over training steps of {', '.join(runs)}: training loss, and held-out source accuracy.",
-    )
+    says = f"Curves over training steps of {', '.join(runs)}: training loss, and held-out source accuracy."
+    for name, step in (selected or {}).items():
+        says += f" Step {step} of {name} was chosen."
+    return svg(figure, says)
 
 
 def scale_curves(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -428,6 +444,31 @@ def weight_error_bars(errors: Sequence[WeightError]) -> str:
     if known:
         worst = min(known, key=lambda error: error.sqnr)
         says += f" Lowest SQNR: {worst.sqnr:.1f} dB, {worst.name}."
+    return svg(figure, says)
+
+
+def cost_bars(costs: Sequence[LayerCost]) -> str:
+    """Millions of multiply-adds an image, and kilobytes of weight codes, of each layer, the first layer on top."""
+    height = max(ROW * len(costs), 0.5) + 0.8
+    figure, (left, right) = new_figure(9, height, columns=2)
+    places = np.arange(len(costs))
+    names = []
+    for cost in costs:
+        bits = "float" if cost.bits is None else str(cost.bits)
+        names.append(f"{shown(cost.name, 30)} ({bits})")
+    left.barh(places, [cost.macs / 1e6 for cost in costs], 0.75, color=RUN)
+    right.barh(places, [cost.bytes / 1e3 for cost in costs], 0.75, color=THIRD)
+    left.set_yticks(places, names, fontsize=6.5)
+    right.set_yticks([])
+    for axes in (left, right):
+        axes.set_ylim(len(costs) - 0.5, -0.5)
+    left.set_xlabel("multiply-adds an image, millions")
+    right.set_xlabel("weights, kB")
+    dearest = max(costs, key=lambda cost: cost.macs)
+    largest = max(costs, key=lambda cost: cost.bytes)
+    says = f"Multiply-adds and bytes of {len(costs)} layers."
+    says += f" Most multiply-adds: {dearest.macs / 1e6:.1f} million, {dearest.name}."
+    says += f" Most bytes: {largest.bytes / 1e3:.1f} kB, {largest.name}."
     return svg(figure, says)
 
 

@@ -1,4 +1,4 @@
-"""The images of an unseen domain that most runs answer wrongly."""
+"""The images of an unseen domain that most runs answer wrongly, and those that one lost against another."""
 
 import base64
 import io
@@ -52,18 +52,46 @@ def hardest_images(folders: Sequence[RunFolder], count: int = 8) -> list[HardIma
     for index in order.tolist():
         if times_wrong[index] == 0:
             break
-        mistakes = Counter(answers[is_wrong[:, index], index].tolist())
-        mistaken_for, _ = mistakes.most_common(1)[0]
-        source = int(images.indices[index])
-        image = HardImage(
-            label=classes[int(labels[index])],
-            mistaken_for=classes[mistaken_for],
-            wrong=int(times_wrong[index]),
-            runs=len(folders),
-            png=_thumbnail(images.domain.images[source]),
-        )
+        wrong_answers = answers[is_wrong[:, index], index]
+        image = _hard_image(images, index, wrong_answers, classes, len(folders))
         hard.append(image)
     return hard
+
+
+def lost_images(baseline: RunFolder, run: RunFolder, count: int = 8) -> list[HardImage]:
+    """The first `count` images of the test domain that `baseline` answers rightly and `run` wrongly.
+
+    Raises RecipeError as `hardest_images` does.
+    """
+    target = results_of(run)["test_domain"]
+    answers, labels = _answers([baseline, run], target)
+    images = _images(run, len(labels))
+    classes = classes_of(run)
+    is_lost = (answers[0] == labels) & (answers[1] != labels)
+    lost = []
+    for index in np.flatnonzero(is_lost)[:count].tolist():
+        lost.append(_hard_image(images, index, answers[1:, index], classes, 1))
+    return lost
+
+
+def _hard_image(
+    images: Subset,
+    index: int,
+    wrong_answers: NDArray[np.int64],
+    classes: Sequence[str],
+    runs: int,
+) -> HardImage:
+    """Image number `index`, to which `wrong_answers` are those of the `runs` that are wrong."""
+    mistakes = Counter(wrong_answers.tolist())
+    mistaken_for, _ = mistakes.most_common(1)[0]
+    source = int(images.indices[index])
+    return HardImage(
+        label=classes[int(images.domain.labels[source])],
+        mistaken_for=classes[mistaken_for],
+        wrong=len(wrong_answers),
+        runs=runs,
+        png=_thumbnail(images.domain.images[source]),
+    )
 
 
 def _answers(

@@ -1,6 +1,7 @@
 """report.html: one self-contained page for a run, made from what its folder holds."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -22,6 +23,7 @@ from qat.analysis.compare import (
     compare_predictions,
     require_same_classes,
 )
+from qat.analysis.hardest import lost_images
 from qat.analysis.inspection import conflicted, threshold_text
 from qat.analysis.scale_view import open_view
 from qat.analysis.verdict import class_accuracies, class_losses_of, judge
@@ -29,6 +31,7 @@ from qat.analysis.weight_errors import weight_errors
 from qat.quantizers.contract import Quantizer
 from qat.runs.build import load_run
 from qat.runs.parts import RecipeError
+from qat.runs.recipe import KNOWN, Recipe, to_json
 from qat.runs.records import (
     CERTIFICATE,
     LATENCIES,
@@ -42,6 +45,7 @@ from qat.runs.run_folder import RunFolder
 from qat.runs.scale_log import QUANTIZER_KINDS
 from qat.surgery.binarize import periodic_weights
 from qat.surgery.swap import quantized_weights
+from qat.surgery.table import QuantizationTable
 from qat.train.scale_scalars import mean_scales
 
 HISTOGRAMS = 4
@@ -51,6 +55,8 @@ MOST_CONFUSED = 20  # classes in a picture of answers by class
 
 TEMPLATE = "report.html.j2"
 MAX_DROP = 1.0  # percentage points
+HEADING = re.compile("<h2>(.*?)</h2>")
+CONTENTS = "<nav></nav>"
 
 
 def render(
@@ -91,6 +97,7 @@ def render(
         "version": __version__,
         "recipe": recipe_values,
         "recipe_text": json.dumps(recipe_values, indent=2),
+        "changed": _changed(recipe, recipe_values),
         "results": results,
         "baseline": baseline_results,
         "rows": _accuracy_rows(results, baseline_results),
@@ -100,6 +107,8 @@ def render(
         "certificate": certificate,
         "verdict": verdict,
         "table": str(built.table) if built.table else "",
+        "cost_figure": _cost_figure(built.table),
+        "lost": _lost(baseline, folder),
     }
     page |= _curves(folder, baseline)
     colours = _colours(baseline)
@@ -114,7 +123,52 @@ def render(
     environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown)
     environment.filters["with_code"] = _with_code
     template = files("qat.analysis").joinpath(TEMPLATE).read_text()
-    return environment.from_string(template).render(page)
+    return _with_contents(environment.from_string(template).render(page))
+
+
+def _with_contents(page: str) -> str:
+    """`page` with links to its headings where the template leaves their place. Names are escaped: no heading is one."""
+    links: list[str] = []
+
+    def numbered(heading: re.Match[str]) -> str:
+        links.append(f'<a href="#part{len(links)}">{heading[1]}</a>')
+        return f'<h2 id="part{len(links) - 1}">{heading[1]}</h2>'
+
+    page = HEADING.sub(numbered, page)
+    return page.replace(CONTENTS, f"<nav>{' '.join(links)}</nav>")
+
+
+def _changed(recipe: Recipe, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(flag, value) of all that differs from the method's defaults."""
+    if recipe.method not in KNOWN:
+        return []
+    defaults = to_json(KNOWN[recipe.method])
+    changed = []
+    for name, default in defaults.items():
+        if name in values and values[name] != default:
+            flag = f"--{name.replace('_', '-')}"
+            changed.append((flag, json.dumps(values[name])))
+    return changed
+
+
+def _cost_figure(table: QuantizationTable | None) -> Markup:
+    """Multiply-adds and bytes by layer; empty for a net in full precision."""
+    costs = []
+    for row in () if table is None else table.rows:
+        bits = None if row.weight is None else row.weight.bits
+        size = row.weights * (32 if bits is None else bits) / 8
+        costs.append(figures.LayerCost(row.name, row.macs, size, bits))
+    return Markup(figures.cost_bars(costs)) if costs else Markup("")
+
+
+def _lost(baseline: RunFolder | None, folder: RunFolder) -> dict[str, Any] | None:
+    """Images that the baseline answers rightly and the run does not, or the reason why they cannot be shown."""
+    if baseline is None:
+        return None
+    try:
+        return {"images": lost_images(baseline, folder), "reason": ""}
+    except RecipeError as error:
+        return {"images": [], "reason": str(error)}
 
 
 def _curves(folder: RunFolder, baseline: RunFolder | None) -> dict[str, Markup]:
@@ -123,7 +177,8 @@ def _curves(folder: RunFolder, baseline: RunFolder | None) -> dict[str, Markup]:
     if baseline is not None:
         runs = {"full precision": baseline, "this run": folder}
     colours = _colours(baseline)
-    losses = figures.loss_curves(_metrics(runs), colours)
+    selected = {name: results_of(run)["selected_step"] for name, run in runs.items()}
+    losses = figures.loss_curves(_metrics(runs), colours, selected)
     return {
         "accuracy_figure": _accuracy_figure(runs, colours),
         "loss_figure": Markup(losses),

@@ -36,12 +36,12 @@ def recipe_entries(values: dict[str, Any]) -> dict[str, Any]:
 def results_entries(
     results: dict[str, Any], measured: Collection[str]
 ) -> dict[str, Any]:
-    """Entries of a results.json whose test part bears its own name; it was "test" whatever the folder is called.
+    """Entries of a results.json in which the part that the run was tested on is called "test", under that part's own name.
 
     measured: names of all parts that the run was measured on.
     """
     of_sources = results.get("source_validation")
-    if results.get("test_domain") != "test" or not isinstance(of_sources, dict):
+    if not isinstance(of_sources, dict):
         return results
     others = sorted(set(measured) - of_sources.keys())
     if len(others) != 1:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from edgeqat.files import write_json
-from qat.analysis.hardest import hardest_images
+from qat.analysis.hardest import hardest_images, lost_images
 from qat.deploy import measure_sweep
 from qat.domains.synthetic import synthetic_domains
 from qat.runs.parts import RecipeError
@@ -73,6 +73,21 @@ def test_the_hardest_images_are_those_that_most_runs_answer_wrongly(sweep: Sweep
     domain = next(d for d in synthetic_domains(per_class=PER_CLASS, image_size=SIZE, seed=0) if d.name == "sketch")
     alike = [int(i) for i in range(len(domain.labels)) if np.array_equal(np.asarray(domain.images[i]), shown)]
     assert alike and all(domain.labels[i] == labels[5] for i in alike)
+
+
+def test_lost_images_are_those_that_the_baseline_alone_answers_rightly(sweep: Sweep, monkeypatch: Any) -> None:
+    baseline, folder = (RunFolder.open(sweep.out / cell.name) for cell in sweep.cells()[:2])
+    labels = baseline.predictions()["sketch"][1]
+    classes = int(labels.max()) + 1
+    first, second = labels.copy(), labels.copy()
+    first[[1, 4]] = (labels[[1, 4]] + 1) % classes
+    second[[1, 3, 6]] = (labels[[1, 3, 6]] + 2) % classes  # 1 is wrong in both, 3 and 6 are lost, 4 is won
+    given = {baseline.path: first, folder.path: second}
+    monkeypatch.setattr(RunFolder, "predictions", lambda self: {"sketch": (given[self.path], labels)})
+    names = baseline.results()["classes"]
+    found = [(image.label, image.mistaken_for) for image in lost_images(baseline, folder)]
+    assert found == [(names[labels[i]], names[(labels[i] + 2) % classes]) for i in (3, 6)]
+    assert len(lost_images(baseline, folder, count=1)) == 1
 
 
 def test_runs_of_other_images_are_refused(sweep: Sweep, monkeypatch: Any) -> None:

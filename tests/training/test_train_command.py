@@ -55,7 +55,13 @@ def test_a_flat_folder_becomes_a_certified_file(
         "images (selected on) (target)": 2,
     }
     assert qat(monkeypatch, "report", "w4a4") == 0
-    assert "<code>qat bench RUN</code>" in Path("w4a4/report.html").read_text()
+    page = Path("w4a4/report.html").read_text()
+    assert "<code>qat bench RUN</code>" in page
+    headings = re.findall(r'<h2 id="(.+?)">', page)
+    assert len(headings) > 5 and re.findall(r'<a href="#(.+?)">', page) == headings
+    flags = re.findall(r"<td>(--[a-z-]+)</td>", page)
+    assert {"--steps", "--batch-size", "--init-from"} <= set(flags) and "--bits" not in flags
+    assert "Right in full precision, wrong here" in page and "Step 2 of this run was chosen" in page
 
 
 def test_a_part_is_called_as_its_folder_is(
