@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from export.lowered import (
     BIAS_PARAMETER,
@@ -48,6 +49,7 @@ from qat.surgery.example import (
     with_tensors,
 )
 from qat.surgery.layers import QuantConv2d, QuantLinear
+from qat.surgery.open_forms import scaled_dot_product_attention
 from qat.surgery.operands import QuantOperands
 from qat.surgery.swap import computed_weights, quantizers
 from qat.surgery.witness import witness
@@ -283,7 +285,21 @@ def lower_float(
     with torch.no_grad():
         outputs = list(named_outputs(call(model, arguments)))
     inputs = input_names or names_of_inputs(model, example)
-    return ir.to_proto(onnx_graph(model, arguments, inputs, outputs))
+    with _AttentionInTheOpen():
+        return ir.to_proto(onnx_graph(model, arguments, inputs, outputs))
+
+
+class _AttentionInTheOpen(TorchFunctionMode):
+    """Fused attention as the products that it consists of. PyTorch's exporter writes those too, but takes their result to lie
+    in memory as the fused one's does, which fails where it has a mask and a view reads it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return scaled_dot_product_attention(*args, **options)
+        return func(*args, **options)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from export import session
 from export.bench import bench, layer_bytes
@@ -154,6 +155,33 @@ def test_bench_rows_and_bytes_per_layer(tiny: Exported) -> None:
     sizes = layer_bytes(tiny.proto)
     assert sizes["block.conv1"] == 8 * 8 * 9 + 2 * 8 * 4  # codes, scale, bias
     assert "x fp32" in str(table)
+
+
+class MaskedAttention(nn.Module):
+    """Fused attention with a learned mask whose axes are in another order in memory, as timm makes it of relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(48, 144)
+        self.mask = nn.Parameter(torch.randn(16, 16, 3))
+        self.out = nn.Linear(48, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[0]
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).reshape(n, 16, 3, 3, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.permute(2, 0, 1).unsqueeze(0))
+        return self.out(mixed.transpose(1, 2).reshape(n, 16, 48).mean(1))
+
+
+def test_masked_attention_has_a_file_in_full_precision() -> None:
+    torch.manual_seed(0)
+    model = MaskedAttention().eval()
+    images = torch.randn(3, 48, 4, 4)
+    found = session.load(lower_float(model, images)).run(images.numpy())["logits"]
+    with torch.no_grad():
+        expected = model(images).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max() + 1e-6
 
 
 def test_half_precision_baseline_runs(tiny: Exported) -> None:
