@@ -158,7 +158,7 @@ def test_bench_rows_and_bytes_per_layer(tiny: Exported) -> None:
 
 
 class MaskedAttention(nn.Module):
-    """Fused attention with a learned mask whose axes are in another order in memory, as timm makes it of relative positions."""
+    """Fused attention with a learned mask whose axes lie in another order, as timm makes it of relative positions."""
 
     def __init__(self) -> None:
         super().__init__()
