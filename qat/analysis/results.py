@@ -45,7 +45,8 @@ def _settled(settled: Mapping[str, Any], accuracy: Mapping[str, float]) -> str:
     after = _mean(accuracy)
     shifts = settled["shifts"]
     worst = max(shifts, key=lambda name: shifts[name], default="")
-    text = f"{settled['biases']} layers' biases rounded as in the file; source mean {before:.2%} -> {after:.2%}"
+    text = f"{settled['biases']} layers' biases rounded as in the file; source mean {before:.2%} -> {after:.2%} "
+    text += "on the images that chose the step, which flatter the first of the two"
     if worst:
         text += (
             f"; results moved by at most {shifts[worst]:.2g} codes ({printable(worst)})"
@@ -56,5 +57,8 @@ def _settled(settled: Mapping[str, Any], accuracy: Mapping[str, float]) -> str:
     if not_settled:
         text += f"; not settled: {', '.join(not_settled)}"
     if worst and shifts[worst] > LARGE_SHIFT:
-        text += "; its input's scale is out of proportion, as an outlier among the calibration images makes it"
+        text += (
+            "; a scale there is out of proportion, of the layer's input or of a channel that images hardly ever "
+            "switch on"
+        )
     return text

@@ -175,7 +175,8 @@ def _judge_training(
         lost = 100 * float(np.mean(list(before.values())) - np.mean(after))
         if lost > LOST_BY_SETTLING:
             verdict.bad.append(
-                f"Rounding the biases as integer kernels have them cost {lost:.2f} points on the source domains."
+                f"Rounding the biases as integer kernels have them cost {lost:.2f} points on the source domains' held-out "
+                "images. They chose the step before it was rounded, so chance has a share in that."
             )
 
 
