@@ -1,0 +1,83 @@
+"""`tools/compare_toolkits.py`: what its tables say of toolkits that failed, and how weight codes are compared."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    spec = importlib.util.spec_from_file_location("compare_toolkits", TOOLS / "compare_toolkits.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare_toolkits", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_toolkit_that_failed_is_a_row_that_says_why(tool: ModuleType) -> None:
+    rows = [
+        tool.Row("able", "net", "resnet18", 8, 1.5, 1.25, 0.26, 0.0, 0.004, 1000, 0),
+        tool.Row("able", "net", "resnet18", 4, reason="training: ValueError: no 4 | 2 bits"),
+        tool.Row("able", "coverage", "resnet18", 8),
+        tool.Row("able", "coverage", "levit_128s", 8, reason="export: KeyError: x"),
+        tool.Row("absent", "toolkit", reason="ended with code 1: no solution found"),
+    ]
+    assert tool.tables(rows).splitlines() == [
+        "**resnet18**",
+        "",
+        "| toolkit | bits | step / FP | memory / FP | size / FP32 | answers differ | logits differ | weight codes |  |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| able | W8A8 | 1.50 | 1.25 | 0.26 | 0.0% | 0.004 | 0 of 1,000 |  |",
+        "| able | W4A4 | – | – | – | – | – | – | training: ValueError: no 4 / 2 bits |",
+        "| absent | – | – | – | – | – | – | – | ended with code 1: no solution found |",
+        "",
+        "| toolkit | nets that came through | which did not, and why |",
+        "|---|---|---|",
+        "| able | 1 of 2 | levit_128s (export: KeyError: x) |",
+        "| absent | – | ended with code 1: no solution found |",
+    ]
+
+
+def test_a_worker_that_dies_leaves_its_last_line(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert "brevitas==0.13.4" in command
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\n\nno solution found\n")
+
+    monkeypatch.setattr(subprocess, "run", dies)
+    assert tool.in_its_environment("brevitas", [], 1.0) == "ended with code 1: no solution found"
+
+
+def test_a_worker_that_takes_too_long_is_ended(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert tool.in_its_environment("brevitas", [], 1.0) == "took longer than 1 s"
+
+
+def test_codes_are_the_same_in_any_scale_and_sign_per_channel(tool: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(-127, 128, (7, 5, 3, 3)).astype(np.float32)
+    scales = random.choice([-1, 1], 7) * random.uniform(0.001, 3, 7)
+    stored = codes * scales.reshape(7, 1, 1, 1)
+    assert tool.different_codes(codes, stored) == 0
+    stored[2, 1, 0, 2] += scales[2]
+    stored[6, 4, 2, 1] -= 2 * scales[6]
+    assert tool.different_codes(codes, stored) == 2
+
+
+def test_a_layer_is_compared_with_the_nearest_operand_of_its_shape(tool: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    first, second, absent = (random.integers(-7, 8, shape).astype(np.float32) for shape in [(5, 5), (5, 5), (3, 7)])
+    stored = [0.5 * second.T, 2.0 * first]
+    stored[0][1, 1] += 0.5
+    assert tool.compare_codes([first, second, absent], stored) == (50, 1)
