@@ -23,6 +23,7 @@ import copy
 import datetime
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -290,7 +291,9 @@ def modelopt_codes(model: "nn.Module") -> "Codes":
 RUN_WITH = ("torch", "timm", "onnx", "onnxruntime", "onnxscript")
 TOOLKITS = {
     "edgeqat": Toolkit((), edgeqat_quantize, edgeqat_export, edgeqat_codes, edgeqat_evaluate),
-    "brevitas": Toolkit(("brevitas==0.13.4", "tqdm"), brevitas_quantize, brevitas_export, brevitas_codes),
+    "brevitas": Toolkit(
+        ("brevitas==0.13.4", "tqdm", "onnxoptimizer"), brevitas_quantize, brevitas_export, brevitas_codes
+    ),
     "torchao": Toolkit(("torchao==0.18.0",), torchao_quantize, torchao_export, None, torchao_evaluate),
     "nncf": Toolkit(("nncf==3.4.0",), nncf_quantize, nncf_export),
     "aimet-torch": Toolkit(("aimet-torch==2.42.0",), aimet_quantize, aimet_export, aimet_codes),
@@ -595,19 +598,22 @@ def in_its_environment(toolkit: str, arguments: list[str], timeout: float) -> st
             command += ["--with", requirement]
         command += ["python"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NNCF_EXTENSION_LOAD_TIMEOUT": "0"}
+    worker = subprocess.Popen(
+        [*command, __file__, "--worker", toolkit, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [*command, __file__, "--worker", toolkit, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            check=False,
-        )
+        _, errors = worker.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        os.killpg(worker.pid, signal.SIGKILL)  # uv's process and its child, which does the work
+        worker.communicate()
         return f"took longer than {timeout:.0f} s"
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return "" if done.returncode == 0 else f"ended with code {done.returncode}: {lines[-1] if lines else ''}"[:180]
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return "" if worker.returncode == 0 else f"ended with code {worker.returncode}: {lines[-1] if lines else ''}"[:180]
 
 
 def ratio(value: float | None) -> str:
