@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -84,3 +85,36 @@ def test_a_layer_is_compared_with_the_nearest_operand_of_its_shape(tool: ModuleT
     stored = [0.5 * second.T, 2.0 * first]
     stored[0][1, 1] += 0.5
     assert tool.compare_codes([first, second, absent], stored) == (50, 1)
+
+
+class PerChannel(torch.nn.Module):
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        scale = self.scale.reshape(-1, 1, 1, 1)
+        return (weight / scale).round().clamp(-7, 7) * scale
+
+
+class OneConvolution(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0)))
+        self.quantizer = PerChannel(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.7]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(images, self.quantizer(self.weight))
+
+
+def test_codes_of_a_pass_are_those_that_a_quantizer_of_weights_gives(tool: ModuleType) -> None:
+    net = OneConvolution()
+    codes = tool.codes_of_a_pass(net, lambda module: getattr(module, "scale", None))
+    scales = [0.1, 0.2, 0.3, 0.4, 0.7]
+    expected = [
+        [max(-7, min(7, round(w / s))) for w in row.flatten().tolist()]
+        for row, s in zip(net.weight, scales, strict=True)
+    ]
+    assert [row.flatten().tolist() for row in codes["quantizer"]] == expected
+    assert list(codes) == ["quantizer"]
+    assert not net.quantizer._forward_hooks
