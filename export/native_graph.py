@@ -51,6 +51,7 @@ from export.writer import Writer, value_name
 
 MOST_TABLES = 4
 LAYER_INPUTS = 6  # of a layer's node before the other operand of a residual sum
+MOST_AXES = 10  # of a QTranspose, whose order has a digit for each
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 Attribute = int | float | str | list[str]
 Attributes = dict[str, Attribute]
@@ -639,7 +640,7 @@ class NativeEmitter:
             return True
         self._to_ordinary(source)
         ordinary = self.writer.codes_of(source)
-        if ordinary is None:
+        if ordinary is None or len(order) > MOST_AXES:
             return False
         tensor, grid = ordinary
         self.writer.codes[value_name(result)] = (self._in_order(tensor, order), grid)

@@ -117,7 +117,7 @@ OPERATORS = (
     "Loop", "If", "Scan", "QLinearConv", "QuantizeLinear", "DequantizeLinear", "Cast", "Clip", "Identity", "Shape",
     "ReduceSum", "Softmax", "Flatten",
     "QConv", "QGemm", "QConvFloat", "QGemmFloat", "QMaxPool", "QAveragePool", "QGlobalPool", "QAdd", "QMul",
-    "QScale", "QLayerNorm", "QSoftmax", "QTables", "QImage",
+    "QScale", "QLayerNorm", "QSoftmax", "QTables", "QImage", "QTranspose",
     "RandomNormal", "DepthToSpace", "SpaceToDepth", "Trilu", "BatchNormalization", "LayerNormalization", "ConvInteger",
 )  # fmt: skip
 ENTRIES: tuple[Any, ...] = (
