@@ -421,9 +421,6 @@ def confusion(classes: Sequence[str], counts: NDArray[np.int64]) -> str:
 
 def weight_error_bars(errors: Sequence[WeightError]) -> str:
     """SQNR in dB and clipped share in percent of each layer's weights, the first layer on top."""
-    height = max(ROW * len(errors), 0.5) + 0.8
-    figure, (left, right) = new_figure(9, height, columns=2)
-    places = np.arange(len(errors))
     ratios = []
     clipped = []
     names = []
@@ -431,14 +428,10 @@ def weight_error_bars(errors: Sequence[WeightError]) -> str:
         ratios.append(error.sqnr if np.isfinite(error.sqnr) else np.nan)
         clipped.append(100 * error.clipped)
         names.append(f"{shown(error.name, 30)} ({error.bits})")
-    left.barh(places, ratios, 0.75, color=RUN)
-    right.barh(places, clipped, 0.75, color=THIRD)
-    left.set_yticks(places, names, fontsize=6.5)
-    right.set_yticks([])
-    for axes in (left, right):
-        axes.set_ylim(len(errors) - 0.5, -0.5)
-    left.set_xlabel("SQNR of the weights, dB")
-    right.set_xlabel("weights beyond the grid, %")
+    figure = _bars_by_layer(
+        names,
+        {"SQNR of the weights, dB": ratios, "weights beyond the grid, %": clipped},
+    )
     known = [error for error in errors if np.isfinite(error.sqnr)]
     says = f"SQNR and clipping of the weights of {len(errors)} layers."
     if known:
@@ -449,27 +442,41 @@ def weight_error_bars(errors: Sequence[WeightError]) -> str:
 
 def cost_bars(costs: Sequence[LayerCost]) -> str:
     """Millions of multiply-adds an image, and kilobytes of weight codes, of each layer, the first layer on top."""
-    height = max(ROW * len(costs), 0.5) + 0.8
-    figure, (left, right) = new_figure(9, height, columns=2)
-    places = np.arange(len(costs))
     names = []
     for cost in costs:
         bits = "float" if cost.bits is None else str(cost.bits)
         names.append(f"{shown(cost.name, 30)} ({bits})")
-    left.barh(places, [cost.macs / 1e6 for cost in costs], 0.75, color=RUN)
-    right.barh(places, [cost.bytes / 1e3 for cost in costs], 0.75, color=THIRD)
-    left.set_yticks(places, names, fontsize=6.5)
-    right.set_yticks([])
-    for axes in (left, right):
-        axes.set_ylim(len(costs) - 0.5, -0.5)
-    left.set_xlabel("multiply-adds an image, millions")
-    right.set_xlabel("weights, kB")
+    figure = _bars_by_layer(
+        names,
+        {
+            "multiply-adds an image, millions": [cost.macs / 1e6 for cost in costs],
+            "weights, kB": [cost.bytes / 1e3 for cost in costs],
+        },
+    )
     dearest = max(costs, key=lambda cost: cost.macs)
     largest = max(costs, key=lambda cost: cost.bytes)
     says = f"Multiply-adds and bytes of {len(costs)} layers."
     says += f" Most multiply-adds: {dearest.macs / 1e6:.1f} million, {dearest.name}."
     says += f" Most bytes: {largest.bytes / 1e3:.1f} kB, {largest.name}."
     return svg(figure, says)
+
+
+def _bars_by_layer(
+    names: Sequence[str], columns: Mapping[str, Sequence[float]]
+) -> Figure:
+    """Two columns of bars, by what they show, with a row for each layer."""
+    height = max(ROW * len(names), 0.5) + 0.8
+    figure, both = new_figure(9, height, columns=2)
+    places = np.arange(len(names))
+    for axes, colour, (label, lengths) in zip(
+        both, (RUN, THIRD), columns.items(), strict=True
+    ):
+        axes.barh(places, lengths, 0.75, color=colour)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks([])
+        axes.set_xlabel(label)
+    both[0].set_yticks(places, names, fontsize=6.5)
+    return figure
 
 
 def series(
