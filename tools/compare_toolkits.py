@@ -4,7 +4,7 @@
     uv run tools/compare_toolkits.py --nets resnet18 --covered --rounds 5         # 20 minutes on a busy core
     uv run tools/compare_toolkits.py --only edgeqat brevitas --nets resnet18
 
-Each toolkit runs in an environment of its own, which `uv run --isolated` makes of the versions below, by the flow that its
+Each toolkit runs in a separate environment, which `uv run --isolated` makes of the versions below, by the flow that its
 documentation recommends. One that cannot be installed, fails, or lacks something is a row that says why.
 
 All start from the same weights: a net trained here for a few steps to tell noisy patterns apart, from norms with random
@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # workers have no edgeqat, and the parent needs no torch
     import numpy as np
+    import onnx
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
@@ -448,35 +449,62 @@ def logits_of_file(path: Path, images: "Iterable[Tensor]", level: str = "ORT_ENA
     return np.concatenate([session.run(None, {name: batch.numpy()})[0] for batch in images])
 
 
+# Operator -> the place of its weights among its inputs, and that of their zero point where it has one
+WEIGHTS = {
+    "Conv": 1,
+    "Gemm": 1,
+    "MatMul": 1,
+    "ConvInteger": 1,
+    "MatMulInteger": 1,
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+}
+ZERO_POINTS = {"ConvInteger": 3, "MatMulInteger": 3, "QLinearConv": 5, "QLinearMatMul": 5}
+
+
 def weights_of_file(path: Path) -> "list[NDArray[np.float32]]":
     """What the file multiplies by: every operand of a convolution or product that depends on no input, as ONNX Runtime
     computes it without optimisation; of integer operators minus the zero point."""
     import numpy as np
     import onnx
-    import onnxruntime
 
     model = onnx.load(str(path))
-    fed = {value.name for value in model.graph.input} - {value.name for value in model.graph.initializer}
-    operand = {
-        "Conv": 1,
-        "Gemm": 1,
-        "MatMul": 1,
-        "ConvInteger": 1,
-        "MatMulInteger": 1,
-        "QLinearConv": 3,
-        "QLinearMatMul": 3,
-    }
-    zero = {"ConvInteger": 3, "MatMulInteger": 3, "QLinearConv": 5, "QLinearMatMul": 5}
-    wanted: list[tuple[str, str]] = []
+    operands = constant_operands(model)
+    names = dict.fromkeys(name for pair in operands for name in pair if name)
+    read = values_in_file(model, list(names))
+    weights = []
+    for name, zero_name in operands:
+        value = read[name].astype(np.float32)
+        if zero_name:
+            zeros = read[zero_name].astype(np.float32)
+            per_channel = (-1, *[1] * (value.ndim - 1))
+            value = value - (zeros.reshape(per_channel) if zeros.size > 1 else zeros.item())
+        weights.append(value)
+    return weights
+
+
+def constant_operands(model: "onnx.ModelProto") -> list[tuple[str, str]]:
+    """(weights, their zero point or "") of every convolution and product whose weights depend on no input of the graph."""
+    constants = {value.name for value in model.graph.initializer}
+    fed = {value.name for value in model.graph.input} - constants
+    found = []
     for node in model.graph.node:
         if any(name in fed for name in node.input):
             fed.update(node.output)
-        place = operand.get(node.op_type)
-        if place is not None and node.input[place] not in fed:
-            offset = zero.get(node.op_type)
-            has_offset = offset is not None and len(node.input) > offset
-            wanted.append((node.input[place], node.input[offset] if has_offset and offset is not None else ""))
-    names = dict.fromkeys(name for pair in wanted for name in pair if name)
+        place = WEIGHTS.get(node.op_type)
+        if place is None or node.input[place] in fed:
+            continue
+        zero_place = ZERO_POINTS.get(node.op_type, len(node.input))
+        zero_name = node.input[zero_place] if zero_place < len(node.input) else ""
+        found.append((node.input[place], zero_name))
+    return found
+
+
+def values_in_file(model: "onnx.ModelProto", names: list[str]) -> "dict[str, NDArray[np.float32]]":
+    """Values of `model` that depend on no input, by name, from ONNX Runtime; the model's outputs are replaced."""
+    import numpy as np
+    import onnxruntime
+
     del model.graph.output[:]
     for number, name in enumerate(names):
         model.graph.node.add(op_type="Identity", input=[name], output=[f"read{number}"])
@@ -484,17 +512,11 @@ def weights_of_file(path: Path) -> "list[NDArray[np.float32]]":
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    shapes = {i.name: [d if isinstance(d, int) else 1 for d in i.shape] for i in session.get_inputs()}
-    feeds = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    read = dict(zip(names, session.run(None, feeds), strict=True))
-    weights = []
-    for name, offset_name in wanted:
-        value = read[name].astype(np.float32)
-        if offset_name:
-            zeros = read[offset_name].astype(np.float32)
-            value = value - zeros.reshape(-1, *[1] * (value.ndim - 1) if zeros.size > 1 else [1] * value.ndim)
-        weights.append(value)
-    return weights
+    feeds = {}
+    for value in session.get_inputs():
+        shape = [size if isinstance(size, int) else 1 for size in value.shape]
+        feeds[value.name] = np.zeros(shape, np.float32)
+    return dict(zip(names, session.run(None, feeds), strict=True))
 
 
 def different_codes(trained: "NDArray[np.float32]", stored: "NDArray[np.float32]") -> int:
