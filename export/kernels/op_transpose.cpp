@@ -9,8 +9,6 @@
 namespace edgeqat {
 namespace {
 
-constexpr int64_t kWork = 1;  // of a byte that is moved, in codes that are added
-
 // An axis of the result: how many steps it has, and how far apart they lie in what is read and in what is written.
 struct Axis {
   int64_t size, from, to;
@@ -54,7 +52,7 @@ class Mover {
     for (const Axis& axis : outer_) count *= axis.size;
     return count;
   }
-  int64_t work() const { return rows_.size * columns_.size * kWork; }
+  int64_t work() const { return rows_.size * columns_.size; }
   void move(int64_t place, const uint8_t* x, uint8_t* y) const {
     for (size_t i = outer_.size(); i-- > 0;) {
       const int64_t index = place % outer_[i].size;

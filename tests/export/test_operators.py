@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeqat.cpp import compiler
 from export import session
 from export.lowered import DOMAIN, ExportError
+from export.native_checks import native_outputs
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the kernels with")
 Shape = tuple[int, ...]
@@ -116,6 +117,16 @@ def test_codes_with_their_axes_in_another_order(shape: Shape, order: tuple[int, 
     x = random_codes(shape, 8)
     digits = "".join(map(str, order))
     assert np.array_equal(computed("QTranspose", {"x": x}, {}, {"order": digits}), x.transpose(order))
+
+
+@pytest.mark.parametrize("order", ["", "01", "0123", "011", "01x", "0 1 2", "12\u0660"])
+def test_such_an_order_is_refused_before_a_runtime_sees_it(order: str) -> None:
+    node = helper.make_node("QTranspose", ["x"], ["y"], domain=DOMAIN, order=order)
+    shape = (TensorProto.UINT8, (2, 3, 4))
+    with pytest.raises(ExportError, match=r"here: its order .* does not name each of 3 axes once"):
+        native_outputs(node, {"x": shape}, "here")
+    node.attribute[0].s = b"201"
+    assert native_outputs(node, {"x": shape}, "here")[0] == [(TensorProto.UINT8, (4, 2, 3))]
 
 
 @pytest.mark.parametrize("order", ["", "01", "0123", "011", "01x", "0 1 2"])
