@@ -78,7 +78,7 @@ def test_a_part_is_called_as_its_folder_is(
     assert qat(monkeypatch, *epochs) == 0
     assert qat(monkeypatch, "report", "epochs") == 0
     page = Path("epochs/report.html").read_text()
-    assert re.search(r"step 2 of\s2 ", page), "8 images in batches of 4 are 2 steps, whatever --steps says"
+    assert re.search(r"step 2 of\s2 ", page), "8 images in batches of 4 are 2 steps; --steps does not count"
 
 
 def images_of_rows(table: str) -> dict[str, int]:
